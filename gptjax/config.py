@@ -235,7 +235,9 @@ def convert(path: str, value: Any, kind: type) -> Any:
         return value
     if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            number = int(value) if isinstance(value, str) and kind is int and value.lstrip("+-").isdigit() else float(value)
+            number = (
+                int(value) if isinstance(value, str) and kind is int and value.lstrip("+-").isdigit() else float(value)
+            )
         except (ValueError, OverflowError):
             number = math.nan
         if kind is float and math.isfinite(number):
@@ -276,7 +278,9 @@ def find_problems(config: Config) -> list[str]:
     ]
     problems += [f"{p}={flat[p]}: must be at least {low}" for p, low in AT_LEAST.items() if flat[p] < low]
     problems += [f"{path}={flat[path]}: must be below 1" for path in BELOW_ONE if flat[path] >= 1]
-    problems += [f"{p}={flat[p]}: must be at most {LARGEST_SEED}" for p in ("data.seed", "train.seed") if flat[p] > LARGEST_SEED]
+    problems += [
+        f"{p}={flat[p]}: must be at most {LARGEST_SEED}" for p in ("data.seed", "train.seed") if flat[p] > LARGEST_SEED
+    ]
     return problems or _find_conflicts(config, flat)
 
 

@@ -1,0 +1,322 @@
+"""GPT-2 in Flax linen, exactly, with its parameter, FLOP and memory counts by hand.
+
+Letters, everywhere: B batch, T query position, S key position, D model width, N heads, H head width, F MLP width,
+V vocabulary, L layers, A accumulation micro-batches, C prompt chunk, M is B*T flattened. They name logical dimensions,
+never shards: `x_BTD` is [B, T, D].
+"""
+
+import dataclasses
+import logging
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from gptjax.attention import causal_attention, choose_backend, masked_attention
+from gptjax.config import Config, GPTConfig
+from gptjax.loss import masked_logits
+from gptjax.sharding import BATCH_AXES, constrain
+
+__all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "Compute", "GPTConfig"]
+
+log = logging.getLogger("gptjax")
+VOCAB_MULTIPLE = 128
+LAYER_NORM_EPSILON = 1e-5
+INIT_STD = 0.02
+REMAT_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.checkpoint_dots,
+    "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """ComputeConfig with every `auto` decided for one kind of device."""
+
+    attention: str = "xla"
+    remat: str = "none"
+    unroll: int = 1
+    dtype: Any = jnp.float32
+    flat: bool = True  # [B*T, D] outside attention: faster on CPU and GPU, slower on TPU, a gather under tensor
+
+
+def resolve_compute(config: Config, mesh: Mesh) -> Compute:
+    """Returns how to compute on the devices of `mesh`, which need not be present, saying once why a fast path is off."""
+    device = mesh.devices.flat[0]
+    compute, model = config.compute, config.model
+    dtype = jnp.dtype(_default_dtype(device) if compute.dtype == "auto" else compute.dtype)
+    backend, reason = choose_backend(
+        compute.attention,
+        platform=device.platform,
+        dtype=dtype,
+        dropout=model.dropout,
+        document_mask=config.data.document_mask,
+        head_width=model.n_embd // model.n_head,
+        block_size=model.block_size,
+    )
+    if reason:
+        log.info("attention: xla, because %s", reason)
+    flat = device.platform != "tpu" and mesh.shape["tensor"] == 1
+    return Compute(backend, compute.remat, compute.unroll or model.n_layer, dtype, flat)
+
+
+def _default_dtype(device: Any) -> str:
+    if device.platform in ("gpu", "cuda"):  # bfloat16 matrix units came with compute capability 8.0
+        return "bfloat16" if float(getattr(device, "compute_capability", 8)) >= 8 else "float32"
+    return "bfloat16" if device.platform == "tpu" else "float32"
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention over earlier positions; `x` is [B, T, D], or [B*T, D] with `batch` = B."""
+
+    config: GPTConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: jax.Array, batch: int, segments_BT: jax.Array | None, cache: Any) -> tuple[jax.Array, Any]:
+        c = self.config
+        qkv = nn.DenseGeneral((3, c.n_embd), kernel_init=_normal(), **_linear(c, self.compute), name="c_attn")(x)
+        heads = (batch, -1, c.n_head, c.n_embd // c.n_head)
+        q_BTNH, k_BTNH, v_BTNH = (qkv[..., i, :].reshape(heads) for i in range(3))
+        if cache is None:
+            key = self.make_rng("dropout") if c.dropout and self.has_rng("dropout") else None
+            y_BTNH = causal_attention(
+                q_BTNH, k_BTNH, v_BTNH,
+                backend=self.compute.attention, segments_BT=segments_BT, dropout=c.dropout, dropout_key=key,
+            )  # fmt: skip
+        else:
+            cache, mask = extend_cache(cache, k_BTNH, v_BTNH)
+            y_BTNH = masked_attention(q_BTNH, cache.k_BSNH, cache.v_BSNH, mask)
+        y = nn.Dense(c.n_embd, kernel_init=_residual_normal(c), **_linear(c, self.compute), name="c_proj")(
+            y_BTNH.reshape(x.shape)
+        )
+        return _dropout(self, y, c.dropout), cache
+
+
+class MLP(nn.Module):
+    config: GPTConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        x = nn.Dense(4 * c.n_embd, kernel_init=_normal(), **_linear(c, self.compute), name="c_fc")(x)
+        x = jax.nn.gelu(x, approximate=True)
+        x = nn.Dense(c.n_embd, kernel_init=_residual_normal(c), **_linear(c, self.compute), name="c_proj")(x)
+        return _dropout(self, x, c.dropout)
+
+
+class Block(nn.Module):
+    """One layer; with a cache, its keys and values are extended and returned (sample.py)."""
+
+    config: GPTConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, batch: int, segments_BT: jax.Array | None = None, cache: Any = None
+    ) -> tuple[jax.Array, Any]:
+        with jax.named_scope("attention"):
+            normed = _layer_norm(self.config, self.compute, "ln_1")(x)
+            y, cache = CausalSelfAttention(self.config, self.compute, name="attn")(normed, batch, segments_BT, cache)
+            x = x + y
+        with jax.named_scope("mlp"):
+            normed = _layer_norm(self.config, self.compute, "ln_2")(x)
+            x = x + MLP(self.config, self.compute, name="mlp")(normed)
+        return constrain(x, P(BATCH_AXES, *[None] * (x.ndim - 1))), cache
+
+
+class GPT(nn.Module):
+    """GPT-2. Dropout is on when apply() is given rngs={'dropout': key}, and off otherwise.
+
+    Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3, and the released
+    code's defaults: LayerNorm first, epsilon 1e-5, tanh GELU, learned positions, residual projections scaled at init.
+    """
+
+    config: GPTConfig
+    compute: Compute = Compute()
+
+    def setup(self) -> None:
+        c = self.config
+        width = {"features": c.n_embd, "embedding_init": _normal(), "param_dtype": jnp.float32}
+        self.wte = nn.Embed(padded_vocab_size(c), **width)
+        self.wpe = nn.Embed(c.block_size, **width)
+        self.h = scanned_blocks(c, self.compute)
+        self.ln_f = _layer_norm(c, self.compute, None)
+        if not c.tie_embeddings:
+            self.lm_head = nn.Dense(padded_vocab_size(c), use_bias=False, kernel_init=_normal(), dtype=jnp.float32)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Returns logits_BTV, float32, of the true vocabulary, for tokens in one document a row."""
+        x_BTD = self.hidden(tokens_BT)
+        if self.is_initializing() and not self.config.tie_embeddings:
+            self.lm_head(x_BTD.astype(jnp.float32))
+        head_DV = head(self.variables["params"])
+        return masked_logits(x_BTD, head_DV, self.config.vocab_size)[..., : self.config.vocab_size]
+
+    def hidden(self, tokens_BT: jax.Array, starts_BT: jax.Array | None = None) -> jax.Array:
+        """Returns x_BTD after the last LayerNorm, what the loss takes.
+
+        starts_BT: bool, True where a document starts: attention and positions restart there. None: one document a row.
+        """
+        segments_BT = None if starts_BT is None else jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32)
+        x_BTD = self.embed(tokens_BT, positions(tokens_BT.shape, starts_BT))
+        x_BTD = _dropout(self, x_BTD, self.config.dropout)
+        x = x_BTD.reshape(-1, self.config.n_embd) if self.compute.flat else x_BTD
+        x, _ = self.h(x, tokens_BT.shape[0], segments_BT)
+        return self.ln_f(x).reshape(x_BTD.shape)
+
+    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Returns token plus position embedding; looked up in float32, so that their gradient is summed in float32."""
+        x_BTD = gathered(self.wte.embedding)[tokens_BT] + gathered(self.wpe.embedding)[positions_BT]
+        return constrain(x_BTD.astype(self.compute.dtype), P(BATCH_AXES, None, None))
+
+    def final_norm(self, x: jax.Array) -> jax.Array:
+        return self.ln_f(x)
+
+
+def scanned_blocks(config: GPTConfig, compute: Compute) -> nn.Module:
+    """Returns the Blocks as one module, whose parameters have a leading dim L however it is unrolled."""
+    block: Any = Block
+    if compute.remat != "none":
+        policy = REMAT_POLICIES[compute.remat]
+        # A loop keeps the compiler from merging the recomputation away; without one it must be told.
+        prevent_cse = compute.unroll >= config.n_layer
+        block = nn.remat(Block, policy=policy, prevent_cse=prevent_cse, static_argnums=(2,))
+    scanned = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=config.n_layer,
+        unroll=min(compute.unroll, config.n_layer),
+    )
+    return scanned(config, compute)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """One layer's keys and values so far, and the positions at which the next ones go."""
+
+    k_BSNH: jax.Array
+    v_BSNH: jax.Array
+    positions_BT: jax.Array
+
+
+def extend_cache(cache: Cache, k_BTNH: jax.Array, v_BTNH: jax.Array) -> tuple[Cache, jax.Array]:
+    """Returns the cache with the new keys and values written at its positions, and the mask [B, 1, T, S] to attend by.
+
+    Positions beyond the cache are dropped. A slot above a query's position may hold leftovers: the mask hides it.
+    """
+    rows = jnp.arange(k_BTNH.shape[0])[:, None]
+    at = (rows, cache.positions_BT)
+    k_BSNH = cache.k_BSNH.at[at].set(k_BTNH, mode="drop")
+    v_BSNH = cache.v_BSNH.at[at].set(v_BTNH, mode="drop")
+    slots_S = jnp.arange(k_BSNH.shape[1])
+    mask = slots_S[None, None, None, :] <= cache.positions_BT[:, None, :, None]
+    return Cache(k_BSNH, v_BSNH, cache.positions_BT), mask
+
+
+def head(params: Any) -> jax.Array:
+    """Returns the output head as head_DV: the token embedding transposed, or lm_head when untied."""
+    if "lm_head" in params:
+        return params["lm_head"]["kernel"]
+    return gathered(params["wte"]["embedding"]).T
+
+
+def gathered(table: jax.Array) -> jax.Array:
+    """Returns a table [rows, D] whole along D on every device, once for lookup and head: cheaper than moving x_BTD."""
+    return constrain(table, P("tensor", None))
+
+
+def document_starts(tokens_BT: jax.Array, *, eot_id: int, eot_position: str) -> jax.Array:
+    """Returns bool [B, T], True where a document starts: at the first position, and after ('last') or at ('first') eot."""
+    eot_BT = tokens_BT == eot_id
+    if eot_position == "last":
+        eot_BT = jnp.roll(eot_BT, 1, axis=1)
+    return eot_BT.at[:, 0].set(True)
+
+
+def positions(shape: tuple[int, ...], starts_BT: jax.Array | None) -> jax.Array:
+    """Returns int32 [B, T]: 0, 1, 2, ... from each document's start."""
+    position_BT = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    if starts_BT is None:
+        return position_BT
+    return position_BT - jax.lax.cummax(jnp.where(starts_BT, position_BT, 0), axis=1)
+
+
+def _normal() -> nn.initializers.Initializer:
+    return nn.initializers.normal(INIT_STD)
+
+
+def _residual_normal(config: GPTConfig) -> nn.initializers.Initializer:
+    return nn.initializers.normal(INIT_STD / math.sqrt(2 * config.n_layer))
+
+
+def _linear(config: GPTConfig, compute: Compute) -> dict[str, Any]:
+    return {"use_bias": config.bias, "dtype": compute.dtype, "param_dtype": jnp.float32}
+
+
+def _layer_norm(config: GPTConfig, compute: Compute, name: str | None) -> nn.LayerNorm:
+    # The two-pass variance: real GPT-2 weights make activations whose squares cancel badly in one pass.
+    return nn.LayerNorm(
+        LAYER_NORM_EPSILON, use_bias=config.bias, dtype=compute.dtype, use_fast_variance=False, name=name
+    )
+
+
+def _dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
+    if not rate or not module.has_rng("dropout"):
+        return x
+    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
+
+
+def padded_vocab_size(config: GPTConfig) -> int:
+    """Returns the rows of the embedding table: the vocabulary rounded up so that matrix units and meshes divide it."""
+    return -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def count_params(config: GPTConfig) -> int:
+    """Returns the number of parameters, without vocabulary padding.
+
+    >>> count_params(GPTConfig())
+    124439808
+    """
+    D, L, b = config.n_embd, config.n_layer, int(config.bias)
+    layer = 12 * D * D + b * 9 * D + 2 * (1 + b) * D  # c_attn, two c_proj, c_fc; their biases; two LayerNorms
+    tables = config.vocab_size * D * (1 if config.tie_embeddings else 2) + config.block_size * D
+    return L * layer + tables + (1 + b) * D
+
+
+def train_flops_per_token(config: GPTConfig) -> int:
+    """Returns the matrix FLOPs of forward and backward for one token, attention counted in full, remat not counted.
+
+    Source: Chowdhery et al. 2022, "PaLM", appendix B: 6 N + 12 L D T, where N counts the matrices that multiply a
+    token: 12 D^2 a layer, and the head over the padded vocabulary.
+    """
+    D, L, T = config.n_embd, config.n_layer, config.block_size
+    matrices = 12 * D * D * L + D * padded_vocab_size(config)
+    return 6 * matrices + 12 * L * D * T
+
+
+def activation_bytes_per_sequence(config: GPTConfig, compute: Compute, loss_chunk: int) -> int:
+    """Returns about how many bytes one sequence keeps for the backward pass.
+
+    Counted per token and layer as in Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
+    Models", section 4.1, for float activations: 2 LayerNorm inputs, qkv, attention output, two GELU sides of 4 D and
+    their input, in all 16 D; plain attention adds its score matrices; full remat keeps only each layer's input.
+    The logits are held in float32 and once more as their gradient.
+    """
+    D, L, T = config.n_embd, config.n_layer, config.block_size
+    size = jnp.dtype(compute.dtype).itemsize
+    scores = T * config.n_head * (4 + size) if compute.attention == "xla" else 0
+    layer = {"none": 16 * D * size + scores, "full": 0, "dots": 11 * D * size + scores, "dots_no_batch": 10 * D * size}
+    working = (16 * D * size + scores) if compute.remat != "none" else 0
+    logits = (loss_chunk or T) * padded_vocab_size(config) * (4 + 4 + size)
+    return T * (L * (layer[compute.remat] + D * size) + working) + logits

@@ -1,0 +1,144 @@
+"""Where every array lies: the device mesh, and the whole placement of parameters on one screen."""
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax.config import MeshConfig, nearest_divisors
+from gptjax.errors import ConfigError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+BATCH_SPEC = P(None, BATCH_AXES, None)  # tokens [A, B, T+1]
+
+# Parameter path -> placement. `fsdp` cuts the model width, `tensor` the heads, the MLP width and the vocabulary.
+# Leading None of everything under h/: the layers. An unmatched path is an error.
+PARAM_SPECS = (
+    (r"wte/embedding", P("tensor", "fsdp")),  # [V, D]
+    (r"wpe/embedding", P(None, "fsdp")),  # [T, D]
+    (r"h/attn/c_attn/kernel", P(None, "fsdp", None, "tensor")),  # [L, D, 3, D]
+    (r"h/attn/c_attn/bias", P(None, None, "tensor")),  # [L, 3, D]
+    (r"h/attn/c_proj/kernel", P(None, "tensor", "fsdp")),  # [L, D, D]
+    (r"h/mlp/c_fc/kernel", P(None, "fsdp", "tensor")),  # [L, D, F]
+    (r"h/mlp/c_fc/bias", P(None, "tensor")),  # [L, F]
+    (r"h/mlp/c_proj/kernel", P(None, "tensor", "fsdp")),  # [L, F, D]
+    (r"h/(attn|mlp)/c_proj/bias", P(None, None)),  # [L, D]
+    (r"h/ln_[12]/(scale|bias)", P(None, None)),  # [L, D]
+    (r"ln_f/(scale|bias)", P(None)),  # [D]
+    (r"lm_head/kernel", P("fsdp", "tensor")),  # [D, V]
+)
+
+
+def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
+    """Returns the mesh (data, fsdp, tensor) over `devices`, all of them unless given.
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    given = math.prod(s for s in sizes if s != -1)
+    count = len(devices)
+    if count % given or (-1 not in sizes and given != count):
+        free = next((axis for axis, size in zip(AXES, sizes, strict=True) if size == -1), "data")
+        fixed = next((axis for axis, size in zip(AXES, sizes, strict=True) if size not in (-1, 1)), "data")
+        near = ", ".join(map(str, nearest_divisors(count, getattr(config, fixed))))
+        shape = "x".join(map(str, sizes))
+        raise ConfigError(
+            f"mesh={shape}: {count} devices cannot form it; nearest valid mesh.{fixed}: {near}, with mesh.{free}=-1"
+        )
+    shape = tuple(count // given if size == -1 else size for size in sizes)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Returns a tree path as 'h/attn/c_attn/kernel'."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def param_spec(path: str) -> P:
+    """Returns the PartitionSpec of the parameter at `path`."""
+    for pattern, spec in PARAM_SPECS:
+        if re.fullmatch(pattern, path):
+            return spec
+    raise ValueError(f"{path}: no row of PARAM_SPECS places this parameter; add one")
+
+
+def param_shardings(params: Any, mesh: Mesh) -> Any:
+    """Returns the NamedSharding of each leaf of a (possibly abstract) parameter tree.
+
+    Raises:
+        ConfigError: a dimension does not divide by its mesh axis.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        spec = param_spec(path_name(path))
+        _check_divides(path_name(path), leaf.shape, spec, mesh)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map_with_path(place, params)
+
+
+def state_shardings(state: Any, params: Any, mesh: Mesh) -> Any:
+    """Returns the NamedSharding of each leaf of `state` (an optimizer state, say) by the rows of `params`.
+
+    A leaf whose path ends in a parameter's path is placed like it. One that lacks some of its dimensions (adafactor's
+    factored moments) takes the spec of those that it keeps; scalars and everything else are replicated.
+    """
+    shapes = {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        owner = next((p for p in sorted(shapes, key=len, reverse=True) if f"/{name}".endswith(f"/{p}")), None)
+        spec = P() if owner is None else _kept_spec(leaf.shape, shapes[owner], param_spec(owner))
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map_with_path(place, state)
+
+
+def constrain(x: jax.Array, spec: P) -> jax.Array:
+    """Returns `x` with its placement fixed where a mesh is set (inside a step), and unchanged elsewhere."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)
+
+
+def data_parallel_size(mesh: Mesh) -> int:
+    """Returns into how many parts the batch is cut."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def _kept_spec(shape: tuple[int, ...], full: tuple[int, ...], spec: P) -> P:
+    """Returns the entries of `spec` for the dims of `full` that are left in `shape`, or P() if it is no part of it."""
+    axes, kept = list(spec) + [None] * (len(full) - len(spec)), []
+    position = 0
+    for size in shape:
+        while position < len(full) and full[position] != size:
+            position += 1
+        if position == len(full):
+            return P()
+        kept.append(axes[position])
+        position += 1
+    return P(*kept)
+
+
+def _check_divides(name: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:
+    for size, axis in zip(shape, spec, strict=False):
+        if axis is not None and size % mesh.shape[axis]:
+            fits = [n for n in range(1, mesh.size + 1) if size % n == 0 and mesh.size % n == 0]
+            near = sorted(sorted(fits, key=lambda n: abs(n - mesh.shape[axis]))[:2])
+            raise ConfigError(
+                f"mesh.{axis}={mesh.shape[axis]}: does not divide {name} of shape {'x'.join(map(str, shape))}; "
+                f"nearest valid: {', '.join(map(str, near))}"
+            )
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Returns how many bytes of an abstract, sharded tree the fullest device holds."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,45 @@
+"""The train state: arrays only, created already sharded."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax.model import GPT
+from gptjax.sharding import param_shardings, state_shardings
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run is besides its config. `step` counts finished updates."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def make_init(
+    model: GPT, optimizer: optax.GradientTransformation, *, mesh: Mesh, seed: int
+) -> tuple[TrainState, Callable[[], TrainState]]:
+    """Returns (abstract_state, init): the state as shapes with shardings, and a function that makes it in that placement.
+
+    The values depend on `seed` only, not on the mesh.
+    """
+
+    def create() -> TrainState:
+        params = model.init(jax.random.key(seed), jnp.zeros((1, model.config.block_size), jnp.int32))["params"]
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    shapes = jax.eval_shape(create)
+    shardings = TrainState(
+        step=NamedSharding(mesh, P()),
+        params=param_shardings(shapes.params, mesh),
+        opt_state=state_shardings(shapes.opt_state, shapes.params, mesh),
+    )
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return abstract, jax.jit(create, out_shardings=shardings)

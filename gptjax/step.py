@@ -1,0 +1,125 @@
+"""The train step and the evaluation step: pure functions, not yet jitted. train.py jits them with shardings ("pjit")."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gptjax.config import Config
+from gptjax.loss import LossSums, cross_entropy
+from gptjax.model import GPT, document_starts, head
+from gptjax.optim import Schedule
+from gptjax.state import TrainState
+
+Metrics = dict[str, jax.Array]
+StepFn = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
+
+
+def make_loss_fn(model: GPT, config: Config, *, eot_id: int, eot_position: str) -> Callable[..., LossSums]:
+    """Returns loss_fn(params, tokens [B, T+1], dropout_key or None) -> sums over the B*T predictions.
+
+    A negative target has weight 0. With data.document_mask attention and positions restart at each document, and a
+    prediction across documents (from a trailing end-of-text) has weight 0 too.
+    """
+
+    def loss_fn(params: Any, tokens: jax.Array, dropout_key: jax.Array | None) -> LossSums:
+        inputs_BT, targets_BT = jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:]
+        starts_BT = None
+        if config.data.document_mask:
+            starts_BT = document_starts(inputs_BT, eot_id=eot_id, eot_position=eot_position)
+            if eot_position == "last":
+                targets_BT = jnp.where(inputs_BT == eot_id, -1, targets_BT)
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        x_BTD = model.apply({"params": params}, inputs_BT, starts_BT, rngs=rngs, method="hidden")
+        with jax.named_scope("loss"):
+            return cross_entropy(
+                x_BTD, head(params), targets_BT, vocab_size=model.config.vocab_size, chunk=config.compute.loss_chunk
+            )
+
+    return loss_fn
+
+
+def make_train_step(
+    loss_fn: Callable[..., LossSums], optimizer: optax.GradientTransformation, schedule: Schedule, *, config: Config
+) -> StepFn:
+    """Returns train_step(state, tokens_ABT) -> (state, metrics), where tokens_ABT is int32 [A, B, T+1].
+
+    One update from the mean over all tokens of the A micro-batches. Where the loss or the gradient is not finite, params
+    and optimizer state stay as they are and only `step` moves on. Metrics are float32 scalars: loss, grad_norm (before
+    clipping), update_norm, lr, tokens, finite (1 or 0).
+    """
+    z_weight, clip, dropout = config.train.z_loss, config.optim.grad_clip, config.model.dropout
+
+    def summed(params: Any, tokens: jax.Array, key: jax.Array | None) -> tuple[jax.Array, LossSums]:
+        sums = loss_fn(params, tokens, key)
+        return sums.loss + z_weight * sums.z_loss if z_weight else sums.loss, sums
+
+    def train_step(state: TrainState, tokens_ABT: jax.Array) -> tuple[TrainState, Metrics]:
+        step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+
+        def micro_step(index: jax.typing.ArrayLike, tokens: jax.Array) -> tuple[Any, LossSums]:
+            key = jax.random.fold_in(step_key, index) if dropout else None
+            grads, sums = jax.grad(summed, has_aux=True)(state.params, tokens, key)
+            return grads, sums
+
+        grads, sums = accumulate(micro_step, tokens_ABT)
+        with jax.named_scope("update"):
+            grads = jax.tree.map(lambda g: g / sums.tokens, grads)
+            grad_norm = optax.global_norm(grads)
+            if clip:
+                grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / (grad_norm + 1e-6)), grads)
+            lr = schedule(state.step)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            updates = jax.tree.map(lambda u: lr * u, updates)
+            loss = sums.loss / sums.tokens
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+            new_state = TrainState(
+                step=state.step + 1,
+                params=keep(optax.apply_updates(state.params, updates), state.params),
+                opt_state=keep(opt_state, state.opt_state),
+            )
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "update_norm": optax.global_norm(updates),
+            "lr": lr,
+            "tokens": sums.tokens,
+            "finite": finite.astype(jnp.float32),
+        }
+        return new_state, metrics
+
+    return train_step
+
+
+def accumulate(micro_step: Callable[..., Any], tokens_ABT: jax.Array) -> Any:
+    """Returns the sum over a of micro_step(a, tokens_ABT[a]), a tree of float32, holding one micro-batch at a time."""
+    if tokens_ABT.shape[0] == 1:
+        return micro_step(0, tokens_ABT[0])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro_step, 0, tokens_ABT[0]))
+
+    def add(total: Any, micro: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, micro_step(*micro)), None
+
+    return jax.lax.scan(add, zeros, (jnp.arange(tokens_ABT.shape[0]), tokens_ABT))[0]
+
+
+def make_multi_step(train_step: StepFn) -> StepFn:
+    """Returns train_step over K batches [K, A, B, T+1] in one dispatch; metrics gain a leading dim K."""
+    return lambda state, batches: jax.lax.scan(train_step, state, batches)
+
+
+def make_eval_step(loss_fn: Callable[..., LossSums]) -> Callable[..., tuple[LossSums, jax.Array]]:
+    """Returns eval_step(params, tokens_ABT, token_bytes_V) -> (summed loss, summed bytes of the counted targets)."""
+
+    def eval_step(params: Any, tokens_ABT: jax.Array, token_bytes_V: jax.Array) -> tuple[LossSums, jax.Array]:
+        def micro_step(_: jax.typing.ArrayLike, tokens: jax.Array) -> tuple[LossSums, jax.Array]:
+            targets_BT = tokens[:, 1:]
+            size_BT = jnp.where(targets_BT >= 0, token_bytes_V[jnp.maximum(targets_BT, 0)], 0)
+            return loss_fn(params, tokens, None), jnp.sum(size_BT, dtype=jnp.float32)
+
+        return accumulate(micro_step, tokens_ABT)
+
+    return eval_step
