@@ -106,7 +106,9 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name == "bytes":
         return _make("bytes", BYTES_PATTERN, {bytes([byte]): byte for byte in range(256)})
     if not os.path.isfile(name):
-        raise ConfigError(f"data.tokenizer={name!r}: expected gpt2, bytes, or a saved tokenizer file; there is no such file")
+        raise ConfigError(
+            f"data.tokenizer={name!r}: expected gpt2, bytes, or a saved tokenizer file; there is no such file"
+        )
     return _load_file(name)
 
 
