@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ def masked_attention(
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns attention [B, T, N, H] in plain XLA, its softmax in float32; mask [B or 1, 1, T, S] is True for seen keys."""
+    """Returns attention [B, T, N, H] in plain XLA, softmax in float32; mask [B or 1, 1, T, S] is True for seen keys."""
     scale = 1 / math.sqrt(q_BTNH.shape[-1])
     scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32) * scale
     weights_BNTS = jax.nn.softmax(jnp.where(mask, scores_BNTS, jnp.finfo(jnp.float32).min), axis=-1)
@@ -138,5 +139,5 @@ def splash_on_one_device(
     kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
     pad = functools.partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, 0), (0, width - H)))
     q, k, v = (jnp.moveaxis(pad(x), 2, 1) for x in (q_BTNH / math.sqrt(H), k_BTNH, v_BTNH))
-    y = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))(q, k, v, segments_BT)
+    y: Any = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))(q, k, v, segments_BT)
     return jnp.moveaxis(y, 1, 2)[..., :H]

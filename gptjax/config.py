@@ -1,4 +1,4 @@
-"""Every setting of a run as frozen dataclasses, with their validation; the standard library only, so a mistake exits before JAX loads."""
+"""Every setting of a run and its validation; the standard library only, so that a mistake exits before JAX loads."""
 
 import dataclasses
 import difflib
@@ -108,7 +108,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole run. The batch, the learning rate, the dropout key and the shardings are functions of this and of the step."""
+    """A whole run: batch, learning rate, dropout key and shardings are functions of this and of the step."""
 
     model: GPTConfig = GPTConfig()
     compute: ComputeConfig = ComputeConfig()
@@ -173,7 +173,7 @@ AT_LEAST = {
 }
 
 BELOW_ONE = ("model.dropout", "optim.beta1", "optim.beta2", "optim.muon_beta")
-LARGEST_SEED = 2**32 - 1
+LARGEST_SEED = 2**31 - 1
 PERIODS = ("train.log_every", "train.eval_every", "train.sample_every", "checkpoint.save_every", "train.num_steps")
 
 
@@ -288,10 +288,8 @@ def _find_conflicts(config: Config, flat: dict[str, Any]) -> list[str]:
     model, optim, train = config.model, config.optim, config.train
     problems = []
     if model.n_embd % model.n_head:
-        near = nearest_divisors(model.n_embd, model.n_head)
-        problems.append(
-            f"model.n_head={model.n_head}: must divide model.n_embd={model.n_embd}; nearest valid: {', '.join(map(str, near))}"
-        )
+        near = ", ".join(map(str, nearest_divisors(model.n_embd, model.n_head)))
+        problems.append(f"model.n_head={model.n_head}: must divide model.n_embd={model.n_embd}; nearest valid: {near}")
     if optim.min_lr > optim.peak_lr:
         problems.append(f"optim.min_lr={optim.min_lr}: must not exceed optim.peak_lr={optim.peak_lr}")
     if optim.decay_fraction > 1:
@@ -302,7 +300,8 @@ def _find_conflicts(config: Config, flat: dict[str, Any]) -> list[str]:
         problems.append("mesh: only one of mesh.data, mesh.fsdp, mesh.tensor may be -1")
     every = train.steps_per_dispatch
     problems += [
-        f"{path}={flat[path]}: must be a multiple of train.steps_per_dispatch={every}; nearest valid: {max(every, flat[path] // every * every)}"
+        f"{path}={flat[path]}: must be a multiple of train.steps_per_dispatch={every}; "
+        f"nearest valid: {max(every, flat[path] // every * every)}"
         for path in PERIODS
         if flat[path] % every
     ]

@@ -8,6 +8,7 @@ never shards: `x_BTD` is [B, T, D].
 import dataclasses
 import logging
 import math
+import typing
 from typing import Any
 
 import flax.linen as nn
@@ -46,7 +47,7 @@ class Compute:
 
 
 def resolve_compute(config: Config, mesh: Mesh) -> Compute:
-    """Returns how to compute on the devices of `mesh`, which need not be present, saying once why a fast path is off."""
+    """Returns how to compute on the devices of `mesh`, present or not, saying once why a fast path is off."""
     device = mesh.devices.flat[0]
     compute, model = config.compute, config.model
     dtype = jnp.dtype(_default_dtype(device) if compute.dtype == "auto" else compute.dtype)
@@ -192,7 +193,7 @@ def scanned_blocks(config: GPTConfig, compute: Compute) -> nn.Module:
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=nn.broadcast,
+        in_axes=typing.cast(Any, nn.broadcast),
         length=config.n_layer,
         unroll=min(compute.unroll, config.n_layer),
     )
@@ -236,7 +237,7 @@ def gathered(table: jax.Array) -> jax.Array:
 
 
 def document_starts(tokens_BT: jax.Array, *, eot_id: int, eot_position: str) -> jax.Array:
-    """Returns bool [B, T], True where a document starts: at the first position, and after ('last') or at ('first') eot."""
+    """Returns bool [B, T], True where a document starts: position 0, and after ('last') or at ('first') each eot."""
     eot_BT = tokens_BT == eot_id
     if eot_position == "last":
         eot_BT = jnp.roll(eot_BT, 1, axis=1)

@@ -20,8 +20,8 @@ MUON = r"h/.*/kernel"  # hidden matrices; tables, head, biases and LayerNorm go 
 def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
     """Returns step -> learning rate, float32; update n (from 0) uses schedule(n).
 
-    Warm-up is linear and reaches peak_lr at update `warmup_steps`, its first update already above 0. `cosine` then falls
-    to min_lr at `num_steps`; `wsd` (warm-up, stable, decay: Hu et al. 2024, "MiniCPM", section 4) stays and falls
+    Warm-up is linear and reaches peak_lr at update `warmup_steps`, its first update already above 0. `cosine` then
+    falls to min_lr at `num_steps`; `wsd` (warm-up, stable, decay: Hu et al. 2024, "MiniCPM", section 4) stays and falls
     linearly over the last decay_fraction of the run; `constant` stays.
     """
     peak, low, warmup = config.peak_lr, config.min_lr, config.warmup_steps

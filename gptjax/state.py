@@ -1,9 +1,9 @@
 """The train state: arrays only, created already sharded."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,11 +14,12 @@ from gptjax.model import GPT
 from gptjax.sharding import param_shardings, state_shardings
 
 
-@flax.struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """All that a run is besides its config. `step` counts finished updates."""
 
-    step: jax.Array
+    step: Any
     params: Any
     opt_state: Any
 
@@ -26,7 +27,7 @@ class TrainState:
 def make_init(
     model: GPT, optimizer: optax.GradientTransformation, *, mesh: Mesh, seed: int
 ) -> tuple[TrainState, Callable[[], TrainState]]:
-    """Returns (abstract_state, init): the state as shapes with shardings, and a function that makes it in that placement.
+    """Returns (abstract_state, init): the state as shapes with shardings, and a function that makes it so placed.
 
     The values depend on `seed` only, not on the mesh.
     """

@@ -1,4 +1,4 @@
-"""The train step and the evaluation step: pure functions, not yet jitted. train.py jits them with shardings ("pjit")."""
+"""The train and evaluation steps: pure functions, which train.py jits with shardings ("pjit")."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +32,7 @@ def make_loss_fn(model: GPT, config: Config, *, eot_id: int, eot_position: str) 
             if eot_position == "last":
                 targets_BT = jnp.where(inputs_BT == eot_id, -1, targets_BT)
         rngs = None if dropout_key is None else {"dropout": dropout_key}
-        x_BTD = model.apply({"params": params}, inputs_BT, starts_BT, rngs=rngs, method="hidden")
+        x_BTD: Any = model.apply({"params": params}, inputs_BT, starts_BT, rngs=rngs, method="hidden")
         with jax.named_scope("loss"):
             return cross_entropy(
                 x_BTD, head(params), targets_BT, vocab_size=model.config.vocab_size, chunk=config.compute.loss_chunk
@@ -46,9 +46,9 @@ def make_train_step(
 ) -> StepFn:
     """Returns train_step(state, tokens_ABT) -> (state, metrics), where tokens_ABT is int32 [A, B, T+1].
 
-    One update from the mean over all tokens of the A micro-batches. Where the loss or the gradient is not finite, params
-    and optimizer state stay as they are and only `step` moves on. Metrics are float32 scalars: loss, grad_norm (before
-    clipping), update_norm, lr, tokens, finite (1 or 0).
+    One update from the mean over all tokens of the A micro-batches. Where the loss or the gradient is not finite,
+    params and optimizer state stay as they are and only `step` moves on. Metrics are float32 scalars: loss, grad_norm
+    (before clipping), update_norm, lr, tokens, finite (1 or 0).
     """
     z_weight, clip, dropout = config.train.z_loss, config.optim.grad_clip, config.model.dropout
 
