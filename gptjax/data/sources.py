@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import io
 import os
+import platform
 import sysconfig
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 from gptjax.errors import ConfigError, DataError, UnavailableError
 
@@ -114,7 +115,8 @@ def _opened(path: str) -> Iterator[io.TextIOBase]:
 
 
 def _open_stdlib(work_dir: str) -> Source:
-    builder = _make_stdlib_builder(work_dir)
+    # Another Python has another library: what an interrupted run left of it must not pass for this one.
+    builder = _make_stdlib_builder(os.path.join(work_dir, f"python-{platform.python_version()}"))
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS's own report: nothing is downloaded here
         builder.download_and_prepare()
     return _read_builder(builder, "stdlib", "text", id_feature="id")
@@ -162,7 +164,7 @@ def _open_tfds(name: str, text_feature: str) -> Source:
         builder = tfds.builder(name, file_format="array_record")
     except (ValueError, ImportError) as error:  # its message lists every data set there is
         raise ConfigError(f"data.source=tfds:{name}: {str(error).splitlines()[0]}") from error
-    features = list(builder.info.features or ())
+    features = list(cast(Iterable[str], builder.info.features or ()))
     if text_feature not in features:
         raise ConfigError(f"data.text_feature={text_feature!r}: tfds:{name} has {', '.join(features) or 'no features'}")
     try:
@@ -181,7 +183,7 @@ def _read_builder(builder: "DatasetBuilder", name: str, text_feature: str, *, id
 
     def documents() -> Iterator[Document]:
         for split in splits:
-            rows = builder.as_data_source(split=split)
+            rows = cast(Any, builder).as_data_source(split)
             for index in range(len(rows)):
                 row = rows[index]
                 name = _to_text(row[id_feature]) if id_feature else f"{split}/{index}"
