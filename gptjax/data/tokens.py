@@ -62,7 +62,7 @@ class Meta:
     splits: dict[str, SplitMeta]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Split:
     """The tokens of one split, memory-mapped, checked, and identified by `fingerprint`."""
 
