@@ -1,4 +1,4 @@
-"""How many tokens a second one core reads from shuffled windows, and what stays resident: `python benchmarks/data.py`."""
+"""How many tokens a second one core reads from shuffled windows, and how much memory that takes."""
 
 import argparse
 import os

@@ -101,7 +101,7 @@ class Dataset:
         return np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size, dtype=np.int64)
 
     def _shuffle(self, samples: np.ndarray) -> np.ndarray:
-        """Returns the window of each sample; sample n is of epoch n // num_windows, which has a permutation of its own."""
+        """Returns each sample's window: sample n is of epoch n // num_windows, which has its own permutation."""
         epochs, positions = np.divmod(samples, self.num_windows)
         seeds = {epoch: _epoch_seed(self.seed, epoch) for epoch in np.unique(epochs).tolist()}
         pairs = zip(epochs.tolist(), positions.tolist(), strict=True)
@@ -138,7 +138,8 @@ class Dataset:
         shape = (*samples_AB.shape, self.block_size + 1)
         cache: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}  # devices that replicate rows share one reading
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             key = tuple(part.indices(size) for part, size in zip(index[:2], shape, strict=False))
             if key not in cache:
                 own_AB = samples_AB[index[:2]]
