@@ -3,14 +3,12 @@
 import dataclasses
 import difflib
 import math
+import pathlib
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from gptjax.errors import ConfigError
-
-if typing.TYPE_CHECKING:
-    from ml_collections import ConfigDict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +175,7 @@ LARGEST_SEED = 2**31 - 1
 PERIODS = ("train.log_every", "train.eval_every", "train.sample_every", "checkpoint.save_every", "train.num_steps")
 
 
-def default_config() -> "ConfigDict":
+def default_config() -> Any:
     """Returns every field with its default as a locked ConfigDict: what a config file's get_config() starts from."""
     from ml_collections import ConfigDict  # here, so that this module needs the standard library only
 
@@ -199,6 +197,38 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     if problems:
         raise ConfigError("\n".join(problems))
     return config
+
+
+def load(path: str, overrides: Mapping[str, str]) -> Config:
+    """Returns the Config of a config file's get_config(), with `overrides` {"model.n_layer": "6"} applied.
+
+    Raises:
+        ConfigError: the file is missing or fails, or a field or value is wrong.
+    """
+    values = _run_config_file(path)
+    for name, text in overrides.items():
+        *sections, last = name.split(".")
+        target: Any = values
+        for section in sections:
+            target = target.get(section) if isinstance(target, dict) else None
+        if not isinstance(target, dict) or isinstance(target.get(last), dict):
+            raise ConfigError(unknown_field(name))
+        target[last] = text
+    return from_dict(values)
+
+
+def _run_config_file(path: str) -> dict[str, Any]:
+    file = pathlib.Path(path)
+    if not file.is_file():
+        near = ", ".join(sorted(str(p) for p in file.parent.glob("*.py"))) if file.parent.is_dir() else ""
+        raise ConfigError(f"--config={path}: no such file" + (f"; there are: {near}" if near else ""))
+    scope: dict[str, Any] = {"__name__": file.stem, "__file__": str(file)}
+    try:
+        exec(compile(file.read_text(), str(file), "exec"), scope)  # a config file is code: see SECURITY.md
+        values = scope["get_config"]()
+    except Exception as error:
+        raise ConfigError(f"--config={path}: get_config() failed: {type(error).__name__}: {error}") from error
+    return values.to_dict() if hasattr(values, "to_dict") else dict(values)
 
 
 def flatten(config: Config) -> dict[str, Any]:

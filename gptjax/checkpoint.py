@@ -1,0 +1,320 @@
+"""Checkpoints: save in the background, verify every bit on the way back, fall back to an older one, on any mesh.
+
+A checkpoint is `checkpoints/<step>/` with `params` and `opt_state` as Orbax trees, and a record in Orbax's custom
+metadata: step, config, history, data fingerprint, a fingerprint of every array, versions. The record carries its own
+checksum.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import v1 as ocp
+
+from gptjax.config import Config, flatten, from_dict
+from gptjax.errors import CheckpointError, ConfigError, SaveError
+from gptjax.model import GPT
+from gptjax.sharding import make_mesh, param_shardings, path_name
+from gptjax.state import TrainState
+
+log = logging.getLogger("gptjax")
+FORMAT = 1
+MAX_FAILED_SAVES = 3
+DAMAGE = (ValueError, KeyError, TypeError, FileNotFoundError, NotADirectoryError, EOFError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a checkpoint says of itself."""
+
+    step: int
+    config: dict[str, Any]
+    history: dict[str, Any]  # what happened so far: skipped steps, seconds spent
+    data: dict[str, Any]  # fingerprint of the data, and what gives the order of its batches
+    fingerprints: dict[str, list[int]]
+    versions: dict[str, str]
+    format: int = FORMAT
+
+
+class Damaged(Exception):
+    """One checkpoint cannot be trusted; the message is a short reason."""
+
+
+class Checkpointer:
+    """The checkpoints of one work directory. Close it: the last save is finished, or fails, there."""
+
+    def __init__(self, workdir: str, *, keep: int = 1) -> None:
+        policies: Any = ocp.training.preservation_policies
+        decisions: Any = ocp.training.save_decision_policies
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["val_loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        self.directory = epath.Path(os.path.abspath(workdir) if "://" not in workdir else workdir) / "checkpoints"
+        self._open = lambda: ocp.training.Checkpointer(
+            self.directory,
+            save_decision_policy=decisions.FixedIntervalPolicy(1),
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            cleanup_tmp_directories=True,
+        )
+        self._orbax: Any = None
+        self._pending: Any = None
+        self._failed = 0
+
+    def steps(self) -> list[int]:
+        """Returns the steps of all finished checkpoints, damaged or not, in rising order."""
+        if not self.directory.exists():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+
+    def save(
+        self,
+        state: TrainState,
+        step: int,
+        *,
+        config: Config,
+        history: dict[str, Any],
+        data: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Starts to save `state`, which may be donated as soon as this returns; first waits for the save before.
+
+        metrics: of this step's validation, to keep the best by `val_loss`; None where there was none.
+
+        Raises:
+            SaveError: saves have failed several times in a row.
+        """
+        self._finish_pending(MAX_FAILED_SAVES)
+        if self._orbax is None:
+            self._orbax = self._open()
+        trees = {"params": state.params, "opt_state": state.opt_state}
+        record = Record(step, config.to_dict(), history, data, fingerprints(trees), versions())
+        try:
+            self._pending = self._orbax.save_checkpointables_async(
+                step, trees, custom_metadata=_seal(record), metrics=metrics
+            )
+        except OSError as error:
+            self._save_failed(error, MAX_FAILED_SAVES)
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk.
+
+        Raises:
+            SaveError: it failed.
+        """
+        self._finish_pending(1)
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            if self._orbax is not None:
+                self._orbax.close()
+                self._orbax = None
+
+    def _finish_pending(self, allowed: int) -> None:
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+            self._failed = 0
+        except Exception as error:  # whatever Orbax met: it is counted, told, and raised at the limit
+            self._save_failed(error, allowed)
+
+    def _save_failed(self, error: Exception, allowed: int) -> None:
+        self._failed += 1
+        if self._failed >= allowed:
+            raise SaveError(f"{self.directory}: {self._failed} saves failed: {_one_line(error)}") from error
+        log.warning("save failed, training goes on: %s", _one_line(error))
+        self._orbax = None  # opened anew at the next save: that removes what this one left, and re-reads the directory
+
+    def restore_latest(
+        self, abstract: TrainState, *, check: Callable[[Record], None] = lambda record: None
+    ) -> tuple[TrainState, Record] | None:
+        """Returns the newest checkpoint that is intact, in the placement of `abstract`; None where there are none.
+
+        check: called with each record before its arrays are read; raises to refuse the run.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none is intact.
+        """
+        refused: list[str] = []
+        for step in reversed(self.steps()):
+            try:
+                record = self.read_record(step)
+                check(record)
+                trees = self.load(step, {"params": abstract.params, "opt_state": abstract.opt_state}, record)
+            except Damaged as damage:
+                refused.append(f"step {step}: {damage}")
+                self._quarantine(step, damage)
+                continue
+            placed = NamedSharding(abstract.step.sharding.mesh, P())
+            return TrainState(jax.device_put(jnp.asarray(step, jnp.int32), placed), **trees), record
+        refused += [path.name for path in self._quarantined() if not any(path.name.startswith(r[5:]) for r in refused)]
+        if refused:
+            raise CheckpointError(
+                f"{self.directory}: no usable checkpoint: {'; '.join(refused)}\n"
+                "to start afresh, choose another --workdir or remove that directory"
+            )
+        return None
+
+    def read_record(self, step: int) -> Record:
+        """Returns the record of one checkpoint.
+
+        Raises:
+            Damaged: it cannot be read, or its checksum is wrong.
+        """
+        try:
+            metadata = json.loads((self.directory / str(step) / "_CHECKPOINT_METADATA").read_text())
+            record = _unseal(metadata["custom_metadata"])
+        except (*DAMAGE, UnicodeDecodeError) as error:
+            raise Damaged(f"record unreadable ({_one_line(error)})") from error
+        if record.format > FORMAT:
+            raise CheckpointError(
+                f"{self.directory}/{step}: made by a newer gptjax {record.versions}; upgrade this one"
+            )
+        if record.step != step:
+            raise Damaged(f"its record is of step {record.step}")
+        return record
+
+    def load(self, step: int, abstract: dict[str, Any], record: Record) -> dict[str, Any]:
+        """Returns the named trees of one checkpoint, each leaf checked against its fingerprint, fit for donation.
+
+        Raises:
+            Damaged: an array is missing, unreadable or not the one that was saved.
+        """
+        try:
+            trees = ocp.load_checkpointables(self.directory / str(step), abstract)
+        except DAMAGE as error:
+            raise Damaged(f"unreadable ({_one_line(error)})") from error
+        found = fingerprints(trees)
+        wrong = [name for name, value in found.items() if record.fingerprints.get(name) != value]
+        if wrong:
+            raise Damaged(f"{wrong[0]} is not what was saved" + (f", nor {len(wrong) - 1} more" if wrong[1:] else ""))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)(trees)
+
+    def _quarantined(self) -> list[Any]:
+        return (
+            sorted(path for path in self.directory.iterdir() if re.match(r"\d+\.corrupt-", path.name))
+            if self.directory.exists()
+            else []
+        )
+
+    def _quarantine(self, step: int, damage: Damaged) -> None:
+        reason = re.sub(r"[^a-z0-9]+", "-", str(damage).split("(")[0].lower()).strip("-")[:40]
+        target = self.directory / f"{step}.corrupt-{reason}"
+        log.warning("checkpoint %s/%d refused: %s; renamed to %s", self.directory, step, damage, target.name)
+        if jax.process_index() == 0:
+            (self.directory / str(step)).rename(target)
+
+
+def load_params(workdir: str, *, step: int | None = None) -> tuple[Config, Any, int]:
+    """Returns (config, params, step) of the newest intact checkpoint, or of `step`, on the devices of this process.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    checkpointer = Checkpointer(workdir)
+    steps = checkpointer.steps()
+    if not steps or (step is not None and step not in steps):
+        have = ", ".join(map(str, steps)) or "none"
+        wanted = "" if step is None else f" of step {step}"
+        raise CheckpointError(f"--workdir={workdir}: no checkpoint{wanted}; there are: {have}")
+    refused = []
+    for candidate in [step] if step is not None else reversed(steps):
+        try:
+            record = checkpointer.read_record(candidate)
+            config = from_dict(record.config)
+            params = checkpointer.load(candidate, {"params": _abstract_params(config)}, record)["params"]
+        except Damaged as damage:
+            refused.append(f"step {candidate}: {damage}")
+            continue
+        return config, params, candidate
+    raise CheckpointError(f"--workdir={workdir}: no usable checkpoint: {'; '.join(refused)}")
+
+
+def _abstract_params(config: Config) -> Any:
+    mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), jax.local_devices()[:1])
+    tokens = jnp.zeros((1, config.model.block_size), jnp.int32)
+    shapes = jax.eval_shape(GPT(config.model).init, jax.random.key(0), tokens)["params"]
+    shardings = param_shardings(shapes, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def fingerprints(tree: Any) -> dict[str, list[int]]:
+    """Returns two 32-bit sums for each leaf, by path: any changed bit changes them; the placement does not."""
+    sums = jax.jit(lambda t: jax.tree.map(_fingerprint, t))(tree)
+    return {path_name(path): np.asarray(leaf).tolist() for path, leaf in jax.tree.leaves_with_path(sums)}
+
+
+def _fingerprint(x: jax.Array) -> jax.Array:
+    width = x.dtype.itemsize * 8
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+    index, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for dim in reversed(range(x.ndim)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * jnp.uint32(stride % 2**32)
+        stride *= x.shape[dim]
+    salts = (0x9E3779B9, 0x7F4A7C15)
+    return jnp.stack([jnp.sum(_mix(bits ^ _mix(index + jnp.uint32(salt))), dtype=jnp.uint32) for salt in salts])
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """The finaliser of MurmurHash3 (Appleby, public domain): a bijection of uint32 that spreads every bit."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _seal(record: Record) -> dict[str, str]:
+    text = json.dumps(dataclasses.asdict(record), sort_keys=True)
+    return {"record": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _unseal(sealed: dict[str, str]) -> Record:
+    if hashlib.sha256(sealed["record"].encode()).hexdigest() != sealed["sha256"]:
+        raise ValueError("wrong checksum")
+    return Record(**json.loads(sealed["record"]))
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what a run's bits depend on."""
+    names = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def compare_configs(old: dict[str, Any], new: Config) -> None:
+    """Accepts or refuses to continue a run of config `old` with `new`, noting what changed.
+
+    Raises:
+        ConfigError: the model or the optimizer is another one.
+    """
+    before, after = flatten(from_dict(old)), flatten(new)
+    changed = {name: (before[name], after[name]) for name in after if before[name] != after[name]}
+    fatal = {n: c for n, c in changed.items() if n.startswith("model.") or n == "optim.name"}
+    if fatal:
+        raise ConfigError(
+            "\n".join(
+                f"{n}: the checkpoint has {a!r}, the config {b!r}; choose another --workdir"
+                for n, (a, b) in fatal.items()
+            )
+        )
+    for name, (was, now) in changed.items():
+        log.info("note: %s changed from %r to %r since the checkpoint", name, was, now)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."

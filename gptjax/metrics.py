@@ -1,0 +1,267 @@
+"""What a run tells of itself: metrics.jsonl, TensorBoard, Weights & Biases, and one line on the screen."""
+
+import json
+import logging
+import math
+import os
+import pathlib
+import shutil
+import sys
+import time
+from typing import Any
+
+from gptjax.config import Config
+
+log = logging.getLogger("gptjax")
+
+# Dense bfloat16 peak of one device in FLOP/s, by the start of JAX's device_kind. Sources: the makers' data sheets
+# (NVIDIA A100, H100 SXM, H200, B200: without sparsity; Google Cloud TPU v4, v5e, v5p, v6e documentation).
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def peak_flops(device: Any) -> float:
+    """Returns the peak FLOP/s of a device, or nan where it is not known."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), math.nan)
+
+
+class RunLog:
+    """The log files of one run, in `directory`; close it.
+
+    metrics.jsonl is the truth: what comes after step `resumed_from` is cut from it, and TensorBoard's events are
+    written anew from what is left, so that no step stands in either of them twice.
+    """
+
+    def __init__(self, directory: str, config: Config, *, resumed_from: int) -> None:
+        path, project = pathlib.Path(directory) / "metrics.jsonl", config.log.wandb_project
+        kept = cut_to_step(path, resumed_from)
+        self._file = open(path, "a")  # noqa: SIM115
+        self._tensorboard = _open_tensorboard(path.parent / "tensorboard", kept) if config.log.tensorboard else None
+        self._wandb: Any = _open_wandb(project, directory, config.to_dict()) if project else None
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends one object, which has a `step`; a number that is not finite becomes null."""
+        row = _finite(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            _write_events(self._tensorboard, row)
+        if self._wandb:
+            self._to_wandb(row)
+
+    def write_text(self, name: str, text: str, step: int) -> None:
+        if self._tensorboard:
+            self._tensorboard.add_text(name, text, step)
+
+    def sync(self) -> None:
+        """Returns when all that was written is on disk."""
+        os.fsync(self._file.fileno())
+        if self._tensorboard:
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._to_wandb(None)
+
+    def _to_wandb(self, row: dict[str, Any] | None) -> None:
+        try:
+            if row is None:
+                self._wandb.finish()
+            else:
+                self._wandb.log(row, step=row["step"])
+        except Exception as error:  # a tracker never stops a run
+            log.warning("wandb is off from here on: %s", error)
+            self._wandb = None
+
+
+def cut_to_step(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
+    """Cuts a metrics file after `step`, dropping a torn last line too, and returns the rows that are left."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
+            kept.append(row)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    os.replace(temporary, path)
+    return kept
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _open_tensorboard(directory: pathlib.Path, rows: list[dict[str, Any]]) -> Any:
+    from tensorboardX import SummaryWriter  # slow to import
+
+    shutil.rmtree(directory, ignore_errors=True)
+    writer = SummaryWriter(str(directory))
+    for row in rows:
+        _write_events(writer, row)
+    return writer
+
+
+def _write_events(writer: Any, row: dict[str, Any]) -> None:
+    for name, value in row.items():
+        if name != "step" and isinstance(value, int | float):
+            writer.add_scalar(name, value, row["step"])
+
+
+def _open_wandb(project: str, directory: str, config: Any) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        return wandb.init(project=project, dir=directory, config=config, resume="allow", id=_run_id(directory))
+    except Exception as error:  # a tracker never stops a run
+        log.warning("log.wandb_project=%r: wandb is off: %s", project, error)
+        return None
+
+
+def _run_id(directory: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in os.path.abspath(directory))[-64:].strip("-")
+
+
+class Stopwatch:
+    """Seconds spent by kind (step, data_wait, evaluation, checkpoint, ...), for throughput and the final account."""
+
+    def __init__(self, spent: dict[str, float] | None = None) -> None:
+        self.spent = dict(spent or {})
+        self._since = time.perf_counter()
+
+    def add(self, kind: str) -> float:
+        """Books the time since the last call under `kind`, and returns it."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self.spent[kind] = self.spent.get(kind, 0.0) + seconds
+        return seconds
+
+
+class Reporter:
+    """Tells of a run's steps, validations and samples: in its log files, and on the screen; close it.
+
+    On a terminal one line follows the run; elsewhere each report is a line of its own.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        config: Config,
+        *,
+        resumed_from: int,
+        seconds: dict[str, float],
+        tokens_per_step: int,
+        flops_per_step: float,
+        peak_flops: float,
+    ) -> None:
+        self.directory, self._train = directory, config.train
+        self._log = RunLog(directory, config, resumed_from=resumed_from)
+        self.watch = Stopwatch(seconds)
+        self._tokens, self._flops, self._peak = tokens_per_step, flops_per_step, peak_flops
+        self._since, self._spent = resumed_from + config.train.steps_per_dispatch, dict(self.watch.spent)
+        self._live = _start_live()
+
+    def report_step(self, step: int, row: dict[str, float], *, skipped: int) -> None:
+        """Reports the metrics of one step, every train.log_every steps and at the last one."""
+        if step % self._train.log_every and step != self._train.num_steps:
+            return
+        waited, computed = (self.watch.spent.get(k, 0.0) - self._spent.get(k, 0.0) for k in ("data_wait", "step"))
+        steps, seconds = step - self._since, waited + computed
+        self._since, self._spent = step, dict(self.watch.spent)
+        rate = steps * self._tokens / seconds if steps > 0 and seconds else math.nan
+        row = {
+            "step": step,
+            **row,
+            "tokens_per_second": rate,
+            "mfu": rate * self._flops / self._tokens / self._peak,
+            "step_seconds": self._tokens / rate,
+            "data_wait": waited / seconds if seconds else math.nan,
+        }
+        self._log.write(row | ({"skipped_steps": skipped} if skipped else {}))
+        self._show(step_line(row, self._train.num_steps))
+
+    def report_validation(self, step: int, result: dict[str, float]) -> None:
+        self._log.write({"step": step, **result})
+        log.info("step %d  validation loss %.4f  perplexity %.2f  bits per byte %.3f", step, *result.values())
+
+    def report_sample(self, step: int, text: str) -> None:
+        self._log.write_text("sample", text, step)
+        with open(os.path.join(self.directory, "samples.txt"), "a") as file:
+            file.write(f"--- step {step}\n{text}\n")
+        log.info("step %d  sample:\n%s", step, text)
+
+    def _show(self, line: str) -> None:
+        if self._live is None:
+            log.info("%s", line)
+        else:
+            self._live.update(line)
+
+    def sync(self) -> None:
+        self._log.sync()
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+        self._log.close()
+
+
+def step_line(row: dict[str, float], num_steps: int) -> str:
+    """Returns a step's metrics as one line."""
+    rate = f"{row['tokens_per_second']:,.0f}" if math.isfinite(row["tokens_per_second"]) else "n/a"
+    left = (num_steps - row["step"]) * row["step_seconds"]
+    return (
+        f"step {row['step']}/{num_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  grad {row['grad_norm']:.2f}  "
+        f"{rate} tokens/s  mfu {_percent(row['mfu'])}  {duration(row['step_seconds'])}/step  "
+        f"wait {_percent(row['data_wait'])}  eta {duration(left)}"
+    )
+
+
+def _start_live() -> Any:
+    """Returns a line at the bottom of the terminal that log lines scroll above, or None where there is no terminal."""
+    if not sys.stdout.isatty():
+        return None
+    from rich.live import Live
+
+    live = Live(refresh_per_second=4, redirect_stdout=True)
+    live.start()
+    return live
+
+
+def duration(seconds: float) -> str:
+    """Returns seconds as people write them.
+
+    >>> duration(59.6), duration(3700), duration(200000)
+    ('1m00s', '1h01m', '2d07h')
+    """
+    if not math.isfinite(seconds):
+        return "n/a"
+    whole = round(seconds)
+    if seconds < 1:
+        return f"{1e3 * seconds:.0f}ms"
+    if whole < 60:
+        return f"{whole}s" if whole >= 10 else f"{seconds:.1f}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def _percent(share: float | None) -> str:
+    return "n/a" if share is None or not math.isfinite(share) else f"{100 * share:.1f}%"
