@@ -112,6 +112,8 @@ class Dataset:
         return np.where(samples < self.num_windows, windows, NO_WINDOW)
 
     def _permute(self, pairs: Iterator[tuple[int, int]]) -> np.ndarray:
+        # Constant memory for any number of windows. Grain tries numbers below 2**16 until one is in range, which takes
+        # 6 microseconds a window from some 10,000 windows on, but milliseconds where there are ten.
         last = self.num_windows - 1
         shuffled = (index_shuffle(index, max_index=last, seed=seed, rounds=SHUFFLE_ROUNDS) for index, seed in pairs)
         return np.fromiter(shuffled, np.int64)

@@ -34,6 +34,7 @@ BATCH_BYTES = 8 * 2**20  # of text held in memory at a time, give or take a docu
 REPORT_SECONDS = 10.0
 SHARD_NAMES = {"train": "train_{:06d}.bin", "validation": "val_{:06d}.bin"}
 TOKENIZER_FILE = "tokenizer.json"
+LOCK_FILE = "lock"
 
 Log = Callable[[str], None]
 
@@ -82,13 +83,10 @@ def prepare(
     """
     log = log or logging.getLogger("gptjax").info
     source = sources.canonical_name(source)
-    if not 0 < val_fraction < 1:
-        raise ConfigError(f"val_fraction={val_fraction}: must be above 0 and below 1")
-    if not 1 <= shard_tokens <= tokens.LARGEST_COUNT:
-        raise ConfigError(f"shard_tokens={shard_tokens}: must be from 1 to {tokens.LARGEST_COUNT}")
     out = os.path.abspath(out)
     partial = out + ".partial"
-    if _is_done(out, source, tokenizer):
+    _check_arguments(source, out, val_fraction, shard_tokens)
+    if _is_done(out, source, tokenizer) and not os.path.exists(partial):
         log(f"{out}: already prepared from {source}")
         return
     settings = {
@@ -100,12 +98,20 @@ def prepare(
     }
     with _locked(partial, out, log):
         if _is_done(out, source, tokenizer):
-            log(f"{out}: prepared by another process")
+            log(f"{out}: already prepared from {source}, by another process or before a kill")
         else:
             _prepare_locked(partial, out, settings, tokenizer=tokenizer, log=log)
-        # In one step, since another process may be about to wait for the lock in this folder.
-        os.rename(partial, f"{partial}.{os.getpid()}")
-        shutil.rmtree(f"{partial}.{os.getpid()}")
+        _remove(partial)
+
+
+def _check_arguments(source: str, out: str, val_fraction: float, shard_tokens: int) -> None:
+    if not 0 < val_fraction < 1:
+        raise ConfigError(f"val_fraction={val_fraction}: must be above 0 and below 1")
+    if not 1 <= shard_tokens <= tokens.LARGEST_COUNT:
+        raise ConfigError(f"shard_tokens={shard_tokens}: must be from 1 to {tokens.LARGEST_COUNT}")
+    kind, _, path = source.partition(":")
+    if kind in ("text", "lines") and os.path.commonpath([out, path]) == path:
+        raise ConfigError(f"{out}: lies in the source {source}, of which it would become a part: choose another --out")
 
 
 def _is_done(out: str, source: str, tokenizer: Tokenizer) -> bool:
@@ -127,7 +133,7 @@ def _is_done(out: str, source: str, tokenizer: Tokenizer) -> bool:
 @contextlib.contextmanager
 def _locked(partial: str, out: str, log: Log) -> Iterator[None]:
     """Waits until no other process prepares `out`; the kernel frees the lock of a dead one."""
-    path = os.path.join(partial, "lock")
+    path = os.path.join(partial, LOCK_FILE)
     descriptor = None
     while descriptor is None:
         os.makedirs(partial, exist_ok=True)
@@ -137,6 +143,20 @@ def _locked(partial: str, out: str, log: Log) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _remove(partial: str) -> None:
+    """Removes the folder, its lock last."""
+    for name in os.listdir(partial):
+        path = os.path.join(partial, name)
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+        elif name != LOCK_FILE:
+            os.remove(path)
+    os.remove(os.path.join(partial, LOCK_FILE))
+    # Another process may have made a new lock in it by now, and will remove both.
+    with contextlib.suppress(OSError):
+        os.rmdir(partial)
 
 
 def _try_lock(path: str, out: str, log: Log) -> int | None:

@@ -1,0 +1,265 @@
+"""A batch depends on seed and step only, and every window is read once an epoch."""
+
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gptjax.data import dataset as dataset_module
+from gptjax.data.dataset import Dataset, Prefetcher, document_text
+from gptjax.data.tokenizer import load_tokenizer
+from gptjax.data.tokens import Split, make_header, open_split, token_dtype
+from gptjax.errors import DataError
+
+VOCAB_SIZE = 60_000
+
+
+def make_split(*lengths: int, vocab_size: int = VOCAB_SIZE, dtype: str = "<u2") -> Split:
+    """Shards of which token t of shard s is 1000 * s + t, so that a row says where it is from."""
+    shards = tuple((1000 * s + np.arange(length)).astype(dtype) for s, length in enumerate(lengths))
+    paths = tuple(f"shard{s}.bin" for s in range(len(lengths)))
+    return Split(shards, paths, sum(lengths), 0, "last", vocab_size, "")
+
+
+def make_dataset(*lengths: int, block_size: int = 10, batch: int = 8, seed: int = 0) -> Dataset:
+    return Dataset(make_split(*lengths), block_size, batch, seed)
+
+
+def make_sharding(shape: tuple[int, int, int], spec: tuple = (None, ("data", "fsdp"), None)) -> NamedSharding:
+    mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def one_device() -> NamedSharding:
+    return NamedSharding(Mesh(np.array(jax.devices()[:1]), ("data",)), PartitionSpec())
+
+
+def test_windows_share_one_token_and_cross_no_shard() -> None:
+    dataset = make_dataset(101, 5, 100, 11)
+    assert dataset.num_windows == 10 + 0 + 9 + 1
+    rows = dataset.read(np.arange(dataset.num_windows))
+    starts = [*range(0, 100, 10), *range(2000, 2090, 10), 3000]
+    assert rows.dtype == np.int32
+    assert rows.tolist() == [list(range(start, start + 11)) for start in starts]
+
+
+@pytest.mark.parametrize(("lengths", "batch"), [((801, 5, 900, 11), 8), ((1001,), 25), ((35,), 8), ((11,), 4)])
+def test_each_window_once_an_epoch(lengths: tuple[int, ...], batch: int) -> None:
+    dataset = make_dataset(*lengths, batch=batch)
+    windows = dataset.num_windows
+    ids = np.concatenate([dataset.row_ids(step) for step in range(-(-5 * windows // batch))])
+    epochs = ids[: 5 * windows].reshape(5, windows)
+    assert all(sorted(epoch) == list(range(windows)) for epoch in epochs.tolist())
+    if windows > 2:
+        assert len({tuple(epoch) for epoch in epochs.tolist()}) > 3  # shuffled anew
+
+
+def test_order_of_other_seeds() -> None:
+    first = make_dataset(5001).row_ids(0).tolist()
+    assert first == make_dataset(5001).row_ids(0).tolist()
+    assert first != make_dataset(5001, seed=1).row_ids(0).tolist()
+
+
+def test_order_never_changes() -> None:
+    """A run resumed with newer libraries must go on in the same order."""
+    dataset = make_dataset(1001, batch=6, seed=7)
+    assert dataset.row_ids(0).tolist() == GOLDEN[0]
+    assert dataset.row_ids(17).tolist() == GOLDEN[1]  # the epoch ends within it
+    assert dataset.row_ids(10**12).tolist() == GOLDEN[2]
+
+
+GOLDEN = [[37, 66, 51, 52, 3, 63], [27, 52, 69, 97, 87, 60], [82, 80, 2, 22, 13, 29]]
+
+
+def read_by_processes(dataset: Dataset, step: int, *, processes: int, num_micro_steps: int) -> np.ndarray:
+    """The batch put together from what each process reads: the rows of its own device, of a mesh of `processes`."""
+    sharding = NamedSharding(Mesh(np.array(jax.devices()[:processes]), ("data",)), PartitionSpec(None, "data"))
+    batch = dataset.batch(step, sharding=sharding, num_micro_steps=num_micro_steps)
+    whole = np.zeros(batch.shape, np.int32)
+    for shard in batch.addressable_shards:
+        assert shard.data.shape[1] == batch.shape[1] // processes
+        whole[shard.index] = shard.data
+    return whole
+
+
+def test_one_sequence_for_any_processes_accumulation_and_restart() -> None:
+    """Steps 0..500 cross 20 epochs; every layout starts anew at each step, as after a restart."""
+    rows = [make_dataset(1501, 501, batch=8).row_ids(step) for step in range(501)]
+    assert len(np.concatenate(rows)) > 20 * make_dataset(1501, 501).num_windows
+    layouts = [(processes, steps) for processes in (1, 2, 4, 8) for steps in (1, 2, 4, 8) if processes * steps <= 8]
+    for step in range(501):
+        expected = make_dataset(1501, 501).read(rows[step])
+        processes, num_micro_steps = layouts[step % len(layouts)]
+        whole = read_by_processes(make_dataset(1501, 501), step, processes=processes, num_micro_steps=num_micro_steps)
+        assert np.array_equal(whole.reshape(8, 11), expected)
+    for processes, num_micro_steps in layouts:
+        for step in (0, 24, 25, 26, 500):
+            whole = read_by_processes(
+                make_dataset(1501, 501), step, processes=processes, num_micro_steps=num_micro_steps
+            )
+            assert np.array_equal(whole.reshape(8, 11), make_dataset(1501, 501).read(rows[step]))
+
+
+def test_row_r_is_at_r_div_b_and_r_mod_b() -> None:
+    dataset = make_dataset(1001, batch=24)
+    batch = dataset.batch(3, sharding=make_sharding((2, 4, 1)), num_micro_steps=3)
+    expected = dataset.read(dataset.row_ids(3))
+    assert batch.shape == (3, 8, 11)
+    assert batch.dtype == np.int32
+    assert all(np.array_equal(batch[r // 8, r % 8], expected[r]) for r in range(24))
+
+
+def test_a_process_reads_its_own_rows_and_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, seen = make_dataset(1001, batch=16), []
+    read = Dataset.read
+
+    def spy(self: Dataset, window_ids: np.ndarray) -> np.ndarray:
+        seen.append(window_ids.tolist())
+        return read(self, window_ids)
+
+    monkeypatch.setattr(Dataset, "read", spy)
+    batch = dataset.batch(0, sharding=make_sharding((2, 1, 4)), num_micro_steps=2)  # 4 devices replicate each row
+    assert sorted(map(len, seen)) == [8, 8]
+    assert sorted(itertools.chain(*seen)) == sorted(dataset.row_ids(0).tolist())
+    seen.clear()
+    dataset.batch(0, sharding=make_sharding((2, 1, 4), (None, "data", None)), num_micro_steps=1)
+    assert seen[0] in (dataset.row_ids(0)[:8].tolist(), dataset.row_ids(0)[8:].tolist())
+    assert np.array_equal(np.asarray(batch).reshape(16, 11), read(dataset, dataset.row_ids(0)))
+
+
+def test_tokens_may_be_sharded_too() -> None:
+    dataset = Dataset(make_split(1001), 7, 4, 0)
+    batch = dataset.batch(0, sharding=make_sharding((2, 1, 4), (None, "data", "tensor")), num_micro_steps=1)
+    assert np.array_equal(np.asarray(batch)[0], dataset.read(dataset.row_ids(0)))
+
+
+def test_validation_has_a_fixed_order_and_each_window_once() -> None:
+    datasets = [make_dataset(1001, batch=16, seed=seed) for seed in (0, 1)]
+    assert datasets[0].num_validation_batches == 7
+    batches = [
+        np.concatenate([np.asarray(d.validation_batch(i, sharding=one_device(), num_micro_steps=2)) for i in range(7)])
+        for d in datasets
+    ]
+    assert np.array_equal(*batches)
+    rows = batches[0].reshape(-1, 11)
+    assert sorted(rows[:100, 0].tolist()) == list(range(0, 1000, 10))
+    assert rows[:100, 0].tolist() != list(range(0, 1000, 10))
+    assert np.array_equal(rows[100:], np.full((12, 11), -1))
+    beyond = datasets[0].validation_batch(7, sharding=one_device(), num_micro_steps=1)
+    assert np.array_equal(beyond, np.full((1, 16, 11), -1))
+
+
+def test_too_few_tokens_are_named() -> None:
+    with pytest.raises(DataError, match=r"longest shard has 9 tokens, .* model\.block_size=10.*nearest valid: 8"):
+        make_dataset(9, 8)
+    assert make_dataset(11).num_windows == 1
+    with pytest.raises(DataError, match="10 tokens"):
+        make_dataset(10)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("dtype", "bad"), [("<u2", 65535), ("<u4", 60_000), ("<u4", 2**31 + 5)])
+def test_a_bad_id_is_named_when_it_is_read(dtype: str, bad: int) -> None:
+    split = make_split(101, 101, dtype=dtype)
+    split.shards[1][57] = bad
+    dataset = Dataset(split, 10, 20, 0)
+    assert dataset.read(np.arange(15)).max() < VOCAB_SIZE
+    with pytest.raises(DataError, match=rf"shard1\.bin: token 57 is id {bad}, but the tokenizer has 60000"):
+        dataset.read(dataset.row_ids(0))
+
+
+def write_directory(directory: Path, *texts: str) -> None:
+    tokenizer = load_tokenizer("bytes")
+    dtype = token_dtype(tokenizer.vocab_size)
+    for index, text in enumerate(texts):
+        ids = np.array([*tokenizer.encode(text), tokenizer.eot_id] * 2, dtype)
+        (directory / f"train_{index}.bin").write_bytes(make_header(len(ids), dtype) + ids.tobytes())
+
+
+def test_document_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_directory(tmp_path, "first é", "second")
+    tokenizer = load_tokenizer("bytes")
+    split = open_split(str(tmp_path), "train", tokenizer=tokenizer)
+    whole = "first éfirst ésecondsecond".encode()
+    for size in (2**20, 3):
+        monkeypatch.setattr(dataset_module, "TEXT_TOKENS", size)
+        assert document_text(split, tokenizer, 1000) == whole
+        assert document_text(split, tokenizer, 10) == whole[:10]
+
+
+def test_mapped_rows_do_not_stay_resident(tmp_path: Path) -> None:
+    ids = np.zeros(32 * 2**20, np.uint16)
+    (tmp_path / "train.bin").write_bytes(make_header(len(ids), ids.dtype) + ids.tobytes())
+    split = open_split(str(tmp_path), "train", tokenizer=load_tokenizer("bytes"))
+    dataset = Dataset(split, 1024, 512, 0)
+
+    def resident() -> int:
+        status = Path("/proc/self/status").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in status if line.startswith("RssFile"))
+
+    dataset.read(dataset.row_ids(0))
+    before = resident()
+    for step in range(1, 60):
+        dataset.read(dataset.row_ids(step))
+    assert resident() - before < 16 * 1024  # of 64 MiB read
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_prefetcher_makes_ahead_and_once() -> None:
+    made: list[int] = []
+    prefetcher = Prefetcher(lambda step: made.append(step) or step * 10, 5, depth=2)
+    wait_for(lambda: sorted(made) == [5, 6])
+    assert prefetcher.get(5) == 50
+    wait_for(lambda: sorted(made) == [5, 6, 7])
+    assert [prefetcher.get(step) for step in (6, 7, 8)] == [60, 70, 80]
+    wait_for(lambda: sorted(made) == [5, 6, 7, 8, 9, 10])
+    prefetcher.close()
+
+
+def test_prefetcher_makes_in_other_threads() -> None:
+    prefetcher = Prefetcher(lambda step: threading.get_ident(), 0)
+    assert prefetcher.get(0) != threading.get_ident()
+    prefetcher.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_prefetcher_with_a_stride() -> None:
+    made: list[int] = []
+    prefetcher = Prefetcher(lambda step: made.append(step) or step, 0, step=4, depth=3)
+    assert [prefetcher.get(step) for step in (0, 4, 8)] == [0, 4, 8]
+    wait_for(lambda: sorted(made) == [0, 4, 8, 12, 16, 20])
+    prefetcher.close()
+
+
+def test_prefetcher_gives_any_step() -> None:
+    prefetcher = Prefetcher(lambda step: step * 10, 0)
+    assert [prefetcher.get(step) for step in (7, 8, 3, 3, 100, 0)] == [70, 80, 30, 30, 1000, 0]
+    prefetcher.close()
+    assert prefetcher.get(5) == 50
+    prefetcher.close()
+
+
+def test_prefetcher_raises_what_was_raised() -> None:
+    def make(step: int) -> int:
+        if step == 1:
+            raise DataError("step 1")
+        return step
+
+    prefetcher = Prefetcher(make, 0)
+    assert prefetcher.get(0) == 0
+    with pytest.raises(DataError, match="step 1"):
+        prefetcher.get(1)
+    assert prefetcher.get(2) == 2
+    prefetcher.close()

@@ -1,0 +1,424 @@
+"""Prepare ends in the same bytes however often it is killed, and never mixes up its splits."""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gptjax.config import DataConfig
+from gptjax.data import prepare as prepare_module
+from gptjax.data import tokens
+from gptjax.data.prepare import default_path, ensure_prepared, prepare
+from gptjax.data.tokenizer import load_tokenizer
+from gptjax.data.tokens import open_split
+from gptjax.errors import ConfigError, DataError
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = load_tokenizer("bytes")
+SHARD_TOKENS = 3000
+
+# Runs prepare in children that kill themselves at the n-th time something reaches the disk, until one is left alive.
+KILLER = """
+import os, signal, sys
+from gptjax.data import prepare
+
+def die_at(count):
+    calls = iter(range(10**9))
+    def wrap(function):
+        def wrapped(*args, **kwargs):
+            if next(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*args, **kwargs)
+            if next(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+        return wrapped
+    for name in ("fsync", "replace", "rename", "truncate", "remove", "makedirs"):
+        setattr(os, name, wrap(getattr(os, name)))
+
+prepare.BATCH_BYTES = 4000
+every, runs, status = int(sys.argv[1]), 0, 1
+while status:
+    runs += 1
+    child = os.fork()
+    if child == 0:
+        die_at(every if every else 2 * runs)
+        prepare.main(sys.argv[2:])
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+print("runs", runs)
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty documents, of which some are equal and one is empty."""
+    folder = tmp_path_factory.mktemp("corpus")
+    random = np.random.default_rng(0)
+    words = ["the", "of", "and", "shard", "token", "window", "café", "<|endoftext|>", "\n"]
+    for index in range(60):
+        text = " ".join(random.choice(words, random.integers(20, 120)))
+        (folder / f"{index:03d}.txt").write_text("twice" if index in (7, 50) else text * (index != 9))
+    return folder
+
+
+def prepare_corpus(corpus: Path, out: Path, lines: list[str] | None = None, **options: Any) -> None:
+    arguments: dict[str, Any] = {
+        "source": f"text:{corpus}",
+        "val_fraction": 0.2,
+        "shard_tokens": SHARD_TOKENS,
+    } | options
+    log = print if lines is None else lines.append
+    prepare(tokenizer=TOKENIZER, out=str(out), log=log, **arguments)
+
+
+def command(corpus: Path, out: Path) -> list[str]:
+    flags = [f"--source=text:{corpus}", "--tokenizer=bytes", f"--out={out}"]
+    return [*flags, "--val_fraction=0.2", f"--shard_tokens={SHARD_TOKENS}"]
+
+
+@pytest.fixture(scope="module")
+def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prepared") / "data"
+    prepare_corpus(corpus, out)
+    return out
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def documents_of(folder: Path, split: str) -> list[str]:
+    shards = open_split(str(folder), split, tokenizer=TOKENIZER).shards
+    ids = np.concatenate(shards)
+    assert ids[-1] == TOKENIZER.eot_id
+    parts = np.split(ids, np.flatnonzero(ids == TOKENIZER.eot_id) + 1)[:-1]
+    return [TOKENIZER.decode(part[:-1]) for part in parts]
+
+
+def test_every_document_is_in_one_split(corpus: Path, prepared: Path) -> None:
+    texts = [text for path in sorted(corpus.iterdir()) if (text := path.read_text())]
+    train, validation = documents_of(prepared, "train"), documents_of(prepared, "validation")
+    assert sorted(train + validation) == sorted(texts)
+    assert not set(train) & set(validation)
+    assert 5 <= len(validation) <= 20
+    assert (train + validation).count("twice") == 2
+    assert train == [text for text in texts if text in set(train)]  # in the order of the source
+
+
+def test_meta_counts_what_is_there(prepared: Path) -> None:
+    meta = tokens.read_meta(str(prepared))
+    assert meta is not None
+    for split in ("train", "validation"):
+        documents, part = documents_of(prepared, split), meta.splits[split]
+        assert part.documents == len(documents)
+        assert part.bytes == sum(len(text.encode()) for text in documents)
+        assert part.tokens == part.bytes + part.documents == sum(shard.tokens for shard in part.shards)
+        assert [shard.tokens for shard in part.shards[:-1]] == [SHARD_TOKENS] * (len(part.shards) - 1)
+    assert len(meta.splits["train"].shards) > 3
+    assert (meta.eot_position, meta.eot_id, meta.tokenizer) == ("last", 256, "bytes")
+    assert load_tokenizer(str(prepared / "tokenizer.json")).sha256 == TOKENIZER.sha256
+    tokens.verify(str(prepared))
+
+
+def test_the_split_does_not_depend_on_the_other_documents(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(corpus.iterdir())[20:45]:
+        (few / f"other_{path.name}").write_text(path.read_text())
+    prepare_corpus(few, tmp_path / "out")
+    assert set(documents_of(tmp_path / "out", "train")) <= set(documents_of(prepared, "train"))
+    assert set(documents_of(tmp_path / "out", "validation")) <= set(documents_of(prepared, "validation"))
+
+
+@pytest.mark.parametrize("batch_bytes", [1, 5000])
+def test_batches_do_not_change_the_result(
+    corpus: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_bytes: int
+) -> None:
+    monkeypatch.setattr(prepare_module, "BATCH_BYTES", batch_bytes)
+    prepare_corpus(corpus, tmp_path / "out")
+    assert read_all(tmp_path / "out") == read_all(prepared)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("every", [0, 50, 90])
+def test_killed_at_every_write_it_ends_in_the_same_bytes(
+    corpus: Path, prepared: Path, tmp_path: Path, every: int
+) -> None:
+    """every=0: killed at the 2nd, then at the 4th, ... write; else each run gets so far, or to its end."""
+    out = tmp_path / "out"
+    arguments = [sys.executable, "-c", KILLER, str(every), *command(corpus, out)]
+    run = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout.split("runs ")[-1]) > 1
+    assert re.search(r"continuing after \d+ documents", run.stdout)
+    assert "starting over" not in run.stdout
+    assert read_all(out) == read_all(prepared)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def interrupt(corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch, batches: int = 3) -> None:
+    """Leaves a preparation as a kill after some batches would."""
+    write, count = prepare_module._write_journal, iter(range(10**9))
+
+    def stop(partial: str, journal: prepare_module.Journal) -> None:
+        write(partial, journal)
+        if next(count) == batches - 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "BATCH_BYTES", 4000)
+        patch.setattr(prepare_module, "_write_journal", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_corpus(corpus, out)
+
+
+@pytest.mark.faults
+def test_what_was_written_after_the_journal_is_taken_away(
+    corpus: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(corpus, tmp_path / "out", monkeypatch)
+    shards = tmp_path / "out.partial" / "shards"
+    with open(max(shards.glob("train*")), "ab") as file:
+        file.write(b"torn write" * 500)
+    (shards / "train_000099.bin").write_bytes(b"later shard")
+    lines: list[str] = []
+    prepare_corpus(corpus, tmp_path / "out", lines)
+    assert lines[0].startswith("continuing after")
+    assert read_all(tmp_path / "out") == read_all(prepared)
+
+
+@pytest.mark.faults
+def test_less_than_the_journal_says_is_an_error(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(corpus, tmp_path / "out", monkeypatch)
+    os.truncate(tmp_path / "out.partial" / "shards" / "train_000000.bin", 1500)
+    with pytest.raises(DataError, match=r"train_000000\.bin: less is left than the journal says: remove"):
+        prepare_corpus(corpus, tmp_path / "out")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("change", ["text", "name", "fewer", "journal"])
+def test_a_changed_source_starts_over(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    copy = tmp_path / "corpus"
+    copy.mkdir()
+    for path in corpus.iterdir():
+        (copy / path.name).write_text(path.read_text())
+    interrupt(copy, tmp_path / "out", monkeypatch)
+    if change == "text":
+        (copy / "001.txt").write_text("changed")
+    if change == "name":
+        (copy / "001.txt").rename(copy / "001b.txt")
+    if change == "fewer":
+        for path in sorted(copy.iterdir())[5:]:
+            path.unlink()
+        (copy / "zz.txt").write_text("x" * 10 + "\n")
+    if change == "journal":
+        (tmp_path / "out.partial" / "journal.json").write_text("{")
+    lines: list[str] = []
+    prepare_corpus(copy, tmp_path / "out", lines)
+    assert [line for line in lines if "starting over" in line] or change == "journal"
+    prepare_corpus(copy, tmp_path / "twin", lines)
+    assert read_all(tmp_path / "out") == read_all(tmp_path / "twin")
+
+
+def test_other_settings_start_over(
+    corpus: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, lines = tmp_path / "out", []
+    interrupt(corpus, out, monkeypatch)
+    prepare_corpus(corpus, out, lines, val_fraction=0.4)
+    assert "other settings: starting over" in lines[0]
+    assert read_all(out) != read_all(prepared)
+
+
+def test_an_existing_directory(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    before, lines = read_all(prepared), []
+    prepare_corpus(corpus, prepared, lines)
+    assert "already prepared" in lines[0]
+    with pytest.raises(ConfigError, match=f"already prepared from source text:{corpus} and tokenizer bytes"):
+        prepare_corpus(corpus, prepared, source=f"lines:{corpus}")
+    with pytest.raises(ConfigError, match="tokenizer bytes"):
+        prepare(source=f"text:{corpus}", tokenizer=load_tokenizer("gpt2"), out=str(prepared))
+    assert read_all(prepared) == before
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="was not written by prepare"):
+        prepare_corpus(corpus, tmp_path)
+    with pytest.raises(ConfigError, match="was not written by prepare"):
+        prepare_corpus(corpus, tmp_path / "mine.txt")
+    (tmp_path / "empty").mkdir()
+    prepare_corpus(corpus, tmp_path / "empty")
+    assert read_all(tmp_path / "empty") == before
+
+
+@pytest.mark.faults
+def test_two_at_once_and_a_dead_holder(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    """One prepares, the other waits and finds it done; the lock of a killed process is free."""
+    out = tmp_path / "out"
+    slow = (
+        "import sys, time; from gptjax.data import prepare as p; p.BATCH_BYTES = 4000; write = p._write_journal;"
+        "p._write_journal = lambda *a: (write(*a), print('batch', flush=True), time.sleep(float(sys.argv.pop(1))));"
+        "sys.argv[1:1] = [sys.argv[1]] * 99; p.main([a for a in sys.argv if a.startswith('--')])"
+    )
+
+    def start(seconds: float) -> subprocess.Popen[str]:
+        arguments = [sys.executable, "-c", slow, str(seconds), *command(corpus, out)]
+        return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    with start(60) as dead:
+        assert dead.stdout is not None
+        assert dead.stdout.readline() == "batch\n"
+        with start(0) as waiting, start(0) as third:
+            assert waiting.stdout is not None
+            assert "another process is preparing it: waiting" in waiting.stdout.readline()
+            assert third.stdout is not None
+            assert "another process is preparing it: waiting" in third.stdout.readline()
+            dead.kill()
+            said = waiting.communicate(timeout=30)[0] + third.communicate(timeout=30)[0]
+    assert said.count("continuing after") == 1
+    assert said.count("by another process or") == 1
+    assert read_all(out) == read_all(prepared)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "one.txt").write_text("a line\nanother\n")
+    with pytest.raises(DataError, match=r"try more than one document, or --source=lines:.*one\.txt to take each line"):
+        prepare_corpus(corpus, tmp_path / "out", source=f"text:{corpus}/one.txt")
+    (corpus / "two.txt").write_text("other")
+    for fraction, split in ((1e-9, "validation"), (1 - 1e-9, "train")):
+        with pytest.raises(DataError, match=f"no document for the {split} split, out of 2 in all: try --val_fraction"):
+            prepare_corpus(corpus, tmp_path / "out", val_fraction=fraction)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_out_within_the_source_is_refused(corpus: Path) -> None:
+    with pytest.raises(ConfigError, match="lies in the source"):
+        prepare_corpus(corpus, corpus / "data")
+    assert not (corpus / "data.partial").exists()
+
+
+def test_bad_arguments(corpus: Path, tmp_path: Path) -> None:
+    for options in ({"val_fraction": 0.0}, {"val_fraction": 1.0}, {"val_fraction": float("nan")}, {"shard_tokens": 0}):
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            prepare_corpus(corpus, tmp_path / "out", **options)
+    assert not os.listdir(tmp_path)
+
+
+def test_default_paths() -> None:
+    assert default_path("stdlib", "gpt2") == "data/stdlib-gpt2"
+    assert default_path("tfds:wiki40b/en", "bytes") == "data/tfds-wiki40b-en-bytes"
+    assert re.fullmatch(r"data/text-b-[0-9a-f]{8}-gpt2", default_path("text:/a/b", "gpt2"))
+    paths = [
+        default_path(f"{kind}:/{folder}/b c", t) for kind in ("text", "lines") for folder in "xy" for t in ("t", "u")
+    ]
+    assert len(set(paths)) == 8
+    assert all(re.fullmatch(r"data/[\w.-]+", path) for path in paths)
+    assert default_path("text:/a/b/", "gpt2") == default_path("text:/a/b", "gpt2")
+
+
+def test_ensure_prepared_prepares_once(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = DataConfig(source=f"text:{corpus}", tokenizer="bytes")
+    with caplog.at_level(logging.INFO, "gptjax"):
+        path = ensure_prepared(config)
+    assert path == default_path(config.source, "bytes")
+    assert f"preparing it, once, as does: python -m gptjax.data.prepare --source=text:{corpus}" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "gptjax"):
+        assert ensure_prepared(config) == path
+    assert not caplog.text
+    assert open_split(path, "train", tokenizer=TOKENIZER).tokens > 0
+
+
+def test_ensure_prepared_takes_what_is_there(prepared: Path) -> None:
+    assert ensure_prepared(DataConfig(source="tfds:lm1b", path=str(prepared))) == str(prepared)
+
+
+def test_ensure_prepared_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        ensure_prepared(DataConfig(source="tfds:lm1b", text_feature="a b"))
+    flags = "--source=tfds:lm1b --tokenizer=gpt2 '--text_feature=a b' --out=data/tfds-lm1b-gpt2"
+    assert str(error.value).endswith(f"run: python -m gptjax.data.prepare {flags}")
+    assert not os.listdir(tmp_path)
+
+
+def test_ensure_prepared_warns_of_a_path_that_was_given(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ensure_prepared(DataConfig(source=f"text:{corpus}", tokenizer="bytes", path=str(tmp_path / "typo")))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def run_cli(*flags: str) -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, "-m", "gptjax.data.prepare", *flags]
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_command_line_prepares_and_verifies(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+    run = run_cli(*command(corpus, tmp_path / "out"))
+    assert (run.returncode, run.stderr) == (0, "")
+    assert re.search(r"out: [\d,]+ tokens to train on, [\d,]+ to validate, bytes ids", run.stdout)
+    assert read_all(tmp_path / "out") == read_all(prepared)
+    path = tmp_path / "out" / "train_000001.bin"
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    run = run_cli("--verify", f"--out={tmp_path}/out")
+    assert (run.returncode, run.stdout) == (65, "")
+    assert re.fullmatch(r".*train_000001\.bin: .*\n", run.stderr)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        (["--source=bogus"], 2),
+        (["--source=text:/no/such/place"], 2),
+        (["--tokenizer=bogus"], 2),
+        (["--val_fraction=2"], 2),
+        (["--no_such_flag"], 2),
+        (["--source=stdlib", "--out=/dev/null/data"], 73),
+        (["--verify", "--out=/no/such/place"], 65),
+    ],
+)
+def test_mistakes_are_one_message_and_a_code(flags: list[str], code: int) -> None:
+    run = run_cli(*flags)
+    assert run.returncode == code
+    assert run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_stdlib_to_bytes(tmp_path: Path) -> None:
+    lines: list[str] = []
+    prepare(source="stdlib", tokenizer=TOKENIZER, out=str(tmp_path / "out"), log=lines.append)
+    meta = tokens.read_meta(str(tmp_path / "out"))
+    assert meta is not None
+    train, validation = meta.splits["train"], meta.splits["validation"]
+    assert train.bytes > 8e6
+    assert 0.01 < validation.bytes / train.bytes < 0.15
+    assert len(lines) == 1
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_progress_tells_the_time_left(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 4000)
+    monkeypatch.setattr(prepare_module, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    lines: list[str] = []
+    prepare_corpus(corpus, tmp_path / "out", lines)
+    assert re.fullmatch(r"\d+ documents, [\d,]+ tokens, ETA \d+ s", lines[1])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    prepare_corpus(corpus, tmp_path / "again", lines)
+    assert read_all(tmp_path / "out") == read_all(tmp_path / "again")

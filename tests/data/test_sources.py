@@ -1,0 +1,156 @@
+"""Sources yield the same documents in the same order at every call, from this machine only."""
+
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import tensorflow_datasets as tfds
+
+from gptjax.data import sources
+from gptjax.data.sources import canonical_name, needs_network, open_source
+from gptjax.errors import ConfigError, DataError, UnavailableError
+
+
+@pytest.fixture(scope="module")
+def stdlib(tmp_path_factory: pytest.TempPathFactory) -> tuple[sources.Source, Path]:
+    work_dir = tmp_path_factory.mktemp("stdlib")
+    return open_source("stdlib", work_dir=str(work_dir)), work_dir
+
+
+def write_tree(root: Path) -> Path:
+    contents = {"b.txt": "bee\n", "a/z.txt": "zed", "a/b.txt": "", "a.txt": "é \r\n x", ".hidden": "no", ".git/x": "no"}
+    for name, text in contents.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(text.encode())
+    return root
+
+
+def test_text_folder(tmp_path: Path) -> None:
+    source = open_source(f"text:{write_tree(tmp_path)}", work_dir="")
+    expected = [("a/b.txt", ""), ("a/z.txt", "zed"), ("a.txt", "é \r\n x"), ("b.txt", "bee\n")]
+    assert sorted(expected) == sorted(source.documents())
+    assert list(source.documents()) == list(source.documents())
+    assert [name for name, _ in source.documents()] == ["a.txt", "a/b.txt", "a/z.txt", "b.txt"]
+    assert (source.total_documents, source.total_bytes) == (4, 14)
+
+
+def test_text_file_replaces_what_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes(b"a\xffb")
+    assert list(open_source(f"text:{tmp_path}/x.txt", work_dir="").documents()) == [("x.txt", "a\ufffdb")]
+
+
+def test_lines(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_bytes("one\r\n\ntwo \u2028 é\nthree".encode())
+    (tmp_path / "y.txt").write_bytes(b"four\n")
+    source = open_source(f"lines:{tmp_path}", work_dir="")
+    texts = [
+        ("x.txt:1", "one"),
+        ("x.txt:2", ""),
+        ("x.txt:3", "two \u2028 é"),
+        ("x.txt:4", "three"),
+        ("y.txt:1", "four"),
+    ]
+    assert list(source.documents()) == texts
+    assert (source.total_documents, source.total_bytes) == (0, 27)
+
+
+def test_stdlib_is_the_source_of_this_python(stdlib: tuple[sources.Source, Path]) -> None:
+    documents = list(stdlib[0].documents())
+    names = [name for name, _ in documents]
+    assert names == sorted(names)
+    assert len(set(names)) == len(names) == stdlib[0].total_documents
+    assert 400 < len(names) < 1500
+    assert 8e6 < sum(len(text) for _, text in documents) < 20e6
+    root = Path(sysconfig.get_path("stdlib"))
+    for name in ("json/decoder.py", "os.py", "asyncio/tasks.py"):
+        assert documents[names.index(name)][1] == (root / name).read_bytes().decode()
+
+
+def test_stdlib_leaves_out_tests_and_packages(stdlib: tuple[sources.Source, Path]) -> None:
+    parts = {part for name, _ in stdlib[0].documents() for part in Path(name).parts[:-1]}
+    assert not parts & {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    assert {"json", "asyncio", "idlelib"} <= parts
+
+
+def test_stdlib_is_array_record_and_is_prepared_once(
+    stdlib: tuple[sources.Source, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, work_dir = stdlib
+    assert list(work_dir.rglob("*.array_record*"))
+    monkeypatch.setattr(sources, "_read_stdlib", lambda: pytest.fail("prepared again"))
+    again = open_source("stdlib", work_dir=str(work_dir))
+    assert list(again.documents()) == list(source.documents())
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.fixture
+def toy_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type:
+    class Toy(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            features = tfds.features.FeaturesDict({"body": tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager: object) -> dict:
+            return {"test": self._generate_examples("unseen"), "train": self._generate_examples("text é")}
+
+        def _generate_examples(self, text: str) -> object:
+            yield from ((i, {"body": f"{text} {i}"}) for i in range(3))
+
+    monkeypatch.setattr(tfds, "builder", lambda name, file_format: Toy(data_dir=tmp_path, file_format=file_format))
+    return Toy
+
+
+def test_tfds_reads_the_training_split(toy_data_set: type) -> None:
+    source = open_source("tfds:toy", text_feature="body", work_dir="")
+    assert list(source.documents()) == [(f"train/{i}", f"text é {i}") for i in range(3)]
+    assert source.total_documents == 3
+    with pytest.raises(ConfigError, match=r"data\.text_feature='text': tfds:toy has body"):
+        open_source("tfds:toy", work_dir="")
+
+
+def test_tfds_that_cannot_be_downloaded(toy_data_set: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(toy_data_set, "_split_generators", fail)
+    with pytest.raises(UnavailableError, match=r"tfds:toy cannot be prepared \(ConnectionError: no route\)"):
+        open_source("tfds:toy", text_feature="body", work_dir="")
+
+
+@pytest.mark.parametrize("name", ["", "stdlib2", "text", "text:", "lines:", "tfds:", "http://x", "stdlib:x"])
+def test_bad_names(name: str) -> None:
+    with pytest.raises(ConfigError, match="expected stdlib, tfds:NAME"):
+        open_source(name, work_dir="")
+
+
+def test_missing_paths(tmp_path: Path) -> None:
+    for name in (f"text:{tmp_path}/none", f"lines:{tmp_path}/none", f"text:{tmp_path}"):
+        with pytest.raises(ConfigError, match="no such file or folder, or no file in it"):
+            open_source(name, work_dir="")
+
+
+def test_unknown_tfds_name_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"data\.source=tfds:no_such_set: Dataset no_such_set not found") as error:
+        open_source("tfds:no_such_set", work_dir="")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_goes_away(tmp_path: Path) -> None:
+    source = open_source(f"text:{write_tree(tmp_path)}", work_dir="")
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(DataError, match=r"b\.txt: cannot be read"):
+        list(source.documents())
+
+
+def test_only_tfds_needs_the_network() -> None:
+    assert needs_network("tfds:lm1b")
+    assert not any(map(needs_network, ["stdlib", "text:a", "lines:tfds"]))
+
+
+def test_canonical_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert canonical_name("text:x/../y") == f"text:{tmp_path}/y"
+    assert canonical_name("stdlib") == "stdlib"
