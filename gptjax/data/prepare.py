@@ -100,7 +100,12 @@ def prepare(
         if _is_done(out, source, tokenizer):
             log(f"{out}: already prepared from {source}, by another process or before a kill")
         else:
-            _prepare_locked(partial, out, settings, tokenizer=tokenizer, log=log)
+            try:
+                _prepare_locked(partial, out, settings, tokenizer=tokenizer, log=log)
+            except UserError:
+                if _read_journal(partial) is None:  # nothing had begun, so nothing is left behind
+                    _remove(partial)
+                raise
         _remove(partial)
 
 

@@ -303,6 +303,24 @@ def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_source_that_is_not_there_leaves_nothing_behind(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        prepare_corpus(tmp_path / "none", tmp_path / "out")
+    assert not os.listdir(tmp_path)
+    moved = tmp_path / "corpus"
+    moved.symlink_to(corpus)
+    interrupt(moved, tmp_path / "out", monkeypatch)
+    moved.unlink()
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        prepare_corpus(moved, tmp_path / "out")
+    moved.symlink_to(corpus)
+    lines: list[str] = []
+    prepare_corpus(moved, tmp_path / "out", lines)  # what was done is not lost
+    assert lines[0].startswith("continuing after")
+
+
 def test_an_out_within_the_source_is_refused(corpus: Path) -> None:
     with pytest.raises(ConfigError, match="lies in the source"):
         prepare_corpus(corpus, corpus / "data")
