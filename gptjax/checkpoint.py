@@ -256,8 +256,13 @@ def _abstract_params(config: Config) -> Any:
 
 def fingerprints(tree: Any) -> dict[str, list[int]]:
     """Returns two 32-bit sums for each leaf, by path: any changed bit changes them; the placement does not."""
-    sums = jax.jit(lambda t: jax.tree.map(_fingerprint, t))(tree)
+    sums = _fingerprint_all(tree)
     return {path_name(path): np.asarray(leaf).tolist() for path, leaf in jax.tree.leaves_with_path(sums)}
+
+
+@jax.jit  # of a function with a name: a new lambda at each call would be compiled anew at each save
+def _fingerprint_all(tree: Any) -> Any:
+    return jax.tree.map(_fingerprint, tree)
 
 
 def _fingerprint(x: jax.Array) -> jax.Array:

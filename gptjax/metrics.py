@@ -191,7 +191,7 @@ class Reporter:
             "tokens_per_second": rate,
             "mfu": rate * self._flops / self._tokens / self._peak,
             "step_seconds": self._tokens / rate,
-            "data_wait": waited / seconds if seconds else math.nan,
+            "data_wait": waited / seconds if steps > 0 and seconds else math.nan,
         }
         self._log.write(row | ({"skipped_steps": skipped} if skipped else {}))
         self._show(step_line(row, self._train.num_steps))

@@ -148,13 +148,12 @@ def run_loop(
         watch.add("data_wait")
         with profiled(step == config.train.profile_step, reporter.directory):
             state, metrics = run.train_step(state, tokens)
-            if first:
-                jax.block_until_ready(metrics)
+        if first:
+            jax.block_until_ready(metrics)
+            watch.add("compile")
         settle()
         step += config.train.steps_per_dispatch
-        pending = (step, metrics)
-        watch.add("compile" if first else "step")
-        first = False
+        pending, first = (step, metrics), False
         fault_point("step")
         result: dict[str, float] = {}
         last = step == num_steps
@@ -194,6 +193,7 @@ def settle_dispatch(
     """
     count = run.config.train.steps_per_dispatch
     host = {name: np.reshape(np.asarray(value), (count,)) for name, value in metrics.items()}
+    reporter.watch.add("step")
     for index in range(count):
         step = end - count + index + 1
         row = {name: float(values[index]) for name, values in host.items()}

@@ -1,0 +1,23 @@
+"""GPT-2 medium, 354,823,168 parameters; data, batch and schedule as in gpt2_small.py, whose header lists the data sources.
+
+    python -m gptjax.main --config=configs/gpt2_medium.py
+
+Peak learning rate: of GPT-3's model of this size (Brown et al. 2020, table 2.1).
+Expected result and cost: not yet run.
+"""
+
+import pathlib
+import runpy
+from typing import Any
+
+SMALL = pathlib.Path(__file__).with_name("gpt2_small.py")
+
+
+def get_config() -> Any:
+    config = runpy.run_path(str(SMALL))["get_config"]()
+    config.model.n_layer = 24
+    config.model.n_head = 16
+    config.model.n_embd = 1024
+    config.optim.peak_lr = 3e-4
+    config.optim.min_lr = 3e-5
+    return config

@@ -1,0 +1,47 @@
+"""GPT-2 small, 124M parameters, on batches of 524,288 tokens, with nanoGPT's hyper-parameters.
+
+    python -m gptjax.main --config=configs/gpt2_small.py
+
+The default data is the source text of Python's standard library, so that this starts anywhere; it is far too little to
+train such a model on. Real data, one of:
+
+    FineWeb in llm.c's shards (a folder with fineweb_train_*.bin and fineweb_val_*.bin):
+        --config.data.path=DIR --config.data.eot_position=first
+    your own text, a folder of files:
+        --config.data.source=text:DIR
+    any TFDS data set, downloaded once by prepare:
+        python -m gptjax.data.prepare --source=tfds:lm1b --tokenizer=gpt2 --out=data/lm1b
+        --config.data.path=data/lm1b
+
+On a laptop, to see it move: --config.data.global_batch_size=4 --config.train.num_steps=2
+
+Expected: validation loss about 2.85 on OpenWebText (nanoGPT's figure); with gptjax not yet run to the end.
+Cost: 600,000 steps are 315 billion tokens and 2.7e20 FLOP, about 8 days on one node of 8 H100 at 40 % of peak
+(computed, not yet run).
+"""
+
+from typing import Any
+
+from gptjax.config import default_config
+
+
+def get_config() -> Any:
+    config = default_config()
+    config.model.n_layer = 12
+    config.model.n_head = 12
+    config.model.n_embd = 768
+    config.model.bias = True
+    config.model.dropout = 0.0
+
+    config.data.tokenizer = "gpt2"
+    config.data.global_batch_size = 512
+
+    config.optim.name = "adamw"
+    config.optim.peak_lr = 6e-4
+    config.optim.min_lr = 6e-5
+    config.optim.beta2 = 0.95
+    config.optim.weight_decay = 0.1
+    config.optim.warmup_steps = 2000
+
+    config.train.num_steps = 600_000
+    return config

@@ -1,0 +1,23 @@
+"""GPT-2 xl, 1,557,611,200 parameters; data, batch and schedule as in gpt2_small.py, whose header lists the data sources.
+
+    python -m gptjax.main --config=configs/gpt2_xl.py
+
+Peak learning rate: of GPT-3's model of this size (Brown et al. 2020, table 2.1).
+Expected result and cost: not yet run.
+"""
+
+import pathlib
+import runpy
+from typing import Any
+
+SMALL = pathlib.Path(__file__).with_name("gpt2_small.py")
+
+
+def get_config() -> Any:
+    config = runpy.run_path(str(SMALL))["get_config"]()
+    config.model.n_layer = 48
+    config.model.n_head = 25
+    config.model.n_embd = 1600
+    config.optim.peak_lr = 2e-4
+    config.optim.min_lr = 2e-5
+    return config
