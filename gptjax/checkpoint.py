@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from gptjax.config import Config, flatten, from_dict
-from gptjax.errors import CheckpointError, ConfigError, SaveError
+from gptjax.errors import CheckpointError, ConfigError, DivergedError, SaveError
 from gptjax.model import GPT
 from gptjax.sharding import make_mesh, param_shardings, path_name
 from gptjax.state import TrainState
@@ -32,7 +33,7 @@ from gptjax.state import TrainState
 log = logging.getLogger("gptjax")
 FORMAT = 1
 MAX_FAILED_SAVES = 3
-DAMAGE = (ValueError, KeyError, TypeError, FileNotFoundError, NotADirectoryError, EOFError)
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, NotADirectoryError, EOFError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +95,13 @@ class Checkpointer:
 
         Raises:
             SaveError: saves have failed several times in a row.
+            DivergedError: a value is not finite; such a state is never saved.
         """
         self._finish_pending(MAX_FAILED_SAVES)
         if self._orbax is None:
             self._orbax = self._open()
         trees = {"params": state.params, "opt_state": state.opt_state}
+        _refuse_nonfinite(trees, step)
         record = Record(step, config.to_dict(), history, data, fingerprints(trees), versions())
         try:
             self._pending = self._orbax.save_checkpointables_async(
@@ -128,7 +131,8 @@ class Checkpointer:
         if pending is None:
             return
         try:
-            pending.result()
+            if not pending.result():
+                raise SaveError("Orbax left the save out")
             self._failed = 0
         except Exception as error:  # whatever Orbax met: it is counted, told, and raised at the limit
             self._save_failed(error, allowed)
@@ -151,6 +155,7 @@ class Checkpointer:
             CheckpointError: there are checkpoints, and none is intact.
         """
         refused: list[str] = []
+        quarantined = self._quarantined()
         for step in reversed(self.steps()):
             try:
                 record = self.read_record(step)
@@ -162,7 +167,7 @@ class Checkpointer:
                 continue
             placed = NamedSharding(abstract.step.sharding.mesh, P())
             return TrainState(jax.device_put(jnp.asarray(step, jnp.int32), placed), **trees), record
-        refused += [path.name for path in self._quarantined() if not any(path.name.startswith(r[5:]) for r in refused)]
+        refused += [path.name for path in quarantined]
         if refused:
             raise CheckpointError(
                 f"{self.directory}: no usable checkpoint: {'; '.join(refused)}\n"
@@ -178,13 +183,16 @@ class Checkpointer:
         """
         try:
             metadata = json.loads((self.directory / str(step) / "_CHECKPOINT_METADATA").read_text())
-            record = _unseal(metadata["custom_metadata"])
-        except (*DAMAGE, UnicodeDecodeError) as error:
+            values = _unseal(metadata["custom_metadata"])
+            if values["format"] > FORMAT:
+                raise CheckpointError(
+                    f"{self.directory}/{step}: made by a newer gptjax {values['versions']}; upgrade this one"
+                )
+            record = Record(**values)
+        except CheckpointError:
+            raise
+        except DAMAGE as error:
             raise Damaged(f"record unreadable ({_one_line(error)})") from error
-        if record.format > FORMAT:
-            raise CheckpointError(
-                f"{self.directory}/{step}: made by a newer gptjax {record.versions}; upgrade this one"
-            )
         if record.step != step:
             raise Damaged(f"its record is of step {record.step}")
         return record
@@ -216,6 +224,9 @@ class Checkpointer:
     def _quarantine(self, step: int, damage: Damaged) -> None:
         reason = re.sub(r"[^a-z0-9]+", "-", str(damage).split("(")[0].lower()).strip("-")[:40]
         target = self.directory / f"{step}.corrupt-{reason}"
+        count = 2
+        while target.exists():  # the same step was refused for the same reason before
+            target, count = self.directory / f"{step}.corrupt-{reason}-{count}", count + 1
         log.warning("checkpoint %s/%d refused: %s; renamed to %s", self.directory, step, damage, target.name)
         if jax.process_index() == 0:
             (self.directory / str(step)).rename(target)
@@ -255,7 +266,7 @@ def _abstract_params(config: Config) -> Any:
 
 
 def fingerprints(tree: Any) -> dict[str, list[int]]:
-    """Returns two 32-bit sums for each leaf, by path: any changed bit changes them; the placement does not."""
+    """Returns two 32-bit sums for each leaf, by path: any other bit, dtype or shape changes them; placement does not."""
     sums = _fingerprint_all(tree)
     return {path_name(path): np.asarray(leaf).tolist() for path, leaf in jax.tree.leaves_with_path(sums)}
 
@@ -272,8 +283,21 @@ def _fingerprint(x: jax.Array) -> jax.Array:
     for dim in reversed(range(x.ndim)):
         index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * jnp.uint32(stride % 2**32)
         stride *= x.shape[dim]
-    salts = (0x9E3779B9, 0x7F4A7C15)
+    kind = zlib.crc32(f"{x.dtype}{x.shape}".encode())
+    salts = (0x9E3779B9 ^ kind, 0x7F4A7C15 ^ kind)
     return jnp.stack([jnp.sum(_mix(bits ^ _mix(index + jnp.uint32(salt))), dtype=jnp.uint32) for salt in salts])
+
+
+def _refuse_nonfinite(trees: Any, step: int) -> None:
+    counts = jax.tree.leaves_with_path(_count_nonfinite(trees))
+    bad = [path_name(path) for path, count in counts if int(count)]
+    if bad:
+        raise DivergedError(f"step {step}: {bad[0]} is not finite: not saved; the checkpoint before it stands")
+
+
+@jax.jit
+def _count_nonfinite(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.sum(~jnp.isfinite(x), dtype=jnp.int32), tree)
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -288,10 +312,10 @@ def _seal(record: Record) -> dict[str, str]:
     return {"record": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _unseal(sealed: dict[str, str]) -> Record:
+def _unseal(sealed: dict[str, str]) -> dict[str, Any]:
     if hashlib.sha256(sealed["record"].encode()).hexdigest() != sealed["sha256"]:
         raise ValueError("wrong checksum")
-    return Record(**json.loads(sealed["record"]))
+    return json.loads(sealed["record"])
 
 
 def versions() -> dict[str, str]:
