@@ -46,7 +46,7 @@ def train(config: Config, workdir: str) -> int:
         checkpointer = stack.enter_context(contextlib.closing(Checkpointer(workdir, keep=config.checkpoint.keep)))
         state, history = start_state(run, checkpointer)
         step = int(state.step)
-        if step >= config.train.num_steps:
+        if step >= config.train.num_steps and not evaluation_is_missing(config, step, history):
             log.info("%s: finished at step %d of %d; nothing to do", workdir, step, config.train.num_steps)
             return errors.OK
         write_description(run, workdir)
@@ -88,13 +88,13 @@ def start_state(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, dict[
     if restored is not None:
         state, record = restored
         log.info("resumed from step %d of %s", record.step, checkpointer.directory)
-        return state, record.history | {"restarts": record.history.get("restarts", 0) + 1}
+        return state, {"validated": -1} | record.history | {"restarts": record.history.get("restarts", 0) + 1}
     if config.checkpoint.resume == "require":
         raise ConfigError(f"checkpoint.resume='require': {checkpointer.directory} has no checkpoint")
     state = run.init()
     if config.init_from:
         state = TrainState(state.step, initial_params(run), state.opt_state)
-    return state, {"restarts": 0, "skipped_steps": 0, "nonfinite_in_a_row": 0, "seconds": {}}
+    return state, {"restarts": 0, "skipped_steps": 0, "nonfinite_in_a_row": 0, "validated": -1, "seconds": {}}
 
 
 def initial_params(run: Run) -> Any:
@@ -135,7 +135,8 @@ def run_loop(
     """
     config, watch, step = run.config, reporter.watch, int(state.step)
     pending: tuple[int, Any] | None = None
-    saved, first, num_steps = step, True, config.train.num_steps
+    first, num_steps = True, config.train.num_steps
+    saved = step if step else None
 
     def settle() -> None:
         nonlocal pending
@@ -143,6 +144,15 @@ def run_loop(
             dispatch, pending = pending, None
             settle_dispatch(run, reporter, history, *dispatch, last_saved=saved)
 
+    def evaluate_now() -> dict[str, float]:
+        settle()
+        result = validate(run, state.params, reporter, step, lambda: preemption.requested)
+        if result:
+            history["validated"] = step
+        return result
+
+    if evaluation_is_missing(config, step, history):
+        evaluate_now()
     while step < num_steps and not preemption.requested:
         tokens = prefetcher.get(step)
         watch.add("data_wait")
@@ -155,15 +165,11 @@ def run_loop(
         step += config.train.steps_per_dispatch
         pending, first = (step, metrics), False
         fault_point("step")
-        result: dict[str, float] = {}
-        last = step == num_steps
-        if last or is_due(step, config.train.eval_every):
-            settle()
-            result = validate(run, state.params, reporter, step, lambda: preemption.requested)
+        result = evaluate_now() if evaluation_is_missing(config, step, history) else {}
         if is_due(step, config.train.sample_every):
             settle()
             write_samples(run, state.params, reporter, step)
-        if last or preemption.requested or is_due(step, config.checkpoint.save_every):
+        if step == num_steps or preemption.requested or is_due(step, config.checkpoint.save_every):
             settle()
             save(run, checkpointer, state, step, history, reporter, result)
             saved = step
@@ -172,11 +178,17 @@ def run_loop(
         save(run, checkpointer, state, step, history, reporter, {})
     checkpointer.wait()
     watch.add("checkpoint")
-    if step < num_steps:
+    if step < num_steps or evaluation_is_missing(config, step, history):
         log.warning("preempted at step %d, checkpoint written: start the same command again", step)
         return errors.PREEMPTED
     log.info("done: %d steps in %s", step, describe_seconds(watch.spent))
     return errors.OK
+
+
+def evaluation_is_missing(config: Config, step: int, history: dict[str, Any]) -> bool:
+    """Returns whether the evaluation of `step` is due and not done: also after a preemption has cut it short."""
+    due = step == config.train.num_steps or (is_due(step, config.train.eval_every) and step < config.train.num_steps)
+    return step > 0 and due and history["validated"] != step
 
 
 def is_due(step: int, every: int) -> bool:
@@ -184,7 +196,7 @@ def is_due(step: int, every: int) -> bool:
 
 
 def settle_dispatch(
-    run: Run, reporter: Reporter, history: dict[str, Any], end: int, metrics: Any, *, last_saved: int
+    run: Run, reporter: Reporter, history: dict[str, Any], end: int, metrics: Any, *, last_saved: int | None
 ) -> None:
     """Reads the metrics of the dispatch that ended at step `end`, applies the policy on non-finite ones, reports.
 
@@ -204,7 +216,9 @@ def settle_dispatch(
         reporter.report_step(step, row, skipped=history["skipped_steps"])
 
 
-def note_nonfinite(run: Run, history: dict[str, Any], step: int, row: dict[str, float], *, last_saved: int) -> None:
+def note_nonfinite(
+    run: Run, history: dict[str, Any], step: int, row: dict[str, float], *, last_saved: int | None
+) -> None:
     """Counts a step that kept its parameters because it was not finite; raises DivergedError where policy says so."""
     train = run.config.train
     history["skipped_steps"] += 1
@@ -215,9 +229,12 @@ def note_nonfinite(run: Run, history: dict[str, Any], step: int, row: dict[str, 
         return
     windows = run.train_data.row_ids(step - 1)[:8].tolist()
     reason = f"{train.nan_limit} in a row" if train.nan_policy == "skip" else "train.nan_policy='stop'"
+    stands = f"the last good checkpoint is of step {last_saved}, and the same command goes on from there"
+    if last_saved is None:
+        stands = "there is no checkpoint yet"
     raise DivergedError(
         f"{what}: {reason}; its batch starts with windows {windows} of the training data\n"
-        f"the last good checkpoint is of step {last_saved}, and the same command goes on from there: "
+        f"{stands}: "
         "add --config.train.nan_policy=skip to leave such updates out, or lower optim.peak_lr"
     )
 
