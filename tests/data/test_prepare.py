@@ -284,6 +284,7 @@ def test_two_at_once_and_a_dead_holder(corpus: Path, prepared: Path, tmp_path: P
             assert "another process is preparing it: waiting" in third.stdout.readline()
             dead.kill()
             said = waiting.communicate(timeout=30)[0] + third.communicate(timeout=30)[0]
+    assert (waiting.returncode, third.returncode) == (0, 0)
     assert said.count("continuing after") == 1
     assert said.count("by another process or") == 1
     assert read_all(out) == read_all(prepared)

@@ -102,7 +102,12 @@ def slow_gpt2() -> SlowGPT2:
 @pytest.mark.parametrize("text", TEXTS)
 def test_gpt2_ids_equal_tiktokens(gpt2: Tokenizer, tiktoken_gpt2: tiktoken.Encoding, text: str) -> None:
     assert gpt2.encode(text) == tiktoken_gpt2.encode_ordinary(text)
-    assert gpt2.encode_batch([text, text]) == [gpt2.encode(text)] * 2
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 8, 9, 100])
+def test_a_batch_is_encoded_in_order(gpt2: Tokenizer, count: int) -> None:
+    texts = [f"{TEXTS[i % len(TEXTS)]} {i}" for i in range(count)]
+    assert gpt2.encode_batch(texts) == [gpt2.encode(text) for text in texts]
 
 
 def test_gpt2_ids_of_source_text_equal_tiktokens_and_the_slow_ones(

@@ -124,6 +124,10 @@ DAMAGES = {
     "wrong version": (put(4, 2), "version 2, expected 1"),
     "wrong count": (put(8, 2999), "the header counts 2999 tokens"),
     "zero count": (put(8, 0), "counts 0 tokens"),
+    "header only": (
+        lambda path: path.write_bytes(make_header(0, np.dtype("<u2"))),
+        "counts 0 tokens, expected at least",
+    ),
     "negative count": (put(8, -1), "counts -1 tokens"),
     "odd size": (lambda path: path.write_bytes(path.read_bytes() + b"x"), "7025 bytes, but the header counts 3000"),
     "odd bare size": (lambda path: path.write_bytes(b"\1" * 2001), "odd size of 2001 bytes"),
@@ -202,6 +206,14 @@ def test_ids_in_the_middle_of_a_large_foreign_shard(prepared: Path, monkeypatch:
         tokens.verify(str(prepared), TOKENIZER)
 
 
+@pytest.mark.parametrize("at", [0, 99, 2900, 2999])
+def test_opening_checks_both_ends(prepared: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    monkeypatch.setattr(tokens, "EDGE_TOKENS", 100)
+    put(1024 + 2 * at, 300, "<H")(prepared / "train_000000.bin")
+    with pytest.raises(DataError, match=f"token {at} is id 300"):
+        open_shard(str(prepared / "train_000000.bin"), TOKENIZER.vocab_size)
+
+
 def test_check_ids_counts_over_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "CHUNK_BYTES", 20)
     ids = np.arange(100, dtype=np.uint16)
@@ -227,7 +239,9 @@ def foreign(directory: Path, *names: str, first: int = 7) -> Path:
     return directory
 
 
-def test_llmc_directory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_llmc_directory(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = tokens.glob.glob
+    monkeypatch.setattr(tokens.glob, "glob", lambda pattern: sorted(find(pattern), reverse=True))
     names = ["fineweb_train_000002.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin"]
     foreign(tmp_path, *names, first=EOT)
     with caplog.at_level(logging.INFO, "gptjax"):
