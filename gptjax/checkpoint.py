@@ -266,7 +266,7 @@ def _abstract_params(config: Config) -> Any:
 
 
 def fingerprints(tree: Any) -> dict[str, list[int]]:
-    """Returns two 32-bit sums for each leaf, by path: any other bit, dtype or shape changes them; placement does not."""
+    """Returns two 32-bit sums for each leaf, by path: any other bit, dtype or shape changes them; placement not."""
     sums = _fingerprint_all(tree)
     return {path_name(path): np.asarray(leaf).tolist() for path, leaf in jax.tree.leaves_with_path(sums)}
 
