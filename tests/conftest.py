@@ -1,13 +1,18 @@
 """Strict JAX, eight CPU devices, and no network but loopback, for every test."""
 
+import logging
 import os
+import pathlib
 import socket
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
 
 import jax
 import pytest
+
+from tests import runs
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
@@ -25,3 +30,30 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)  # pyright: ignore[reportArgumentType]
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> runs.Lab:
+    """Data, config file and compile cache for real runs; shared by the workers of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    return runs.make_lab((base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "lab")
+
+
+@pytest.fixture(scope="session")
+def twin(lab: runs.Lab) -> pathlib.Path:
+    """The work directory of a finished run that nothing has disturbed."""
+    return runs.make_twin(lab)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """What gptjax logs while the test runs, line by line."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("gptjax")
+    level, logger.level = logger.level, logging.INFO
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+    logger.level = level

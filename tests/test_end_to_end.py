@@ -1,0 +1,143 @@
+"""The one command, started as users start it: its files, its restarts, and that nothing depends on how it was cut."""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+
+from tests.runs import checkpoint_steps, losses, make_run_on, restored_bytes, rows, validations
+
+STEP_KEYS = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"}
+VALIDATION_KEYS = {"step", "val_loss", "val_perplexity", "val_bits_per_byte"}
+
+
+@pytest.fixture(scope="session")
+def abstract(lab):
+    return make_run_on(lab.config()).abstract_state
+
+
+def test_eight_and_eight_steps_are_sixteen(lab, twin, abstract, tmp_path):
+    """In two processes, with dropout and accumulation."""
+    workdir = tmp_path / "run"
+    lab.train(workdir, "train.num_steps=8")
+    assert checkpoint_steps(workdir) == [4, 8]
+    second = lab.train(workdir)
+    assert "resumed from step 8" in second.stdout
+    assert list(losses(workdir)) == list(range(1, 17))
+    assert losses(workdir) == losses(twin)
+    assert validations(workdir) == validations(twin)
+    assert restored_bytes(workdir, abstract) == restored_bytes(twin, abstract)
+    assert len({row["lr"] for row in rows(twin) if "lr" in row}) > 8, "a learning rate that cannot go wrong"
+    assert "2 micro-step(s)" in second.stdout
+
+
+def test_metrics_have_the_documented_keys(twin):
+    steps = [row for row in rows(twin) if "loss" in row]
+    evaluations = [row for row in rows(twin) if "val_loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 17))
+    assert [row["step"] for row in evaluations] == [8, 16]
+    assert all(row.keys() >= STEP_KEYS for row in steps)
+    assert all(row.keys() == VALIDATION_KEYS for row in evaluations)
+    assert all(math.isfinite(row["loss"] + row["lr"] + row["grad_norm"]) for row in steps)
+    assert all(row["mfu"] is None for row in steps), "the peak of this CPU is not known"
+    assert all(row["tokens_per_second"] > 0 for row in steps[1:])
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.1, "nothing was learnt"
+
+
+def test_the_work_directory_holds_what_sampling_and_reading_need(lab, twin):
+    config = json.loads((twin / "config.json").read_text())
+    assert config["model"] == lab.config().to_dict()["model"]
+    assert config["checkpoint"]["keep"] == 8
+    parameters = {row["parameter"] for row in json.loads((twin / "parameters.json").read_text())}
+    assert {"wte/embedding", "h/mlp/c_fc/kernel", "ln_f/scale"} <= parameters
+    assert (twin / "tokenizer.json").stat().st_size > 0
+    assert list((twin / "tensorboard").glob("events*"))
+    assert checkpoint_steps(twin) == [4, 8, 12, 16]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(lab, twin):
+    before = (twin / "metrics.jsonl").read_bytes()
+    again = lab.train(twin, "checkpoint.keep=8", "checkpoint.resume=require")
+    assert f"{twin}: finished at step 16 of 16; nothing to do" in again.stdout
+    assert (twin / "metrics.jsonl").read_bytes() == before
+
+
+def test_evaluate_alone_gives_the_loss_of_the_run(lab, twin):
+    command = [*lab.command(twin)[:2], "gptjax.evaluate", f"--workdir={twin}", "--batches=2"]
+    said = lab.call(command).stdout
+    last = rows(twin)[-1]
+    found = re.search(r"step 16: validation loss ([\d.]+), perplexity ([\d.]+), ([\d.]+) bits per byte", said)
+    assert found is not None, said
+    assert found.groups() == (
+        f"{last['val_loss']:.4f}",
+        f"{last['val_perplexity']:.2f}",
+        f"{last['val_bits_per_byte']:.3f}",
+    )
+    earlier = lab.call([*command, "--step=8"]).stdout
+    assert earlier.startswith("step 8: validation loss")
+    assert found[1] not in earlier
+
+
+@pytest.mark.parametrize(
+    ("resume", "exists", "message"),
+    [
+        ("require", False, "checkpoint.resume='require'"),
+        ("never", True, "checkpoint.resume='never'"),
+    ],
+)
+def test_resume_require_and_never_refuse(lab, tmp_path, resume, exists, message):
+    workdir = tmp_path / "run"
+    if exists:
+        workdir.mkdir()
+        (workdir / "notes.txt").write_text("mine")
+    refused = lab.train(workdir, f"checkpoint.resume={resume}", expect=2)
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert str(workdir) in line
+    assert {path.name for path in workdir.iterdir()} - {".lock"} == ({"notes.txt"} if exists else set())
+
+
+def test_steps_per_dispatch_changes_speed_only(lab, twin, tmp_path):
+    workdir = tmp_path / "four"
+    lab.train(workdir, "train.steps_per_dispatch=4", "train.log_every=4")
+    together = [row for row in rows(workdir) if "loss" in row]
+    alone = [row for row in rows(twin) if "loss" in row and row["step"] % 4 == 0]
+    assert [row["step"] for row in together] == [4, 8, 12, 16]
+    for key in ("loss", "grad_norm", "lr"):
+        assert [row[key] for row in together] == pytest.approx([row[key] for row in alone], rel=1e-5)
+
+
+def test_init_from_takes_the_parameters_and_nothing_else(lab, twin, tmp_path):
+    workdir = tmp_path / "tuned"
+    first = lab.train(workdir, f"init_from={twin}", "train.num_steps=4", "train.eval_every=0")
+    assert f"parameters from step 16 of {twin}" in first.stdout
+    tuned, fresh = rows(workdir), rows(twin)
+    assert tuned[0]["step"] == 1
+    assert tuned[0]["lr"] == pytest.approx(fresh[0]["lr"]), "the schedule starts again"
+    assert tuned[0]["loss"] < fresh[0]["loss"] - 0.1, "the parameters are the trained ones"
+
+
+def test_init_from_another_model_is_refused(lab, twin, tmp_path):
+    refused = lab.train(tmp_path / "run", f"init_from={twin}", "model.n_layer=3", expect=2)
+    assert refused.stderr.startswith(f"error: init_from='{twin}': its model is GPTConfig(")
+
+
+def test_the_newest_checkpoints_are_kept_and_the_best(lab, twin, tmp_path):
+    """From a copy that ends at step 16, on with a learning rate that ruins the model: step 16 stays the best."""
+    workdir = tmp_path / "run"
+    shutil.copytree(twin, workdir)
+    lab.train(
+        workdir,
+        "checkpoint.keep=2",
+        "checkpoint.save_every=2",
+        "train.num_steps=24",
+        "train.eval_every=4",
+        "optim.peak_lr=1",
+        "optim.grad_clip=0",
+        "optim.schedule=constant",
+    )
+    found = {row["step"]: row["val_loss"] for row in rows(workdir) if "val_loss" in row}
+    assert min(found, key=found.__getitem__) == 16, found
+    assert checkpoint_steps(workdir) == [16, 22, 24]
