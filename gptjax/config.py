@@ -61,7 +61,7 @@ class DataConfig:
     global_batch_size: int = 512  # sequences per update, over all devices and accumulation steps
     seed: int = 0
     document_mask: bool = False  # attention and positions restart at each document
-    eot_position: str = "auto"  # auto (from meta.json, else last) | first | last
+    eot_position: str = "auto"  # of end-of-text in a document: auto (meta.json, else the first token) | first | last
     allow_changed: bool = False  # accept other data than the checkpoint was trained on
 
 

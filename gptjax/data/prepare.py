@@ -23,10 +23,11 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from gptjax import runtime
 from gptjax.config import DataConfig
 from gptjax.data import sources, tokens
 from gptjax.data.tokenizer import Tokenizer, load_tokenizer
-from gptjax.errors import CANNOT_WRITE, OK, ConfigError, DataError, UserError
+from gptjax.errors import ConfigError, DataError, UserError, WorkdirError
 
 VAL_FRACTION = 0.05
 SHARD_TOKENS = 100_000_000
@@ -463,7 +464,7 @@ def ensure_prepared(config: DataConfig) -> str:
     """Returns the directory of the data that `config` names, prepared now if it is missing and needs no network.
 
     Raises:
-        ConfigError: it is missing and may have to be downloaded; the message has the command.
+        ConfigError: it is missing, and would have to be downloaded, or data.path names it; the message has the command.
     """
     path = config.path or default_path(config.source, config.tokenizer)
     if os.path.isdir(path) and os.listdir(path):
@@ -472,19 +473,17 @@ def ensure_prepared(config: DataConfig) -> str:
     command += [f"--text_feature={config.text_feature}"] * (config.text_feature != "text") + [f"--out={path}"]
     if sources.needs_network(config.source):
         raise ConfigError(f"{path}: no data yet, and training downloads nothing; run: {shlex.join(command)}")
-    # A mistyped data.path ends here too, so it is more than a piece of information.
-    level = logging.WARNING if config.path else logging.INFO
-    logging.getLogger("gptjax").log(level, f"{path}: no data yet; preparing it, once, as does: {shlex.join(command)}")
+    if config.path:  # perhaps mistyped: training on other data in silence would be the worst answer
+        raise ConfigError(f"data.path={path!r}: no data there; correct it, or run: {shlex.join(command)}")
+    logging.getLogger("gptjax").info("%s: no data yet; preparing it, once, as does: %s", path, shlex.join(command))
     prepare(
         source=config.source, tokenizer=load_tokenizer(config.tokenizer), out=path, text_feature=config.text_feature
     )
     return path
 
 
-def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="gptjax.data.prepare", description="Documents to tokens to shards.", allow_abbrev=False
-    )
+def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = runtime.Parser(__doc__)
     parser.add_argument("--source", default="stdlib", help=sources.KINDS)
     parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes, or a saved tokenizer file")
     parser.add_argument("--out", default="", help="the directory to write; by default data/<source>-<tokenizer>")
@@ -494,48 +493,33 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens per shard")
     parser.add_argument("--verify", action="store_true", help="check every byte of --out instead of writing it")
-    return parser.parse_args(argv)
+    return parser.parse_strictly(arguments)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the command line.
-
-    Raises:
-        UserError: what the user can cause; `cli` turns it into a message and an exit code.
-    """
-    args = _parse_arguments(argv)
+def main(arguments: list[str]) -> None:
+    args = _parse_arguments(arguments)
     tokenizer = load_tokenizer(args.tokenizer)
     out = args.out or default_path(args.source, args.tokenizer)
     if args.verify:
         tokens.verify(out, tokenizer)
         print(f"{out}: every shard is as it was written")
         return
-    prepare(
-        source=args.source,
-        tokenizer=tokenizer,
-        out=out,
-        text_feature=args.text_feature,
-        val_fraction=args.val_fraction,
-        shard_tokens=args.shard_tokens,
-        log=lambda line: print(line, flush=True),
-    )
+    try:
+        prepare(
+            source=args.source,
+            tokenizer=tokenizer,
+            out=out,
+            text_feature=args.text_feature,
+            val_fraction=args.val_fraction,
+            shard_tokens=args.shard_tokens,
+            log=lambda line: print(line, flush=True),
+        )
+    except OSError as error:
+        raise WorkdirError(f"--out={out}: cannot be written: {error}") from error
 
 
 def cli() -> None:
-    """Runs the command line and exits with a code from gptjax.errors."""
-    code = OK
-    try:
-        main()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        code = error.exit_code
-    except OSError as error:
-        print(f"cannot write: {error}", file=sys.stderr)
-        code = CANNOT_WRITE
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        code = 130
-    sys.exit(code)
+    runtime.run_cli(main)
 
 
 if __name__ == "__main__":

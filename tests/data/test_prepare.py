@@ -376,11 +376,11 @@ def test_ensure_prepared_downloads_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert not os.listdir(tmp_path)
 
 
-def test_ensure_prepared_warns_of_a_path_that_was_given(
-    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    ensure_prepared(DataConfig(source=f"text:{corpus}", tokenizer="bytes", path=str(tmp_path / "typo")))
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+def test_ensure_prepared_never_fills_a_path_that_was_given(corpus: Path, tmp_path: Path) -> None:
+    path = tmp_path / "typo"
+    with pytest.raises(ConfigError, match=f"data.path='{path}': no data there.*--out={path}"):
+        ensure_prepared(DataConfig(source=f"text:{corpus}", tokenizer="bytes", path=str(path)))
+    assert not path.exists()
 
 
 def run_cli(*flags: str) -> subprocess.CompletedProcess[str]:
