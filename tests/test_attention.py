@@ -1,0 +1,185 @@
+"""Attention: the plain one against NumPy, the fused ones against the plain one, and which one is chosen."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import attention
+from gptjax.attention import causal_attention, choose_backend, masked_attention, splash_on_one_device
+from gptjax.config import MeshConfig
+from gptjax.errors import ConfigError
+from gptjax.sharding import make_mesh
+
+
+def make_qkv(B, T, N, H):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal((B, T, N, H)), jnp.float32) for _ in range(3)]
+
+
+def naive_attention(q_BTNH, k_BTNH, v_BTNH, segments_BT=None):
+    """One query at a time, over the keys that it may see, in float64."""
+    q_BTNH, k_BTNH, v_BTNH = (np.asarray(x, np.float64) for x in (q_BTNH, k_BTNH, v_BTNH))
+    B, T, N, H = q_BTNH.shape
+    y_BTNH = np.zeros_like(q_BTNH)
+    for b, t, n in np.ndindex(B, T, N):
+        seen = [s for s in range(t + 1) if segments_BT is None or segments_BT[b, s] == segments_BT[b, t]]
+        weights = np.exp(k_BTNH[b, seen, n] @ q_BTNH[b, t, n] / math.sqrt(H))
+        y_BTNH[b, t, n] = weights @ v_BTNH[b, seen, n] / weights.sum()
+    return y_BTNH
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_xla_equals_a_naive_softmax(documents):
+    q_BTNH, k_BTNH, v_BTNH = make_qkv(2, 9, 3, 5)
+    segments_BT = np.asarray([[0, 0, 0, 1, 1, 1, 1, 2, 2], [0] * 8 + [1]], np.int32) if documents else None
+    y_BTNH = causal_attention(q_BTNH, k_BTNH, v_BTNH, backend="xla", segments_BT=segments_BT)
+    expected_BTNH = naive_attention(q_BTNH, k_BTNH, v_BTNH, segments_BT)
+    assert documents == (not np.allclose(expected_BTNH, naive_attention(q_BTNH, k_BTNH, v_BTNH)))
+    np.testing.assert_allclose(y_BTNH, expected_BTNH, rtol=1e-5, atol=1e-6)
+
+
+def test_softmax_is_computed_in_float32():
+    """Scores of a few hundred differ by less than bfloat16 can say, and softmax must still tell them apart."""
+    k_BSNH = jnp.asarray([[[[256.0, 0.5]], [[256.0, 0.0]]]], jnp.bfloat16)
+    q_BTNH = jnp.ones((1, 2, 1, 2), jnp.bfloat16)
+    v_BSNH = jnp.asarray([[[[1.0, 1.0]], [[0.0, 0.0]]]], jnp.bfloat16)
+    y_BTNH = causal_attention(q_BTNH, k_BSNH, v_BSNH, backend="xla")
+    assert y_BTNH.dtype == jnp.bfloat16
+    expected = 1 / (1 + math.exp(-0.5 / math.sqrt(2)))
+    assert expected > 0.58
+    assert float(y_BTNH[0, 1, 0, 0]) == pytest.approx(expected, abs=2**-8)
+
+
+def test_a_masked_key_has_no_weight_however_large():
+    q_BTNH, k_BTNH, v_BTNH = make_qkv(1, 3, 1, 4)
+    loud_BTNH = k_BTNH.at[:, 1:].multiply(1e6)
+    mask = jnp.asarray([True, False, False])[None, None, None]
+    quiet = masked_attention(q_BTNH, k_BTNH, v_BTNH, mask)
+    np.testing.assert_array_equal(masked_attention(q_BTNH, loud_BTNH, v_BTNH, mask), quiet)
+    np.testing.assert_allclose(quiet, jnp.broadcast_to(v_BTNH[:, :1], quiet.shape), rtol=1e-6)
+
+
+def test_dropout_keeps_the_expectation_and_drops_its_rate():
+    T, rate = 8, 0.25
+    q_BTNH, k_BTNH, _ = make_qkv(1, T, 1, T)
+    v_BTNH = jnp.eye(T)[None, :, None, :]  # the output is the row of attention weights itself
+    attend = functools.partial(causal_attention, q_BTNH, k_BTNH, v_BTNH, backend="xla", dropout=rate)
+    weights_TS = np.asarray(attend())[0, :, 0]
+    keys = jax.random.split(jax.random.key(0), 4000)
+    samples_KTS = np.asarray(jax.jit(jax.vmap(lambda key: attend(dropout_key=key)))(keys))[:, 0, :, 0]
+    seen_TS = np.tril(np.ones((T, T), bool))
+    assert not samples_KTS[:, ~seen_TS].any()
+    dropped = (samples_KTS == 0)[:, seen_TS].mean()
+    assert dropped == pytest.approx(rate, abs=5 * math.sqrt(rate * (1 - rate) / (4000 * seen_TS.sum())))
+    kept_KTS = np.where(samples_KTS == 0, weights_TS / (1 - rate), samples_KTS)
+    np.testing.assert_allclose(kept_KTS, np.broadcast_to(weights_TS / (1 - rate), kept_KTS.shape), rtol=1e-5)
+    sigma_TS = weights_TS * math.sqrt(rate / (1 - rate) / 4000)
+    assert (np.abs(samples_KTS.mean(axis=0) - weights_TS) <= 5 * sigma_TS + 1e-6).all()
+
+
+# The choice
+
+
+def choose(name, **changes):
+    situation = {
+        "platform": "tpu",
+        "dtype": jnp.dtype(jnp.bfloat16),
+        "dropout": 0.0,
+        "document_mask": False,
+        "head_width": 64,
+        "block_size": 1024,
+    }
+    return choose_backend(name, **(situation | changes))
+
+
+@pytest.mark.parametrize(
+    ("platform", "backend"), [("cpu", "xla"), ("tpu", "splash"), ("gpu", "cudnn"), ("cuda", "cudnn"), ("rocm", "xla")]
+)
+def test_auto_takes_the_fused_kernel_of_the_platform(platform, backend):
+    assert choose("auto", platform=platform) == (backend, "")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_xla_serves_everywhere(platform):
+    assert choose("xla", platform=platform, dropout=0.1, document_mask=True, block_size=100) == ("xla", "")
+
+
+@pytest.mark.parametrize(
+    ("platform", "name", "changes", "reason"),
+    [
+        ("gpu", "cudnn", {"dtype": jnp.dtype(jnp.float32)}, "cudnn needs bfloat16, and compute.dtype is float32"),
+        ("gpu", "cudnn", {"dropout": 0.1}, "cudnn has no attention dropout, and model.dropout > 0"),
+        ("cuda", "cudnn", {"document_mask": True}, "cudnn is used with the causal flag only"),
+        ("gpu", "cudnn", {"head_width": 60}, "a multiple of 8 up to 128, and it is 60"),
+        ("gpu", "cudnn", {"head_width": 256}, "a multiple of 8 up to 128, and it is 256"),
+        ("tpu", "splash", {"dropout": 0.1}, "splash has no attention dropout, and model.dropout > 0"),
+        ("tpu", "splash", {"block_size": 1000}, "model.block_size to be a multiple of 128, and it is 1000"),
+    ],
+)
+def test_an_unfit_kernel_is_refused_by_name_and_passed_over_by_auto(platform, name, changes, reason):
+    assert choose(name, platform=platform) == (name, "")
+    backend, why = choose("auto", platform=platform, **changes)
+    assert backend == "xla"
+    assert reason in why
+    with pytest.raises(ConfigError) as caught:
+        choose(name, platform=platform, **changes)
+    assert str(caught.value) == f"compute.attention='{name}': {why}; try compute.attention='auto'"
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "reason"),
+    [
+        ("cudnn", "tpu", "needs an NVIDIA GPU"),
+        ("cudnn", "cpu", "needs an NVIDIA GPU"),
+        ("splash", "gpu", "needs a TPU"),
+    ],
+)
+def test_a_kernel_of_another_platform_is_refused(name, platform, reason):
+    with pytest.raises(
+        ConfigError, match=f"compute.attention='{name}': {name} {reason}, and the mesh is on {platform}"
+    ):
+        choose(name, platform=platform)
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_splash_serves_documents(document_mask):
+    assert choose("splash", document_mask=document_mask) == ("splash", "")
+
+
+# The TPU kernel, interpreted
+
+
+@pytest.fixture(scope="module")
+def long_qkv():
+    return make_qkv(2, 128, 2, 64)
+
+
+SEGMENTS_BT = np.asarray([[0] * 50 + [1] * 78, [0] * 127 + [1]], np.int32)
+
+
+def test_splash_equals_xla_with_documents_and_narrow_heads(long_qkv):
+    splash_BTNH = splash_on_one_device(*long_qkv, jnp.asarray(SEGMENTS_BT), interpret=True)
+    xla_BTNH = causal_attention(*long_qkv, backend="xla", segments_BT=SEGMENTS_BT)
+    whole_BTNH = causal_attention(*long_qkv, backend="xla")
+    assert not np.allclose(xla_BTNH, whole_BTNH, atol=1e-3)
+    np.testing.assert_allclose(splash_BTNH, xla_BTNH, rtol=1e-5, atol=1e-5)
+
+
+def test_splash_runs_on_each_device_of_a_mesh(long_qkv, monkeypatch):
+    """Under a mesh each device attends to its own sequences and heads; the result is that of one device."""
+    shapes = []
+
+    def interpreted(q_BTNH, *rest):
+        shapes.append(q_BTNH.shape)
+        return splash_on_one_device(q_BTNH, *rest, interpret=True)
+
+    monkeypatch.setattr(attention, "splash_on_one_device", interpreted)
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        splash_BTNH = jax.jit(functools.partial(causal_attention, backend="splash"))(*long_qkv)
+    assert shapes == [(1, 128, 1, 64)]
+    np.testing.assert_allclose(splash_BTNH, causal_attention(*long_qkv, backend="xla"), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,288 @@
+"""Every kind of mistake in a config ends as a ConfigError that names the field, its value and the remedy."""
+
+import contextlib
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.config import (
+    AT_LEAST,
+    BELOW_ONE,
+    CHOICES,
+    PERIODS,
+    Config,
+    GPTConfig,
+    convert,
+    default_config,
+    find_problems,
+    flatten,
+    from_dict,
+    nearest_divisors,
+)
+from gptjax.errors import BAD_CONFIG, ConfigError
+
+FIELDS = sorted(flatten(Config()))
+
+
+def nested(path, value):
+    section, _, name = path.rpartition(".")
+    return {section: {name: value}} if section else {name: value}
+
+
+def problems_of(values):
+    with pytest.raises(ConfigError) as caught:
+        from_dict(values)
+    assert caught.value.exit_code == BAD_CONFIG
+    return str(caught.value).splitlines()
+
+
+def problem_of(path, value):
+    (problem,) = problems_of(nested(path, value))
+    return problem
+
+
+def test_defaults_are_valid_and_gpt2_small():
+    assert from_dict({}) == Config()
+    assert Config().model == GPTConfig(1024, 50257, 12, 12, 768, 0.0, True, True)
+    assert find_problems(Config()) == []
+
+
+def test_a_config_survives_the_way_through_a_dict():
+    values = {"model": {"n_layer": 3, "bias": False}, "mesh": {"data": 2, "fsdp": -1}, "init_from": "runs/x"}
+    config = from_dict(values)
+    assert config != Config()
+    assert from_dict(config.to_dict()) == config
+    assert {path: flatten(config)[path] for path in ("model.n_layer", "mesh.fsdp", "init_from")} == {
+        "model.n_layer": 3,
+        "mesh.fsdp": -1,
+        "init_from": "runs/x",
+    }
+
+
+def test_default_config_is_a_locked_config_dict_of_every_field():
+    config = default_config()
+    assert config.to_dict() == Config().to_dict()
+    config.model.n_layer = 2
+    assert from_dict(config.to_dict()).model.n_layer == 2
+    with pytest.raises((AttributeError, KeyError)):
+        config.model.n_layers = 2
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        ("model.n_layers", "model.n_layer"),
+        ("optim.learning_rate", None),
+        ("optim.peaklr", "optim.peak_lr"),
+        ("modle.n_layer", None),
+        ("n_head", "model.n_head"),
+        ("peak_lr", "optim.peak_lr"),
+    ],
+)
+def test_unknown_field_names_the_nearest(path, nearest):
+    problem = problem_of(path, 1)
+    assert problem.startswith(f"{path.split('.')[0] if path.startswith('modle') else path}: no such config field")
+    if nearest:
+        assert nearest in problem.split("nearest: ")[1].split(", ")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("model.n_layer", "twelve", "a whole number"),
+        ("model.n_layer", 1.5, "a whole number"),
+        ("model.n_layer", True, "a whole number"),
+        ("model.n_layer", None, "a whole number"),
+        ("model.n_layer", (1,), "a whole number"),
+        ("model.n_layer", math.inf, "a whole number"),
+        ("model.bias", "yes", "true or false"),
+        ("model.bias", 1, "true or false"),
+        ("optim.peak_lr", "fast", "a finite number"),
+        ("optim.peak_lr", math.nan, "a finite number"),
+        ("optim.peak_lr", "nan", "a finite number"),
+        ("optim.peak_lr", -math.inf, "a finite number"),
+        ("optim.peak_lr", False, "a finite number"),
+        ("optim.peak_lr", 10**400, "a finite number"),
+        ("data.source", 3, "text"),
+        ("data.source", None, "text"),
+        ("init_from", 0, "text"),
+    ],
+)
+def test_wrong_type_names_what_was_expected(path, value, expected):
+    assert problem_of(path, value) == f"{path}={value!r}: expected {expected}"
+
+
+@pytest.mark.parametrize("value", [3, "small", None, [1]])
+def test_a_section_that_is_no_section(value):
+    assert problems_of({"model": value}) == [f"model={value!r}: expected a section with fields"]
+
+
+@pytest.mark.parametrize("path", CHOICES)
+def test_unknown_choice_lists_the_choices(path):
+    assert problem_of(path, "bogus") == f"{path}='bogus': expected one of {', '.join(CHOICES[path])}"
+
+
+@pytest.mark.parametrize("path", AT_LEAST)
+def test_every_number_has_its_least_value(path):
+    kind = type(flatten(Config())[path])
+    problem = problem_of(path, kind(AT_LEAST[path] - 1))
+    assert problem == f"{path}={kind(AT_LEAST[path] - 1)}: must be at least {AT_LEAST[path]}"
+    assert problem not in find_problems(_with(path, kind(AT_LEAST[path])))
+
+
+@pytest.mark.parametrize("path", BELOW_ONE)
+def test_rates_stay_below_one(path):
+    assert problem_of(path, 1.0) == f"{path}=1.0: must be below 1"
+
+
+@pytest.mark.parametrize("path", ["data.seed", "train.seed"])
+def test_seeds_fit_31_bits(path):
+    assert "must be at most 2147483647" in problem_of(path, 2**31)
+    assert flatten(from_dict(nested(path, 2**31 - 1)))[path] == 2**31 - 1
+
+
+def test_every_number_has_a_bound():
+    numbers = {path for path, value in flatten(Config()).items() if type(value) in (int, float)}
+    assert numbers - set(AT_LEAST) == {"mesh.data", "mesh.fsdp", "mesh.tensor"}
+
+
+def test_heads_that_do_not_divide_the_width_name_the_nearest():
+    assert problem_of("model.n_head", 13) == ("model.n_head=13: must divide model.n_embd=768; nearest valid: 12, 16")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "problem"),
+    [
+        ("optim.min_lr", 1.0, "optim.min_lr=1.0: must not exceed optim.peak_lr=0.0006"),
+        ("optim.decay_fraction", 1.5, "optim.decay_fraction=1.5: must be at most 1"),
+        ("mesh.fsdp", 0, "mesh.fsdp=0: must be positive, or -1 for the rest"),
+        ("mesh.tensor", -2, "mesh.tensor=-2: must be positive, or -1 for the rest"),
+        ("mesh.fsdp", -1, "mesh: only one of mesh.data, mesh.fsdp, mesh.tensor may be -1"),
+    ],
+)
+def test_impossible_combinations(path, value, problem):
+    assert problem_of(path, value) == problem
+
+
+@pytest.mark.parametrize("path", PERIODS)
+def test_periods_are_multiples_of_steps_per_dispatch(path):
+    values = {name: {} for name in ("train", "checkpoint")}
+    for period in PERIODS:
+        section, name = period.split(".")
+        values[section][name] = 40
+    values["train"]["steps_per_dispatch"] = 20
+    from_dict(values)
+    section, name = path.split(".")
+    values[section][name] = 50
+    assert problems_of(values) == [f"{path}=50: must be a multiple of train.steps_per_dispatch=20; nearest valid: 40"]
+    values[section][name] = 7
+    assert problems_of(values)[0].endswith("nearest valid: 20")
+
+
+def test_several_problems_are_listed_at_once():
+    unparsable = {"model": {"n_layers": 2, "bias": "maybe"}, "optim": {"peak_lr": math.nan}, "tarin": {}, "mesh": 2}
+    assert [problem.split(":")[0].split("=")[0] for problem in problems_of(unparsable)] == [
+        "tarin",
+        "model.n_layers",
+        "model.bias",
+        "optim.peak_lr",
+        "mesh",
+    ]
+    impossible = {"train": {"num_steps": -5, "nan_policy": "pray"}, "model": {"dropout": 1.0}}
+    assert sorted(problem.split("=")[0] for problem in problems_of(impossible)) == [
+        "model.dropout",
+        "train.nan_policy",
+        "train.num_steps",
+    ]
+    conflicts = {"model": {"n_head": 13}, "optim": {"min_lr": 1.0}, "mesh": {"fsdp": 0, "tensor": -1}}
+    assert len(problems_of(conflicts)) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        ("12", int, 12),
+        ("-1", int, -1),
+        ("+7", int, 7),
+        ("1e3", int, 1000),
+        ("2147483647", int, 2**31 - 1),
+        (4.0, int, 4),
+        ("3e-4", float, 3e-4),
+        ("1", float, 1.0),
+        (1, float, 1.0),
+        ("true", bool, True),
+        ("False", bool, False),
+        ("1", bool, True),
+        ("0", bool, False),
+        ("None", str, "None"),
+    ],
+)
+def test_text_is_read_as_on_a_command_line(text, kind, value):
+    read = convert("field", text, kind)
+    assert read == value
+    assert type(read) is kind
+
+
+@pytest.mark.parametrize("number", [1, 2, 25, 97, 768, 1600, 50304])
+def test_nearest_divisors_are_the_nearest(number):
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    for wanted in (1, 3, 13, 48, 1000, 10**6):
+        for count in (1, 2, 3):
+            near = nearest_divisors(number, wanted, count)
+            assert near == sorted(near)
+            assert set(near) <= set(divisors)
+            assert len(near) == min(count, len(divisors))
+            worst = max(abs(d - wanted) for d in near)
+            assert all(abs(d - wanted) >= worst for d in divisors if d not in near)
+
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.from_regex(r"[+-]?[0-9]{1,30}(e[+-]?[0-9]{1,3})?", fullmatch=True),
+    st.sampled_from(["nan", "inf", "-inf", "1e999", "true", "²", "１", "0x10", "1_000", "--5"]),  # noqa: RUF001
+    st.binary(max_size=3),
+    st.lists(st.integers(), max_size=2),
+)
+ANY_VALUES = st.recursive(SCALARS, lambda inner: st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=4)
+
+
+@given(
+    st.dictionaries(st.sampled_from(FIELDS), SCALARS, max_size=4), st.dictionaries(st.text(), ANY_VALUES, max_size=2)
+)
+@settings(max_examples=400, deadline=None)
+def test_any_values_give_a_valid_config_or_a_config_error(fields, others):
+    values = dict(others)
+    for path, value in fields.items():
+        section, _, name = path.rpartition(".")
+        home = values.setdefault(section, {}) if section else values
+        if isinstance(home, dict):
+            home[name] = value
+    try:
+        config = from_dict(values)
+    except ConfigError:
+        return
+    assert find_problems(config) == []
+    for path, value in flatten(config).items():
+        assert type(value) is type(flatten(Config())[path]), path
+        assert not isinstance(value, float) or math.isfinite(value), path
+
+
+@given(st.sampled_from(FIELDS), SCALARS)
+@settings(max_examples=400, deadline=None)
+def test_any_value_of_any_field_is_converted_or_refused(path, value):
+    kind = type(flatten(Config())[path])
+    with contextlib.suppress(ConfigError):
+        assert type(convert(path, value, kind)) is kind
+
+
+def _with(path, value):
+    section, name = path.split(".")
+    config = Config()
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})

@@ -1,0 +1,242 @@
+"""Where every array lies, on eight CPU devices, and that the numbers do not depend on it."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax.config import CHOICES, GPTConfig, MeshConfig, OptimConfig, from_dict
+from gptjax.errors import ConfigError
+from gptjax.model import GPT, resolve_compute
+from gptjax.optim import make_optimizer, make_schedule
+from gptjax.sharding import (
+    BATCH_SPEC,
+    PARAM_SPECS,
+    bytes_per_device,
+    data_parallel_size,
+    make_mesh,
+    param_shardings,
+    param_spec,
+    path_name,
+    state_shardings,
+)
+from gptjax.state import TrainState, make_init
+from gptjax.step import make_loss_fn, make_train_step
+
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def mesh_of(data=1, fsdp=1, tensor=1):
+    return make_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
+
+
+def abstract_params(**model):
+    config = GPTConfig(**model)
+    tokens_BT = jax.ShapeDtypeStruct((1, config.block_size), jnp.int32)
+    return jax.eval_shape(GPT(config).init, jax.random.key(0), tokens_BT)["params"]
+
+
+def abstract_state(mesh, optimizer, **model):
+    return make_init(GPT(GPTConfig(**model)), make_optimizer(OptimConfig(name=optimizer)), mesh=mesh, seed=0)[0]
+
+
+def by_path(tree):
+    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+# The mesh
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ((-1, 1, 1), (8, 1, 1)),
+        ((1, -1, 1), (1, 8, 1)),
+        ((2, 2, 2), (2, 2, 2)),
+        ((2, -1, 2), (2, 2, 2)),
+        ((4, 1, -1), (4, 1, 2)),
+        ((8, -1, 1), (8, 1, 1)),
+    ],
+)
+def test_mesh_shapes(sizes, shape):
+    mesh = make_mesh(MeshConfig(*sizes))
+    assert dict(mesh.shape) == dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert sorted(device.id for device in mesh.devices.flat) == list(range(8))
+    assert data_parallel_size(mesh) == shape[0] * shape[1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "problem"),
+    [
+        ((-1, 3, 1), "mesh=-1x3x1: 8 devices cannot form it; nearest valid mesh.fsdp: 2, 4, with mesh.data=-1"),
+        ((1, -1, 5), "mesh=1x-1x5: 8 devices cannot form it; nearest valid mesh.tensor: 2, 4, with mesh.fsdp=-1"),
+        ((-1, 16, 1), "mesh=-1x16x1: 8 devices cannot form it; nearest valid mesh.fsdp: 4, 8, with mesh.data=-1"),
+        ((1, 2, 1), "mesh=1x2x1: 8 devices cannot form it"),
+        ((1, 1, 1), "mesh=1x1x1: 8 devices cannot form it"),
+        ((4, 4, 1), "mesh=4x4x1: 8 devices cannot form it"),
+    ],
+)
+def test_impossible_meshes_name_the_nearest(sizes, problem):
+    with pytest.raises(ConfigError) as caught:
+        make_mesh(MeshConfig(*sizes))
+    assert str(caught.value).startswith(problem)
+
+
+def test_a_mesh_takes_the_devices_it_is_given():
+    devices = jax.devices()[2:6]
+    mesh = make_mesh(MeshConfig(fsdp=2), devices)
+    assert mesh.shape["data"] == 2
+    assert sorted(device.id for device in mesh.devices.flat) == [2, 3, 4, 5]
+
+
+# The table
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_has_its_row(tied, bias):
+    params = abstract_params(n_layer=2, n_embd=96, tie_embeddings=tied, bias=bias)
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    for path, sharding in by_path(param_shardings(params, mesh)).items():
+        assert sharding == NamedSharding(mesh, param_spec(path))
+        assert len(param_spec(path)) == by_path(params)[path].ndim
+
+
+def test_each_row_places_something_and_no_two_the_same():
+    paths = by_path(abstract_params(n_layer=1, tie_embeddings=False))
+    matches = [[pattern for pattern, _ in PARAM_SPECS if re.fullmatch(pattern, path)] for path in paths]
+    assert all(len(patterns) == 1 for patterns in matches)
+    assert {patterns[0] for patterns in matches} == {pattern for pattern, _ in PARAM_SPECS}
+
+
+@pytest.mark.parametrize("path", ["h/attn/c_attn/weight", "xh/attn/c_attn/kernel", "wte/embedding/x", ""])
+def test_an_unmatched_path_is_an_error(path):
+    with pytest.raises(ValueError, match="no row of PARAM_SPECS places this parameter"):
+        param_spec(path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("optimizer", CHOICES["optim.name"])
+def test_nothing_large_is_replicated_under_fsdp(optimizer, tied):
+    """Of GPT-2 small's whole state, optimizer included, each of eight devices holds an eighth of all that is large."""
+    mesh = mesh_of(fsdp=8)
+    state = abstract_state(mesh, optimizer, tie_embeddings=tied)
+    large = {path: leaf for path, leaf in by_path(state).items() if math.prod(leaf.shape) > 100_000}
+    moments = {"adamw": 2, "lion": 1, "adafactor": 0, "muon": 1}[optimizer]
+    assert len(large) >= (6 + (not tied)) * (1 + moments)
+    for path, leaf in large.items():
+        assert math.prod(leaf.sharding.shard_shape(leaf.shape)) * 8 == math.prod(leaf.shape), path
+    whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert whole / 8 < bytes_per_device(state) < 1.03 * whole / 8
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon"])
+def test_moments_are_placed_like_their_parameters(optimizer):
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    state = abstract_state(mesh, optimizer, tie_embeddings=False)
+    params, owners = by_path(state.params), []
+    for path, leaf in by_path(state.opt_state).items():
+        owner = next((name for name in params if path.endswith(f"/{name}")), None)
+        owners.append(owner)
+        if owner is None:
+            assert leaf.sharding.spec == P(), path
+        elif owner == "ln_f/scale" or not path.endswith(f"h/{owner}"):
+            assert leaf.shape == params[owner].shape
+            assert leaf.sharding.spec == params[owner].sharding.spec, path
+    assert set(owners) == {None, *params}
+
+
+def test_factored_moments_keep_the_placement_of_the_dims_they_keep():
+    """Adafactor reduces a kernel [L, D, F] to rows [L, D] and columns [L, F]."""
+    state = by_path(abstract_state(mesh_of(data=2, fsdp=2, tensor=2), "adafactor").opt_state)
+
+    def placed(kind, path):
+        (leaf,) = (leaf for name, leaf in state.items() if f"/{kind}/" in f"/{name}" and name.endswith(path))
+        return leaf.shape, tuple(leaf.sharding.spec)
+
+    L, D, F = 12, 768, 3072
+    assert placed("v_row", "h/mlp/c_fc/kernel") == ((L, D), (None, "fsdp"))
+    assert placed("v_col", "h/mlp/c_fc/kernel") == ((L, F), (None, "tensor"))
+    assert placed("v", "h/mlp/c_fc/kernel")[0] == (1,)
+    assert placed("v_row", "wte/embedding") == ((D,), ("fsdp",))
+    assert placed("v_col", "wte/embedding") == ((50304,), ("tensor",))
+    assert placed("v_row", "h/attn/c_attn/kernel") == ((L, D, 3), (None, "fsdp", None))
+    assert placed("v_col", "h/attn/c_attn/kernel") == ((L, 3, D), (None, None, "tensor"))
+    assert placed("v", "h/mlp/c_fc/bias") == ((L, F), (None, "tensor"))
+    assert placed("v", "ln_f/scale") == ((D,), (None,))
+
+
+def test_what_belongs_to_no_parameter_is_replicated():
+    params = abstract_params(n_layer=1)
+    state = {"count": jax.ShapeDtypeStruct((), jnp.int32), "mu": {"h": {"other": jax.ShapeDtypeStruct((8,), jnp.int8)}}}
+    specs = {sharding.spec for sharding in jax.tree.leaves(state_shardings(state, params, mesh_of(fsdp=8)))}
+    assert specs == {P()}
+
+
+def test_a_width_that_does_not_divide_names_the_nearest_mesh():
+    params = abstract_params(n_layer=1, n_head=2, n_embd=100)
+    with pytest.raises(ConfigError) as caught:
+        param_shardings(params, mesh_of(fsdp=8))
+    assert str(caught.value) == (
+        "mesh.fsdp=8: does not divide h/attn/c_attn/kernel of shape 1x100x3x100; nearest valid: 2, 4"
+    )
+    param_shardings(params, mesh_of(fsdp=4))
+    with pytest.raises(ConfigError, match=r"mesh.tensor=8: does not divide .* nearest valid: 2, 4"):
+        param_shardings(params, mesh_of(tensor=8))
+
+
+# The numbers
+
+
+MODEL = {"block_size": 16, "vocab_size": 200, "n_layer": 2, "n_head": 2, "n_embd": 32}
+MESHES = {"1": (1, 1, 1), "8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "1x1x2": (1, 1, 2), "2x2x2": (2, 2, 2)}
+OPTIONS = {"2x2x2": {"loss_chunk": 8, "remat": "full", "unroll": 2}}  # accumulating too, and the same numbers
+
+
+@functools.cache
+def initial_params():
+    mesh = mesh_of()
+    return jit(make_init(GPT(GPTConfig(**MODEL)), optax.identity(), mesh=mesh, seed=0)[1])().params
+
+
+@functools.cache
+def train(name):
+    """Returns the losses and gradient norms of four updates on a mesh, and the compiled step's text."""
+    compute = OPTIONS.get(name, {})
+    config = from_dict({"model": MODEL, "compute": compute, "optim": {"warmup_steps": 0, "peak_lr": 1e-2}})
+    mesh = mesh_of(*MESHES[name])
+    model = GPT(config.model, resolve_compute(config, mesh))
+    assert model.compute.flat == (mesh.shape["tensor"] == 1)
+    optimizer, schedule = make_optimizer(config.optim), make_schedule(config.optim, 100)
+    abstract, _ = make_init(model, optimizer, mesh=mesh, seed=0)
+    loss_fn = make_loss_fn(model, config, eot_id=0, eot_position="last")
+    step = make_train_step(loss_fn, optimizer, schedule, config=config)
+    tokens_ABT = np.random.default_rng(0).integers(200, size=(2 if compute else 1, 8 if compute else 16, 17))
+    batch = jax.device_put(tokens_ABT.astype(np.int32), NamedSharding(mesh, BATCH_SPEC))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    state = jax.device_put(TrainState(np.int32(0), initial_params(), optimizer.init(initial_params())), shardings)
+    metrics = []
+    with jax.set_mesh(mesh):
+        compiled = jit(step, out_shardings=(shardings, None)).lower(abstract, batch).compile()
+        for _ in range(4):
+            state, measured = compiled(state, batch)
+            metrics.append([float(measured["loss"]), float(measured["grad_norm"])])
+    return np.asarray(metrics), compiled.as_text()
+
+
+@pytest.mark.parametrize("name", [name for name in MESHES if name != "1"])
+def test_losses_agree_between_meshes(name):
+    (alone, alone_text), (metrics, text) = train("1"), train(name)
+    assert "all-reduce" not in alone_text
+    assert "all-reduce" in text
+    assert "all-gather" in text or MESHES[name][1] == 1, "fsdp gathers parameters"
+    assert alone[-1, 0] < alone[0, 0] - 0.05, "nothing was learnt"
+    np.testing.assert_allclose(metrics, alone, rtol=1e-5)
