@@ -1,0 +1,177 @@
+"""K1, K2, K3, W1: SIGKILL at any moment, then the same command again, ends in the bits of a run never disturbed."""
+
+import json
+import random
+import shutil
+import time
+
+import pytest
+
+from tests.runs import (
+    checkpoint_steps,
+    event_steps,
+    kill,
+    last_step,
+    losses,
+    restored_bytes,
+    temporary_directories,
+    validations,
+    wait_for,
+)
+
+pytestmark = pytest.mark.faults
+STEPS, SAVE_EVERY = 48, 4
+LONG = (f"train.num_steps={STEPS}", f"checkpoint.save_every={SAVE_EVERY}")
+
+
+def assert_equals_twin(workdir, twin, tiny_run):
+    assert list(losses(workdir)) == list(range(1, max(losses(twin)) + 1))
+    assert losses(workdir) == losses(twin)
+    assert validations(workdir) == validations(twin)
+    assert event_steps(workdir, "loss") == list(losses(twin))
+    assert event_steps(workdir, "val_loss") == list(validations(twin))
+    assert temporary_directories(workdir) == []
+    abstract = tiny_run.abstract_state
+    assert restored_bytes(workdir, abstract) == restored_bytes(twin, abstract)
+
+
+def start_and_kill(lab, workdir, when):
+    """Starts the run, waits until it trains, and kills it at when(process); returns the step that it went on from."""
+    reached = last_step(workdir)
+    with lab.start(workdir, *LONG) as process:
+        before = last_step(workdir)
+        wait_for(lambda: (workdir / "metrics.jsonl").exists() and last_step(workdir) != before, process)
+        when(process)
+        kill(process)
+    resumed = resumed_from(workdir)
+    assert reached - resumed <= 2 * SAVE_EVERY, f"killed at step {reached}, went on from {resumed}"
+    assert len(temporary_directories(workdir)) <= 1, "an earlier kill's temporary directory is still there"
+    return resumed
+
+
+def resumed_from(workdir):
+    lines = workdir.with_suffix(".out").read_text().splitlines()
+    return next((int(line.split()[3]) for line in lines if line.startswith("resumed from step ")), 0)
+
+
+def finish(lab, workdir):
+    reached = last_step(workdir)
+    done = lab.train(workdir, *LONG)
+    resumed = int(done.stdout.split("resumed from step ")[1].split()[0])
+    assert reached - resumed <= 2 * SAVE_EVERY
+    return resumed
+
+
+def test_k1_kills_at_random_moments(lab, long_twin, tiny_run, tmp_path):
+    workdir, moment = tmp_path / "run", random.Random(1)
+    resumed = []
+    for _ in range(10):
+
+        def at_random(process):
+            target = min(last_step(workdir) + moment.randrange(12), STEPS - 2)
+            wait_for(lambda: last_step(workdir) >= target, process)
+            time.sleep(moment.uniform(0, 0.05))
+
+        resumed.append(start_and_kill(lab, workdir, at_random))
+    resumed.append(finish(lab, workdir))
+    assert resumed == sorted(resumed)
+    assert len(set(resumed)) > 2, f"it was killed again and again at the same place: {resumed}"
+    assert_equals_twin(workdir, long_twin, tiny_run)
+
+
+def names(workdir):
+    directory = workdir / "checkpoints"
+    try:
+        return {entry.name for entry in directory.iterdir()}
+    except FileNotFoundError:
+        return set()
+
+
+def a_save_has_begun(workdir):
+    return any("tmp" in name for name in names(workdir))
+
+
+def a_save_was_renamed(workdir):
+    """Yields the condition: a checkpoint has its name that had none at the start."""
+    before = max(checkpoint_steps(workdir), default=0)
+    return lambda: max(checkpoint_steps(workdir), default=0) > before
+
+
+def test_k2_kills_around_saves(lab, long_twin, tiny_run, tmp_path):
+    """Three times each: a save's temporary directory appears; it is renamed; an old step is being removed."""
+    workdir, half_removed = tmp_path / "run", []
+
+    def appears(process):
+        seen = {name for name in names(workdir) if "tmp" in name}
+        wait_for(lambda: any("tmp" in name and name not in seen for name in names(workdir)), process)
+
+    def is_renamed(process):
+        wait_for(a_save_was_renamed(workdir), process)
+
+    def is_being_removed(process):
+        def half_gone():
+            for step in checkpoint_steps(workdir):
+                path = workdir / "checkpoints" / str(step)
+                if not (path / "_CHECKPOINT_METADATA").exists() or not (path / "params" / "_METADATA").exists():
+                    return True
+            return False
+
+        wait_for(half_gone, process)
+        process.kill()
+        process.wait()
+        half_removed.append(half_gone())
+
+    for when in (appears, is_renamed, is_being_removed) * 3:
+        start_and_kill(lab, workdir, when)
+        assert checkpoint_steps(workdir) or when is appears
+    assert any(half_removed), "no kill has met a half-removed step: the moment was missed"
+    finish(lab, workdir)
+    assert_equals_twin(workdir, long_twin, tiny_run)
+
+
+def test_k3_killed_in_the_first_compilation(lab, twin, tiny_run, tmp_path):
+    workdir, cold = tmp_path / "run", str(tmp_path / "cold")
+    with lab.start(workdir, JAX_COMPILATION_CACHE_DIR=cold) as process:
+        wait_for((workdir / "metrics.jsonl").exists, process)
+        time.sleep(0.1)
+        kill(process)
+    assert last_step(workdir) == 0
+    assert checkpoint_steps(workdir) == []
+    assert "resumed from" not in lab.train(workdir).stdout
+    assert_equals_twin(workdir, twin, tiny_run)
+
+
+def test_w1_killed_between_an_evaluation_and_its_save(lab, twin, tiny_run, tmp_path):
+    """The log then knows more than the newest checkpoint; a torn line, as a power cut leaves it, is added by hand."""
+    workdir = tmp_path / "run"
+    lab.train(workdir, GPTJAX_FAULT="evaluation:1:kill", expect=-9)
+    assert last_step(workdir) == 8
+    assert checkpoint_steps(workdir)[-1:] in ([], [4])
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    assert list(validations(workdir)) == [8]
+    lab.train(workdir)
+    assert_equals_twin(workdir, twin, tiny_run)
+
+
+def test_w1_logs_far_ahead_of_the_checkpoint(lab, twin, tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(twin, workdir)
+    for step in (8, 12, 16):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write("\0\0\0\n[1]\n{}\n" + json.dumps({"step": 17, "loss": 1.0}) + '\n{"step"')
+    lab.train(workdir)
+    assert_equals_twin(workdir, twin, tiny_run)
+
+
+@pytest.mark.parametrize("leftover", ["checkpoints/8.orbax-checkpoint-tmp"])
+def test_a_dead_runs_temporary_directory_is_removed(leftover, lab, twin, tiny_run, tmp_path):
+    """C4, through the command line; what else may lie there is in test_damage.py."""
+    workdir = tmp_path / "run"
+    shutil.copytree(twin, workdir)
+    for step in (8, 12, 16):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    shutil.copytree(workdir / "checkpoints/4", workdir / leftover)
+    lab.train(workdir)
+    assert_equals_twin(workdir, twin, tiny_run)

@@ -1,0 +1,163 @@
+"""G1, G2: a step that is not finite changes nothing but the step, and the policy decides what happens then."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import run as run_module
+from gptjax.errors import DivergedError
+from gptjax.optim import make_optimizer, make_schedule
+from gptjax.state import TrainState
+from gptjax.step import make_loss_fn, make_train_step
+from tests.runs import checkpoint_steps, losses, restored_bytes, rows, state_bytes
+
+pytestmark = pytest.mark.faults
+SHORT = {"num_steps": 8, "eval_every": 0}
+
+
+@pytest.fixture(scope="module")
+def broken_step(lab, tiny_run):
+    """The train step of a model whose loss is not a number, jitted as the run's own."""
+    config = tiny_run.config
+    loss_fn = make_loss_fn(tiny_run.model, config, eot_id=tiny_run.tokenizer.eot_id, eot_position="last")
+
+    def broken_loss(params, tokens, key):
+        sums = loss_fn(params, tokens, key)
+        return sums._replace(loss=sums.loss * math.nan)
+
+    step = make_train_step(
+        broken_loss, make_optimizer(config.optim), make_schedule(config.optim, config.train.num_steps), config=config
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, tiny_run.abstract_state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+@pytest.fixture
+def breaking_at(tiny_run, broken_step):
+    """breaking_at(4) is a train step that gives no number for the update that would make step 4."""
+
+    def make(*steps):
+        def train_step(state, tokens):
+            return (broken_step if int(state.step) + 1 in steps else tiny_run.train_step)(state, tokens)
+
+        return {"train_step": train_step}
+
+    return make
+
+
+def leaving_out(tiny_run, *steps):
+    """A train step that does nothing but count for these steps."""
+
+    def train_step(state, tokens):
+        if int(state.step) + 1 not in steps:
+            return tiny_run.train_step(state, tokens)
+        kept = jax.tree.map(lambda leaf: leaf + 0, state)
+        _, metrics = tiny_run.train_step(state, tokens)
+        return TrainState(kept.step + 1, kept.params, kept.opt_state), metrics
+
+    return {"train_step": train_step}
+
+
+def assert_finite_checkpoints(workdir, abstract):
+    from gptjax.checkpoint import Checkpointer
+
+    checkpointer = Checkpointer(str(workdir))
+    for step in checkpointer.steps():
+        record = checkpointer.read_record(step)
+        trees = checkpointer.load(step, {"params": abstract.params, "opt_state": abstract.opt_state}, record)
+        assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(trees))
+
+
+def test_g1_skip_equals_a_twin_that_leaves_the_step_out(train_here, tiny_run, breaking_at, said, tmp_path):
+    plain, skipping, twin = tmp_path / "plain", tmp_path / "skipping", tmp_path / "twin"
+    policy = SHORT | {"nan_policy": "skip"}
+    train_here(plain, train=policy)
+    assert train_here(skipping, train=policy, parts=breaking_at(5)) == 0
+    assert [line for line in said if "update skipped" in line] == [
+        "step 5: loss nan, gradient norm nan: update skipped (1 so far)"
+    ]
+    train_here(twin, train=policy, parts=leaving_out(tiny_run, 5))
+
+    found = {row["step"]: row for row in rows(skipping) if "loss" in row}
+    assert list(found) == list(range(1, 9)), "the data and the steps go on"
+    assert found[5]["loss"] is None
+    assert [found[step].get("skipped_steps", 0) for step in range(1, 9)] == [0] * 4 + [1] * 4
+    expected, undisturbed = losses(twin), losses(plain)
+    assert {step: row["loss"].hex() for step, row in found.items() if step != 5} == {
+        step: loss for step, loss in expected.items() if step != 5
+    }
+    assert expected[6] != undisturbed[6], "a step that changes nothing when left out tests nothing"
+    abstract = tiny_run.abstract_state
+    assert restored_bytes(skipping, abstract) == restored_bytes(twin, abstract)
+    assert_finite_checkpoints(skipping, abstract)
+
+
+def test_g2_stop_names_the_step_its_rows_and_the_way_on(train_here, tiny_run, breaking_at, tmp_path):
+    workdir, twin = tmp_path / "run", tmp_path / "twin"
+    with pytest.raises(DivergedError) as caught:
+        train_here(workdir, train=SHORT, parts=breaking_at(6))
+    message = str(caught.value)
+    assert caught.value.exit_code == 70
+    assert message.startswith("step 6: loss nan, gradient norm nan: train.nan_policy='stop'")
+    assert str(tiny_run.train_data.row_ids(5).tolist()) in message
+    assert "the last good checkpoint is of step 4, and the same command goes on from there" in message
+    assert checkpoint_steps(workdir) == [4]
+    assert_finite_checkpoints(workdir, tiny_run.abstract_state)
+    assert train_here(workdir, train=SHORT) == 0
+    train_here(twin, train=SHORT)
+    assert losses(workdir) == losses(twin)
+
+
+def test_g2_before_any_checkpoint(train_here, breaking_at, tmp_path):
+    with pytest.raises(DivergedError, match="there is no checkpoint yet"):
+        train_here(tmp_path / "run", train=SHORT, parts=breaking_at(2))
+    assert checkpoint_steps(tmp_path / "run") == []
+
+
+def test_g2_too_many_in_a_row(train_here, tiny_run, breaking_at, said, tmp_path):
+    workdir = tmp_path / "run"
+    policy = SHORT | {"nan_policy": "skip", "nan_limit": 3}
+    with pytest.raises(DivergedError, match=r"^step 7: loss nan, .*: 3 in a row;"):
+        train_here(workdir, train=policy, parts=breaking_at(2, 3, 5, 6, 7))
+    assert sum("update skipped" in line for line in said) == 4
+    assert checkpoint_steps(workdir) == [4]
+    assert_finite_checkpoints(workdir, tiny_run.abstract_state)
+
+
+def test_g2_counting_goes_on_after_a_restart(train_here, breaking_at, tmp_path):
+    """Steps 3 and 4, a checkpoint, a restart, step 5: three in a row."""
+    workdir = tmp_path / "run"
+    policy = SHORT | {"nan_policy": "skip", "nan_limit": 3}
+    train_here(workdir, train=policy | {"num_steps": 4}, parts=breaking_at(3, 4))
+    with pytest.raises(DivergedError, match=r"^step 5: .*: 3 in a row;"):
+        train_here(workdir, train=policy, parts=breaking_at(5))
+
+
+def test_g2_poisoned_parameters_are_never_saved(train_here, tiny_run, tmp_path):
+    """Skipping cannot help when the parameters themselves are no numbers; the save at step 4 comes before the limit."""
+    workdir = tmp_path / "run"
+
+    def train_step(state, tokens):
+        if int(state.step) == 2:
+            params = jax.tree.map(lambda leaf: leaf, state.params)
+            params["ln_f"]["bias"] = params["ln_f"]["bias"] * math.nan
+            state = TrainState(state.step, params, state.opt_state)
+        return tiny_run.train_step(state, tokens)
+
+    policy = SHORT | {"nan_policy": "skip", "nan_limit": 10}
+    with pytest.raises(DivergedError, match=r"^step 4: params/ln_f/bias is not finite: not saved"):
+        train_here(workdir, train=policy, parts={"train_step": train_step})
+    assert checkpoint_steps(workdir) == []
+
+
+def test_the_step_itself_keeps_the_state(tiny_run, broken_step):
+    state = tiny_run.init()
+    before = state_bytes(state)
+    with jax.set_mesh(tiny_run.mesh):
+        after, metrics = broken_step(state, tiny_run.batch(0))
+    assert state_bytes(after) == before
+    assert int(after.step) == 1
+    assert float(metrics["finite"]) == 0
+    assert run_module.make_train_step is make_train_step

@@ -1,0 +1,120 @@
+"""T1, T4: SIGTERM and SIGINT end in a checkpoint of the current step and code 75; a second signal leaves at once."""
+
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.runs import (
+    PREEMPTED,
+    checkpoint_steps,
+    last_step,
+    losses,
+    restored_bytes,
+    rows,
+    validations,
+    wait_for,
+)
+
+pytestmark = pytest.mark.faults
+
+# Saves and stops only where a signal asks for it; long evaluations, so that one can be met.
+CALM = ("checkpoint.save_every=1000", "train.eval_batches=0", "train.eval_every=8", "train.sample_every=12")
+
+
+def preempt(lab, workdir, when, *, number=signal.SIGTERM, **environment):
+    """Starts the run, sends the signal once when() says so, and returns the step of the checkpoint it leaves."""
+    with lab.start(workdir, *CALM, **environment) as process:
+        wait_for(when, process)
+        process.send_signal(number)
+        begin = time.monotonic()
+        code = process.wait(timeout=120)
+        seconds = time.monotonic() - begin
+    output = workdir.with_suffix(".out").read_text()
+    assert code == PREEMPTED, output
+    assert "Traceback" not in output
+    assert f"{number.name}: saving a checkpoint after this step" in output
+    step = checkpoint_steps(workdir)[-1]
+    assert f"preempted at step {step}, checkpoint written: start the same command again" in output
+    assert last_step(workdir) == step, "steps were taken that the checkpoint does not hold"
+    return step, seconds
+
+
+def test_t1_in_compilation_evaluation_training_and_sampling(lab, twin, tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+
+    def step_is(step):
+        return lambda: last_step(workdir) >= step
+
+    def compiling():
+        if not (workdir / "metrics.jsonl").exists():
+            return False
+        time.sleep(0.1)
+        return True
+
+    step, _ = preempt(lab, workdir, compiling, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cold"))
+    assert step == 1
+
+    step, _ = preempt(lab, workdir, step_is(8))
+    assert step == 8
+    assert validations(workdir) == {}, "the evaluation was not cut short: it was over before the signal"
+
+    step, seconds = preempt(lab, workdir, lambda: validations(workdir), number=signal.SIGINT)
+    assert 8 <= step < 12
+    assert list(validations(workdir)) == [8], "what was cut short is done at the next start"
+    assert seconds < 10
+
+    def sampling():
+        if last_step(workdir) < 12:
+            return False
+        time.sleep(0.1)
+        return True
+
+    step, _ = preempt(lab, workdir, sampling)
+    assert step == 12
+    assert (workdir / "samples.txt").read_text().startswith("--- step 12")
+
+    lab.train(workdir, *CALM)
+    assert losses(workdir) == losses(twin)
+    assert list(validations(workdir)) == [8, 16]
+    abstract = tiny_run.abstract_state
+    assert restored_bytes(workdir, abstract) == restored_bytes(twin, abstract)
+    assert max(checkpoint_steps(workdir)) == 16
+
+
+def test_t1_in_the_last_evaluation(lab, twin, tmp_path):
+    """All steps are taken, but the run is not done: the next start evaluates."""
+    workdir = tmp_path / "run"
+    lab.train(workdir, "train.num_steps=15", "train.eval_every=0")
+    with lab.start(workdir, "train.eval_batches=0", "train.eval_every=0") as process:
+        wait_for(lambda: last_step(workdir) == 16, process)
+        process.terminate()
+        assert process.wait(timeout=120) == PREEMPTED
+    assert 16 not in validations(workdir)
+    assert "done: 16 steps" in lab.train(workdir, "train.eval_every=0").stdout
+    assert validations(workdir)[16] == validations(twin)[16]
+    assert losses(workdir) == losses(twin)
+
+
+def test_t4_a_second_signal_leaves_at_once(lab, twin, tiny_run, tmp_path):
+    """Even in the middle of a compilation; the checkpoint before it stands."""
+    workdir = tmp_path / "run"
+    shutil.copytree(twin, workdir)
+    before = rows(workdir)
+    (workdir / "metrics.jsonl").touch()
+    log = workdir / "tensorboard"
+    shutil.rmtree(log)
+    with lab.start(workdir, "train.num_steps=20", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cold")) as process:
+        wait_for(log.exists, process)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        begin = time.monotonic()
+        assert process.wait(timeout=60) == PREEMPTED
+        assert time.monotonic() - begin < 2
+    assert rows(workdir) == before
+    abstract = tiny_run.abstract_state
+    assert restored_bytes(workdir, abstract) == restored_bytes(twin, abstract)
