@@ -100,12 +100,14 @@ def masked_attention(
 ) -> jax.Array:
     """Returns attention [B, T, N, H] in plain XLA, softmax in float32; mask [B or 1, 1, T, S] is True for seen keys."""
     scale = 1 / math.sqrt(q_BTNH.shape[-1])
-    scores_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32) * scale
+    # Heads first, by hand: the CPU's products of matrices in a batch are twice as fast, and elsewhere nothing changes.
+    q_BNTH, k_BNSH, v_BNSH = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
+    scores_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=jnp.float32) * scale
     weights_BNTS = jax.nn.softmax(jnp.where(mask, scores_BNTS, jnp.finfo(jnp.float32).min), axis=-1)
     if dropout_key is not None and dropout:
         keep = jax.random.bernoulli(dropout_key, 1 - dropout, weights_BNTS.shape)
         weights_BNTS = jnp.where(keep, weights_BNTS / (1 - dropout), 0.0)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS.astype(v_BSNH.dtype), v_BSNH)
+    return jnp.swapaxes(jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS.astype(v_BNSH.dtype), v_BNSH), 1, 2)
 
 
 def _splash(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, segments_BT: jax.Array | None) -> jax.Array:

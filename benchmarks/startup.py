@@ -1,0 +1,66 @@
+"""How long until something happens: import, --help, and the first train step with a cold and a warm compile cache.
+
+    python benchmarks/startup.py [--config=configs/quickstart.py] [--repeat=3]
+
+Each figure is a process of its own, started and timed from outside; the median is shown. The data is prepared first and
+not counted.
+"""
+
+import argparse
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def seconds_until(command: list[str], marker: str, environment: dict[str, str]) -> float:
+    """Returns the seconds from the start of `command` to a line that starts with `marker`, or to its end if ''."""
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if marker and line.startswith(marker):
+                seconds = time.perf_counter() - start
+                process.kill()
+                return seconds
+    if marker or process.returncode:
+        raise SystemExit(f"{' '.join(command)}: ended with {process.returncode} before {marker!r}")
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/quickstart.py")
+    parser.add_argument("--repeat", type=int, default=3)
+    args = parser.parse_args()
+    python = [sys.executable, "-u"]
+    train = [*python, "-m", "gptjax.main", f"--config={args.config}", "--config.train.log_every=1"]
+    with tempfile.TemporaryDirectory() as directory:
+        count = iter(range(1000))
+
+        def first_step(cache: str) -> float:
+            environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{directory}/{cache}"}
+            return seconds_until([*train, f"--workdir={directory}/run{next(count)}"], "step 1/", environment)
+
+        empty = [*python, "-c", "pass"]
+        first_step("unused")  # prepares the data
+        plain = dict(os.environ)
+        rows = {
+            "python itself": lambda: seconds_until(empty, "", plain),
+            "import gptjax": lambda: seconds_until([*python, "-c", "import gptjax"], "", plain),
+            "python -m gptjax.main --help": lambda: seconds_until([*python, "-m", "gptjax.main", "--help"], "", plain),
+            "first step, cold cache": lambda: first_step(f"cold{next(count)}"),
+            "first step, warm cache": lambda: first_step("unused"),
+        }
+        for name, measure in rows.items():
+            values = [measure() for _ in range(args.repeat)]
+            print(f"{name:32s} {statistics.median(values):6.2f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
