@@ -1,0 +1,334 @@
+"""Fingerprints, records, the way to disk and back of every optimizer's state, and saves that fail."""
+
+import dataclasses
+import functools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax import checkpoint as checkpoint_module
+from gptjax.checkpoint import Checkpointer, Damaged, compare_configs, fingerprints, load_params
+from gptjax.config import CHOICES, Config, GPTConfig, MeshConfig, OptimConfig, TrainConfig
+from gptjax.errors import CheckpointError, ConfigError, DivergedError, SaveError
+from gptjax.model import GPT
+from gptjax.optim import make_optimizer
+from gptjax.sharding import make_mesh
+from gptjax.state import TrainState, make_init
+from tests.runs import checkpoint_steps, state_bytes, temporary_directories
+
+MODEL = GPTConfig(block_size=8, vocab_size=100, n_layer=2, n_head=2, n_embd=16, bias=False)
+CONFIG = Config(model=MODEL)
+
+
+def mesh_of(data=1, fsdp=1, tensor=1):
+    return make_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
+
+
+@functools.cache
+def make_state(optimizer="adamw", data=1, fsdp=1, tensor=1):
+    """Returns the abstract state and a state whose every array has values of its own."""
+    mesh = mesh_of(data, fsdp, tensor)
+    abstract, _ = make_init(GPT(MODEL), make_optimizer(OptimConfig(name=optimizer)), mesh=mesh, seed=0)
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        values = rng.normal(size=leaf.shape) * 100
+        return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
+
+    return abstract, jax.tree.map(fill, abstract)
+
+
+def save(checkpointer, step, state=None, **options):
+    state = make_state()[1] if state is None else state
+    checkpointer.save(state, step, config=CONFIG, history={"skipped_steps": 3}, data={"data.seed": 0}, **options)
+
+
+def save_one(workdir, state=None, step=5):
+    checkpointer = Checkpointer(str(workdir))
+    save(checkpointer, step, state)
+    checkpointer.close()
+
+
+# Fingerprints
+
+
+def fingerprint(x):
+    (value,) = fingerprints({"x": x}).values()
+    return tuple(value)
+
+
+@pytest.mark.parametrize("spec", [P("fsdp"), P(None, "fsdp"), P(("data", "fsdp"), "tensor"), P()])
+def test_fingerprints_do_not_depend_on_the_placement(spec):
+    x = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
+    mesh = mesh_of(2, 2, 2)
+    placed = jax.device_put(x, NamedSharding(mesh, spec))
+    assert fingerprint(placed) == fingerprint(jnp.asarray(x))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "uint8"])
+def test_any_bit_flip_changes_both_sums(dtype):
+    x = np.asarray(jnp.arange(60).reshape(3, 4, 5).astype(dtype))
+    before, rng = fingerprint(x), np.random.default_rng(0)
+    for bit in rng.choice(8 * x.nbytes, 40, replace=False).tolist():
+        raw = bytearray(x.tobytes())
+        raw[bit // 8] ^= 1 << bit % 8
+        after = fingerprint(np.frombuffer(bytes(raw), x.dtype).reshape(x.shape))
+        assert after[0] != before[0], bit
+        assert after[1] != before[1], bit
+
+
+def test_a_swap_of_two_elements_changes_it():
+    x = np.arange(24, dtype=np.float32).reshape(4, 6)
+    before = fingerprint(x)
+    for i, j in [((0, 0), (0, 1)), ((0, 0), (1, 0)), ((3, 5), (0, 0)), ((1, 2), (2, 1))]:
+        y = x.copy()
+        y[i], y[j] = x[j], x[i]
+        assert fingerprint(y) != before
+    assert fingerprint(x[::-1]) != before
+    assert fingerprint(x.T.copy()) != before
+
+
+def test_dtype_and_shape_count_even_where_the_bits_are_equal():
+    zeros = [jnp.zeros((4, 6), dtype) for dtype in ("float32", "int32", "uint32", "bfloat16")]
+    zeros += [jnp.zeros((6, 4)), jnp.zeros((24,)), jnp.zeros((4, 6, 1))]
+    assert len({fingerprint(x) for x in zeros}) == len(zeros)
+
+
+def test_changes_that_cancel_in_a_plain_sum():
+    x = np.zeros(8, np.float32)
+    y = x.copy()
+    y[2], y[3] = 1.0, -1.0
+    assert fingerprint(y) != fingerprint(x)
+    assert fingerprint(np.float32(0.0)) != fingerprint(np.float32(-0.0))
+
+
+def test_fingerprints_are_compiled_once():
+    tree = {"a": jnp.ones(7), "b": jnp.ones((3, 11))}
+    fingerprints(tree)
+    compiled = checkpoint_module._fingerprint_all._cache_size()
+    fingerprints({"a": jnp.zeros(7), "b": jnp.zeros((3, 11))})
+    assert checkpoint_module._fingerprint_all._cache_size() == compiled
+
+
+# There and back
+
+
+@pytest.mark.parametrize("optimizer", CHOICES["optim.name"])
+def test_round_trip_onto_other_meshes(optimizer, tmp_path):
+    _, state = make_state(optimizer, fsdp=8)
+    save_one(tmp_path, state)
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        abstract, _ = make_state(optimizer, *sizes)
+        restored, record = Checkpointer(str(tmp_path)).restore_latest(abstract)
+        assert int(restored.step) == record.step == 5
+        assert jax.tree.structure(restored) == jax.tree.structure(state)
+        assert state_bytes(restored) == state_bytes(state)
+        for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True):
+            assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+            assert leaf.dtype == wanted.dtype
+
+
+def test_a_restored_state_can_be_donated(tmp_path):
+    save_one(tmp_path)
+    restored, _ = Checkpointer(str(tmp_path)).restore_latest(make_state()[0])
+    leaves = jax.tree.leaves(restored)
+    jax.block_until_ready(jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)(restored))
+    assert all(leaf.is_deleted() for leaf in leaves)
+
+
+def test_the_record(tmp_path):
+    save_one(tmp_path)
+    record = Checkpointer(str(tmp_path)).read_record(5)
+    assert (record.step, record.config, record.history) == (5, CONFIG.to_dict(), {"skipped_steps": 3})
+    assert record.data == {"data.seed": 0}
+    state = make_state()[1]
+    assert record.fingerprints == fingerprints({"params": state.params, "opt_state": state.opt_state})
+    assert {"gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"} == record.versions.keys()
+
+
+def edit_record(workdir, change, *, seal):
+    """Rewrites the record of step 5, with a right checksum only where `seal` is true."""
+    path = workdir / "checkpoints/5/_CHECKPOINT_METADATA"
+    metadata = json.loads(path.read_text())
+    custom = metadata["custom_metadata"]
+    values = json.loads(custom["record"])
+    change(values)
+    custom["record"] = json.dumps(values, sort_keys=True)
+    if seal:
+        custom["sha256"] = checkpoint_module.hashlib.sha256(custom["record"].encode()).hexdigest()
+    path.write_text(json.dumps(metadata))
+
+
+def test_a_record_that_was_edited_is_refused(tmp_path):
+    save_one(tmp_path)
+    edit_record(tmp_path, lambda values: values["history"].update(skipped_steps=0), seal=False)
+    with pytest.raises(Damaged, match=r"record unreadable \(wrong checksum\)"):
+        Checkpointer(str(tmp_path)).read_record(5)
+
+
+def test_a_newer_format_is_not_damage(tmp_path):
+    save_one(tmp_path)
+    edit_record(tmp_path, lambda values: values.update(format=2, something_new=1), seal=True)
+    with pytest.raises(CheckpointError, match="made by a newer gptjax"):
+        Checkpointer(str(tmp_path)).restore_latest(make_state()[0])
+    assert checkpoint_steps(tmp_path) == [5]
+
+
+def test_nothing_there(tmp_path):
+    assert Checkpointer(str(tmp_path)).steps() == []
+    assert Checkpointer(str(tmp_path)).restore_latest(make_state()[0]) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_kept(tmp_path):
+    """The newest two, and the best by validation loss; not the highest, and not one without a validation."""
+    checkpointer = Checkpointer(str(tmp_path), keep=2)
+    for step, loss in ((1, 3.0), (2, 1.5), (3, None), (4, 2.0), (5, 9.0), (6, None)):
+        save(checkpointer, step, metrics=None if loss is None else {"val_loss": loss})
+    checkpointer.close()
+    assert checkpoint_steps(tmp_path) == [2, 5, 6]
+    checkpointer = Checkpointer(str(tmp_path), keep=2)  # a restart knows the best again
+    save(checkpointer, 7, metrics={"val_loss": 1.6})
+    save(checkpointer, 8, metrics={"val_loss": 1.4})
+    checkpointer.close()
+    assert checkpoint_steps(tmp_path) == [7, 8]
+
+
+# Parameters alone
+
+
+def test_load_params(tmp_path):
+    _, state = make_state("adamw", fsdp=8)
+    for step in (5, 6):
+        save_one(tmp_path, state, step)
+    config, params, step = load_params(str(tmp_path))
+    assert (config, step) == (CONFIG, 6)
+    expected = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state.params)]
+    assert [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)] == expected
+    assert all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves(params))
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 7; there are: "):
+        load_params(str(tmp_path), step=7)
+    with pytest.raises(CheckpointError, match=r"no checkpoint; there are: none"):
+        load_params(str(tmp_path / "nowhere"))
+
+
+def test_load_params_falls_back_and_leaves_the_directory_alone(tmp_path):
+    checkpointer = Checkpointer(str(tmp_path), keep=2)
+    for step in (5, 6):
+        save(checkpointer, step)
+    checkpointer.close()
+    (tmp_path / "checkpoints/6/_CHECKPOINT_METADATA").write_text("{")
+    assert load_params(str(tmp_path))[2] == 5
+    with pytest.raises(CheckpointError, match="step 6: record unreadable"):
+        load_params(str(tmp_path), step=6)
+    assert checkpoint_steps(tmp_path) == [5, 6]
+
+
+# Saves that fail
+
+
+def failing_writes(monkeypatch, times):
+    """Makes the next background writes fail, as a full disk does."""
+    original, left = checkpoint_module.ocp.training.Checkpointer.save_checkpointables_async, [times]
+
+    class Failing:
+        def __init__(self, response):
+            self.response = response
+
+        def result(self, timeout=None):
+            self.response.result(timeout)
+            raise OSError(28, "No space left on device")
+
+    def save_async(self, *args, **kwargs):
+        response = original(self, *args, **kwargs)
+        if left[0] <= 0:
+            return response
+        left[0] -= 1
+        return Failing(response)
+
+    monkeypatch.setattr(checkpoint_module.ocp.training.Checkpointer, "save_checkpointables_async", save_async)
+
+
+def test_a_failed_save_is_reported_when_waited_for(monkeypatch, tmp_path):
+    for end in (Checkpointer.wait, Checkpointer.close):
+        failing_writes(monkeypatch, 1)
+        checkpointer = Checkpointer(str(tmp_path / end.__name__))
+        save(checkpointer, 5)
+        with pytest.raises(SaveError, match=r"1 saves failed: .*No space left on device") as caught:
+            end(checkpointer)
+        assert caught.value.exit_code == 74
+        checkpointer.close()
+
+
+def test_training_goes_on_after_a_failed_save(monkeypatch, said, tmp_path):
+    checkpointer = Checkpointer(str(tmp_path), keep=2)
+    save(checkpointer, 4)
+    failing_writes(monkeypatch, 2)
+    for step in (5, 6, 7, 8):
+        save(checkpointer, step)
+    checkpointer.close()
+    assert [line.split(":")[0] for line in said] == ["save failed, training goes on"] * 2
+    assert checkpoint_steps(tmp_path) == [7, 8]
+    assert temporary_directories(tmp_path) == []
+
+
+def test_three_failed_saves_end_the_run(monkeypatch, said, tmp_path):
+    checkpointer = Checkpointer(str(tmp_path), keep=5)
+    save(checkpointer, 4)
+    failing_writes(monkeypatch, 3)
+    for step in (5, 6, 7):
+        save(checkpointer, step)
+    with pytest.raises(SaveError, match="3 saves failed"):
+        save(checkpointer, 8)
+    checkpointer.close()
+    assert 4 in checkpoint_steps(tmp_path)
+
+
+def test_a_save_that_orbax_leaves_out_has_failed(tmp_path):
+    """Orbax answers a step that is not above the newest with None, and no word."""
+    checkpointer = Checkpointer(str(tmp_path))
+    save(checkpointer, 5)
+    with pytest.raises(SaveError, match="a checkpoint after step 3 is there already"):
+        save(checkpointer, 3)
+    checkpointer.close()
+    assert checkpoint_steps(tmp_path) == [5]
+
+
+@pytest.mark.parametrize("where", ["params", "opt_state"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_never_saved(where, value, tmp_path):
+    state = make_state()[1]
+    tree = getattr(state, where)
+    leaves, structure = jax.tree.flatten(tree)
+    index = max(range(len(leaves)), key=lambda i: leaves[i].size)
+    leaves[index] = leaves[index].at[(0,) * leaves[index].ndim].set(value)
+    broken = dataclasses.replace(state, **{where: jax.tree.unflatten(structure, leaves)})
+    checkpointer = Checkpointer(str(tmp_path))
+    with pytest.raises(DivergedError, match=rf"^step 5: {where}/.* is not finite: not saved"):
+        save(checkpointer, 5, broken)
+    checkpointer.close()
+    assert checkpoint_steps(tmp_path) == []
+
+
+# Configs
+
+
+def test_compare_configs(said):
+    old = CONFIG.to_dict()
+    compare_configs(old, CONFIG)
+    assert said == []
+    compare_configs(old, dataclasses.replace(CONFIG, train=TrainConfig(num_steps=7, nan_policy="skip")))
+    assert [re.sub(r"from .*", "", line) for line in said] == [
+        "note: train.num_steps changed ",
+        "note: train.nan_policy changed ",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        compare_configs(old, dataclasses.replace(CONFIG, model=GPTConfig(block_size=8, vocab_size=100)))
+    assert len(str(caught.value).splitlines()) == 4, "n_layer, n_head, n_embd and bias, a line each"
+    assert isinstance(make_state()[1], TrainState)
