@@ -107,6 +107,8 @@ class Checkpointer:
             self._pending = self._orbax.save_checkpointables_async(
                 step, trees, custom_metadata=_seal(record), metrics=metrics
             )
+            if self._pending is None:  # which is how Orbax answers a step that is not above the newest
+                raise SaveError(f"{self.directory}: a checkpoint after step {step} is there already")
         except OSError as error:
             self._save_failed(error, MAX_FAILED_SAVES)
 
@@ -131,8 +133,7 @@ class Checkpointer:
         if pending is None:
             return
         try:
-            if not pending.result():
-                raise SaveError("Orbax left the save out")
+            pending.result()
             self._failed = 0
         except Exception as error:  # whatever Orbax met: it is counted, told, and raised at the limit
             self._save_failed(error, allowed)
