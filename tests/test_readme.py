@@ -1,0 +1,134 @@
+"""README.md, .ci/run and pyproject.toml say the same, and what they name exists."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import tomllib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+RUN = r"python3 -m venv .venv && .*gptjax\.main.*"
+TEST = r"python3 -m venv .venv && .*pytest"
+
+
+def read(name):
+    return (ROOT / name).read_text()
+
+
+def blocks():
+    """Returns the contents of README's fenced blocks."""
+    return re.findall(r"^```\w*\n(.*?)^```$", read("README.md"), re.MULTILINE | re.DOTALL)
+
+
+def commands(pattern):
+    return [line for block in blocks() for line in block.splitlines() if re.fullmatch(pattern, line)]
+
+
+def ci_patterns():
+    return re.findall(r"readme_command '([^']+)'", read(".ci/run"))
+
+
+@pytest.mark.parametrize("pattern", [RUN, TEST])
+def test_readme_has_the_command_once(pattern):
+    assert len(commands(pattern)) == 1
+
+
+def test_readme_commands_make_their_own_environment_and_end_as_promised():
+    [run], [test] = commands(RUN), commands(TEST)
+    assert [part.strip() for part in run.split("&&")] == [
+        "python3 -m venv .venv",
+        ". .venv/bin/activate",
+        "pip install -e .",
+        "python -m gptjax.main --config=configs/quickstart.py",
+    ]
+    assert [part.strip() for part in test.split("&&")] == [
+        "python3 -m venv .venv",
+        ". .venv/bin/activate",
+        "pip install -e '.[test]'",
+        "pytest",
+    ]
+
+
+def test_ci_finds_the_two_commands_in_the_readme():
+    found = []
+    for pattern in ci_patterns():
+        result = subprocess.run(["grep", "-E", pattern, ROOT / "README.md"], capture_output=True, text=True, check=True)
+        found += result.stdout.splitlines()
+    assert found == [*commands(RUN), *commands(TEST)]
+
+
+def test_ci_takes_the_commands_from_the_readme_only():
+    code = [line.split(" #")[0] for line in read(".ci/run").splitlines() if not line.startswith("#")]
+    names = re.findall(r"^(\w+)=\$\(readme_command ", "\n".join(code), re.MULTILINE)
+    assert len(names) == 2
+    for name in names:
+        assert any(re.search(rf'bash -euc "\${name}"', line) for line in code), f"{name} is not run"
+    rest = "\n".join(line for line in code if "$(readme_command " not in line)
+    assert [text for text in (*commands(RUN), *commands(TEST), "gptjax.main", "python3 -m venv") if text in rest] == []
+
+
+def tree_lines():
+    """Returns the lines of README's tree of the repository."""
+    trees = [block for block in blocks() if re.search(r"^\W*gptjax/", block, re.MULTILINE) and "main.py" in block]
+    assert len(trees) == 1
+    return trees[0].splitlines()
+
+
+def test_the_tree_names_every_module():
+    named = set(re.findall(r"[\w.]+\.py\b", "\n".join(tree_lines())))
+    modules = {path.name for path in (ROOT / "gptjax").rglob("*.py") if path.name != "__init__.py"}
+    configs = {path.name for path in (ROOT / "configs").glob("*.py")}
+    assert modules | configs <= named
+
+
+def test_what_the_tree_names_exists():
+    tree = "\n".join(tree_lines())
+    files = set(re.findall(r"[\w.]+\.(?:py|ipynb|md|toml|cff)\b", tree))
+    folders = set(re.findall(r"^\W*([\w.]+)/", tree, re.MULTILINE))
+    tracked = [path for top in ("gptjax", "configs", "tests", "notebooks", "benchmarks") for path in tree_of(top)]
+    tracked += [path for path in ROOT.iterdir() if path.is_file()]
+    assert len(files) > 10
+    assert files <= {path.name for path in tracked}
+    assert [name for name in folders if not ((ROOT / name).is_dir() or (ROOT / "gptjax" / name).is_dir())] == []
+
+
+def tree_of(top):
+    return [path for path in (ROOT / top).rglob("*") if "__pycache__" not in path.parts]
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", read("README.md"))
+    local = [link for link in links if "://" not in link]
+    assert [link for link in local if not (ROOT / link).exists()] == []
+
+
+def test_what_the_readme_runs_exists():
+    text = "\n".join(blocks())
+    modules = set(re.findall(r"python -m (gptjax[\w.]*)", text))
+    assert "gptjax.main" in modules
+    assert [m for m in modules if not (ROOT / f"{m.replace('.', '/')}.py").exists()] == []
+    assert [c for c in set(re.findall(r"configs/\w+\.py", text)) if not (ROOT / c).exists()] == []
+
+
+def project():
+    return tomllib.loads(read("pyproject.toml"))["project"]
+
+
+@pytest.mark.parametrize("name", project()["scripts"])
+def test_scripts_exist(name):
+    module, function = project()["scripts"][name].split(":")
+    tree = ast.parse(read(f"{module.replace('.', '/')}.py"))
+    assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def distribution(requirement):
+    """Returns the normalised name in a requirement such as 'Torch[x]>=2; marker'."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement).group()).lower()
+
+
+def test_core_installs_neither_torch_nor_tensorflow():
+    core = {distribution(requirement) for requirement in project()["dependencies"]}
+    assert {"jax", "flax", "optax"} <= core
+    assert core.isdisjoint({"torch", "tensorflow", "tensorflow-cpu", "tf-nightly", "tensorflow-text", "transformers"})
