@@ -44,6 +44,7 @@ class RunLog:
     def __init__(self, directory: str, config: Config, *, resumed_from: int) -> None:
         path, project = pathlib.Path(directory) / "metrics.jsonl", config.log.wandb_project
         kept = cut_to_step(path, resumed_from)
+        self.last_validation = max((row["step"] for row in kept if "val_loss" in row), default=-1)
         self._file = open(path, "a")  # noqa: SIM115
         self._tensorboard = _open_tensorboard(path.parent / "tensorboard", kept) if config.log.tensorboard else None
         self._wandb: Any = _open_wandb(project, directory, config.to_dict()) if project else None
@@ -197,7 +198,8 @@ class Reporter:
         self._show(step_line(row, self._train.num_steps))
 
     def report_validation(self, step: int, result: dict[str, float]) -> None:
-        self._log.write({"step": step, **result})
+        if step > self._log.last_validation:  # it is there already where a preemption came right after it
+            self._log.write({"step": step, **result})
         log.info("step %d  validation loss %.4f  perplexity %.2f  bits per byte %.3f", step, *result.values())
 
     def report_sample(self, step: int, text: str) -> None:
