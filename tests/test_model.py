@@ -311,6 +311,7 @@ def test_cached_attention_equals_uncached(rows):
     for _ in range(5):
         at_BC = np.minimum(done_B[:, None], T) + np.arange(size)  # positions from T on are dropped
         x_BCD = np.take_along_axis(np.asarray(x_BTD), np.minimum(at_BC, T - 1)[..., None], axis=1)
+        x_BCD = np.where(at_BC[..., None] < T, x_BCD, 9 * x_BCD[..., ::-1])
         if done_B[0] == 0:  # the second row's first three tokens are read before, with the first row out of range
             first_BC = np.stack([np.full(size, T), np.arange(size)])
             early_BCD = np.broadcast_to(np.asarray(x_BTD)[1:, :size], x_BCD.shape)
