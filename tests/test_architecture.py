@@ -24,7 +24,7 @@ LAYERS = """
     model  data.tokens
     attention  loss  data.tokenizer
     sharding
-    config  runtime
+    config  runtime  workdir
     errors
 """
 # Where a process starts, and its loop: only these use the runtime.
