@@ -133,8 +133,7 @@ def make_lab(root: pathlib.Path) -> Lab:
                 log=lambda line: None,
                 val_fraction=0.2,
             )
-            values = json.dumps(TINY | {"data": TINY["data"] | {"path": str(lab.data)}}, indent=1)
-            lab.config_file.write_text(f"def get_config():\n    return {values}\n")
+            lab.config_file.write_text(f"def get_config():\n    return {lab.config().to_dict()!r}\n")
     return lab
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import time
 
@@ -57,7 +58,9 @@ def resumed_from(workdir):
 def finish(lab, workdir):
     reached = last_step(workdir)
     done = lab.train(workdir, *LONG)
-    resumed = int(done.stdout.split("resumed from step ")[1].split()[0])
+    found = re.search(r"^resumed from step (\d+)", done.stdout, re.MULTILINE)
+    assert found, done.stdout[:2000]
+    resumed = int(found[1])
     assert reached - resumed <= 2 * SAVE_EVERY
     return resumed
 
