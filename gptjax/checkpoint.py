@@ -29,6 +29,7 @@ from gptjax.errors import CheckpointError, ConfigError, DivergedError, SaveError
 from gptjax.model import GPT
 from gptjax.sharding import make_mesh, param_shardings, path_name
 from gptjax.state import TrainState
+from gptjax.workdir import is_bucket
 
 log = logging.getLogger("gptjax")
 FORMAT = 1
@@ -62,7 +63,7 @@ class Checkpointer:
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics["val_loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
-        self.directory = epath.Path(os.path.abspath(workdir) if "://" not in workdir else workdir) / "checkpoints"
+        self.directory = epath.Path(workdir if is_bucket(workdir) else os.path.abspath(workdir)) / "checkpoints"
         self._open = lambda: ocp.training.Checkpointer(
             self.directory,
             save_decision_policy=decisions.FixedIntervalPolicy(1),

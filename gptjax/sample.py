@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epy
 
-from gptjax import runtime
+from gptjax import runtime, workdir
 from gptjax.config import LARGEST_SEED, GPTConfig, MeshConfig
 from gptjax.errors import ConfigError
 
@@ -443,7 +443,9 @@ def main(arguments: list[str]) -> None:
     texts = [text for text in read_prompts(args.prompt, args.prompt_file) for _ in range(args.num_samples)]
     runtime.start_jax()
     config, params, _ = checkpoint.load_params(args.workdir, step=args.step)
-    words = tokenizer.load_tokenizer(str(pathlib.Path(args.workdir) / TOKENIZER_FILE))
+    local = workdir.local_directory(args.workdir)
+    workdir.fetch_logs(args.workdir, local)
+    words = tokenizer.load_tokenizer(str(pathlib.Path(local) / TOKENIZER_FILE))
     compute = dataclasses.replace(config.compute, attention="xla")  # cached attention has no other
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     model = gpt.GPT(config.model, gpt.resolve_compute(dataclasses.replace(config, compute=compute), mesh))

@@ -67,7 +67,7 @@ def make_train_step(
         grads, sums = accumulate(micro_step, tokens_ABT)
         with jax.named_scope("update"):
             grads = jax.tree.map(lambda g: g / sums.tokens, grads)
-            grad_norm = optax.global_norm(grads)
+            grad_norm = optax.tree.norm(grads)
             if clip:
                 grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / (grad_norm + 1e-6)), grads)
             lr = schedule(state.step)
@@ -84,7 +84,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "update_norm": optax.global_norm(updates),
+            "update_norm": optax.tree.norm(updates),
             "lr": lr,
             "tokens": sums.tokens,
             "finite": finite.astype(jnp.float32),

@@ -23,6 +23,7 @@ from gptjax.run import Run, describe_run, make_run
 from gptjax.runtime import Preemption, fault_point, lock_workdir, write_json
 from gptjax.sample import generate
 from gptjax.state import TrainState
+from gptjax.workdir import fetch_logs, local_directory, store_logs
 
 log = logging.getLogger("gptjax")
 SLOW_STEP_SECONDS = 60.0
@@ -36,10 +37,11 @@ def train(config: Config, workdir: str) -> int:
     Raises:
         UserError: with the code and the message of everything foreseeable that ends a run early.
     """
-    if config.checkpoint.resume == "never" and os.path.isdir(workdir) and set(os.listdir(workdir)) - {".lock"}:
+    local = local_directory(workdir, process=jax.process_index())
+    if config.checkpoint.resume == "never" and os.path.isdir(local) and set(os.listdir(local)) - {".lock"}:
         raise ConfigError(f"checkpoint.resume='never': --workdir={workdir} is not empty; choose another")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(lock_workdir(workdir))
+        stack.enter_context(lock_workdir(local))
         preemption = stack.enter_context(Preemption())
         run = make_run(config)
         stack.enter_context(jax.set_mesh(run.mesh))
@@ -49,8 +51,9 @@ def train(config: Config, workdir: str) -> int:
         if step >= config.train.num_steps and not evaluation_is_missing(config, step, history):
             log.info("%s: finished at step %d of %d; nothing to do", workdir, step, config.train.num_steps)
             return errors.OK
-        write_description(run, workdir)
-        reporter = stack.enter_context(contextlib.closing(make_reporter(run, workdir, step, history["seconds"])))
+        fetch_logs(workdir, local)
+        write_description(run, local)
+        reporter = stack.enter_context(contextlib.closing(make_reporter(run, local, step, history["seconds"])))
         prefetcher = Prefetcher(run.batch, step, config.train.steps_per_dispatch)
         stack.enter_context(contextlib.closing(prefetcher))
         return run_loop(
@@ -286,6 +289,7 @@ def save(
     reporter.sync()
     history = history | {"seconds": dict(reporter.watch.spent)}
     checkpointer.save(state, step, config=run.config, history=history, data=run.data_identity, metrics=result or None)
+    store_logs(reporter.directory, str(checkpointer.directory.parent))
     reporter.watch.add("checkpoint")
     fault_point("save")
 
