@@ -57,3 +57,11 @@ def said() -> Iterator[list[str]]:
     yield lines
     logger.removeHandler(handler)
     logger.level = level
+
+
+@pytest.fixture(scope="module")
+def quick_compiler() -> Iterator[None]:
+    """Has XLA optimise nothing, which takes half the time: for modules whose programs hardly run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -22,6 +22,7 @@ from gptjax.sharding import make_mesh
 from gptjax.state import TrainState, make_init
 from tests.runs import checkpoint_steps, state_bytes, temporary_directories
 
+pytestmark = pytest.mark.usefixtures("quick_compiler")
 MODEL = GPTConfig(block_size=8, vocab_size=100, n_layer=2, n_head=2, n_embd=16, bias=False)
 CONFIG = Config(model=MODEL)
 

@@ -21,6 +21,7 @@ from tests.runs import checkpoint_steps, state_bytes, temporary_directories
 
 pytestmark = [
     pytest.mark.faults,
+    pytest.mark.usefixtures("quick_compiler"),
     # Orbax forgets its other coroutines when one fails; the fixture below has that said here, not in a later test.
     pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -51,7 +52,7 @@ def write_checkpoints(workdir, steps=(1, 2)):
 
 
 @pytest.fixture(scope="module")
-def healthy(tmp_path_factory):
+def healthy(quick_compiler, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("healthy")
     write_checkpoints(workdir)
     return workdir

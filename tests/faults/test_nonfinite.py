@@ -13,7 +13,7 @@ from gptjax.state import TrainState
 from gptjax.step import make_loss_fn, make_train_step
 from tests.runs import checkpoint_steps, losses, restored_bytes, rows, state_bytes
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("quick_compiler")]
 SHORT = {"num_steps": 8, "eval_every": 0}
 
 

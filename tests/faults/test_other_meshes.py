@@ -9,7 +9,7 @@ from gptjax import train as train_module
 from gptjax.checkpoint import Checkpointer, fingerprints
 from tests.runs import make_run_on, rows, state_bytes
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("quick_compiler")]
 
 MESHES = {
     "4 devices": (4, {"data": 1, "fsdp": 4, "tensor": 1}),
@@ -38,7 +38,7 @@ def train_on(lab, monkeypatch, workdir, devices, mesh, num_steps):
 
 
 @pytest.fixture(scope="module")
-def saved(lab, tmp_path_factory):
+def saved(quick_compiler, lab, tmp_path_factory):
     """A run on eight devices: a copy of it at step 4, and what came after."""
     root = tmp_path_factory.mktemp("mesh")
     with pytest.MonkeyPatch.context() as monkeypatch:
