@@ -52,11 +52,12 @@ def said() -> Iterator[list[str]]:
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     logger = logging.getLogger("gptjax")
-    level, logger.level = logger.level, logging.INFO
+    level = logger.level
+    logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     yield lines
     logger.removeHandler(handler)
-    logger.level = level
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="module")
