@@ -86,8 +86,10 @@ def test_t1_in_compilation_evaluation_training_and_sampling(lab, twin, tiny_run,
 def test_t1_in_the_last_evaluation(lab, twin, tmp_path):
     """All steps are taken, but the run is not done: the next start evaluates."""
     workdir = tmp_path / "run"
-    lab.train(workdir, "train.num_steps=15", "train.eval_every=0")
+    shutil.copytree(twin, workdir)
+    shutil.rmtree(workdir / "checkpoints/16")
     with lab.start(workdir, "train.eval_batches=0", "train.eval_every=0") as process:
+        wait_for(lambda: last_step(workdir) == 12, process)  # the log is cut first
         wait_for(lambda: last_step(workdir) == 16, process)
         process.terminate()
         assert process.wait(timeout=120) == PREEMPTED
