@@ -124,7 +124,7 @@ def make_lab(root: pathlib.Path) -> Lab:
         if not lab.config_file.exists():
             text = root / "text"
             text.mkdir()
-            for path in sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("a*.py")):
+            for path in sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("[a-e]*.py")):
                 shutil.copy(path, text)
             prepare(
                 source=f"text:{text}",

@@ -140,7 +140,7 @@ def test_c2_sixty_bit_flips(healthy, said, tmp_path):
         what = f"bit {bit} of {original.relative_to(healthy)}"
         noticed += assert_falls_back_or_loads_equal_bits(workdir, said, what)
         shutil.rmtree(workdir)
-    assert noticed >= 30, f"only {noticed} of 60 flips were noticed: they hardly hit anything"
+    assert noticed >= 15, f"only {noticed} of 60 flips were noticed: they hardly hit anything"
 
 
 def flip_a_bit_of_an_array(workdir, step):

@@ -15,6 +15,7 @@ from tests.runs import (
     last_step,
     losses,
     restored_bytes,
+    rows,
     temporary_directories,
     validations,
     wait_for,
@@ -29,6 +30,7 @@ def assert_equals_twin(workdir, twin, tiny_run):
     assert list(losses(workdir)) == list(range(1, max(losses(twin)) + 1))
     assert losses(workdir) == losses(twin)
     assert validations(workdir) == validations(twin)
+    assert len(rows(workdir)) == len(losses(twin)) + len(validations(twin)), "there are other lines"
     assert event_steps(workdir, "loss") == list(losses(twin))
     assert event_steps(workdir, "val_loss") == list(validations(twin))
     assert temporary_directories(workdir) == []
