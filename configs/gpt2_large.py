@@ -2,7 +2,8 @@
 
     python -m gptjax.main --config=configs/gpt2_large.py
 
-Data sources: see the header of gpt2_small.py. Peak learning rate: of GPT-3's model of this size (Brown et al. 2020, table 2.1).
+Data sources: see the header of gpt2_small.py.
+Peak learning rate: of GPT-3's model of this size (Brown et al. 2020, table 2.1).
 Expected result and cost: not yet run.
 """
 

@@ -265,9 +265,9 @@ def convert(path: str, value: Any, kind: type) -> Any:
         return value
     if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            number = (
-                int(value) if isinstance(value, str) and kind is int and value.lstrip("+-").isdigit() else float(value)
-            )
+            number: float = float(value)
+            if math.isfinite(number) and isinstance(value, str) and value.lstrip("+-").isdigit():
+                number = int(value)  # exact where a float is not
         except (ValueError, OverflowError):
             number = math.nan
         if kind is float and math.isfinite(number):
@@ -283,7 +283,7 @@ def _parse(cls: Any, values: Any, prefix: str, problems: list[str]) -> Any:
         problems.append(f"{prefix.rstrip('.')}={values!r}: expected a section with fields")
         return cls()
     kinds = {field.name: field.type for field in dataclasses.fields(cls)}
-    problems.extend(unknown_field(prefix + key) for key in values if key not in kinds)
+    problems.extend(unknown_field(prefix + " ".join(str(key).split())) for key in values if key not in kinds)
     chosen = {}
     for name, kind in kinds.items():
         if name not in values:

@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from gptjax.attention import causal_attention, choose_backend, masked_attention
-from gptjax.config import Config, GPTConfig
+from gptjax.config import Config, GPTConfig, nearest_divisors
+from gptjax.errors import ConfigError
 from gptjax.loss import masked_logits
 from gptjax.sharding import BATCH_AXES, constrain
 
@@ -47,7 +48,11 @@ class Compute:
 
 
 def resolve_compute(config: Config, mesh: Mesh) -> Compute:
-    """Returns how to compute on the devices of `mesh`, present or not, saying once why a fast path is off."""
+    """Returns how to compute on the devices of `mesh`, present or not, saying once why a fast path is off.
+
+    Raises:
+        ConfigError: attention asked for by name cannot run there, or the heads do not divide.
+    """
     device = mesh.devices.flat[0]
     compute, model = config.compute, config.model
     dtype = jnp.dtype(_default_dtype(device) if compute.dtype == "auto" else compute.dtype)
@@ -60,6 +65,11 @@ def resolve_compute(config: Config, mesh: Mesh) -> Compute:
         head_width=model.n_embd // model.n_head,
         block_size=model.block_size,
     )
+    if model.n_head % mesh.shape["tensor"]:
+        near = ", ".join(map(str, nearest_divisors(model.n_head, mesh.shape["tensor"])))
+        raise ConfigError(
+            f"mesh.tensor={mesh.shape['tensor']}: must divide model.n_head={model.n_head}; nearest: {near}"
+        )
     if reason:
         log.info("attention: xla, because %s", reason)
     flat = device.platform != "tpu" and mesh.shape["tensor"] == 1

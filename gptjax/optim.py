@@ -37,7 +37,8 @@ def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
             after = peak + (low - peak) * done
         else:
             after = jnp.full_like(t, peak)
-        return jnp.where(t < warmup, peak * (t + 1) / (warmup + 1), after)
+        # The smaller one: a decay that begins within the warm-up must not make the rate jump.
+        return jnp.where(t < warmup, jnp.minimum(peak * (t + 1) / (warmup + 1), after), after)
 
     return schedule
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax.config import MeshConfig, nearest_divisors
+from gptjax.config import MeshConfig
 from gptjax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
@@ -45,15 +45,17 @@ def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
     given = math.prod(s for s in sizes if s != -1)
     count = len(devices)
     if count % given or (-1 not in sizes and given != count):
-        free = next((axis for axis, size in zip(AXES, sizes, strict=True) if size == -1), "data")
-        fixed = next((axis for axis, size in zip(AXES, sizes, strict=True) if size not in (-1, 1)), "data")
-        near = ", ".join(map(str, nearest_divisors(count, getattr(config, fixed))))
-        shape = "x".join(map(str, sizes))
-        raise ConfigError(
-            f"mesh={shape}: {count} devices cannot form it; nearest valid mesh.{fixed}: {near}, with mesh.{free}=-1"
-        )
+        shape, near = "x".join(map(str, sizes)), "x".join(map(str, _nearest_mesh(sizes, count)))
+        raise ConfigError(f"mesh={shape} (data x fsdp x tensor): {count} devices cannot form it; nearest valid: {near}")
     shape = tuple(count // given if size == -1 else size for size in sizes)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def _nearest_mesh(sizes: list[int], count: int) -> list[int]:
+    """Returns the sizes that `count` devices can form with the fewest changes, counted in factors."""
+    divisors = [d for d in range(1, count + 1) if count % d == 0]
+    meshes = [[count // (f * t), f, t] for f in divisors for t in divisors if count % (f * t) == 0]
+    return min(meshes, key=lambda mesh: sum(abs(math.log(m / s)) for m, s in zip(mesh, sizes, strict=True) if s != -1))
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -95,7 +97,8 @@ def state_shardings(state: Any, params: Any, mesh: Mesh) -> Any:
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
         owner = next((p for p in sorted(shapes, key=len, reverse=True) if f"/{name}".endswith(f"/{p}")), None)
-        spec = P() if owner is None else _kept_spec(leaf.shape, shapes[owner], param_spec(owner))
+        last = "v_col" in name  # adafactor's column moments keep the last of two equal dims, its row moments the first
+        spec = P() if owner is None else _kept_spec(leaf.shape, shapes[owner], param_spec(owner), from_end=last)
         return NamedSharding(mesh, spec)
 
     return jax.tree.map_with_path(place, state)
@@ -111,9 +114,11 @@ def data_parallel_size(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def _kept_spec(shape: tuple[int, ...], full: tuple[int, ...], spec: P) -> P:
+def _kept_spec(shape: tuple[int, ...], full: tuple[int, ...], spec: P, *, from_end: bool = False) -> P:
     """Returns the entries of `spec` for the dims of `full` that are left in `shape`, or P() if it is no part of it."""
     axes, kept = list(spec) + [None] * (len(full) - len(spec)), []
+    if from_end:
+        return P(*reversed(_kept_spec(shape[::-1], full[::-1], P(*axes[::-1]))))
     position = 0
     for size in shape:
         while position < len(full) and full[position] != size:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax.config import Config, GPTConfig, MeshConfig, from_dict
+from gptjax.errors import ConfigError
 from gptjax.loss import cross_entropy
 from gptjax.model import (
     GPT,
@@ -434,3 +435,9 @@ def test_compute_is_resolved_from_the_devices_of_the_mesh():
     assert not resolve_compute(config, make_mesh(MeshConfig(tensor=2))).flat
     bfloat16 = from_dict({"model": TINY, "compute": {"dtype": "bfloat16"}})
     assert resolve_compute(bfloat16, make_mesh(MeshConfig())).dtype == jnp.bfloat16
+
+
+def test_heads_that_the_mesh_does_not_divide_are_refused_with_the_nearest():
+    config = from_dict({"model": {"n_head": 25, "n_embd": 100}})
+    with pytest.raises(ConfigError, match=r"mesh.tensor=2: must divide model.n_head=25; nearest: 1, 5"):
+        resolve_compute(config, make_mesh(MeshConfig(4, 1, 2)))

@@ -74,20 +74,36 @@ def test_mesh_shapes(sizes, shape):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "problem"),
+    ("sizes", "shape", "nearest"),
     [
-        ((-1, 3, 1), "mesh=-1x3x1: 8 devices cannot form it; nearest valid mesh.fsdp: 2, 4, with mesh.data=-1"),
-        ((1, -1, 5), "mesh=1x-1x5: 8 devices cannot form it; nearest valid mesh.tensor: 2, 4, with mesh.fsdp=-1"),
-        ((-1, 16, 1), "mesh=-1x16x1: 8 devices cannot form it; nearest valid mesh.fsdp: 4, 8, with mesh.data=-1"),
-        ((1, 2, 1), "mesh=1x2x1: 8 devices cannot form it"),
-        ((1, 1, 1), "mesh=1x1x1: 8 devices cannot form it"),
-        ((4, 4, 1), "mesh=4x4x1: 8 devices cannot form it"),
+        ((-1, 3, 1), "-1x3x1", (2, 4, 1)),
+        ((1, -1, 5), "1x-1x5", (1, 2, 4)),
+        ((-1, 16, 1), "-1x16x1", (1, 8, 1)),
+        ((1, 2, 1), "1x2x1", (4, 2, 1)),
+        ((1, 1, 1), "1x1x1", (8, 1, 1)),
+        ((4, 4, 1), "4x4x1", (4, 2, 1)),
+        ((-1, 8, 2), "-1x8x2", (1, 4, 2)),
+        ((3, 1, 1), "3x1x1", (8, 1, 1)),
     ],
 )
-def test_impossible_meshes_name_the_nearest(sizes, problem):
+def test_impossible_meshes_name_the_nearest_that_can_be_formed(sizes, shape, nearest):
     with pytest.raises(ConfigError) as caught:
         make_mesh(MeshConfig(*sizes))
-    assert str(caught.value).startswith(problem)
+    named = "x".join(map(str, nearest))
+    assert str(caught.value) == (
+        f"mesh={shape} (data x fsdp x tensor): 8 devices cannot form it; nearest valid: {named}"
+    )
+    assert tuple(make_mesh(MeshConfig(*nearest)).shape.values()) == nearest
+
+
+def test_columns_of_a_square_factored_kernel_keep_their_own_dim():
+    """h/attn/c_proj [L, D, D] is P(None, tensor, fsdp): adafactor's column moments run over the last dim."""
+    mesh = make_mesh(MeshConfig(1, 8, 1))
+    abstract, _ = make_init(GPT(GPTConfig()), make_optimizer(OptimConfig(name="adafactor")), mesh=mesh, seed=0)
+    specs = {path_name(path): leaf.sharding.spec for path, leaf in jax.tree.leaves_with_path(abstract.opt_state)}
+    kernel = "h/attn/c_proj/kernel"
+    assert [spec for path, spec in specs.items() if "v_row" in path and path.endswith(kernel)] == [P(None, "tensor")]
+    assert [spec for path, spec in specs.items() if "v_col" in path and path.endswith(kernel)] == [P(None, "fsdp")]
 
 
 def test_a_mesh_takes_the_devices_it_is_given():
