@@ -16,7 +16,7 @@ from gptjax.checkpoint import Checkpointer, Record, compare_configs, load_params
 from gptjax.config import Config
 from gptjax.data.dataset import Prefetcher
 from gptjax.errors import ConfigError, DivergedError
-from gptjax.evaluate import evaluate
+from gptjax.evaluate import COMPRESSED_BYTES, compare, evaluate
 from gptjax.metrics import Reporter, duration, peak_flops
 from gptjax.optim import role_table
 from gptjax.run import Run, describe_run, make_run
@@ -184,6 +184,8 @@ def run_loop(
     if step < num_steps or evaluation_is_missing(config, step, history):
         log.warning("preempted at step %d, checkpoint written: start the same command again", step)
         return errors.PREEMPTED
+    if not config.train.eval_batches and run.validation_data.split.bytes <= COMPRESSED_BYTES:
+        log.info("%s", compare(run.validation_data.split, run.tokenizer))
     log.info("done: %d steps in %s", step, describe_seconds(watch.spent))
     return errors.OK
 
