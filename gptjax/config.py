@@ -205,14 +205,16 @@ def load(path: str, overrides: Mapping[str, str]) -> Config:
     Raises:
         ConfigError: the file is missing or fails, or a field or value is wrong.
     """
-    values = _run_config_file(path)
+    values, known = _run_config_file(path), flatten(Config())
     for name, text in overrides.items():
+        if name not in known:
+            raise ConfigError(unknown_field(name))
         *sections, last = name.split(".")
         target: Any = values
         for section in sections:
-            target = target.get(section) if isinstance(target, dict) else None
-        if not isinstance(target, dict) or isinstance(target.get(last), dict):
-            raise ConfigError(unknown_field(name))
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"--config={path}: {section}={target!r}: expected a section with fields")
         target[last] = text
     return from_dict(values)
 

@@ -225,12 +225,13 @@ class Reporter:
 
 def step_line(row: dict[str, float], num_steps: int) -> str:
     """Returns a step's metrics as one line."""
-    rate = f"{row['tokens_per_second']:,.0f}" if math.isfinite(row["tokens_per_second"]) else "n/a"
+    what = f"step {row['step']}/{num_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  grad {row['grad_norm']:.2f}"
+    if not math.isfinite(row["tokens_per_second"]):  # the first dispatch of a process: its time is compilation
+        return what
     left = (num_steps - row["step"]) * row["step_seconds"]
     return (
-        f"step {row['step']}/{num_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  grad {row['grad_norm']:.2f}  "
-        f"{rate} tokens/s  mfu {_percent(row['mfu'])}  {duration(row['step_seconds'])}/step  "
-        f"wait {_percent(row['data_wait'])}  eta {duration(left)}"
+        f"{what}  {row['tokens_per_second']:,.0f} tokens/s  mfu {_percent(row['mfu'])}  "
+        f"{duration(row['step_seconds'])}/step  wait {_percent(row['data_wait'])}  eta {duration(left)}"
     )
 
 

@@ -46,7 +46,7 @@ def make_train_step(
 ) -> StepFn:
     """Returns train_step(state, tokens_ABT) -> (state, metrics), where tokens_ABT is int32 [A, B, T+1].
 
-    One update from the mean over all tokens of the A micro-batches. Where the loss or the gradient is not finite,
+    One update from the mean over all tokens of the A micro-batches. Where loss, gradient or update is not finite,
     params and optimizer state stay as they are and only `step` moves on. Metrics are float32 scalars: loss, grad_norm
     (before clipping), update_norm, lr, tokens, finite (1 or 0).
     """
@@ -74,7 +74,8 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             updates = jax.tree.map(lambda u: lr * u, updates)
             loss = sums.loss / sums.tokens
-            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            update_norm = optax.tree.norm(updates)
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
             keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
             new_state = TrainState(
                 step=state.step + 1,
@@ -84,7 +85,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "update_norm": optax.tree.norm(updates),
+            "update_norm": update_norm,
             "lr": lr,
             "tokens": sums.tokens,
             "finite": finite.astype(jnp.float32),

@@ -194,6 +194,16 @@ def test_a_step_that_is_not_finite_keeps_everything_but_the_count(token, optimiz
         np.testing.assert_array_equal(kept, old)
 
 
+def test_an_update_that_overflows_is_kept_out():
+    """Loss and gradient are fine; the learning rate is not."""
+    config = make_config(optim={"peak_lr": 3e38, "min_lr": 0.0, "warmup_steps": 0, "schedule": "constant"})
+    old, new, metrics = run_stub(config, [[[0, 0]]], poisoned, {"w/kernel": jnp.asarray([2.0, 0.5])})
+    assert bool(jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"]))
+    assert not bool(jnp.isfinite(metrics["update_norm"]))
+    assert float(metrics["finite"]) == 0
+    np.testing.assert_array_equal(vector(new.params), vector(old.params))
+
+
 def test_a_poisoned_parameter_is_noticed():
     params = gpt_params() | {"ln_f": jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), gpt_params()["ln_f"])}
     state = make_state(make_config(), params, optimizer=MOMENTUM)
