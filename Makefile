@@ -12,3 +12,4 @@ lint:
 bench:
 	python benchmarks/startup.py
 	python benchmarks/data.py
+	python benchmarks/checkpoint.py
