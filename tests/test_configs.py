@@ -124,9 +124,9 @@ def test_gpt2_small_is_as_promised():
 @every_config
 def test_text_overrides_any_field(path):
     before = flatten(load_file(path))
-    config = load(str(path), {"model.n_layer": "2", "optim.peak_lr": "1e-3", "model.bias": "false", "init_from": "a"})
+    config = load(str(path), {"model.n_layer": "3", "optim.peak_lr": "1e-3", "model.bias": "false", "init_from": "a"})
     changed = {name: value for name, value in flatten(config).items() if value != before[name]}
-    expected = {"model.n_layer": 2, "optim.peak_lr": 1e-3, "model.bias": False, "init_from": "a"}
+    expected = {"model.n_layer": 3, "optim.peak_lr": 1e-3, "model.bias": False, "init_from": "a"}
     assert changed == {name: value for name, value in expected.items() if before[name] != value}
     assert "model.n_layer" in changed
 
