@@ -159,10 +159,12 @@ def run_loop(
     while step < num_steps and not preemption.requested:
         tokens = prefetcher.get(step)
         watch.add("data_wait")
-        with profiled(step == config.train.profile_step, reporter.directory):
+        traced = step == config.train.profile_step
+        with profiled(traced, reporter.directory):
             state, metrics = run.train_step(state, tokens)
+            if first or traced:
+                jax.block_until_ready(metrics)
         if first:
-            jax.block_until_ready(metrics)
             watch.add("compile")
         settle()
         step += config.train.steps_per_dispatch
@@ -304,7 +306,6 @@ def profiled(wanted: bool, directory: str) -> Iterator[None]:
         return
     with jax.profiler.trace(os.path.join(directory, "profile")):
         yield
-        jax.effects_barrier()
     log.info("profile written to %s", os.path.join(directory, "profile"))
 
 

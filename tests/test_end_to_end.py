@@ -19,10 +19,12 @@ def abstract(lab):
 
 
 def test_eight_and_eight_steps_are_sixteen(lab, twin, abstract, tmp_path):
-    """In two processes, with dropout and accumulation."""
+    """In two processes, with dropout and accumulation; being traced changes nothing either."""
     workdir = tmp_path / "run"
-    lab.train(workdir, "train.num_steps=8")
+    lab.train(workdir, "train.num_steps=8", "train.profile_step=5")
     assert checkpoint_steps(workdir) == [4, 8]
+    (trace,) = (workdir / "profile").rglob("*.xplane.pb")
+    assert b"train_step" in trace.read_bytes()
     second = lab.train(workdir)
     assert "resumed from step 8" in second.stdout
     assert list(losses(workdir)) == list(range(1, 17))
