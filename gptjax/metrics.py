@@ -220,6 +220,7 @@ class Reporter:
     def close(self) -> None:
         if self._live is not None:
             self._live.stop()
+            _follow_stdout()
         self._log.close()
 
 
@@ -243,7 +244,15 @@ def _start_live() -> Any:
 
     live = Live(refresh_per_second=4, redirect_stdout=True)
     live.start()
+    _follow_stdout()
     return live
+
+
+def _follow_stdout() -> None:
+    """Makes log lines go where stdout goes now: while the live line runs, above it."""
+    for handler in log.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(sys.stdout)
 
 
 def duration(seconds: float) -> str:

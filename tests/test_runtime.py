@@ -1,0 +1,79 @@
+import json
+import os
+import signal
+
+import pytest
+
+from gptjax import runtime
+from gptjax.errors import ConfigError
+
+
+def parser() -> runtime.Parser:
+    made = runtime.Parser("what it does")
+    made.add_argument("--workdir")
+    return made
+
+
+def test_overrides_come_in_one_argument_or_two():
+    arguments = ["--config.model.n_layer=6", "--config.data.source", "text:a=b", "--config.init_from="]
+    expected = {"model.n_layer": "6", "data.source": "text:a=b", "init_from": ""}
+    assert runtime.parse_overrides(parser(), arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.model.n_layer"], "--config.model.n_layer: needs a value, as in --config.model.n_layer=VALUE"),
+        (["--config.a", "--config.b=1"], "--config.a: needs a value, as in --config.a=VALUE"),
+        (["--wokdir=x"], "--wokdir=x: no such flag; nearest: --workdir"),
+        (["stray"], "stray: no such flag"),
+    ],
+)
+def test_other_arguments_are_refused(arguments, message):
+    with pytest.raises(ConfigError) as caught:
+        runtime.parse_overrides(parser(), arguments)
+    assert str(caught.value) == message
+
+
+def test_flags_are_never_abbreviated_and_never_end_the_process():
+    with pytest.raises(ConfigError, match="--work=x: no such flag; nearest: --workdir"):
+        parser().parse_strictly(["--work=x"])
+    with pytest.raises(ConfigError, match="expected one argument"):
+        parser().parse_strictly(["--workdir"])
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "8"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
+    ],
+)
+def test_a_cluster_is_known_by_its_environment(environment, expected):
+    assert runtime.is_cluster(environment) is expected
+
+
+def test_a_fault_happens_at_the_passage_that_was_asked_for(monkeypatch: pytest.MonkeyPatch):
+    sent = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    runtime.fault_point("step")
+    monkeypatch.setenv("GPTJAX_FAULT", "step:2:term")
+    runtime.fault_point("save")
+    runtime.fault_point("step")
+    assert sent == []
+    runtime.fault_point("step")
+    runtime.fault_point("step")
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_json_is_written_at_once_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    runtime.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        runtime.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
