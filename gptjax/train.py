@@ -28,6 +28,7 @@ from gptjax.workdir import fetch_logs, local_directory, store_logs
 log = logging.getLogger("gptjax")
 SLOW_STEP_SECONDS = 60.0
 SAMPLE_TOKENS = 256
+SMALL_BATCH = 4  # sequences: what a CPU can be asked for
 CPU_EFFICIENCY = 0.5  # of a large matrix product, in a train step
 
 
@@ -348,5 +349,6 @@ def warn_if_slow(run: Run) -> None:
     flops_per_second = 2 * 1024**3 / (time.perf_counter() - start)
     seconds = run.flops_per_step / (CPU_EFFICIENCY * flops_per_second)
     if seconds > SLOW_STEP_SECONDS:
-        log.warning("one step will take about %s on this CPU; configs/quickstart.py suits it,", duration(seconds))
-        log.warning("or a smaller batch: --config.data.global_batch_size=4")
+        log.warning("one step will take about %s on this CPU; configs/quickstart.py suits it", duration(seconds))
+        if run.config.data.global_batch_size > SMALL_BATCH:
+            log.warning("or a smaller batch: --config.data.global_batch_size=%d", SMALL_BATCH)
