@@ -28,6 +28,7 @@ from gptjax.data.tokenizer import load_tokenizer
 from gptjax.sharding import make_mesh
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
+OFFLINE = REPOSITORY / "tests" / "offline"  # a sitecustomize.py that refuses all connections but those to loopback
 PREEMPTED = 75
 
 # Small, but with all that could make a restart differ: dropout, accumulation, a schedule, validation, several epochs.
@@ -69,7 +70,7 @@ class Lab:
             "HOME": str(self.root / "home"),
             "JAX_COMPILATION_CACHE_DIR": str(self.root / "compiled"),
             "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONPATH": os.pathsep.join([str(OFFLINE), str(REPOSITORY)]),
             "PYTHONUNBUFFERED": "1",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             **extra,
