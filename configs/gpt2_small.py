@@ -16,7 +16,7 @@ train such a model on. Real data, one of:
 On a laptop, to see it move: --config.data.global_batch_size=4 --config.train.num_steps=2
 
 Expected: validation loss about 2.85 on OpenWebText (nanoGPT's figure); with gptjax not yet run to the end.
-Cost: 600,000 steps are 315 billion tokens and 2.7e20 FLOP, about 8 days on one node of 8 H100 at 40 % of peak
+Cost: 600,000 steps are 315 billion tokens and 2.7e20 FLOP, about 1 day on one node of 8 H100 at 40 % of peak
 (computed, not yet run).
 """
 
