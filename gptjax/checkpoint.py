@@ -12,8 +12,10 @@ import json
 import logging
 import os
 import re
+import typing
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -34,6 +36,8 @@ from gptjax.workdir import is_bucket
 log = logging.getLogger("gptjax")
 FORMAT = 1
 MAX_FAILED_SAVES = 3
+CHUNK_BYTES = 32 * 2**20  # of what is written at a time where memory is to be spared
+CACHED_WORDS = 2**16  # as many as a core's cache holds with what is computed of them
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, NotADirectoryError, EOFError)
 
 
@@ -155,12 +159,14 @@ class Checkpointer:
 
         Raises:
             CheckpointError: there are checkpoints, and none is intact.
+            ConfigError: they are converted weights, from which a run cannot go on.
         """
         refused: list[str] = []
         quarantined = self._quarantined()
         for step in reversed(self.steps()):
             try:
                 record = self.read_record(step)
+                self._refuse_bare(record)
                 check(record)
                 trees = self.load(step, {"params": abstract.params, "opt_state": abstract.opt_state}, record)
             except Damaged as damage:
@@ -176,6 +182,13 @@ class Checkpointer:
                 "to start afresh, choose another --workdir or remove that directory"
             )
         return None
+
+    def _refuse_bare(self, record: Record) -> None:
+        if not any(name.startswith("opt_state") for name in record.fingerprints):
+            raise ConfigError(
+                f"--workdir={self.directory.parent}: holds converted weights, with no optimizer state to go on from; "
+                f"choose another, with --config.init_from=gptjax:{self.directory.parent}"
+            )
 
     def read_record(self, step: int) -> Record:
         """Returns the record of one checkpoint.
@@ -259,6 +272,53 @@ def load_params(workdir: str, *, step: int | None = None) -> tuple[Config, Any, 
     raise CheckpointError(f"--workdir={workdir}: no usable checkpoint: {'; '.join(refused)}")
 
 
+def save_params(workdir: str, params: Any, *, config: Config, history: dict[str, Any]) -> None:
+    """Writes `params`, a tree of NumPy arrays, as the checkpoint of step 0, without optimizer state.
+
+    Takes little memory beside the arrays: they are neither copied nor written all at once.
+    """
+    prints = {path_name(path): fingerprint_array(leaf) for path, leaf in jax.tree.leaves_with_path({"params": params})}
+    record = Record(0, config.to_dict(), history, {}, prints, versions())
+    context: Any = ocp.Context()
+    context.memory.deepcopy_host_arrays = False
+    context.memory.write_concurrent_bytes = 8 * CHUNK_BYTES
+    context.array.saving.use_ocdbt = False  # which holds everything in memory until the end
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    directory = epath.Path(workdir if is_bucket(workdir) else os.path.abspath(workdir)) / "checkpoints"
+    with context:
+        ocp.save_checkpointables(directory / "0", {"params": params}, custom_metadata=typing.cast(Any, _seal(record)))
+
+
+class StoredParams:
+    """The parameters of one checkpoint, read and verified one at a time, as NumPy arrays."""
+
+    def __init__(self, directory: str, step: int) -> None:
+        self._checkpointer, self.step = Checkpointer(directory), step
+        self.record = self._checkpointer.read_record(step)
+        self.config = from_dict(self.record.config)
+
+    def read(self, path: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Returns the float32 parameter at `path`.
+
+        Raises:
+            Damaged: it is missing, unreadable or not the one that was saved.
+        """
+        context: Any = ocp.Context()
+        context.pytree.loading.partial_load = True
+        wanted: Any = np.empty(shape, np.float32)
+        for name in reversed(["params", *path.split("/")]):
+            wanted = {name: wanted}
+        try:
+            with context:
+                tree = ocp.load_checkpointables(self._checkpointer.directory / str(self.step), wanted)
+        except DAMAGE as error:
+            raise Damaged(f"{path} is unreadable ({_one_line(error)})") from error
+        [leaf] = jax.tree.leaves(tree)
+        if fingerprint_array(leaf) != self.record.fingerprints.get(f"params/{path}"):
+            raise Damaged(f"{path} is not what was saved")
+        return leaf
+
+
 def _abstract_params(config: Config) -> Any:
     mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), jax.local_devices()[:1])
     tokens = jnp.zeros((1, config.model.block_size), jnp.int32)
@@ -285,9 +345,27 @@ def _fingerprint(x: jax.Array) -> jax.Array:
     for dim in reversed(range(x.ndim)):
         index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * jnp.uint32(stride % 2**32)
         stride *= x.shape[dim]
+    return jnp.stack([jnp.sum(_mix(bits ^ _mix(index + salt)), dtype=jnp.uint32) for salt in _salts(x)])
+
+
+def fingerprint_array(x: np.ndarray) -> list[int]:
+    """Returns what `fingerprints` does of one 32-bit array in NumPy: without a copy, and nothing to compile."""
+    words, salts = np.ascontiguousarray(x).reshape(-1).view(np.uint32), _salts(x)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(lambda start: _sum_words(words, start, salts), range(0, len(words), CACHED_WORDS)))
+    return [sum(map(int, column)) % 2**32 for column in zip(*parts, strict=True)]
+
+
+def _sum_words(words: np.ndarray, start: int, salts: tuple[np.uint32, ...]) -> list[np.uint32]:
+    """Returns the part of `_fingerprint`'s sums that the CACHED_WORDS words from `start` on make up."""
+    part = words[start : start + CACHED_WORDS]
+    index = np.arange(len(part), dtype=np.uint32) + np.uint32(start % 2**32)
+    return [np.sum(_mix(part ^ _mix(index + salt)), dtype=np.uint32) for salt in salts]
+
+
+def _salts(x: Any) -> tuple[np.uint32, np.uint32]:
     kind = zlib.crc32(f"{x.dtype}{x.shape}".encode())
-    salts = (0x9E3779B9 ^ kind, 0x7F4A7C15 ^ kind)
-    return jnp.stack([jnp.sum(_mix(bits ^ _mix(index + jnp.uint32(salt))), dtype=jnp.uint32) for salt in salts])
+    return np.uint32(0x9E3779B9 ^ kind), np.uint32(0x7F4A7C15 ^ kind)
 
 
 def _refuse_nonfinite(trees: Any, step: int) -> None:
@@ -302,10 +380,10 @@ def _count_nonfinite(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.sum(~jnp.isfinite(x), dtype=jnp.int32), tree)
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def _mix(x: Any) -> Any:
     """The finaliser of MurmurHash3 (Appleby, public domain): a bijection of uint32 that spreads every bit."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 

@@ -116,7 +116,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-    init_from: str = ""  # weights to start from: a gptjax work directory; '' means fresh ones
+    init_from: str = ""  # weights to start from: a work directory, or as --from of gptjax.convert; '' means fresh
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

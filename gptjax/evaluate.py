@@ -1,5 +1,10 @@
-"""Validation loss, perplexity and bits per byte, in training and as `python -m gptjax.evaluate --workdir=DIR`."""
+"""Validation loss, perplexity and bits per byte, in training and as `python -m gptjax.evaluate --workdir=DIR`.
 
+Or of weights in any form that gptjax.convert reads: `--model=hf:DIR --data=SHARDS`.
+"""
+
+import argparse
+import dataclasses
 import gzip
 import lzma
 import math
@@ -7,6 +12,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gptjax import runtime
+from gptjax.config import Config, DataConfig
+from gptjax.errors import ConfigError
 
 if TYPE_CHECKING:
     import jax
@@ -16,6 +23,7 @@ if TYPE_CHECKING:
     from gptjax.data.tokens import Split
 
 COMPRESSED_BYTES = 16 * 2**20  # at most so much text is given to gzip and xz
+ROWS = 8  # sequences per device and batch, where no config says
 
 
 def evaluate(
@@ -73,20 +81,32 @@ def describe(result: dict[str, float]) -> str:
     )
 
 
-def main(arguments: list[str]) -> None:
+def parse_flags(arguments: list[str]) -> argparse.Namespace:
+    """Returns the command line, checked as far as that needs no model."""
     parser = runtime.Parser(__doc__)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="the work directory of a run")
+    parser.add_argument("--workdir", default="", metavar="DIR", help="the work directory of a run")
     parser.add_argument("--step", type=int, help="which checkpoint; by default the newest")
+    parser.add_argument("--model", default="", metavar="FORMAT:PATH", help="or weights: hf:DIR, llmc:FILE, ...")
+    parser.add_argument("--data", default="", metavar="DIR", help="shards to read; by default those of the run")
+    parser.add_argument("--tokenizer", default="", help="gpt2, bytes or a file, instead of the one beside the model")
     parser.add_argument("--batches", type=int, default=0, help="global batches to read; 0, the default, means all")
     args = parser.parse_strictly(arguments)
+    if bool(args.workdir) == bool(args.model):
+        raise ConfigError("what to evaluate: give --workdir=DIR or --model=FORMAT:PATH")
+    if args.model and not args.data:
+        raise ConfigError("--model needs --data=DIR, shards to read: gptjax.data.prepare makes them")
+    return args
+
+
+def main(arguments: list[str]) -> None:
+    args = parse_flags(arguments)
     runtime.start_jax()
     import jax
 
-    from gptjax.checkpoint import load_params
     from gptjax.run import make_run
 
-    config, params, step = load_params(args.workdir, step=args.step)
-    run = make_run(config)
+    config, params, tokenizer, name = load_model(args)
+    run = make_run(config, tokenizer=tokenizer)
     params = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, run.abstract_state.params)
     with jax.set_mesh(run.mesh):
         result = evaluate(
@@ -98,8 +118,31 @@ def main(arguments: list[str]) -> None:
             num_micro_steps=run.num_micro_steps,
             batches=args.batches,
         )
-    print(f"step {step}: {describe(result)}")
+    print(f"{name}: {describe(result)}")
     print(compare(run.validation_data.split, run.tokenizer))
+
+
+def load_model(args: argparse.Namespace) -> tuple[Config, Any, "Tokenizer | None", str]:
+    """Returns (config, params, tokenizer or None for the config's, a name for the result) of --workdir or --model.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    import jax
+
+    from gptjax.checkpoint import load_params
+    from gptjax.convert import formats
+    from gptjax.data.tokenizer import load_tokenizer
+
+    if args.workdir:
+        config, params, step = load_params(args.workdir, step=args.step)
+        data = dataclasses.replace(config.data, path=args.data) if args.data else config.data
+        config = dataclasses.replace(config, data=data)
+        return config, params, load_tokenizer(args.tokenizer) if args.tokenizer else None, f"step {step}"
+    weights = formats.open_model(args.model, tokenizer=args.tokenizer)
+    data = DataConfig(path=args.data, global_batch_size=ROWS * jax.device_count())
+    config = Config(model=weights.config, data=data, init_from=weights.origin)
+    return config, formats.load_params(weights, lambda _, leaf: leaf), weights.tokenizer, weights.origin
 
 
 def cli() -> None:

@@ -74,15 +74,17 @@ class Run:
         return batches[0] if count == 1 else jnp.stack(batches)
 
 
-def make_run(config: Config) -> Run:
+def make_run(config: Config, *, tokenizer: Tokenizer | None = None) -> Run:
     """Returns the run of `config` on all devices; data that needs no network is prepared if it is missing.
+
+    tokenizer: instead of the one that data.tokenizer names.
 
     Raises:
         ConfigError: data, model, batch and mesh do not fit together.
     """
     mesh = make_mesh(config.mesh)
     compute = resolve_compute(config, mesh)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer)
     directory = ensure_prepared(config.data)
     splits = [
@@ -137,7 +139,9 @@ def jit_steps(
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError unless the model's vocabulary is the tokenizer's."""
+    """Raises ConfigError unless the model's vocabulary is the tokenizer's; one that was imported may be larger."""
+    if config.init_from and config.model.vocab_size > tokenizer.vocab_size:
+        return
     if config.model.vocab_size != tokenizer.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size}: the tokenizer {config.data.tokenizer!r} has "

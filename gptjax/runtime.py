@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import difflib
 import fcntl
-import json
 import logging
 import os
 import pathlib
@@ -13,7 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from gptjax import errors
 from gptjax.errors import ConfigError, UnavailableError, UserError, WorkdirError
@@ -214,10 +213,3 @@ def fault_point(name: str) -> None:
     os.environ["GPTJAX_FAULT"] = f"{point}:{left}:{action}" if left > 0 else ""
     if left == 0:
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}[action])
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes `value` as JSON at once or not at all."""
-    temporary = f"{os.fspath(path)}.tmp"
-    pathlib.Path(temporary).write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)

@@ -1,5 +1,7 @@
 """Text from a trained model: `python -m gptjax.sample --workdir=DIR --prompt="Once upon a time"`.
 
+Or from weights in any form that gptjax.convert reads: `--model=hf:DIR`, `--model=hf:OWNER/NAME`.
+
 Generation keeps every layer's keys and values in a cache of block_size positions, and runs one jitted step in two
 shapes: C prompt tokens at a time, and one token at a time, the sampling inside. When a row's context outgrows
 block_size it is cut to its last block_size // 2 tokens, the cache is filled again from those, and generation goes on.
@@ -24,7 +26,7 @@ import numpy as np
 from etils import epy
 
 from gptjax import runtime, workdir
-from gptjax.config import LARGEST_SEED, GPTConfig, MeshConfig
+from gptjax.config import LARGEST_SEED, Config, GPTConfig, MeshConfig
 from gptjax.errors import ConfigError
 
 with epy.lazy_imports():  # imported at their first use, so that a wrong flag exits before JAX loads
@@ -33,6 +35,7 @@ with epy.lazy_imports():  # imported at their first use, so that a wrong flag ex
 
     from gptjax import checkpoint, loss, sharding
     from gptjax import model as gpt
+    from gptjax.convert import formats
     from gptjax.data import tokenizer
 
 log = logging.getLogger("gptjax")
@@ -389,13 +392,17 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         ConfigError: a flag is unknown, or its value out of range.
     """
     parser = runtime.Parser(__doc__)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="the work directory of a run")
+    parser.add_argument("--workdir", default="", metavar="DIR", help="the work directory of a run")
     parser.add_argument("--step", type=int, help="which checkpoint; by default the newest")
+    parser.add_argument("--model", default="", metavar="FORMAT:PATH", help="or weights: hf:DIR, llmc:FILE, ...")
+    parser.add_argument("--tokenizer", default="", help="gpt2, bytes or a file, instead of the one beside the model")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help=PROMPT_HELP)
     parser.add_argument("--prompt_file", action="append", default=[], metavar="FILE", help="a file that is a prompt")
     for name, (default, meaning) in FLAGS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{meaning}; default {default}")
     args = parser.parse_strictly(arguments)
+    if bool(args.workdir) == bool(args.model):
+        raise ConfigError("what to sample from: give --workdir=DIR or --model=FORMAT:PATH")
     if args.num_samples < 1:
         raise ConfigError(f"num_samples={args.num_samples}: must be at least 1")
     check_knobs(**knobs_of(args))
@@ -442,10 +449,7 @@ def main(arguments: list[str]) -> None:
     args = parse_flags(arguments)
     texts = [text for text in read_prompts(args.prompt, args.prompt_file) for _ in range(args.num_samples)]
     runtime.start_jax()
-    config, params, _ = checkpoint.load_params(args.workdir, step=args.step)
-    local = workdir.local_directory(args.workdir)
-    workdir.fetch_logs(args.workdir, local)
-    words = tokenizer.load_tokenizer(str(pathlib.Path(local) / TOKENIZER_FILE))
+    config, params, words = load_model(args)
     compute = dataclasses.replace(config.compute, attention="xla")  # cached attention has no other
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     model = gpt.GPT(config.model, gpt.resolve_compute(dataclasses.replace(config, compute=compute), mesh))
@@ -454,6 +458,22 @@ def main(arguments: list[str]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
     print_samples(functools.partial(run, **knobs_of(args)), words.decode_bytes, texts)
+
+
+def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Returns (config, params on one device, tokenizer) of what --workdir or --model names.
+
+    Raises:
+        UserError: it is not there, or damaged.
+    """
+    if args.model:
+        weights = formats.open_model(args.model, tokenizer=args.tokenizer)
+        params = formats.load_params(weights, lambda _, leaf: jnp.asarray(leaf))
+        return Config(model=weights.config), params, weights.tokenizer
+    settings, params, _ = checkpoint.load_params(args.workdir, step=args.step)
+    local = workdir.local_directory(args.workdir)
+    workdir.fetch_logs(args.workdir, local)
+    return settings, params, tokenizer.load_tokenizer(args.tokenizer or str(pathlib.Path(local) / TOKENIZER_FILE))
 
 
 def print_samples(

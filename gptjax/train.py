@@ -12,18 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import errors
-from gptjax.checkpoint import Checkpointer, Record, compare_configs, load_params
-from gptjax.config import Config
+from gptjax.checkpoint import Checkpointer, Record, compare_configs
+from gptjax.config import Config, GPTConfig
+from gptjax.convert import formats
 from gptjax.data.dataset import Prefetcher
 from gptjax.errors import ConfigError, DivergedError
 from gptjax.evaluate import COMPRESSED_BYTES, compare, evaluate
 from gptjax.metrics import Reporter, duration, peak_flops
 from gptjax.optim import role_table
 from gptjax.run import Run, describe_run, make_run
-from gptjax.runtime import Preemption, fault_point, lock_workdir, write_json
+from gptjax.runtime import Preemption, fault_point, lock_workdir
 from gptjax.sample import generate
+from gptjax.sharding import path_name
 from gptjax.state import TrainState
-from gptjax.workdir import fetch_logs, local_directory, store_logs
+from gptjax.workdir import fetch_logs, local_directory, store_logs, write_json
 
 log = logging.getLogger("gptjax")
 SLOW_STEP_SECONDS = 60.0
@@ -102,15 +104,43 @@ def start_state(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, dict[
 
 
 def initial_params(run: Run) -> Any:
-    """Returns the parameters that init_from names, placed for this run."""
-    source = run.config.init_from.removeprefix("gptjax:")
-    if not os.path.isdir(source):
-        raise ConfigError(f"init_from={run.config.init_from!r}: no such work directory")
-    config, params, step = load_params(source)
-    if config.model != run.config.model:
-        raise ConfigError(f"init_from={source!r}: its model is {config.model}, this run's is {run.config.model}")
-    log.info("parameters from step %d of %s", step, source)
-    return jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, run.abstract_state.params)
+    """Returns the parameters that init_from names, placed for this run, one read at a time.
+
+    Raises:
+        ConfigError: they are of another model.
+    """
+    text, model = run.config.init_from, run.config.model
+    place = formats.parse_place("init_from", text if ":" in text else f"gptjax:{text}", formats.READABLE)
+    weights = formats.open_weights(place, dropout=model.dropout)
+    compare_models(weights.config, model, text)
+    if weights.tokenizer is not None and weights.tokenizer.sha256 != run.tokenizer.sha256:
+        log.warning("init_from=%s: made with tokenizer %s, not with this run's", text, weights.tokenizer.name)
+    log.info("parameters from %s", weights.origin)
+    for note in weights.notes:
+        log.info("  %s", note)
+    abstract = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(run.abstract_state.params)}
+
+    def put(path: str, leaf: np.ndarray) -> jax.Array:
+        leaf = leaf[: model.block_size] if path == "wpe/embedding" else leaf
+        shape, sharding = abstract[path].shape, abstract[path].sharding
+        placed = jax.make_array_from_callback(shape, sharding, lambda index: leaf[index])
+        return jax.jit(jnp.copy, out_shardings=sharding)(placed)  # NumPy's memory could not be donated to a step
+
+    return formats.load_params(weights, put)
+
+
+def compare_models(found: GPTConfig, wanted: GPTConfig, source: str) -> None:
+    """Raises ConfigError unless the parameters of `found` are those of `wanted`, but for positions left out."""
+    names = ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "tie_embeddings")
+    changed = [n for n in names if getattr(found, n) != getattr(wanted, n)]
+    if found.block_size < wanted.block_size:
+        changed.append("block_size")
+    if changed:
+        lines = [f"it has {n}={getattr(found, n)}, this run model.{n}={getattr(wanted, n)}" for n in changed]
+        remedy = " ".join(f"--config.model.{n}={getattr(found, n)}" for n in changed)
+        raise ConfigError("\n".join(f"init_from={source}: {line}" for line in [*lines, f"to train it: {remedy}"]))
+    if found.block_size > wanted.block_size:
+        log.info("init_from=%s: positions from %d on are left out", source, wanted.block_size)
 
 
 def compare_data(old: dict[str, Any], new: dict[str, Any], *, allowed: bool) -> None:

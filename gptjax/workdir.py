@@ -1,8 +1,10 @@
 """Where the parts of a work directory lie: all in it, or for a bucket the logs on this machine, with copies there."""
 
+import json
 import os
 import pathlib
 import re
+from typing import Any
 
 from etils import epath
 
@@ -45,3 +47,10 @@ def _copy(source: epath.Path, target: epath.Path) -> None:
     for name in LOGS:
         if (source / name).exists():
             (target / name).write_bytes((source / name).read_bytes())
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes `value` as JSON at once or not at all."""
+    temporary = f"{os.fspath(path)}.tmp"
+    pathlib.Path(temporary).write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)

@@ -17,18 +17,23 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = """
     main
     train
-    sample  evaluate
-    run
+    sample  evaluate  convert.__main__
+    run  convert.formats
+    convert.msgpack
+    convert.huggingface  convert.nanogpt  convert.llmc  convert.native
+    convert.card  convert.torch_file
+    convert.weights
+    convert.names  convert.tokenizer_files
     checkpoint  metrics  step  data.prepare
     state  optim  data.dataset  data.sources
     model  data.tokens
     attention  loss  data.tokenizer
     sharding
-    config  runtime  workdir
+    config  runtime  workdir  convert.files  convert.hub
     errors
 """
 # Where a process starts, and its loop: only these use the runtime.
-ENTRIES = {"main", "train", "sample", "evaluate", "data.prepare"}
+ENTRIES = {"main", "train", "sample", "evaluate", "convert.__main__", "data.prepare"}
 # Whatever computes, so that it runs anywhere those libraries do.
 COMPUTING = {"model", "attention", "loss", "sharding", "optim", "state", "step"}
 NUMERICAL = {"jax", "flax", "optax", "numpy"}

@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 
@@ -69,11 +68,3 @@ def test_a_fault_happens_at_the_passage_that_was_asked_for(monkeypatch: pytest.M
     runtime.fault_point("step")
     runtime.fault_point("step")
     assert sent == [(os.getpid(), signal.SIGTERM)]
-
-
-def test_json_is_written_at_once_or_not_at_all(tmp_path):
-    path = tmp_path / "a.json"
-    runtime.write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        runtime.write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}

@@ -389,7 +389,7 @@ for arguments in (["--help"], ["--workdir=x", "--top_p=0", "--temperature=-1"], 
     starts = (
         "temperature=-1.0: must",
         "top_p=0.0: must",
-        "the following arguments are required: --workdir",
+        "what to sample from: give --workdir=DIR or --model=FORMAT:PATH",
         "--tok=1: no such flag; nearest: --top_k",
         "argument --seed: invalid int value: 'x'",
         "num_samples=0: must",

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,11 @@ def test_a_local_work_directory_is_not_copied(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("x\n")
     workdir.store_logs(str(tmp_path), str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
+
+
+def test_json_is_written_at_once_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    workdir.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        workdir.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}

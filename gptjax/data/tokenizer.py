@@ -78,7 +78,7 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """Returns the number of bytes of each token's text, 0 for end-of-text: int32 [vocab_size]."""
-        return np.array([len(token) for token in self._tokens()] + [0], np.int32)
+        return np.array([len(token) for token in self.tokens()] + [0], np.int32)
 
     def save(self, path: str) -> None:
         """Writes the one JSON file that `load_tokenizer(path)` reads; it is there whole or not at all."""
@@ -89,11 +89,12 @@ class Tokenizer:
             os.fsync(file.fileno())
         os.replace(partial, path)
 
-    def _tokens(self) -> list[bytes]:
+    def tokens(self) -> list[bytes]:
+        """Returns the bytes of each token in the order of ids, without end-of-text."""
         return [self.encoding.decode_single_token_bytes(rank) for rank in range(self.eot_id)]
 
     def _canonical(self) -> bytes:
-        tokens = [base64.b64encode(token).decode() for token in self._tokens()]
+        tokens = [base64.b64encode(token).decode() for token in self.tokens()]
         saved = {"format": FORMAT, "name": self.name, "pattern": self.pattern, "eot": END_OF_TEXT, "tokens": tokens}
         return json.dumps(saved, ensure_ascii=True, indent=0).encode() + b"\n"
 
@@ -107,9 +108,9 @@ def load_tokenizer(name: str) -> Tokenizer:
         UnavailableError: GPT-2's vocabulary files are missing or damaged.
     """
     if name == "gpt2":
-        return _make("gpt2", GPT2_PATTERN, _load_gpt2_ranks())
+        return make_tokenizer("gpt2", GPT2_PATTERN, _load_gpt2_ranks())
     if name == "bytes":
-        return _make("bytes", BYTES_PATTERN, {bytes([byte]): byte for byte in range(256)})
+        return make_tokenizer("bytes", BYTES_PATTERN, {bytes([byte]): byte for byte in range(256)})
     if not os.path.isfile(name):
         raise ConfigError(
             f"data.tokenizer={name!r}: expected gpt2, bytes, or a saved tokenizer file; there is no such file"
@@ -117,7 +118,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     return _load_file(name)
 
 
-def _make(name: str, pattern: str, ranks: dict[bytes, int]) -> Tokenizer:
+def make_tokenizer(name: str, pattern: str, ranks: dict[bytes, int]) -> Tokenizer:
+    """Returns the tokenizer of the tokens in `ranks`, whose ids are 0, 1, 2 ..., and every single byte among them."""
     eot = {END_OF_TEXT: len(ranks)}
     encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=eot)
     return Tokenizer(name, pattern, encoding)
@@ -158,7 +160,7 @@ def _load_file(path: str) -> Tokenizer:
             raise ValueError(f"not in the format {FORMAT}")
         if len(ranks) != len(tokens) or not all(bytes([byte]) in ranks for byte in range(256)):
             raise ValueError("tokens are repeated, or not every single byte is one")
-        return _make(name, pattern, ranks)
+        return make_tokenizer(name, pattern, ranks)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, binascii.Error) as error:
         remedy = "give gpt2, bytes, or a file written by Tokenizer.save"
         raise DataError(f"{path}: not a saved tokenizer ({type(error).__name__}: {error}); {remedy}") from error

@@ -1,0 +1,1 @@
+"""Weights to and from the formats of other GPT-2 programs."""

@@ -1,0 +1,169 @@
+"""GPT-2 weights from any common form to any other: `python -m gptjax.convert --from=hf:gpt2 --to=gptjax:runs/gpt2`.
+
+Forms: hf:DIR, hf:OWNER/NAME[@REVISION], gptjax:WORKDIR[@STEP], nanogpt:ckpt.pt, llmc:model.bin, and, only to be read,
+msgpack:DIR with the old flax_model.msgpack.
+The result is read back and compared before it gets its name, so what stands there is whole and right.
+"""
+
+from __future__ import annotations  # np.ndarray in a signature would import NumPy
+
+import argparse
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epy
+
+from gptjax import runtime
+from gptjax.errors import ConfigError, DataError, WorkdirError
+
+with epy.lazy_imports():  # so that a wrong flag exits before anything large loads
+    import numpy as np
+
+    from gptjax import model as gpt
+    from gptjax.convert import formats, hub
+    from gptjax.convert import weights as w
+
+log = logging.getLogger("gptjax")
+REPORT_SECONDS = 5.0
+
+
+def parse_flags(arguments: list[str]) -> argparse.Namespace:
+    """Returns the command line, checked as far as that needs no file."""
+    parser = runtime.Parser(__doc__)
+    parser.add_argument("--from", dest="source", required=True, metavar="FORMAT:PATH", help="what to convert")
+    parser.add_argument("--to", dest="target", default="", metavar="FORMAT:PATH", help="where the result goes")
+    parser.add_argument("--dtype", default="", choices=["", "float32", "bfloat16"], help="of an export")
+    parser.add_argument("--dropout", type=float, default=None, help="of the result; by default the source's")
+    parser.add_argument("--tokenizer", default="", help="gpt2, bytes or a saved tokenizer, instead of the source's own")
+    parser.add_argument("--dry_run", action="store_true", help="print the map and what differs; write nothing")
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
+    parser.add_argument("--allow_nonfinite", action="store_true", help="convert NaN and infinite weights too")
+    parser.add_argument("--push", default="", metavar="OWNER/NAME", help="upload the result of --to=hf:DIR")
+    args = parser.parse_strictly(arguments)
+    if not args.target and not args.dry_run:
+        raise ConfigError("--to is missing: FORMAT:PATH of the result, or --dry_run to look only")
+    if args.dropout is not None and not 0 <= args.dropout < 1:
+        raise ConfigError(f"--dropout={args.dropout}: must be from 0 to below 1")
+    if args.push and not args.target.startswith("hf:"):
+        raise ConfigError("--push: only what --to=hf:DIR wrote can be uploaded")
+    if args.dtype and args.target.startswith("gptjax:"):
+        raise ConfigError(f"--dtype={args.dtype}: parameters of gptjax are float32; choose it at the export")
+    return args
+
+
+def main(arguments: list[str]) -> None:
+    args = parse_flags(arguments)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here is worth taking an accelerator for
+    source = formats.parse_place("--from", args.source, formats.READABLE)
+    target = formats.parse_place("--to", args.target, formats.WRITABLE) if args.target else None
+    if target and not args.dry_run:
+        refuse_existing(target.path, force=args.force)
+    weights = formats.open_weights(source, tokenizer=args.tokenizer, dropout=args.dropout)
+    if target:
+        weights = formats.adapt(weights, target.format)
+    dtype = formats.export_dtype(weights, target.format, args.dtype) if target else weights.dtype
+    describe(weights, dtype)
+    if args.dry_run or target is None:
+        print("\n".join(w.map_table(weights)))
+        return
+    convert(weights, target, dtype=dtype, force=args.force, allow_nonfinite=args.allow_nonfinite)
+    if args.push:
+        log.info("uploaded to %s", hub.upload(target.path, args.push))
+
+
+def describe(weights: w.Weights, dtype: str) -> None:
+    """Says what is about to be converted, and everything about it that the user should know."""
+    c = weights.config
+    sizes = f"{c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, {c.block_size} positions, {c.vocab_size} ids"
+    tied = "tied" if c.tie_embeddings else "untied"
+    log.info("%s: %s parameters, %s, %s, %s", weights.origin, f"{gpt.count_params(c):,}", sizes, tied, weights.dtype)
+    for note in weights.notes:
+        log.info("  %s", note)
+    if dtype != weights.dtype:
+        log.info("  %s becomes %s", weights.dtype, dtype)
+
+
+def convert(weights: w.Weights, target: formats.Place, *, dtype: str, force: bool, allow_nonfinite: bool) -> None:
+    """Writes `weights` as `target`, reads the result back, compares, and only then gives it its name.
+
+    Raises:
+        DataError: a weight is not finite, or the source turns out to be damaged.
+        WorkdirError: the target cannot be written.
+    """
+    start = time.perf_counter()
+    source, found = w.Checksum(), w.Checksum()
+    sent = source if dtype in (weights.dtype, "float32") else w.Checksum()
+    with staged(target.path, force=force) as path:
+        tensors = w.read_tensors(weights, checksum=source, allow_nonfinite=allow_nonfinite)
+        tensors = tensors if sent is source else rounded(tensors, dtype, sent)
+        tensors = with_progress(tensors, gpt.count_params(weights.config))
+        formats.write(target, path, weights, tensors, dtype=dtype)
+        log.info("source %s  weights sha256 %s", weights.origin, source.hexdigest())
+        result = formats.open_weights(formats.Place(target.format, path))
+        for _ in w.read_tensors(result, checksum=found, allow_nonfinite=True):
+            pass
+        if found.hexdigest() != sent.hexdigest():
+            raise DataError(f"{target}: what was written is not what is read back: is the disk damaged?")
+    log.info("result %s  weights sha256 %s", target, found.hexdigest())
+    log.info("read back and compared: done in %.1f s", time.perf_counter() - start)
+
+
+def rounded(tensors: Iterator[tuple[str, Any]], dtype: str, checksum: w.Checksum) -> Iterator[tuple[str, Any]]:
+    """Yields the tensors rounded to `dtype`, and adds those to `checksum`."""
+    for name, tensor in tensors:
+        cast = np.asarray(tensor, w.DTYPES[dtype])
+        checksum.update(name, cast)
+        yield name, cast
+
+
+def with_progress(tensors: Iterator[tuple[str, Any]], total: int) -> Iterator[tuple[str, Any]]:
+    """Yields the tensors, with a line every few seconds on how far they have come."""
+    done, told = 0, time.perf_counter()
+    for name, tensor in tensors:
+        yield name, tensor
+        done += tensor.size
+        if time.perf_counter() - told > REPORT_SECONDS:
+            told = time.perf_counter()
+            log.info("  %d%% of the parameters", 100 * done // total)
+
+
+def refuse_existing(path: str, *, force: bool) -> None:
+    """Raises ConfigError if something stands at `path` that must not be replaced."""
+    if os.path.lexists(path) and not force and not (os.path.isdir(path) and not os.listdir(path)):
+        raise ConfigError(f"{path}: exists; --force replaces it")
+
+
+@contextlib.contextmanager
+def staged(path: str, *, force: bool) -> Iterator[str]:
+    """Yields a new name beside `path`; what was written there is moved to `path` at the end, or removed on failure."""
+    parent, name = os.path.split(os.path.abspath(path))
+    try:
+        os.makedirs(parent, exist_ok=True)
+        directory = tempfile.mkdtemp(prefix=f".{name}.partial-", dir=parent)
+    except OSError as error:
+        raise WorkdirError(f"{path}: cannot be written: {error.strerror}; choose another") from error
+    try:
+        new, old = os.path.join(directory, "new"), os.path.join(directory, "old")
+        yield new
+        refuse_existing(path, force=force)  # it may have come meanwhile
+        if os.path.lexists(path):
+            os.rename(path, old)
+        os.rename(new, path)
+    except OSError as error:
+        raise WorkdirError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def cli() -> None:
+    runtime.run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,137 @@
+"""Every format by its name: which can read a model, which can write one, and what they cannot hold."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptjax.convert import huggingface, llmc, msgpack, nanogpt, native
+from gptjax.convert.weights import Weights, nest, read_leaves, read_tensors, with_biases
+from gptjax.data.tokenizer import Tokenizer, load_tokenizer
+from gptjax.errors import ConfigError
+
+READABLE = ("gptjax", "hf", "nanogpt", "llmc", "msgpack")
+WRITABLE = ("gptjax", "hf", "nanogpt", "llmc")
+FILES = ("nanogpt", "llmc")  # formats of one file; the others are directories
+GPT2_VOCABULARIES = range(50257, 50305)  # nanoGPT pads GPT-2's 50,257 ids up to 50,304 and says no more
+FORMS = "hf:DIR, hf:OWNER/NAME[@REVISION], gptjax:WORKDIR[@STEP], nanogpt:ckpt.pt, llmc:model.bin, msgpack:DIR"
+
+
+class Place(NamedTuple):
+    """What --from, --to and --model name."""
+
+    format: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.format}:{self.path}"
+
+
+def parse_place(flag: str, text: str, formats: tuple[str, ...]) -> Place:
+    """Returns the Place of FORMAT:PATH.
+
+    Raises:
+        ConfigError: there is no such format, or no path.
+    """
+    name, colon, path = text.partition(":")
+    if not colon or not path or name not in formats:
+        raise ConfigError(f"{flag}={text}: expected one of {', '.join(formats)}, a colon and a path, such as {FORMS}")
+    return Place(name, os.path.expanduser(path))
+
+
+def open_weights(place: Place, *, tokenizer: str = "", dropout: float | None = None) -> Weights:
+    """Returns the model at `place`, after comparing it strictly with GPT-2; no tensor is read yet.
+
+    tokenizer: what to use instead of the source's own: a name or a file as in data.tokenizer.
+    dropout: of the result; None takes the source's.
+
+    Raises:
+        DataError: it is damaged, or not exactly a GPT-2.
+        UnavailableError: an extra is missing, or a server.
+    """
+    weights = _open(place, dropout)
+    chosen = load_tokenizer(tokenizer) if tokenizer else weights.tokenizer
+    notes = weights.notes
+    if chosen is None and place.format in FILES:
+        chosen, note = _guess_tokenizer(weights.config.vocab_size)
+        notes = (*notes, note)
+    if chosen is not None and chosen.vocab_size > weights.config.vocab_size:
+        notes = (*notes, f"tokenizer {chosen.name} left out: {chosen.vocab_size} ids, vocab_size is less")
+        chosen = None
+    return dataclasses.replace(weights, tokenizer=chosen, notes=notes)
+
+
+def open_model(text: str, *, tokenizer: str = "") -> Weights:
+    """Returns what --model names, to be used as it is: dropout off, and with a tokenizer.
+
+    Raises:
+        ConfigError: there is no tokenizer with it.
+    """
+    weights = open_weights(parse_place("--model", text, READABLE), tokenizer=tokenizer, dropout=0.0)
+    if weights.tokenizer is None:
+        raise ConfigError("\n".join([*weights.notes, f"--model={text}: has no tokenizer: give one with --tokenizer"]))
+    return weights
+
+
+def _open(place: Place, dropout: float | None) -> Weights:
+    path, origin = place.path, str(place)
+    if place.format == "hf":
+        if not os.path.isdir(path):
+            from gptjax.convert import hub
+
+            repo, _, revision = path.partition("@")
+            path, commit = hub.download(repo, revision)
+            origin = f"hf:{repo}@{commit}"
+            if os.path.exists(os.path.join(path, msgpack.FILE)):  # taken only where there was nothing else
+                return msgpack.read(path, origin=origin, dropout=dropout)
+        return huggingface.read(path, origin=origin, dropout=dropout)
+    if place.format == "gptjax":
+        match = re.fullmatch(r"(.+)@(\d+)", path)
+        directory, step = (match[1], int(match[2])) if match else (path, None)
+        return native.read(directory, origin=origin, step=step, dropout=dropout)
+    readers: dict[str, Callable[..., Weights]] = {"nanogpt": nanogpt.read, "llmc": llmc.read, "msgpack": msgpack.read}
+    return readers[place.format](path, origin=origin, dropout=dropout)
+
+
+def _guess_tokenizer(vocab_size: int) -> tuple[Tokenizer | None, str]:
+    if vocab_size in GPT2_VOCABULARIES:
+        return load_tokenizer("gpt2"), f"no tokenizer in the source: GPT-2's is taken, as vocab_size={vocab_size}"
+    return None, f"no tokenizer in the source, and vocab_size={vocab_size} is not GPT-2's: give one with --tokenizer"
+
+
+def adapt(weights: Weights, target: str) -> Weights:
+    """Returns the same function in a form that the format `target` can hold.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if target in FILES and not weights.config.tie_embeddings:
+        raise ConfigError(f"--to={target}: that format has no lm_head of its own, and this model is untied; use hf:DIR")
+    return with_biases(weights) if target in ("hf", "llmc") else weights
+
+
+def export_dtype(weights: Weights, target: str, wanted: str) -> str:
+    """Returns the dtype to write: the one asked for, else the source's where the format has it."""
+    if target == "gptjax" or (target == "llmc" and not wanted and weights.dtype == "float16"):
+        return "float32"
+    return wanted or weights.dtype
+
+
+def write(place: Place, path: str, weights: Weights, tensors: Iterator[tuple[str, np.ndarray]], *, dtype: str) -> None:
+    """Writes the model in the format of `place` to `path`, from which it will be moved to where it belongs."""
+    if place.format == "gptjax":
+        os.mkdir(path)
+        native.write(path, place.path, weights, tensors)
+        return
+    if place.format == "hf":
+        os.mkdir(path)
+    writers: dict[str, Any] = {"hf": huggingface.write, "nanogpt": nanogpt.write, "llmc": llmc.write}
+    writers[place.format](path, weights, tensors, dtype=dtype)
+
+
+def load_params(weights: Weights, place: Callable[[str, np.ndarray], Any]) -> Any:
+    """Returns gptjax's parameter tree of the model, each leaf as place(path, array) gives it; one is read at a time."""
+    return nest((path, place(path, leaf)) for path, leaf in read_leaves(weights, read_tensors(weights)))

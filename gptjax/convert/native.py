@@ -1,0 +1,149 @@
+"""gptjax's own checkpoints as a format to convert from and to."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from gptjax.checkpoint import Checkpointer, Damaged, StoredParams, save_params
+from gptjax.config import Config, DataConfig
+from gptjax.convert.names import from_leaf, layers, leaf_shape, rows, shape
+from gptjax.convert.weights import DTYPES, Tensor, Weights, make_weights, nest, read_leaves
+from gptjax.data.tokenizer import Tokenizer, load_tokenizer
+from gptjax.errors import DataError
+from gptjax.workdir import write_json
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def read(directory: str, *, origin: str, step: int | None = None, dropout: float | None = None) -> Weights:
+    """Returns the model of a work directory, or of one checkpoint in it; the newest intact one unless `step` is given.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
+    workdir, step = _locate(directory, step)
+    steps = Checkpointer(workdir).steps()
+    if not steps or (step is not None and step not in steps):
+        have = ", ".join(map(str, steps)) or "none"
+        raise DataError(f"{directory}: no checkpoint{'' if step is None else f' of step {step}'}; there are: {have}")
+    step = steps[-1] if step is None else step
+    try:
+        stored = StoredParams(workdir, step)
+    except Damaged as damage:
+        raise _damaged(workdir, step, damage) from damage
+    config = stored.config.model
+    config = config if dropout is None else dataclasses.replace(config, dropout=dropout)
+    history = _history(workdir, stored)
+    imported = stored.record.history.get("imported", {})
+    return make_weights(
+        f"{origin}@{step}" if "@" not in origin else origin,
+        config,
+        _tensors(workdir, stored),
+        dtype=imported.get("dtype", "float32") if step == 0 else "float32",
+        tokenizer=read_tokenizer(workdir),
+        history=history,
+    )
+
+
+def _locate(directory: str, step: int | None) -> tuple[str, int | None]:
+    """Returns (work directory, step) of a work directory or of a checkpoint in one."""
+    path = epath.Path(directory)
+    if path.name.isdigit() and path.parent.name == "checkpoints" and step is None:
+        return str(path.parent.parent), int(path.name)
+    if not path.exists():
+        raise DataError(f"{directory}: no such directory")
+    return directory, step
+
+
+def _damaged(workdir: str, step: int, damage: Damaged) -> DataError:
+    others = [str(other) for other in Checkpointer(workdir).steps() if other != step]
+    remedy = f"; take another with @STEP: {', '.join(others)}" if others else ""
+    return DataError(f"{workdir}/checkpoints/{step}: damaged: {damage}{remedy}")
+
+
+def _tensors(workdir: str, stored: StoredParams) -> dict[str, Tensor]:
+    config = stored.config.model
+    by_path = {row.path: row for row in rows(config)}
+
+    @functools.lru_cache(maxsize=1)  # tensors are asked for layer after layer
+    def leaf(path: str) -> np.ndarray:
+        try:
+            return stored.read(path, leaf_shape(by_path[path], config))
+        except Damaged as damage:
+            raise _damaged(workdir, stored.step, damage) from damage
+
+    return {
+        name: Tensor(
+            shape(row, config),
+            DTYPES["float32"],
+            lambda row=row, layer=layer: from_leaf(row, leaf(row.path), layer, config),
+            name,
+        )
+        for row in rows(config)
+        for layer, name in layers(row, config)
+    }
+
+
+def read_tokenizer(workdir: str) -> Tokenizer | None:
+    """Returns the tokenizer that is kept beside the checkpoints."""
+    path = epath.Path(workdir) / TOKENIZER_FILE
+    return load_tokenizer(str(path)) if path.exists() else None
+
+
+def _history(workdir: str, stored: StoredParams) -> dict[str, Any]:
+    """Returns what a model card can say of the checkpoint; an imported one says what its source did."""
+    if not stored.step:
+        return stored.record.history.get("imported", {}).get("history", {})
+    config = stored.config
+    source = config.data.path or config.data.source
+    history = {
+        "step": stored.step,
+        "tokens": stored.step * config.data.global_batch_size * config.model.block_size,
+        "data": f"{source} ({stored.record.data.get('fingerprint', 'no fingerprint')})",
+        "config": stored.record.config,
+    }
+    return history | _losses(workdir, stored.step)
+
+
+def _losses(workdir: str, step: int) -> dict[str, float]:
+    """Returns the newest losses up to `step` in metrics.jsonl, which may be damaged or missing: then none."""
+    path, found = epath.Path(workdir) / "metrics.jsonl", {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
+            found |= {
+                n: row[n] for n in ("loss", "val_loss") if isinstance(row.get(n), float) and math.isfinite(row[n])
+            }
+    return found
+
+
+def write(directory: str, final: str, weights: Weights, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
+    """Writes a work directory with the checkpoint of step 0, config.json and the tokenizer.
+
+    final: where the directory will be in the end.
+    """
+    name = _tokenizer_name(weights.tokenizer, final)
+    config = Config(model=weights.config, data=DataConfig(tokenizer=name))
+    imported = {"from": weights.origin, "dtype": weights.dtype, "history": dict(weights.history)}
+    save_params(directory, nest(read_leaves(weights, tensors)), config=config, history={"imported": imported})
+    write_json(f"{directory}/config.json", config.to_dict())
+    if weights.tokenizer is not None:
+        weights.tokenizer.save(f"{directory}/{TOKENIZER_FILE}")
+
+
+def _tokenizer_name(tokenizer: Tokenizer | None, final: str) -> str:
+    """Returns what data.tokenizer says for `tokenizer`: a built-in's name, or the file in the work directory."""
+    for name in ("gpt2", "bytes"):
+        if tokenizer is not None and tokenizer.name == name and tokenizer.sha256 == load_tokenizer(name).sha256:
+            return name
+    return os.path.join(os.path.abspath(final), TOKENIZER_FILE) if tokenizer is not None else "gpt2"

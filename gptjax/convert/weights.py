@@ -1,0 +1,191 @@
+"""A model in any format as tensors that are not yet read, by GPT-2's names and in Hugging Face's layout."""
+
+import dataclasses
+import difflib
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from gptjax.config import Config, GPTConfig, find_problems
+from gptjax.convert.names import into_leaf, layers, leaf_shape, rows, shape, shapes
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import DataError
+
+DTYPES = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype("float16")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of a source: read() gives it in Hugging Face's layout."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+    label: str  # what the source calls it, for messages
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model to convert. `tensors` are exactly those of `config`: `make_weights` has seen to that."""
+
+    origin: str  # as in --from, with the revision or step that it came to
+    config: GPTConfig
+    tensors: Mapping[str, Tensor]
+    tokenizer: Tokenizer | None = None
+    dtype: str = "float32"  # of an export, unless another is asked for
+    history: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for the model card: step, losses, data
+    notes: tuple[str, ...] = ()  # what the user should know
+
+
+def make_weights(origin: str, config: GPTConfig, tensors: Mapping[str, Tensor], **rest: Any) -> Weights:
+    """Returns the Weights after a strict comparison of `tensors` with what `config` needs.
+
+    Raises:
+        DataError: a tensor is missing, left over, or of another shape or type.
+    """
+    problems = find_problems(Config(model=config)) or _compare(config, tensors)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+        raise DataError(f"{origin}: {problems[0]}{more}")
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    names = [name for name, dtype in DTYPES.items() if dtype in dtypes]
+    rest.setdefault("dtype", names[0] if len(names) == 1 else "float32")
+    return Weights(origin, config, tensors, **rest)
+
+
+def _compare(config: GPTConfig, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Returns one line for each difference between `tensors` and what a model of `config` has."""
+    found = {int(name.split(".")[1]) for name in tensors if name.startswith("h.") and name.split(".")[1].isdigit()}
+    if found and len(found) != config.n_layer:  # before anything is as long as a number in a file says
+        return [f"n_layer is {config.n_layer}, but there are tensors of {len(found)} layers"]
+    if config.n_layer > len(tensors):
+        return [f"n_layer is {config.n_layer}, but there are only {len(tensors)} tensors"]
+    expected = shapes(config)
+    missing, extra = [n for n in expected if n not in tensors], [n for n in tensors if n not in expected]
+    problems = [_describe_missing(name, extra) for name in missing]
+    problems += [f"{tensors[n].label}: not a tensor of GPT-2" + _nearest(n, missing) for n in extra]
+    for name, wanted in expected.items():
+        if name in tensors and tensors[name].shape != wanted:
+            problems.append(_describe_shape(name, tensors[name], wanted))
+        elif name in tensors and tensors[name].dtype not in DTYPES.values():
+            problems.append(f"{tensors[name].label} is {tensors[name].dtype}; expected {', '.join(DTYPES)}")
+    return problems
+
+
+def _describe_missing(name: str, extra: list[str]) -> str:
+    near = difflib.get_close_matches(name, extra, 1, 0.7)
+    return f"{name} is missing" + (f"; was it renamed {near[0]}?" if near else "")
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, 1, 0.7)
+    return f"; is it {near[0]}?" if near else ""
+
+
+def _describe_shape(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> str:
+    line = f"{tensor.label} has shape {describe(tensor.shape)}, expected {describe(wanted)}"
+    if len(wanted) == 2 and tensor.shape == wanted[::-1]:
+        return f"{line}: it looks transposed (nanoGPT layout?)"
+    if name in ("wte.weight", "lm_head.weight") and tensor.shape[1:] == wanted[1:]:
+        return f"{line}: vocab_size does not fit"
+    return line
+
+
+def describe(sizes: Iterable[int]) -> str:
+    return "x".join(map(str, sizes))
+
+
+def with_biases(weights: Weights) -> Weights:
+    """Returns a model equal in function that has biases, all zero, where `weights` has none."""
+    if weights.config.bias:
+        return weights
+    config = dataclasses.replace(weights.config, bias=True)
+    dtype = DTYPES[weights.dtype]
+
+    def zeros(sizes: tuple[int, ...]) -> Tensor:
+        return Tensor(sizes, dtype, lambda: np.zeros(sizes, dtype), "zeros")
+
+    tensors = {name: weights.tensors.get(name) or zeros(sizes) for name, sizes in shapes(config).items()}
+    note = "the model has no biases: zeros are written for them, which is equal in function"
+    return dataclasses.replace(weights, config=config, tensors=tensors, notes=(*weights.notes, note))
+
+
+class Checksum:
+    """A sha256 of the weights themselves: equal for equal weights in any format, layout or padding."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+
+    def update(self, name: str, tensor: np.ndarray) -> None:
+        self._sha256.update(f"{name} {describe(tensor.shape)}\n".encode())
+        self._sha256.update(np.ascontiguousarray(tensor, np.float32).data)
+
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest()
+
+
+def read_tensors(
+    weights: Weights, *, checksum: Checksum | None = None, allow_nonfinite: bool = False
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (name, tensor) of all tensors in the order of names.ROWS.
+
+    Raises:
+        DataError: a value is NaN or infinite, and that is not allowed.
+    """
+    names = itertools.chain.from_iterable(layers(row, weights.config) for row in rows(weights.config))
+    for _, name in names:
+        tensor = weights.tensors[name].read()
+        if not allow_nonfinite:
+            _refuse_nonfinite(weights, name, tensor)
+        if checksum:
+            checksum.update(name, tensor)
+        yield name, tensor
+
+
+def _refuse_nonfinite(weights: Weights, name: str, tensor: np.ndarray) -> None:
+    finite = np.isfinite(tensor)
+    if not finite.all():
+        count, first = int((~finite).sum()), np.unravel_index(int(finite.argmin()), tensor.shape)
+        raise DataError(
+            f"{weights.origin}: {weights.tensors[name].label}: {count} values are NaN or infinite, the first at "
+            f"{list(map(int, first))}; --allow_nonfinite converts them all the same"
+        )
+
+
+def read_leaves(weights: Weights, tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (path, float32 parameter) of gptjax's tree out of `tensors`, which come as read_tensors gives them."""
+    source = iter(tensors)
+    for row in rows(weights.config):
+        leaf = np.zeros(leaf_shape(row, weights.config), np.float32)  # the zeros stay in the vocabulary's padding
+        for layer, _ in layers(row, weights.config):
+            into_leaf(row, leaf, layer, next(source)[1])
+        yield row.path, leaf
+
+
+def nest(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns {"h": {"ln_1": {"bias": x}}} of ("h/ln_1/bias", x)."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves:
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def map_table(weights: Weights) -> list[str]:
+    """Returns a line for each kind of tensor: the source's name, shape and dtype, and where gptjax keeps it."""
+    lines = []
+    for row in rows(weights.config):
+        names = [name for _, name in layers(row, weights.config)]
+        first = weights.tensors[names[0]]
+        count = f" x {len(names)}" if row.layered else ""
+        source = f"{first.label}{count}"
+        target = f"{row.path} {describe(leaf_shape(row, weights.config))}"
+        lines.append(f"  {source:<46} {describe(shape(row, weights.config)):<12} {first.dtype!s:<9} {target}")
+    return lines
