@@ -161,8 +161,10 @@ def read_leaves(weights: Weights, tensors: Iterable[tuple[str, np.ndarray]]) -> 
     source = iter(tensors)
     for row in rows(weights.config):
         leaf = np.zeros(leaf_shape(row, weights.config), np.float32)  # the zeros stay in the vocabulary's padding
-        for layer, _ in layers(row, weights.config):
-            into_leaf(row, leaf, layer, next(source)[1])
+        for layer, name in layers(row, weights.config):
+            found, tensor = next(source)
+            assert found == name, f"{found} came where {name} belongs"
+            into_leaf(row, leaf, layer, tensor)
         yield row.path, leaf
 
 
