@@ -23,7 +23,7 @@ NEEDED = f"{CONFIG} and one of {', '.join(WEIGHTS)}, whole or with all its shard
 
 COMMIT = re.compile("[0-9a-f]{40}")
 ETAG = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # of git's small files, and of large ones: the SHA-256
-PAUSES = (1.0, 3.0)  # seconds before another attempt
+PAUSES = (1.0, 2.0)  # seconds before another attempt
 TIMEOUT_SECONDS = 10.0
 AGAIN = "run the same command again"
 GO_ON = f"{AGAIN}: it goes on where it was"

@@ -1,0 +1,181 @@
+"""`python -m gptjax.convert`: what it prints, what it leaves behind, and the ways through several formats."""
+
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from gptjax.convert import __main__ as command
+from gptjax.convert import formats
+from gptjax.convert.formats import Place
+from gptjax.convert.weights import read_tensors
+from gptjax.errors import ConfigError, DataError, WorkdirError
+from tests.convert.models import CONFIG, write_hf, write_llmc
+
+
+def convert(source, target, *flags):
+    command.main([f"--from={source}", f"--to={target}", *flags])
+
+
+def tensors(place):
+    kind, _, path = place.partition(":")
+    return {n: (t.dtype, t.tobytes()) for n, t in read_tensors(formats.open_weights(Place(kind, path)))}
+
+
+def left(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_there_and_back_gives_the_same_bytes(tmp_path, dtype, said):
+    write_hf(tmp_path / "a", dtype=dtype)
+    convert(f"hf:{tmp_path}/a", f"gptjax:{tmp_path}/b")
+    convert(f"gptjax:{tmp_path}/b", f"hf:{tmp_path}/c")
+    assert tensors(f"hf:{tmp_path}/c") == tensors(f"hf:{tmp_path}/a")
+    assert left(tmp_path) == ["a", "b", "c"]
+    assert len({line.split()[-1] for line in said if "weights sha256" in line}) == 1
+    assert sum("weights sha256" in line for line in said) == 4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_llmc_there_and_back_gives_the_same_file(tmp_path, dtype):
+    write_llmc(tmp_path / "a.bin", dtype=dtype)
+    convert(f"llmc:{tmp_path}/a.bin", f"gptjax:{tmp_path}/b", "--dropout=0.1")
+    convert(f"gptjax:{tmp_path}/b", f"llmc:{tmp_path}/c.bin")
+    assert (tmp_path / "c.bin").read_bytes() == (tmp_path / "a.bin").read_bytes()
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["model"]["dropout"] == 0.1
+
+
+def test_a_rounded_export_is_told_and_compared_with_what_was_sent(tmp_path, said):
+    write_hf(tmp_path / "a")
+    convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/b", "--dtype=bfloat16")
+    expected = {n: t.read().astype("bfloat16").tobytes() for n, t in open_tensors(tmp_path / "a").items()}
+    assert {n: t for n, (_, t) in tensors(f"hf:{tmp_path}/b").items()} == expected
+    assert any("float32 becomes bfloat16" in line for line in said)
+    assert len({line.split()[-1] for line in said if "weights sha256" in line}) == 2
+
+
+def open_tensors(path):
+    return formats.open_weights(Place("hf", str(path))).tensors
+
+
+def test_a_dry_run_shows_the_map_and_writes_nothing(tmp_path, capsys, said):
+    write_hf(tmp_path / "a")
+    convert(f"hf:{tmp_path}/a", f"gptjax:{tmp_path}/b", "--dry_run")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 16
+    assert "transformer.wte.weight" in lines[0] or "wte.weight" in lines[0]
+    assert lines[0].endswith("wte/embedding 128x16")
+    assert left(tmp_path) == ["a"]
+    assert any("no tokenizer" in line for line in said)
+    command.main([f"--from=hf:{tmp_path}/a", "--dry_run"])
+    assert len(capsys.readouterr().out.splitlines()) == 16
+
+
+def test_an_existing_output_is_kept_unless_forced(tmp_path):
+    write_hf(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine").write_text("x")
+    with pytest.raises(ConfigError, match="b: exists; --force replaces it"):
+        convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/b")
+    assert left(tmp_path / "b") == ["mine"]
+    convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/b", "--force")
+    assert "mine" not in left(tmp_path / "b")
+    assert tensors(f"hf:{tmp_path}/b") == tensors(f"hf:{tmp_path}/a")
+    assert left(tmp_path) == ["a", "b"]
+
+
+def test_an_empty_directory_is_not_an_output_yet(tmp_path):
+    write_hf(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/b")
+    assert "model.safetensors" in left(tmp_path / "b")
+
+
+def test_a_failure_leaves_the_old_output_as_it_was(tmp_path):
+    write_hf(tmp_path / "a", changes={"ln_f.bias": lambda t: t * np.float32(np.nan)})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine").write_text("x")
+    with pytest.raises(DataError, match=r"ln_f\.bias"):
+        convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/b", "--force")
+    assert left(tmp_path) == ["a", "b"]
+    assert left(tmp_path / "b") == ["mine"]
+
+
+def test_what_is_read_back_must_be_what_was_sent(tmp_path, monkeypatch):
+    write_hf(tmp_path / "a")
+    plain = formats.write
+
+    def write_and_rot(place, path, *rest, **options):
+        plain(place, path, *rest, **options)
+        file = pathlib.Path(path, "model.safetensors")
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+
+    monkeypatch.setattr(formats, "write", write_and_rot)
+    with pytest.raises(DataError, match="is not what is read back"):
+        convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/b")
+    assert left(tmp_path) == ["a"]
+
+
+def test_a_target_that_cannot_be_written(tmp_path):
+    write_hf(tmp_path / "a")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(WorkdirError, match="cannot be written"):
+        convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/file/b")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--from=hf:a"], "--to is missing"),
+        (["--from=hf:a", "--to=hf:b", "--dropout=1"], "--dropout=1.0: must"),
+        (["--from=hf:a", "--to=llmc:b", "--push=me/it"], "--push: only"),
+        (["--from=hf:a", "--to=gptjax:b", "--dtype=bfloat16"], "parameters of gptjax are float32"),
+        (["--from=hf:a", "--to=hf:b", "--dtype=float8"], "invalid choice: 'float8'"),
+        (["--from=hf:a", "--too=hf:b"], "--too=hf:b: no such flag; nearest: --to"),
+    ],
+)
+def test_a_wrong_flag_is_told(flags, message):
+    with pytest.raises(ConfigError) as caught:
+        command.main(flags)
+    assert message in str(caught.value)
+
+
+def test_progress_is_told_on_long_work(tmp_path, monkeypatch, said):
+    monkeypatch.setattr(command, "REPORT_SECONDS", 0.0)
+    write_hf(tmp_path / "a")
+    convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/b")
+    percents = [int(line.split("%")[0]) for line in said if "% of the parameters" in line]
+    assert percents[-1] == 100
+    assert percents == sorted(percents)
+
+
+def test_no_accelerator_is_taken(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    write_hf(tmp_path / "a")
+    command.main([f"--from=hf:{tmp_path}/a", "--dry_run"])
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+
+def test_the_card_says_what_is_known(tmp_path, twin):
+    convert(f"gptjax:{twin}@8", f"hf:{tmp_path}/a")
+    card = (tmp_path / "a" / "README.md").read_text()
+    logged = [json.loads(line) for line in (twin / "metrics.jsonl").read_text().splitlines()]
+    loss = next(row["val_loss"] for row in logged if row["step"] == 8 and "val_loss" in row)
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for text in (
+        "| steps | 8 |",
+        f"| validation loss | {loss:.4f} |",
+        "| tokenizer | bytes |",
+        '"n_embd": 32',
+        '"peak_lr"',
+    ):
+        assert text in card
+    write_hf(tmp_path / "b", config=CONFIG)
+    convert(f"hf:{tmp_path}/b", f"hf:{tmp_path}/c")
+    assert "| steps | not known |" in (tmp_path / "c" / "README.md").read_text()

@@ -1,0 +1,120 @@
+"""A file of a model directory is inside it, or refused."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from gptjax.convert.files import resolve_inside
+from gptjax.errors import DataError
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "secret").write_text("secret")
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "sub" / "weights").write_text("w")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["config.json", "sub/weights"])
+def test_a_file_inside_is_found(model: Path, name: str) -> None:
+    assert resolve_inside(str(model), name) == os.path.realpath(model / name)
+
+
+def test_a_relative_directory_will_do(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model)
+    assert resolve_inside(".", "config.json") == os.path.realpath(model / "config.json")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret",
+        "sub/../config.json",
+        "sub/../../secret",
+        "/etc/hosts",
+        "..",
+        "",
+        "a\\..\\b",
+        "a\0b",
+        "a\ud800",
+        "a\nb",
+    ],
+)
+def test_a_name_that_leads_elsewhere_is_refused(model: Path, name: str) -> None:
+    with pytest.raises(DataError, match="is not the name of a file inside") as error:
+        resolve_inside(str(model), name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_missing(model: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        resolve_inside(str(model), "none")
+    with pytest.raises(FileNotFoundError):
+        resolve_inside(str(model / "none"), "none")
+
+
+def test_a_link_inside_is_followed(model: Path) -> None:
+    (model / "link").symlink_to("sub/weights")
+    assert resolve_inside(str(model), "link") == os.path.realpath(model / "sub" / "weights")
+
+
+@pytest.mark.parametrize("target", ["../secret", "../nothing", "/etc/hosts", "sub/out/secret", "../model2/config.json"])
+def test_a_link_that_leads_out_is_refused(model: Path, target: str) -> None:
+    (model.parent / "model2").mkdir()
+    (model.parent / "model2" / "config.json").write_text("{}")
+    (model / "sub" / "out").symlink_to(model.parent)
+    (model / "link").symlink_to(target)
+    with pytest.raises(DataError, match="leads out of the directory"):
+        resolve_inside(str(model), "link")
+
+
+def test_a_linked_directory_is_looked_into(model: Path) -> None:
+    (model.parent / "other").symlink_to(model)
+    assert resolve_inside(str(model.parent / "other"), "config.json") == os.path.realpath(model / "config.json")
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe"])
+def test_what_is_not_a_file_is_refused(model: Path, kind: str) -> None:
+    (model / "thing").mkdir() if kind == "directory" else os.mkfifo(model / "thing")
+    with pytest.raises(DataError, match="'thing' is not a file"):
+        resolve_inside(str(model), "thing")
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path) -> Path:
+    """A directory in a Hugging Face cache."""
+    folder = tmp_path / "models--a--b" / "snapshots" / "0123"
+    folder.mkdir(parents=True)
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir()
+    (blobs / "abcd").write_text("{}")
+    (tmp_path / "secret").write_text("secret")
+    (folder / "config.json").symlink_to("../../blobs/abcd")
+    return folder
+
+
+def test_a_snapshot_may_link_to_its_blobs(snapshot: Path) -> None:
+    assert resolve_inside(str(snapshot), "config.json") == os.path.realpath(snapshot.parent.parent / "blobs" / "abcd")
+
+
+def test_only_a_snapshot_may_link_to_blobs(snapshot: Path) -> None:
+    folder = snapshot.parent.rename(snapshot.parent.parent / "others") / snapshot.name
+    with pytest.raises(DataError, match="leads out"):
+        resolve_inside(str(folder), "config.json")
+
+
+@pytest.mark.parametrize("through", ["link", "blob", "blobs"])
+def test_a_snapshot_leads_nowhere_else(snapshot: Path, tmp_path: Path, through: str) -> None:
+    blobs = tmp_path / "models--a--b" / "blobs"
+    (snapshot / "link").symlink_to("../../blobs/secret" if through != "link" else tmp_path / "secret")
+    if through == "blob":
+        (blobs / "secret").symlink_to(tmp_path / "secret")
+    if through == "blobs":
+        blobs.rename(tmp_path / "kept")
+        blobs.symlink_to(tmp_path)
+    with pytest.raises(DataError, match="leads out"):
+        resolve_inside(str(snapshot), "link")

@@ -1,0 +1,425 @@
+"""Downloads get exactly what a conversion needs and survive cuts; uploads are one commit; tokens stay private."""
+
+import contextlib
+import itertools
+import json
+import os
+import pathlib
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from gptjax.convert.hub import download
+from gptjax.errors import ConfigError
+from tests import runs
+from tests.convert.hub_server import Hub
+
+REPO = "someone/tiny-gpt2"
+TOKEN = "hf_SecretOfThisTest"
+WEIGHTS = random.Random(0).randbytes(25 << 20)
+PIECE = 10 << 20  # huggingface_hub writes what comes in pieces of this size
+CUT = 15 << 20
+SMALL = {
+    "config.json": b'{"model_type": "gpt2"}',
+    "generation_config.json": b"generation",
+    "tokenizer.json": b"tokenizer",
+    "vocab.json": b"vocab",
+    "merges.txt": b"merges",
+    "tokenizer_config.json": b"tokenizer config",
+}
+OTHER = {
+    ".gitattributes": b"x",
+    "README.md": b"x",
+    "64.tflite": b"x",
+    "onnx/config.json": b"x",
+    "rust_model.ot": b"x",
+    "tf_model.h5": b"x",
+}
+HALF = {"model.safetensors.index.json": b"{}", "model-00001-of-00002.safetensors": b""}
+FORMATS = {"model.safetensors": b"safe", "pytorch_model.bin": b"bin", "flax_model.msgpack": b"flax"}
+
+MAIN = """
+import json
+from gptjax import runtime
+from gptjax.convert import hub
+runtime.run_cli(lambda arguments: print(json.dumps(getattr(hub, arguments[0])(*arguments[1:]))))
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        yield server
+
+
+class Client:
+    """Starts `download` and `upload` in processes of their own: huggingface_hub reads its settings when imported."""
+
+    def __init__(self, directory: pathlib.Path, url: str) -> None:
+        self.home = directory / "hf"
+        self.environment = runs.Lab(directory).environment(
+            HF_ENDPOINT=url,
+            HF_HOME=str(self.home),
+            HF_HUB_DISABLE_PROGRESS_BARS="1",
+            HF_HUB_DISABLE_TELEMETRY="1",
+            HF_HUB_DISABLE_XET="1",  # the server here has no such storage; downloads never use it
+            NO_PROXY="127.0.0.1",
+            TRANSFORMERS_OFFLINE="",
+        )
+
+    def call(self, *arguments: str, expect: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+        command, variables = [sys.executable, "-c", MAIN, *arguments], self.environment | environment
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == expect, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    def download(self, *arguments: str, **environment: str) -> tuple[pathlib.Path, str]:
+        lines = self.call("download", REPO, *arguments, **environment).stdout.splitlines()
+        directory, commit = json.loads(lines[-1])
+        return pathlib.Path(directory), commit
+
+    def fail(self, *arguments: str, expect: int, **environment: str) -> str:
+        """Returns the one line that says what is wrong."""
+        done = self.call(*(arguments or ("download", REPO)), expect=expect, **environment)
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.stderr.endswith(f"{line}\n")
+        return line
+
+    @contextlib.contextmanager
+    def start(self) -> Iterator[subprocess.Popen[str]]:
+        command = [sys.executable, "-c", MAIN, "download", REPO]
+        with subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL, text=True) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    def partial_bytes(self) -> int:
+        size = 0
+        for path in self.home.glob("hub/*/blobs/*.gptjax"):
+            with contextlib.suppress(FileNotFoundError):  # it is complete by now
+                size += path.stat().st_size
+        return size
+
+
+@pytest.fixture
+def client(tmp_path: pathlib.Path, hub: Hub) -> Client:
+    return Client(tmp_path, hub.url)
+
+
+def contents(directory: pathlib.Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def ranges(hub: Hub, name: str = "model.safetensors") -> list[tuple[str, int]]:
+    return [(r.headers.get("range", ""), r.sent) for r in hub.fetched(name)]
+
+
+def test_a_download_gets_what_a_conversion_needs_of_one_commit(hub: Hub, client: Client) -> None:
+    files = SMALL | {"model.safetensors": b"safe"}
+    commit = hub.add(REPO, files | OTHER | FORMATS)
+    directory, pinned = client.download()
+    assert (pinned, directory.name) == (commit, commit)
+    assert contents(directory) == files
+    assert {r.path.split("/resolve/")[1] for r in hub.fetched()} == {f"{commit}/{name}" for name in files}
+    # Ranges of a compressed answer would be of other bytes.
+    assert {r.headers["accept-encoding"] for r in hub.fetched()} == {"identity"}
+    assert [r.path for r in hub.requests if "/api/" in r.path] == [f"/api/models/{REPO}/revision/main"]
+
+
+def test_the_log_names_the_commit_and_the_bytes_to_come(hub: Hub, client: Client) -> None:
+    commit = hub.add(REPO, SMALL | FORMATS)
+    total = sum(map(len, SMALL.values())) + len(b"safe")
+    expected = [f"{REPO}@{commit}: {total} bytes to come", f"{REPO}@{commit}: 0 bytes to come"]
+    assert [client.call("download", REPO).stdout.splitlines()[0] for _ in expected] == expected
+    assert len(hub.fetched()) == len(SMALL) + 1
+
+
+@pytest.mark.parametrize("chosen", ["model.safetensors", "pytorch_model.bin", "flax_model.msgpack"])
+def test_the_best_format_is_taken(hub: Hub, client: Client, chosen: str) -> None:
+    names = list(FORMATS)
+    left = {name: FORMATS[name] for name in names[names.index(chosen) :]}
+    hub.add(REPO, {"config.json": b"{}"} | left)
+    assert set(contents(client.download()[0])) == {"config.json", chosen}
+
+
+@pytest.mark.parametrize("stem", ["model.safetensors", "pytorch_model.bin"])
+def test_shards_come_with_their_index(hub: Hub, client: Client, stem: str) -> None:
+    name, _, ending = stem.partition(".")
+    shards = {f"{name}-0000{i}-of-00002.{ending}": bytes([i]) for i in (1, 2)} | {f"{stem}.index.json": b"{}"}
+    hub.add(REPO, {"config.json": b"{}"} | shards | {"flax_model.msgpack": b"", f"{name}-x.{ending}": b""})
+    assert contents(client.download()[0]) == {"config.json": b"{}"} | shards
+
+
+@pytest.mark.parametrize("files", [FORMATS, SMALL, SMALL | HALF])
+def test_a_repository_without_a_whole_model_is_refused(hub: Hub, client: Client, files: dict[str, bytes]) -> None:
+    hub.add(REPO, files)
+    assert "needs config.json and one of model.safetensors" in client.fail(expect=65)
+    assert hub.fetched() == []
+
+
+def test_a_tag_and_a_hash_are_revisions(hub: Hub, client: Client) -> None:
+    old = hub.add(REPO, SMALL | {"model.safetensors": b"old"}, ref="v1")
+    hub.add(REPO, SMALL | {"model.safetensors": b"new"})
+    for revision in ("v1", old):
+        directory, commit = client.download(revision)
+        assert (commit, (directory / "model.safetensors").read_bytes()) == (old, b"old")
+    assert (client.download()[0] / "model.safetensors").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_cut_connection_goes_on_where_it_was(hub: Hub, client: Client, reset: bool) -> None:
+    hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
+    hub.cuts["model.safetensors"] = iter([CUT])
+    hub.reset = reset
+    directory, _ = client.download()
+    assert (directory / "model.safetensors").read_bytes() == WEIGHTS
+    (_, first), (asked, second) = ranges(hub)
+    assert (first, asked, second) == (CUT, f"bytes={PIECE}-", len(WEIGHTS) - PIECE)
+
+
+def test_a_killed_download_goes_on_in_a_new_process(hub: Hub, client: Client) -> None:
+    hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
+    hub.stalls["model.safetensors"] = CUT
+    with client.start() as process:
+        runs.wait_for(lambda: client.partial_bytes() == PIECE, process, seconds=30)
+        runs.kill(process)
+    hub.stalls.clear()
+    hub.released.set()
+    line = client.call("download", REPO).stdout.splitlines()[0]
+    assert line.endswith(f": {len(WEIGHTS) - PIECE} bytes to come")
+    assert ranges(hub)[1:] == [(f"bytes={PIECE}-", len(WEIGHTS) - PIECE)]
+    assert contents(client.download()[0])["model.safetensors"] == WEIGHTS
+
+
+def test_two_processes_get_a_file_once(hub: Hub, client: Client) -> None:
+    hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
+    hub.stalls["model.safetensors"] = CUT
+    with client.start() as first, client.start() as second:
+        runs.wait_for(lambda: client.partial_bytes() == PIECE, seconds=30)
+        runs.wait_for(lambda: sum("/revision/" in r.path for r in hub.requests) == 2, seconds=30)
+        time.sleep(0.3)  # the second one comes to the lock
+        hub.released.set()
+        assert (first.wait(30), second.wait(30)) == (0, 0)
+    assert ranges(hub) == [("", len(WEIGHTS))]
+    assert contents(client.download(HF_HUB_OFFLINE="1")[0]) == SMALL | {"model.safetensors": WEIGHTS}
+    assert not list(client.home.rglob("*.gptjax"))
+
+
+def test_when_patience_ends_the_same_command_goes_on(hub: Hub, client: Client) -> None:
+    hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
+    hub.cuts["model.safetensors"] = itertools.chain([CUT], itertools.repeat(0))
+    line = client.fail(expect=69)
+    assert (
+        f"no good answer from {hub.url} (RemoteProtocolError); run the same command again: it goes on where it was"
+        in line
+    )
+    attempts = ranges(hub)
+    assert 2 < len(attempts) < 10
+    hub.cuts.clear()
+    directory, _ = client.download()
+    assert ranges(hub)[len(attempts) :] == [(f"bytes={PIECE}-", len(WEIGHTS) - PIECE)]
+    assert (directory / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_server_without_ranges_sends_all_again(hub: Hub, client: Client) -> None:
+    hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
+    hub.cuts["model.safetensors"] = iter([CUT])
+    hub.deaf = True
+    directory, _ = client.download()
+    assert ranges(hub) == [("", CUT), (f"bytes={PIECE}-", len(WEIGHTS))]
+    assert (directory / "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize("size", [len(WEIGHTS) - 1, len(WEIGHTS) + 1])
+def test_another_size_than_announced_is_refused_and_then_got_anew(hub: Hub, client: Client, size: int) -> None:
+    hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
+    hub.announced["model.safetensors"] = size
+    line = client.fail(expect=65)
+    assert f"model.safetensors has {len(WEIGHTS)} bytes, not the {size} announced" in line
+    assert not list(client.home.rglob("model.safetensors"))
+    hub.announced.clear()
+    assert contents(client.download()[0])["model.safetensors"] == WEIGHTS
+
+
+def test_a_range_that_the_server_does_not_have_is_refused(hub: Hub, client: Client) -> None:
+    hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
+    hub.cuts["model.safetensors"] = iter([CUT])
+    hub.statuses["/resolve/.*safetensors"] = iter([0, 416])
+    assert f"has {PIECE} bytes, not the {len(WEIGHTS)} announced" in client.fail(expect=65)
+    assert contents(client.download()[0])["model.safetensors"] == WEIGHTS
+    assert ranges(hub)[-1] == ("", len(WEIGHTS))
+
+
+def test_damaged_weights_are_refused_and_then_got_anew(hub: Hub, client: Client) -> None:
+    hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
+    hub.damaged.add("model.safetensors")
+    assert "model.safetensors is damaged: its SHA-256 differs" in client.fail(expect=65)
+    hub.damaged.clear()
+    assert contents(client.download()[0])["model.safetensors"] == WEIGHTS
+    assert ranges(hub)[-1] == ("", len(WEIGHTS))
+
+
+def test_no_such_repository_or_revision(hub: Hub, client: Client) -> None:
+    hub.add("someone/else", SMALL)
+    assert f"{REPO}@main: no such repository (404)" in client.fail(expect=65)
+    assert "someone/else@v9: no such revision (404)" in client.fail("download", "someone/else", "v9", expect=65)
+
+
+def test_a_closed_repository_asks_for_a_token(hub: Hub, client: Client) -> None:
+    hub.add(REPO, SMALL | FORMATS)
+    hub.token = TOKEN
+    assert f"{REPO}@main: access refused (401)" in (line := client.fail(expect=65))
+    assert "set HF_TOKEN" in line
+    hub.statuses["/resolve/"] = iter([403])
+    assert "access refused (403)" in client.fail(expect=65, HF_TOKEN=TOKEN)
+
+
+def test_a_server_with_a_problem_is_asked_again_a_few_times(hub: Hub, client: Client) -> None:
+    hub.add(REPO, SMALL | FORMATS)
+    hub.statuses["/revision/"] = itertools.repeat(500)
+    assert "the server has a problem (500); run the same command again" in client.fail(expect=69)
+    assert [r.status for r in hub.requests] == [500] * 3
+    hub.statuses = {"/resolve/.*safetensors": iter([503])}
+    client.download()
+    assert [r.status for r in hub.fetched("model.safetensors")] == [503, 200]
+
+
+def test_a_refused_connection_is_told_soon(client: Client) -> None:
+    with socket.socket() as unused:  # bound, but it does not listen
+        unused.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        start = time.monotonic()
+        assert f"no good answer from {url} (ConnectError)" in client.fail(expect=69, HF_ENDPOINT=url)
+    assert time.monotonic() - start < 30
+
+
+def test_an_answer_that_is_not_the_hubs(hub: Hub, client: Client) -> None:
+    hub.statuses["/revision/"] = iter([200])
+    assert f"{hub.url}: it does not answer as a Hub does; check HF_ENDPOINT" in client.fail(expect=69)
+
+
+def test_offline_uses_the_cache_without_a_connection(hub: Hub, client: Client) -> None:
+    commit = hub.add(REPO, SMALL | FORMATS)
+    found = client.download()
+    hub.requests.clear()
+    for revision in ("", "main", commit):
+        assert client.download(revision, HF_HUB_OFFLINE="1") == found
+    assert hub.requests == []
+    assert "unset it" in client.fail("download", REPO, "v9", expect=69, HF_HUB_OFFLINE="1")
+
+
+def test_offline_does_not_take_half_a_download(hub: Hub, client: Client) -> None:
+    commit = hub.add(REPO, SMALL | FORMATS)
+    assert f"{REPO}@main: not in " in client.fail(expect=69, HF_HUB_OFFLINE="1")
+    hub.statuses["/resolve/.*safetensors"] = iter([404])
+    client.fail(expect=65)
+    assert list(client.home.rglob("merges.txt"))
+    for revision in ("main", commit):
+        assert "HF_HUB_OFFLINE" in client.fail("download", REPO, revision, expect=69, HF_HUB_OFFLINE="1")
+
+
+def test_the_cache_is_huggingface_hubs_own(hub: Hub, client: Client) -> None:
+    hub.add(REPO, SMALL | FORMATS)
+    directory, _ = client.download()
+    code = f"import huggingface_hub as h; print(h.snapshot_download({REPO!r}, local_files_only=True))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=client.environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"{directory}\n"
+
+
+def test_only_a_token_of_the_environment_is_sent_and_it_is_never_told(hub: Hub, client: Client) -> None:
+    hub.add(REPO, SMALL | FORMATS)
+    client.home.mkdir()
+    (client.home / "token").write_text("hf_OnDisk")
+    client.download()
+    assert {r.headers.get("authorization") for r in hub.requests} == {None}
+    hub.requests.clear()
+    hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
+    hub.token = TOKEN
+    hub.cuts["model.safetensors"] = iter([0])
+    hub.damaged.add("model.safetensors")
+    failed = client.call("download", REPO, expect=65, HF_TOKEN=TOKEN, HF_DEBUG="1")
+    assert "Trying to resume" in failed.stderr
+    refused = client.call("download", REPO, expect=65, HF_TOKEN="hf_AnotherSecret")
+    bad = client.call("download", REPO, expect=2, HF_TOKEN="hf_Another\nSecret é")
+    assert {r.headers.get("authorization") for r in hub.requests} == {f"Bearer {TOKEN}", "Bearer hf_AnotherSecret"}
+    for done in (failed, refused, bad):
+        assert "Secret" not in done.stdout + done.stderr
+        assert "HF_TOKEN" in done.stderr or done is failed
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "a b", "../x", "a--b/c", ""])
+def test_names_that_cannot_be_a_repository(name: str) -> None:
+    with pytest.raises(ConfigError, match="not the name of a repository"):
+        download(name)
+
+
+@pytest.mark.parametrize("name", ["../../x", "/x", "a..b"])
+def test_names_that_cannot_be_a_revision(name: str) -> None:
+    with pytest.raises(ConfigError, match="not the name of a revision"):
+        download(REPO, name)
+
+
+def test_a_cache_that_cannot_be_written(client: Client, hub: Hub, tmp_path: pathlib.Path) -> None:
+    hub.add(REPO, SMALL | FORMATS)
+    (tmp_path / "file").touch()
+    assert f"{tmp_path}/file" in client.fail(expect=73, HF_HOME=str(tmp_path / "file" / "hf"))
+
+
+def test_without_huggingface_hub(client: Client, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "huggingface_hub.py").write_text("raise ImportError('not here')\n")
+    path = os.pathsep.join([str(tmp_path), client.environment["PYTHONPATH"]])
+    for call in (("download", REPO), ("upload", str(tmp_path), REPO)):
+        assert "pip install 'gptjax[hub]'" in client.fail(*call, expect=69, PYTHONPATH=path)
+
+
+@pytest.fixture
+def exported(tmp_path: pathlib.Path) -> pathlib.Path:
+    directory = tmp_path / "exported"
+    files = SMALL | {"model.safetensors": random.Random(1).randbytes(2 << 20), "README.md": b"# x", ".git/x": b"no"}
+    for name, data in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(data)
+    return directory
+
+
+def test_an_upload_is_one_commit_of_all_files(hub: Hub, client: Client, exported: pathlib.Path) -> None:
+    hub.token = TOKEN
+    done = client.call("upload", str(exported), REPO, HF_TOKEN=TOKEN)
+    commit = hub.refs[REPO, "main"]
+    assert json.loads(done.stdout) == f"{hub.url}/{REPO}/commit/{commit}"
+    expected = {name: data for name, data in contents(exported).items() if name != ".git/x"}
+    assert hub.snapshots[REPO, commit] == expected
+    assert len([r for r in hub.requests if "/commit/" in r.path]) == 1
+    assert "Secret" not in done.stdout + done.stderr
+    (exported / "merges.txt").write_bytes(b"new")
+    client.call("upload", str(exported), REPO, HF_TOKEN=TOKEN)
+    assert hub.snapshots[REPO, hub.refs[REPO, "main"]] == expected | {"merges.txt": b"new"}
+
+
+def test_an_upload_needs_a_token_and_files(hub: Hub, client: Client, exported: pathlib.Path) -> None:
+    client.home.mkdir()
+    (client.home / "token").write_text("hf_OnDisk")
+    assert "set HF_TOKEN" in client.fail("upload", str(exported), REPO, expect=2)
+    none = str(exported / "none")
+    assert "no such directory" in client.fail("upload", none, REPO, expect=2, HF_TOKEN=TOKEN)
+    assert "HF_HUB_OFFLINE" in client.fail("upload", str(exported), REPO, expect=69, HF_TOKEN=TOKEN, HF_HUB_OFFLINE="1")
+    assert hub.requests == []
+
+
+def test_an_upload_that_is_refused(hub: Hub, client: Client, exported: pathlib.Path) -> None:
+    hub.token = "another"
+    assert "access refused (401)" in client.fail("upload", str(exported), REPO, expect=65, HF_TOKEN=TOKEN)
+    assert "not the name" in client.fail("upload", str(exported), "a/b/c", expect=2, HF_TOKEN=TOKEN)
+    hub.token, hub.statuses["/commit/"] = "", iter([500, 400])
+    assert "the server has a problem (500)" in client.fail("upload", str(exported), REPO, expect=69, HF_TOKEN=TOKEN)
+    hub.reason = f"who is {TOKEN}?"
+    line = client.fail("upload", str(exported), REPO, expect=65, HF_TOKEN=TOKEN)
+    assert line.endswith("the server refuses the request (400): who is (HF_TOKEN)?")

