@@ -43,20 +43,25 @@ def evaluate(
     for. should_stop: asked before each batch; when it says yes the result is {}.
     """
     available = dataset.num_validation_batches
-    sums = []
+    sums, ahead = [], None
     for index in range(min(batches or available, available)):
         if should_stop():
             return {}
         tokens_ABT = dataset.validation_batch(index, sharding=sharding, num_micro_steps=num_micro_steps)
-        sums.append(eval_step(params, tokens_ABT, token_bytes_V))
-    loss = math.fsum(float(s.loss) for s, _ in sums)
-    tokens = math.fsum(float(s.tokens) for s, _ in sums)
-    size = math.fsum(float(b) for _, b in sums)
+        before, ahead = ahead, eval_step(params, tokens_ABT, token_bytes_V)
+        sums += [_read(before)] if before else []  # one batch ahead of the device, never hundreds
+    sums += [_read(ahead)] if ahead else []
+    loss, tokens, size = (math.fsum(column) for column in zip(*sums, strict=True))
     return {
         "val_loss": loss / tokens,
         "val_perplexity": math.exp(min(loss / tokens, 700.0)),
         "val_bits_per_byte": loss / math.log(2) / max(size, 1.0),
     }
+
+
+def _read(sums: Any) -> tuple[float, float, float]:
+    losses, size = sums
+    return float(losses.loss), float(losses.tokens), float(size)
 
 
 def compressed_bits_per_byte(text: bytes) -> dict[str, float]:

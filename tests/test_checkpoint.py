@@ -13,7 +13,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax import checkpoint as checkpoint_module
-from gptjax.checkpoint import Checkpointer, Damaged, compare_configs, fingerprints, load_params
+from gptjax.checkpoint import (
+    Checkpointer,
+    Damaged,
+    StoredParams,
+    compare_configs,
+    fingerprint_array,
+    fingerprints,
+    load_params,
+    save_params,
+)
 from gptjax.config import CHOICES, Config, GPTConfig, MeshConfig, OptimConfig, TrainConfig
 from gptjax.errors import CheckpointError, ConfigError, DivergedError, SaveError
 from gptjax.model import GPT
@@ -107,6 +116,18 @@ def test_changes_that_cancel_in_a_plain_sum():
     y[2], y[3] = 1.0, -1.0
     assert fingerprint(y) != fingerprint(x)
     assert fingerprint(np.float32(0.0)) != fingerprint(np.float32(-0.0))
+
+
+@pytest.mark.parametrize("shape", [(1,), (7, 3), (2**16,), (3, 2**16 + 1)])
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_numpy_finds_the_same_fingerprint(shape, dtype):
+    x = np.random.default_rng(0).integers(0, 2**32, shape, np.uint32).view(dtype)
+    (expected,) = fingerprints({"x": jnp.asarray(x)}).values()
+    assert fingerprint_array(x) == expected
+    assert fingerprint_array(np.asfortranarray(x)) == expected
+    changed = x.copy()
+    changed.reshape(-1).view(np.uint32)[-1] ^= 1
+    assert fingerprint_array(changed) != expected
 
 
 def test_fingerprints_are_compiled_once():
@@ -320,6 +341,43 @@ def test_what_is_not_finite_is_never_saved(where, value, tmp_path):
 
 
 # Configs
+
+
+# Parameters alone
+
+
+def params_alone():
+    return jax.tree.map(np.asarray, make_state()[1].params)
+
+
+def test_parameters_alone_are_a_checkpoint_of_step_0(tmp_path):
+    save_params(str(tmp_path), params_alone(), config=CONFIG, history={"imported": {"from": "hf:x"}})
+    config, params, step = load_params(str(tmp_path))
+    assert (config, step) == (CONFIG, 0)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.tobytes() == np.asarray(b).tobytes(), params_alone(), params))
+    assert Checkpointer(str(tmp_path)).read_record(0).history == {"imported": {"from": "hf:x"}}
+    assert temporary_directories(tmp_path) == []
+
+
+def test_a_run_does_not_go_on_from_parameters_alone(tmp_path):
+    save_params(str(tmp_path), params_alone(), config=CONFIG, history={})
+    with pytest.raises(ConfigError, match=f"--config.init_from=gptjax:{tmp_path}"):
+        Checkpointer(str(tmp_path)).restore_latest(make_state()[0])
+    assert checkpoint_steps(tmp_path) == [0]
+
+
+def test_parameters_of_a_run_are_read_one_at_a_time(tmp_path):
+    save_one(tmp_path)
+    stored = StoredParams(str(tmp_path), 5)
+    leaf = stored.read("h/mlp/c_fc/kernel", (2, 16, 64))
+    assert type(leaf) is np.ndarray
+    assert leaf.tobytes() == np.asarray(make_state()[1].params["h"]["mlp"]["c_fc"]["kernel"]).tobytes()
+    with pytest.raises(Damaged, match="ln_f/bias"):
+        stored.read("ln_f/bias", (16,))
+    record = stored.record.fingerprints
+    record["params/wte/embedding"], record["params/wpe/embedding"] = [1, 2], record["params/wte/embedding"]
+    with pytest.raises(Damaged, match="wpe/embedding is not what was saved"):
+        stored.read("wpe/embedding", (8, 16))
 
 
 def test_compare_configs(said):

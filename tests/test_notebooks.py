@@ -1,11 +1,21 @@
-"""The notebooks: committed without outputs, and the quickstart runs from top to bottom, shortened."""
+"""The notebooks: committed without outputs, and each runs from top to bottom, shortened."""
 
 import ast
+import importlib.util
+import os
 import pathlib
+import re
 
 import nbclient
 import nbformat
 import pytest
+
+from gptjax import config
+from gptjax.convert.tokenizer_files import write_tokenizer
+from gptjax.data.tokenizer import load_tokenizer
+from tests import runs
+from tests.convert.hub_server import Hub
+from tests.convert.models import write_hf
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -22,6 +32,12 @@ TINY = {
     "checkpoint.save_every": "4",
     "log.tensorboard": "false",
 }
+
+GPT2 = "openai-community/gpt2"
+SIZES = {"vocab_size": 257, "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 1}  # of the stand-in for it
+AS_GPT2 = {f"model.{name}": size for name, size in SIZES.items() if name != "n_positions"}
+FINETUNE = TINY | AS_GPT2 | {"model.block_size": 64, "data.tokenizer": "bytes", "optim.warmup_steps": 1}
+FINETUNE |= {"optim.peak_lr": 0.01, "train.log_every": 1, "train.eval_every": 0}
 
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -48,8 +64,8 @@ def assignments(**values):
     return "\n".join(f"{name} = {value!r}" for name, value in values.items())
 
 
-def test_the_quickstart_is_there():
-    assert "quickstart" in {path.stem for path in NOTEBOOKS}
+def test_they_are_there():
+    assert {"quickstart", "pretrained_gpt2"} <= {path.stem for path in NOTEBOOKS}
 
 
 @every_notebook
@@ -68,6 +84,13 @@ def test_colab_opens_this_very_notebook(path):
     assert f"({badge})" in read(path).cells[0].source
 
 
+@every_notebook
+def test_the_settings_are_valid(path):
+    scope = {}
+    exec(parameters(read(path)).source, scope)
+    config.load(str(ROOT / scope["CONFIG"]), scope["OVERRIDES"])
+
+
 @pytest.fixture
 def private_home(tmp_path, monkeypatch):
     """Keeps Jupyter, IPython and matplotlib, here and in the kernel, out of the user's home."""
@@ -77,7 +100,7 @@ def private_home(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(folder))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # one device, compiled fast
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(runs.OFFLINE), str(ROOT)]))
     monkeypatch.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")
 
 
@@ -90,39 +113,117 @@ def text_folder(tmp_path):
     return folder
 
 
-def execute(path, folder, **values):
-    """Returns the notebook with the outputs of a run in `folder`; a cell that fails raises."""
-    notebook = read(path)
+def execute(name, folder, *, without="", **values):
+    """Returns the code cells by id, with the outputs of a run in `folder`; a cell that fails raises.
+
+    without: a tag of cells to leave out.
+    """
+    notebook = read(ROOT / "notebooks" / f"{name}.ipynb")
+    notebook.cells = [cell for cell in notebook.cells if without not in cell.metadata.get("tags", [])]
     assert assigned(parameters(notebook).source) == set(values)
     parameters(notebook).source = assignments(**values)
     assert notebook.metadata.kernelspec.name == "python3"  # nbclient starts this very Python for it
     client = nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}})
-    return client.execute()
+    cells = {cell.id: cell for cell in code_cells(client.execute())}
+    assert [o for cell in cells.values() for o in cell.outputs if o.output_type == "error"] == []
+    return cells
 
 
 def texts(cell):
     return "".join(output.get("text", "") for output in cell.outputs if output.output_type == "stream")
 
 
+def pictures(cell):
+    """Returns how each PNG among the outputs starts."""
+    return [output.data["image/png"][:8] for output in cell.outputs if "image/png" in output.get("data", {})]
+
+
 def test_the_quickstart_trains_plots_and_samples(tmp_path, text_folder, private_home):
     workdir, here = tmp_path / "run", tmp_path / "here"
     here.mkdir()
-    notebook = execute(
-        NOTEBOOKS[[path.stem for path in NOTEBOOKS].index("quickstart")],
+    cells = execute(
+        "quickstart",
         here,
         CONFIG=str(ROOT / "configs" / "quickstart.py"),
         OVERRIDES=TINY | {"data.source": f"text:{text_folder}"},
         WORKDIR=str(workdir),
     )
-    cells = {cell.id: cell for cell in code_cells(notebook)}
-    outputs = [output for cell in cells.values() for output in cell.outputs]
-    assert [output for output in outputs if output.output_type == "error"] == []
     assert "step 4/4" in texts(cells["train"])
     assert cells["train"].outputs[-1].data["text/plain"] == "0"
-    assert [o.data["image/png"][:8] for o in cells["curve"].outputs if "image/png" in o.get("data", {})] == ["iVBORw0K"]
+    assert pictures(cells["curve"]) == ["iVBORw0K"]
     assert "bits a token after 4 steps" in texts(cells["curve"])
     assert "gzip -9" in texts(cells["evaluate"])
     assert texts(cells["sample"]).startswith("def main(")
     assert len(texts(cells["sample"])) > len("def main(") + 20
     assert (workdir / "metrics.jsonl").exists()
     assert [path.name for path in here.iterdir()] == ["data"]  # prepared by the run itself
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch, private_home):
+    """A Hub on this machine, from which the kernel gets a tiny random GPT-2 by the name of the real one."""
+    folder = tmp_path / "published"
+    write_hf(folder, config=SIZES | {"bos_token_id": 256, "eos_token_id": 256})
+    write_tokenizer(load_tokenizer("bytes"), str(folder), block_size=SIZES["n_positions"])
+    with Hub() as server:
+        server.add(GPT2, {file.name: file.read_bytes() for file in folder.iterdir()})
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_XET"):
+            monkeypatch.setenv(name, "1")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield server
+
+
+def val_loss(cell):
+    return float(re.search(r"validation loss (\d+\.\d+)", texts(cell))[1])
+
+
+def finetune(tmp_path, text_folder, *, without=""):
+    (tmp_path / "here").mkdir()
+    return execute(
+        "pretrained_gpt2",
+        tmp_path / "here",
+        without=without,
+        MODEL=f"hf:{GPT2}",
+        CONFIG=str(ROOT / "configs" / "gpt2_small.py"),
+        TEXT=f"text:{text_folder}",
+        PROMPT="This is",
+        WORKDIR=str(tmp_path / "run"),
+        EXPORT=str(tmp_path / "export"),
+        OVERRIDES=FINETUNE,
+    )
+
+
+def test_the_pretrained_gpt2_is_finetuned_and_exported(tmp_path, text_folder, hub):
+    cells = finetune(tmp_path, text_folder, without="torch")
+    commit = hub.refs[GPT2, "main"]
+    assert f"hf:{GPT2}@{commit}" in texts(cells["look"])
+    assert "h.0.attn.c_attn.weight" in texts(cells["look"])
+    assert len(hub.fetched("model.safetensors")) == 1  # and from the cache from then on
+    assert f"parameters from hf:{GPT2}@{commit}" in texts(cells["train"])
+    assert cells["train"].outputs[-1].data["text/plain"] == "0"
+    assert pictures(cells["curve"]) == ["iVBORw0K"]
+    before, after = (texts(cells[name]) for name in ("sample-before", "sample-after"))
+    assert "This is" in before  # after a line on the download
+    assert after.startswith("This is")
+    assert after not in before
+    assert val_loss(cells["evaluate-after"]) < val_loss(cells["evaluate-before"]) - 0.01
+    assert "read back and compared" in texts(cells["export"])
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(
+        ast.literal_eval(cells["export"].outputs[-1].data["text/plain"])
+    )
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["data"]
+
+
+@pytest.mark.torch
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs torch and transformers")
+def test_transformers_goes_on_with_the_same_text(tmp_path, text_folder, hub):
+    cells = finetune(tmp_path, text_folder)
+    theirs = texts(cells["transformers"])
+    assert theirs.startswith("This is")
+    assert len(theirs) > len("This is") + 20
+    assert theirs in texts(cells["compare"])
+    assert texts(cells["compare"]).endswith("the same text: True\n")

@@ -59,7 +59,6 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> None:
     args = parse_flags(arguments)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here is worth taking an accelerator for
     source = formats.parse_place("--from", args.source, formats.READABLE)
     target = formats.parse_place("--to", args.target, formats.WRITABLE) if args.target else None
     if target and not args.dry_run:
@@ -162,6 +161,8 @@ def staged(path: str, *, force: bool) -> Iterator[str]:
 
 
 def cli() -> None:
+    # Nothing here is worth taking an accelerator for. Not in main(), which notebooks call among other things.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     runtime.run_cli(main)
 
 

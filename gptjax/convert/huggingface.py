@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -17,9 +18,11 @@ from gptjax.convert.files import locate, read_json
 from gptjax.convert.names import shapes
 from gptjax.convert.tokenizer_files import read_tokenizer, write_tokenizer
 from gptjax.convert.weights import DTYPES, Tensor, Weights, make_weights
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import DataError
 from gptjax.workdir import write_json
 
+log = logging.getLogger("gptjax")
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 PREFIX = "transformer."
 IGNORED = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # buffers: the causal mask and its fill value
@@ -223,10 +226,17 @@ def write(directory: str, weights: Weights, tensors: Iterator[tuple[str, np.ndar
     eot = _eot(weights)
     write_json(f"{directory}/generation_config.json", {"bos_token_id": eot, "eos_token_id": eot})
     if weights.tokenizer is not None:
-        write_tokenizer(weights.tokenizer, directory, block_size=config.block_size)
+        _write_tokenizer(weights.tokenizer, directory, config.block_size)
     _write_safetensors(f"{directory}/{SAFETENSORS}", weights, tensors, dtype)
     with open(f"{directory}/README.md", "w", encoding="utf-8") as file:
         file.write(model_card(weights, dtype))
+
+
+def _write_tokenizer(tokenizer: Tokenizer, directory: str, block_size: int) -> None:
+    try:
+        write_tokenizer(tokenizer, directory, block_size=block_size)
+    except DataError as error:  # the weights are worth having without it
+        log.warning("exported without its tokenizer: %s", error)
 
 
 def _write_safetensors(path: str, weights: Weights, tensors: Iterator[tuple[str, np.ndarray]], dtype: str) -> None:

@@ -36,8 +36,14 @@ def read(path: str, *, origin: str, dropout: float | None = None) -> Weights:
     if head is not None and table is not None and not np.array_equal(head.read(), table.read(), equal_nan=True):
         raise DataError(f"{path}: {head.label} is not {table.label}, though nanoGPT ties them")
     history = {"step": saved.get("iter_num"), "val_loss": saved.get("best_val_loss")}
-    history = {name: float(value) for name, value in history.items() if isinstance(value, int | float)}
+    history = {name: _number(value) for name, value in history.items() if _number(value) is not None}
     return make_weights(origin, config, tensors, history=history)
+
+
+def _number(value: Any) -> float | None:
+    """Returns a number, which may be a tensor: nanoGPT's best_val_loss is."""
+    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    return value if isinstance(value, int | float) else None
 
 
 def _parse_args(values: Any, path: str, dropout: float | None) -> GPTConfig:

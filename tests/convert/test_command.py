@@ -154,10 +154,17 @@ def test_progress_is_told_on_long_work(tmp_path, monkeypatch, said):
     assert percents == sorted(percents)
 
 
-def test_no_accelerator_is_taken(tmp_path, monkeypatch):
-    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+def test_the_command_takes_no_accelerator_and_leaves_a_notebook_its_own(tmp_path, monkeypatch):
     write_hf(tmp_path / "a")
-    command.main([f"--from=hf:{tmp_path}/a", "--dry_run"])
+    flags = [f"--from=hf:{tmp_path}/a", "--dry_run"]
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    command.main(flags)
+    assert "JAX_PLATFORMS" not in os.environ
+    monkeypatch.setattr("sys.argv", ["gptjax-convert", *flags])
+    monkeypatch.setattr(command.runtime, "start_logging", lambda: None)
+    with pytest.raises(SystemExit) as left_with:
+        command.cli()
+    assert left_with.value.code == 0
     assert os.environ["JAX_PLATFORMS"] == "cpu"
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
 

@@ -1,0 +1,162 @@
+"""Weights brought from elsewhere: trained, exported to each form, brought back, sampled and evaluated as they are."""
+
+import itertools
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from gptjax.checkpoint import load_params
+from gptjax.convert import formats
+from gptjax.convert.formats import Place
+from gptjax.convert.tokenizer_files import write_tokenizer
+from gptjax.convert.weights import read_tensors
+from gptjax.data.tokenizer import load_tokenizer
+from gptjax.errors import ConfigError
+from gptjax.train import compare_models
+from tests.convert.models import make_tensors, write_hf, write_llmc
+from tests.runs import rows
+
+# As large as the model of tests/runs.py, so that its data and its compiled steps serve here.
+SIZES = {"vocab_size": 257, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A model of someone else's, with its tokenizer."""
+    directory = tmp_path_factory.mktemp("source") / "hf"
+    write_hf(directory, config=SIZES)
+    write_tokenizer(load_tokenizer("bytes"), str(directory), block_size=32)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tuned(lab, source, tmp_path_factory):
+    """The work directory of a run of five steps that began with the weights of `source`."""
+    workdir = tmp_path_factory.mktemp("tuned") / "run"
+    said = lab.train(workdir, f"init_from=hf:{source}", "train.num_steps=5", "train.eval_every=5").stdout
+    assert f"parameters from hf:{source}" in said
+    return workdir
+
+
+def convert(lab, source, target, **options):
+    command = [sys.executable, "-m", "gptjax.convert", f"--from={source}", f"--to={target}"]
+    return lab.call(command, **options).stdout
+
+
+def bits(place):
+    kind, _, path = place.partition(":")
+    return {n: t.tobytes() for n, t in read_tensors(formats.open_weights(Place(kind, str(path))))}
+
+
+def test_training_starts_from_the_weights(lab, source, tuned):
+    first = rows(tuned)[0]
+    assert first["step"] == 1
+    assert first["loss"] == pytest.approx(np.log(257), abs=0.2), "so small are the random weights"
+    trained = bits(f"gptjax:{tuned}")
+    before = {name: tensor.tobytes() for name, tensor in make_tensors(SIZES).items()}
+    assert [name for name in before if before[name] == trained[name]] == []
+
+
+def test_a_run_from_an_import_starts_with_the_very_bits(lab, source, tmp_path):
+    lab.train(tmp_path / "run", f"init_from=hf:{source}", "train.num_steps=1", "optim.warmup_steps=1000000")
+    _, params, step = load_params(str(tmp_path / "run"))
+    moved = np.asarray(params["wpe"]["embedding"]) - make_tensors(SIZES)["wpe.weight"]
+    assert step == 1
+    assert 0 < np.abs(moved).max() < 1e-8
+
+
+@pytest.mark.parametrize("form", ["hf:{0}/out", "llmc:{0}/out.bin", "nanogpt:{0}/out.pt"])
+def test_every_form_and_back_is_bit_equal(lab, tuned, tmp_path, form):
+    if form.startswith("nanogpt"):
+        pytest.importorskip("torch")
+    there = form.format(tmp_path)
+    convert(lab, f"gptjax:{tuned}", there)
+    assert bits(there) == bits(f"gptjax:{tuned}")
+    convert(lab, there, f"gptjax:{tmp_path}/back")
+    _, params, step = load_params(str(tmp_path / "back"))
+    _, expected, _ = load_params(str(tuned))
+    assert step == 0
+    assert (
+        np.asarray(params["h"]["attn"]["c_attn"]["kernel"]).tobytes()
+        == np.asarray(expected["h"]["attn"]["c_attn"]["kernel"]).tobytes()
+    )
+    assert bits(f"gptjax:{tmp_path}/back") == bits(f"gptjax:{tuned}")
+
+
+def test_every_pair_of_forms(lab, source, tmp_path):
+    """A round trip through all of them, each made from the one before."""
+    pytest.importorskip("torch")
+    places = [f"hf:{source}", f"nanogpt:{tmp_path}/a.pt", f"llmc:{tmp_path}/b.bin", f"gptjax:{tmp_path}/c"]
+    places += [f"llmc:{tmp_path}/d.bin", f"nanogpt:{tmp_path}/e.pt", f"hf:{tmp_path}/f"]
+    for before, after in itertools.pairwise(places):
+        convert(lab, before, after)
+    assert bits(places[-1]) == bits(places[0])
+
+
+def test_sampling_needs_no_conversion(lab, source, tuned, tmp_path):
+    """The same text from the work directory and from each form of it."""
+    flags = ["--prompt=def ", "--max_new_tokens=24", "--temperature=0.7", "--seed=3"]
+    sample = [sys.executable, "-m", "gptjax.sample"]
+    expected = lab.call([*sample, f"--workdir={tuned}", *flags]).stdout
+    convert(lab, f"gptjax:{tuned}", f"hf:{tmp_path}/hf")
+    convert(lab, f"gptjax:{tuned}", f"llmc:{tmp_path}/m.bin")
+    assert lab.call([*sample, f"--model=hf:{tmp_path}/hf", *flags]).stdout == expected
+    assert lab.call([*sample, f"--model=llmc:{tmp_path}/m.bin", "--tokenizer=bytes", *flags]).stdout == expected
+    assert lab.call([*sample, f"--model=gptjax:{tuned}@5", *flags]).stdout == expected
+    assert lab.call([*sample, f"--model=hf:{source}", *flags]).stdout != expected
+
+
+def test_a_model_without_a_tokenizer_cannot_be_sampled(lab, tmp_path):
+    write_llmc(tmp_path / "m.bin")
+    command = [sys.executable, "-m", "gptjax.sample", f"--model=llmc:{tmp_path}/m.bin"]
+    assert "has no tokenizer: give one with --tokenizer" in lab.call(command, expect=2).stderr
+
+
+def test_evaluation_needs_no_conversion(lab, tuned, tmp_path):
+    evaluate = [sys.executable, "-m", "gptjax.evaluate"]
+    pattern = r"validation loss ([\d.]+), perplexity ([\d.]+), ([\d.]+) bits per byte"
+    expected = re.search(pattern, lab.call([*evaluate, f"--workdir={tuned}", "--batches=4"]).stdout)
+    convert(lab, f"gptjax:{tuned}", f"hf:{tmp_path}/hf")
+    model = [*evaluate, f"--model=hf:{tmp_path}/hf", f"--data={lab.data}"]
+    said = lab.call([*model, "--batches=2"], devices=2).stdout  # twice as large as the run's
+    found = re.search(pattern, said)
+    assert found is not None
+    assert expected is not None
+    assert found.groups() == expected.groups()
+    assert said.startswith(f"hf:{tmp_path}/hf: validation loss")
+    refused = lab.call([*evaluate, f"--model=hf:{tmp_path}/hf"], expect=2).stderr
+    assert refused == "error: --model needs --data=DIR, shards to read: gptjax.data.prepare makes them\n"
+
+
+def test_converted_weights_are_no_run_to_go_on_with(lab, source, tmp_path):
+    convert(lab, f"hf:{source}", f"gptjax:{tmp_path}/c")
+    refused = lab.train(tmp_path / "c", "train.num_steps=2", expect=2).stderr
+    assert f"choose another, with --config.init_from=gptjax:{tmp_path}/c" in refused
+    lab.train(tmp_path / "run", f"init_from=gptjax:{tmp_path}/c", "train.num_steps=1")
+    sample = [sys.executable, "-m", "gptjax.sample", f"--workdir={tmp_path}/c", "--max_new_tokens=3"]
+    lab.call(sample)
+
+
+def test_positions_that_a_run_does_not_use_are_left_out(lab, source, tmp_path):
+    said = lab.train(tmp_path / "run", f"init_from=hf:{source}", "model.block_size=16", "train.num_steps=1").stdout
+    assert "positions from 16 on are left out" in said
+    refused = lab.train(tmp_path / "b", f"init_from=hf:{source}", "model.block_size=64", expect=2).stderr
+    assert "it has block_size=32, this run model.block_size=64" in refused
+
+
+def test_a_larger_vocabulary_than_the_tokenizer_s_is_trained_as_it_is(lab, tmp_path):
+    """As of a nanoGPT checkpoint, whose 50,304 rows are more than GPT-2's 50,257 tokens."""
+    write_llmc(tmp_path / "m.bin", config=SIZES | {"vocab_size": 260}, padded=384)
+    flags = ["model.vocab_size=260", "train.num_steps=1"]
+    lab.train(tmp_path / "run", f"init_from=llmc:{tmp_path}/m.bin", *flags)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["vocab_size"] == 260
+    assert "set model.vocab_size=257" in lab.train(tmp_path / "b", *flags, expect=2).stderr
+
+
+def test_another_model_is_told_by_its_fields(source):
+    config = formats.open_weights(Place("hf", str(source))).config
+    with pytest.raises(ConfigError, match=r"n_head=2, this run model\.n_head=4"):
+        compare_models(config, type(config)(**vars(config) | {"n_head": 4}), "x")
