@@ -9,6 +9,7 @@ from __future__ import annotations  # np.ndarray in a signature would import Num
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -142,22 +143,47 @@ def refuse_existing(path: str, *, force: bool) -> None:
 def staged(path: str, *, force: bool) -> Iterator[str]:
     """Yields a new name beside `path`; what was written there is moved to `path` at the end, or removed on failure."""
     parent, name = os.path.split(os.path.abspath(path))
+    made = list(itertools.takewhile(lambda place: not os.path.lexists(place), parents(parent)))
     try:
         os.makedirs(parent, exist_ok=True)
         directory = tempfile.mkdtemp(prefix=f".{name}.partial-", dir=parent)
     except OSError as error:
         raise WorkdirError(f"{path}: cannot be written: {error.strerror}; choose another") from error
     try:
-        new, old = os.path.join(directory, "new"), os.path.join(directory, "old")
+        new = os.path.join(directory, "new")
         yield new
         refuse_existing(path, force=force)  # it may have come meanwhile
-        if os.path.lexists(path):
-            os.rename(path, old)
-        os.rename(new, path)
+        replace(new, path, aside=os.path.join(directory, "old"))
+        made = []
     except OSError as error:
         raise WorkdirError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+        for place in made:
+            with contextlib.suppress(OSError):  # somebody else has come to use it
+                os.rmdir(place)
+
+
+def parents(path: str) -> Iterator[str]:
+    """Yields `path` and the directories above it."""
+    while True:
+        yield path
+        if path == os.path.dirname(path):
+            return
+        path = os.path.dirname(path)
+
+
+def replace(new: str, path: str, *, aside: str) -> None:
+    """Moves `new` to `path` and what stood there to `aside`, or raises OSError with all as it was."""
+    if not os.path.lexists(path):
+        os.rename(new, path)
+        return
+    os.rename(path, aside)
+    try:
+        os.rename(new, path)
+    except BaseException:
+        os.rename(aside, path)
+        raise
 
 
 def cli() -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from gptjax.errors import DataError
 
+LONGEST_NAME = 255  # letters
+LONGEST_REASON = 200
 LARGEST_JSON = 32 * 2**20  # an index of ten thousand tensors takes one
 
 
@@ -18,8 +20,9 @@ def resolve_inside(directory: str, name: str) -> str:
         DataError: the name or a link leads elsewhere, or to what is not a file.
         FileNotFoundError: there is no such file.
     """
-    if not name or not name.isprintable() or os.path.isabs(name) or "\\" in name or ".." in name.split("/"):
-        raise DataError(f"{directory}: {name!r} is not the name of a file inside it")
+    unlike = not name or not name.isprintable() or len(name) > LONGEST_NAME or os.path.isabs(name) or "\\" in name
+    if unlike or ".." in name.split("/"):
+        raise DataError(f"{directory}: {name[:LONGEST_NAME]!r} is not the name of a file inside it")
     root = os.path.realpath(directory)
     allowed = [root]
     if os.path.basename(os.path.dirname(root)) == "snapshots":
@@ -60,4 +63,10 @@ def read_json(path: str) -> Any:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({' '.join(str(error).split())[:100]})") from error
+        raise DataError(f"{path}: not JSON ({plain(error)})") from error
+
+
+def plain(reason: object) -> str:
+    """Returns what another library says as part of one line, with its quotes of a file escaped and cut."""
+    line = " ".join(str(reason).split())[:LONGEST_REASON] or type(reason).__name__
+    return line if line.isprintable() else ascii(line)[1:-1][:LONGEST_REASON]

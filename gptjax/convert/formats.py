@@ -1,6 +1,7 @@
 """Every format by its name: which can read a model, which can write one, and what they cannot hold."""
 
 import dataclasses
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -11,8 +12,9 @@ import numpy as np
 from gptjax.convert import huggingface, llmc, msgpack, nanogpt, native
 from gptjax.convert.weights import Weights, nest, read_leaves, read_tensors, with_biases
 from gptjax.data.tokenizer import Tokenizer, load_tokenizer
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, DataError
 
+log = logging.getLogger("gptjax")
 READABLE = ("gptjax", "hf", "nanogpt", "llmc", "msgpack")
 WRITABLE = ("gptjax", "hf", "nanogpt", "llmc")
 FILES = ("nanogpt", "llmc")  # formats of one file; the others are directories
@@ -82,6 +84,9 @@ def _open(place: Place, dropout: float | None) -> Weights:
         if not os.path.isdir(path):
             from gptjax.convert import hub
 
+            if os.path.lexists(path) or not hub.NAME.fullmatch(path):
+                raise DataError(f"{path}: no such directory, and not OWNER/NAME[@REVISION] of the Hub")
+            log.info("%s: no directory here, so it is looked for on the Hub", path)
             repo, _, revision = path.partition("@")
             path, commit = hub.download(repo, revision)
             origin = f"hf:{repo}@{commit}"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, BinaryIO, TypeVar
 
+from gptjax.convert.files import plain
 from gptjax.errors import ConfigError, DataError, UnavailableError, UserError, WorkdirError
 
 log = logging.getLogger("gptjax")
@@ -23,6 +24,7 @@ NEEDED = f"{CONFIG} and one of {', '.join(WEIGHTS)}, whole or with all its shard
 
 COMMIT = re.compile("[0-9a-f]{40}")
 ETAG = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # of git's small files, and of large ones: the SHA-256
+NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@.+)?", re.ASCII)  # OWNER/NAME[@REVISION]; the oldest have no owner
 PAUSES = (1.0, 2.0)  # seconds before another attempt
 TIMEOUT_SECONDS = 10.0
 AGAIN = "run the same command again"
@@ -163,7 +165,7 @@ def _explain_status(what: str, remedy: str, error: Any) -> UserError:
 def _plain(text: object) -> str:
     """Returns another's text as one line, without the token, should it say that."""
     token = os.environ.get("HF_TOKEN", "").strip()
-    line = " ".join(str(text).split())
+    line = plain(text)
     return line.replace(token, "(HF_TOKEN)") if token else line
 
 

@@ -1,9 +1,11 @@
 """Hugging Face's GPT-2: a directory with config.json and model.safetensors, read exactly or refused by name."""
 
+import collections
 import contextlib
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,10 +16,10 @@ import safetensors
 from gptjax.config import GPTConfig
 from gptjax.convert import torch_file
 from gptjax.convert.card import model_card
-from gptjax.convert.files import locate, read_json
+from gptjax.convert.files import LARGEST_JSON, locate, plain, read_json
 from gptjax.convert.names import shapes
 from gptjax.convert.tokenizer_files import read_tokenizer, write_tokenizer
-from gptjax.convert.weights import DTYPES, Tensor, Weights, make_weights
+from gptjax.convert.weights import DTYPES, Tensor, Weights, check_name, check_sizes, make_weights, show
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import DataError
 from gptjax.workdir import write_json
@@ -80,17 +82,15 @@ def parse_config(values: Any, path: str, *, dropout: float | None = None) -> GPT
     for name, allowed in REQUIRED.items():
         value = values.get(name, allowed[0])
         if not any(type(value) is type(a) and value == a for a in allowed):
-            raise DataError(f"{path}: {name}={value!r}: gptjax computes GPT-2 with {_one_of(allowed)} only")
+            raise DataError(f"{path}: {name}={show(value)}: gptjax computes GPT-2 with {_one_of(allowed)} only")
     sizes = {name: values.get(name, default) for name, default in SIZES.items()}
-    for name, size in sizes.items():
-        if type(size) is not int or size < 1:
-            raise DataError(f"{path}: {name}={size!r}: expected a positive whole number")
+    check_sizes(path, sizes)
     inner = values.get("n_inner")
-    if inner not in (None, 4 * sizes["n_embd"]):
-        raise DataError(f"{path}: n_inner={inner!r}: gptjax computes GPT-2 with 4 n_embd = {4 * sizes['n_embd']} only")
+    if inner not in (None, width := 4 * sizes["n_embd"]):
+        raise DataError(f"{path}: n_inner={show(inner)}: gptjax computes GPT-2 with 4 n_embd = {width} only")
     tied = values.get("tie_word_embeddings", True)
     if type(tied) is not bool:
-        raise DataError(f"{path}: tie_word_embeddings={tied!r}: expected true or false")
+        raise DataError(f"{path}: tie_word_embeddings={show(tied)}: expected true or false")
     block_size = sizes.pop("n_positions")
     rate = _common_dropout(values, path) if dropout is None else dropout
     return GPTConfig(block_size=block_size, dropout=rate, bias=True, tie_embeddings=tied, **sizes)
@@ -103,7 +103,7 @@ def _one_of(allowed: tuple[Any, ...]) -> str:
 def _common_dropout(values: Mapping[str, Any], path: str) -> float:
     rates = {name: values.get(name, 0.1) for name in DROPOUTS}
     if not all(type(rate) in (int, float) and 0 <= rate < 1 for rate in rates.values()):
-        raise DataError(f"{path}: {rates}: expected numbers from 0 to below 1")
+        raise DataError(f"{path}: {show(rates)}: expected numbers from 0 to below 1")
     if len(set(rates.values())) > 1:
         shown = ", ".join(f"{name}={rate}" for name, rate in rates.items())
         raise DataError(f"{path}: {shown}: gptjax has one rate of dropout for all three; choose it with --dropout=RATE")
@@ -173,7 +173,7 @@ def _parse_index(path: str) -> dict[str, set[str]]:
         raise DataError(f"{path}: expected a weight_map from tensors to files")
     files: dict[str, set[str]] = {}
     for name, shard in places.items():
-        files.setdefault(shard, set()).add(name)
+        files.setdefault(shard, set()).add(check_name(path, name))
     return files
 
 
@@ -184,21 +184,41 @@ def open_safetensors(path: str) -> dict[str, Tensor]:
         DataError: the file is damaged.
     """
     with _opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        slices = {check_name(path, name): file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        _refuse_twice(path)
         return {
             name: Tensor(tuple(s.get_shape()), _dtype(path, name, s.get_dtype()), _reader(path, name), name)
             for name, s in slices.items()
         }
 
 
+def _refuse_twice(path: str) -> None:
+    """Raises DataError if a name stands twice in the header: the library would take the last without a word."""
+
+    def refuse(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            ((twice, _),) = collections.Counter(name for name, _ in pairs).most_common(1)
+            raise DataError(f"{path}: not a usable safetensors file: {show(twice)} is there twice in its header")
+        return fields
+
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        json.loads(file.read(size), object_pairs_hook=refuse)
+
+
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[Any]:
     try:
+        with open(path, "rb") as start:
+            size = int.from_bytes(start.read(8), "little")
+        if LARGEST_JSON < size <= os.path.getsize(path):
+            raise DataError(f"{path}: not a usable safetensors file: its header takes {size} bytes")
         # Not mapped into memory: pages once read would count as ours until the end.
         with safetensors.safe_open(path, framework="np", backend="pread") as file:
             yield file
     except (safetensors.SafetensorError, OSError) as error:
-        raise DataError(f"{path}: not a usable safetensors file: {' '.join(str(error).split())[:200]}") from error
+        raise DataError(f"{path}: not a usable safetensors file: {plain(error)}") from error
 
 
 def _reader(path: str, name: str) -> Callable[[], np.ndarray]:

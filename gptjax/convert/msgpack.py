@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from gptjax.convert import huggingface
-from gptjax.convert.files import locate
+from gptjax.convert.files import locate, plain
 from gptjax.convert.names import ROWS
 from gptjax.convert.tokenizer_files import read_tokenizer
-from gptjax.convert.weights import Tensor, Weights, make_weights
+from gptjax.convert.weights import Tensor, Weights, check_name, make_weights, show
 from gptjax.errors import DataError
 
 FILE = "flax_model.msgpack"
@@ -41,7 +41,7 @@ def _load(path: str) -> Any:
     try:
         return serialization.msgpack_restore(data)
     except Exception as error:  # msgpack fails in many ways on damaged bytes, and each one means the same
-        raise DataError(f"{path}: not a file of flax: {' '.join(str(error).split())[:200]}") from error
+        raise DataError(f"{path}: not a file of flax: {plain(error)}") from error
 
 
 def _flatten(tree: Any, path: str) -> dict[str, Tensor]:
@@ -53,11 +53,11 @@ def _flatten(tree: Any, path: str) -> dict[str, Tensor]:
         if isinstance(node, dict):
             pending += [(f"{prefix}/{key}", value) for key, value in reversed(node.items())]
         elif isinstance(node, np.ndarray):
-            name = prefix.removeprefix("/").removeprefix("transformer/")
+            name = check_name(path, prefix.removeprefix("/").removeprefix("transformer/"))
             array = node.T if name.endswith("/kernel") else node
             flat[name] = Tensor(array.shape, array.dtype, _constant(array), name)
         else:
-            raise DataError(f"{path}: {prefix} is a {type(node).__name__}, expected an array")
+            raise DataError(f"{path}: {show(prefix)} is a {type(node).__name__}, expected an array")
     return flat
 
 

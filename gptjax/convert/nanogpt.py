@@ -8,7 +8,7 @@ import numpy as np
 from gptjax.config import GPTConfig
 from gptjax.convert import torch_file
 from gptjax.convert.names import ROWS
-from gptjax.convert.weights import DTYPES, Tensor, Weights, make_weights
+from gptjax.convert.weights import DTYPES, Tensor, Weights, check_sizes, make_weights, show
 from gptjax.errors import DataError
 
 COMPILED_PREFIX, PREFIX = "_orig_mod.", "transformer."
@@ -50,12 +50,10 @@ def _parse_args(values: Any, path: str, dropout: float | None) -> GPTConfig:
     if not isinstance(values, Mapping):
         raise DataError(f"{path}: model_args is a {type(values).__name__}, expected a dict")
     sizes: dict[str, Any] = {name: values.get(name) for name in SIZES}
-    for name, size in sizes.items():
-        if type(size) is not int or size < 1:
-            raise DataError(f"{path}: model_args has {name}={size!r}: expected a positive whole number")
+    check_sizes(f"{path}: model_args", sizes)
     bias, rate = values.get("bias", True), values.get("dropout", 0.0) if dropout is None else dropout
     if type(bias) is not bool or type(rate) not in (int, float) or not 0 <= rate < 1:
-        raise DataError(f"{path}: model_args has bias={bias!r}, dropout={rate!r}")
+        raise DataError(f"{path}: model_args: bias={show(bias)}, dropout={show(rate)}")
     return GPTConfig(**sizes, bias=bias, dropout=float(rate), tie_embeddings=True)
 
 

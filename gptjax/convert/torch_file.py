@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.convert.weights import DTYPES, Tensor
+from gptjax.convert.files import plain
+from gptjax.convert.weights import DTYPES, Tensor, check_name
 from gptjax.errors import DataError, UnavailableError
 
 LEAST_TORCH = (2, 10)  # CVE-2025-32434 and CVE-2026-24747: before it, weights_only=True could be made to run code
@@ -41,9 +42,8 @@ def load(path: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # unpickling can fail in any way, and each one means the same
-        reason = " ".join(str(error).split()) or type(error).__name__
-        reason = reason.split("WeightsUnpickler error:")[-1].strip()[:200]
-        raise DataError(f"{path}: not a file of tensors and plain values: {reason}; nothing in it was run") from error
+        reason = str(error).split("WeightsUnpickler error:")[-1] or type(error).__name__
+        raise DataError(f"{path}: not a file of tensors and plain values: {plain(reason)}; nothing was run") from error
 
 
 def tensors(state: Any, path: str) -> dict[str, Tensor]:
@@ -57,8 +57,9 @@ def tensors(state: Any, path: str) -> dict[str, Tensor]:
         raise DataError(f"{path}: expected a state_dict, found {type(state).__name__}")
     found = {}
     for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise DataError(f"{path}: {name!r} is a {type(value).__name__}, expected a tensor")
+        check_name(path, name)
+        if not isinstance(value, torch.Tensor):
+            raise DataError(f"{path}: {name} is a {type(value).__name__}, expected a tensor")
         dtype = DTYPES.get(str(value.dtype).removeprefix("torch."), np.dtype("V1"))
         found[name] = Tensor(tuple(value.shape), dtype, _reader(torch, path, name, value), name)
     return found

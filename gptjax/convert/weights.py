@@ -4,7 +4,9 @@ import dataclasses
 import difflib
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -15,6 +17,10 @@ from gptjax.convert.names import into_leaf, layers, leaf_shape, rows, shape, sha
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import DataError
 
+LARGEST_SIZE = 2**31 - 1  # of one dim: what an int32 in a file's header can say
+LONGEST_NAME = 200  # letters of a tensor's name; the longest of GPT-2's has 38
+NEAR = 1000  # names among which the nearest is looked for
+LAYER = re.compile(r"h\.(0|[1-9][0-9]{0,5})\.")
 DTYPES = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype("float16")}
 
 
@@ -47,43 +53,66 @@ def make_weights(origin: str, config: GPTConfig, tensors: Mapping[str, Tensor], 
     Raises:
         DataError: a tensor is missing, left over, or of another shape or type.
     """
-    problems = find_problems(Config(model=config)) or _compare(config, tensors)
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
-        raise DataError(f"{origin}: {problems[0]}{more}")
+    problem = next(iter(find_problems(Config(model=config))), None) or _compare(config, tensors)
+    if problem:
+        raise DataError(f"{origin}: {problem}")
     dtypes = {tensor.dtype for tensor in tensors.values()}
     names = [name for name, dtype in DTYPES.items() if dtype in dtypes]
     rest.setdefault("dtype", names[0] if len(names) == 1 else "float32")
     return Weights(origin, config, tensors, **rest)
 
 
-def _compare(config: GPTConfig, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Returns one line for each difference between `tensors` and what a model of `config` has."""
-    found = {int(name.split(".")[1]) for name in tensors if name.startswith("h.") and name.split(".")[1].isdigit()}
+def check_name(path: str, name: object) -> str:
+    """Returns the name of a tensor in the file `path` if it can be shown as it is.
+
+    Raises:
+        DataError: it cannot, and so is not one of GPT-2's.
+    """
+    if not isinstance(name, str) or not name.isprintable() or len(name) > LONGEST_NAME:
+        raise DataError(f"{path}: {show(name)} is not the name of a tensor of GPT-2")
+    return name
+
+
+def check_sizes(path: str, sizes: Mapping[str, Any]) -> None:
+    """Raises DataError unless all of them are whole numbers that the size of something can be."""
+    for name, size in sizes.items():
+        if type(size) is not int or not 1 <= size <= LARGEST_SIZE:
+            raise DataError(f"{path}: {name}={show(size)}: expected a positive whole number, at most {LARGEST_SIZE}")
+
+
+def show(value: object) -> str:
+    """Returns repr(value) as far as it fits a message, however deep or long the value is."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 80
+    return short.repr(value)
+
+
+def _compare(config: GPTConfig, tensors: Mapping[str, Tensor]) -> str | None:
+    """Returns the first difference between `tensors` and what a model of `config` has, and how many more there are."""
+    found = {match[1] for match in map(LAYER.match, tensors) if match}
     if found and len(found) != config.n_layer:  # before anything is as long as a number in a file says
-        return [f"n_layer is {config.n_layer}, but there are tensors of {len(found)} layers"]
+        return f"n_layer is {config.n_layer}, but there are tensors of {len(found)} layers"
     if config.n_layer > len(tensors):
-        return [f"n_layer is {config.n_layer}, but there are only {len(tensors)} tensors"]
+        return f"n_layer is {config.n_layer}, but there are only {len(tensors)} tensors"
     expected = shapes(config)
     missing, extra = [n for n in expected if n not in tensors], [n for n in tensors if n not in expected]
-    problems = [_describe_missing(name, extra) for name in missing]
-    problems += [f"{tensors[n].label}: not a tensor of GPT-2" + _nearest(n, missing) for n in extra]
-    for name, wanted in expected.items():
-        if name in tensors and tensors[name].shape != wanted:
-            problems.append(_describe_shape(name, tensors[name], wanted))
-        elif name in tensors and tensors[name].dtype not in DTYPES.values():
-            problems.append(f"{tensors[name].label} is {tensors[name].dtype}; expected {', '.join(DTYPES)}")
-    return problems
+    both = [n for n in expected if n in tensors]
+    shaped = [n for n in both if tensors[n].shape != expected[n]]
+    typed = [n for n in both if tensors[n].dtype not in DTYPES.values() and n not in shaped]
+    tell: list[tuple[list[str], Callable[[str], str]]] = [
+        (missing, lambda n: _describe_missing(n, extra)),
+        (extra, lambda n: f"{tensors[n].label}: not a tensor of GPT-2"),
+        (shaped, lambda n: _describe_shape(n, tensors[n], expected[n])),
+        (typed, lambda n: f"{tensors[n].label} is {tensors[n].dtype}; expected {', '.join(DTYPES)}"),
+    ]
+    lines = [describe_one(names[0]) for names, describe_one in tell if names]
+    others = sum(len(names) for names, _ in tell) - 1
+    return (lines[0] + (f" (and {others} more)" if others else "")) if lines else None
 
 
 def _describe_missing(name: str, extra: list[str]) -> str:
-    near = difflib.get_close_matches(name, extra, 1, 0.7)
+    near = difflib.get_close_matches(name, extra[:NEAR], 1, 0.7)
     return f"{name} is missing" + (f"; was it renamed {near[0]}?" if near else "")
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, 1, 0.7)
-    return f"; is it {near[0]}?" if near else ""
 
 
 def _describe_shape(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> str:
@@ -95,8 +124,8 @@ def _describe_shape(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> str:
     return line
 
 
-def describe(sizes: Iterable[int]) -> str:
-    return "x".join(map(str, sizes))
+def describe(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes[:8])) + ("x..." if sizes[8:] else "")
 
 
 def with_biases(weights: Weights) -> Weights:

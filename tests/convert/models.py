@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 CONFIG = {"vocab_size": 50, "n_positions": 8, "n_embd": 16, "n_layer": 2, "n_head": 2}
 PREFIX = "transformer."
 CHANGES = Mapping[str, Callable[[np.ndarray], np.ndarray]]  # by name without prefix: gives the tensor to write instead
+NO_CHANGES: CHANGES = {}
 
 # In llm.c's order: name, shape in Hugging Face's layout by letters (V T D as usual, Q = 3 D, F = 4 D).
 LAYER = (
@@ -34,18 +35,30 @@ LAYER = (
 def make_tensors(config: Mapping[str, int] = CONFIG, *, seed: int = 0, dtype: str = "float32") -> dict[str, np.ndarray]:
     """Returns all tensors by Hugging Face's names without prefix, in its layout; no two are equal."""
     random, kind = np.random.default_rng(seed), np.dtype(getattr(ml_dtypes, dtype, dtype))
+    tensors = {}
+    for name, shape in make_shapes(config).items():
+        values = 0.02 * random.standard_normal(shape)
+        scale = "ln_" in name and name.endswith("weight")
+        tensors[name] = (1 + values if scale else values).astype(kind)
+    return tensors
+
+
+def make_shapes(config: Mapping[str, int] = CONFIG) -> dict[str, list[int]]:
+    """Returns the shapes of all tensors by Hugging Face's names without prefix, in its layout."""
     D = config["n_embd"]
     sizes = {"V": config["vocab_size"], "T": config["n_positions"], "D": D, "Q": 3 * D, "F": 4 * D}
     shapes = {"wte.weight": "VD", "wpe.weight": "TD"}
     for layer in range(config["n_layer"]):
         shapes |= {f"h.{layer}.{name}": letters for name, letters in LAYER}
     shapes |= {"ln_f.weight": "D", "ln_f.bias": "D"}
-    tensors = {}
-    for name, letters in shapes.items():
-        values = 0.02 * random.standard_normal([sizes[letter] for letter in letters])
-        scale = "ln_" in name and name.endswith("weight")
-        tensors[name] = (1 + values if scale else values).astype(kind)
-    return tensors
+    return {name: [sizes[letter] for letter in letters] for name, letters in shapes.items()}
+
+
+def make_config(directory: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """Writes config.json, and the directory before it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    fields = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **config}
+    (directory / "config.json").write_text(json.dumps(fields))
 
 
 def write_hf(
@@ -58,7 +71,7 @@ def write_hf(
     num_shards: int = 1,
     extra: Mapping[str, np.ndarray] = {},
     drop: Collection[str] = (),
-    changes: CHANGES = {},
+    changes: CHANGES = NO_CHANGES,
 ) -> dict[str, np.ndarray]:
     """Writes config.json and model.safetensors, whole or in shards; returns the tensors by names without prefix.
 
@@ -67,9 +80,7 @@ def write_hf(
     drop: tensors to leave out, by names without prefix.
     """
     tensors = _changed(make_tensors(config, seed=seed, dtype=dtype), drop, changes)
-    directory.mkdir(parents=True, exist_ok=True)
-    fields = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **config}
-    (directory / "config.json").write_text(json.dumps(fields))
+    make_config(directory, config)
     full = {prefix + name: tensor for name, tensor in tensors.items()} | dict(extra)
     if num_shards == 1:
         save_file(full, directory / "model.safetensors", {"format": "pt"})
@@ -105,7 +116,7 @@ def write_llmc(
     seed: int = 0,
     dtype: str = "float32",
     padded: int = 128,
-    changes: CHANGES = {},
+    changes: CHANGES = NO_CHANGES,
 ) -> dict[str, np.ndarray]:
     """Writes llm.c's .bin with `padded` rows of the embedding; returns the tensors in Hugging Face's layout."""
     tensors = _changed(make_tensors(config, seed=seed, dtype=dtype), (), changes)
@@ -132,7 +143,7 @@ def write_msgpack(
     prefix: str = PREFIX,
     extra: Mapping[str, np.ndarray] = {},
     drop: Collection[str] = (),
-    changes: CHANGES = {},
+    changes: CHANGES = NO_CHANGES,
 ) -> dict[str, np.ndarray]:
     """Writes config.json and flax_model.msgpack; returns the tensors in Hugging Face's layout.
 
