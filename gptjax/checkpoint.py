@@ -12,9 +12,9 @@ import json
 import logging
 import os
 import re
-import typing
+import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,15 +29,15 @@ from orbax.checkpoint import v1 as ocp
 from gptjax.config import Config, flatten, from_dict
 from gptjax.errors import CheckpointError, ConfigError, DivergedError, SaveError
 from gptjax.model import GPT
-from gptjax.sharding import make_mesh, param_shardings, path_name
+from gptjax.sharding import make_mesh, nest, param_shardings, path_name
 from gptjax.state import TrainState
 from gptjax.workdir import is_bucket
 
 log = logging.getLogger("gptjax")
 FORMAT = 1
 MAX_FAILED_SAVES = 3
-CHUNK_BYTES = 32 * 2**20  # of what is written at a time where memory is to be spared
-CACHED_WORDS = 2**16  # as many as a core's cache holds with what is computed of them
+CHUNK_BYTES = 16 * 2**20  # of what is written at a time where memory is to be spared
+CACHED_WORDS = 2**18  # of a fingerprint at a time: fewer, and threads wait for each other; more, and caches overflow
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, NotADirectoryError, EOFError)
 
 
@@ -272,21 +272,35 @@ def load_params(workdir: str, *, step: int | None = None) -> tuple[Config, Any, 
     raise CheckpointError(f"--workdir={workdir}: no usable checkpoint: {'; '.join(refused)}")
 
 
-def save_params(workdir: str, params: Any, *, config: Config, history: dict[str, Any]) -> None:
-    """Writes `params`, a tree of NumPy arrays, as the checkpoint of step 0, without optimizer state.
+def save_params(
+    workdir: str, leaves: Iterable[tuple[str, np.ndarray]], *, config: Config, history: dict[str, Any]
+) -> None:
+    """Writes the checkpoint of step 0, without optimizer state, of (path, array) pairs that come one at a time.
 
-    Takes little memory beside the arrays: they are neither copied nor written all at once.
+    One leaf at a time is in memory: Orbax saves each by itself, then a tree of zeros that take none, whose arrays on
+    disk give way to the leaves.
     """
-    prints = {path_name(path): fingerprint_array(leaf) for path, leaf in jax.tree.leaves_with_path({"params": params})}
-    record = Record(0, config.to_dict(), history, {}, prints, versions())
+    directory = epath.Path(os.path.abspath(workdir)) / "checkpoints"
     context: Any = ocp.Context()
     context.memory.deepcopy_host_arrays = False
-    context.memory.write_concurrent_bytes = 8 * CHUNK_BYTES
-    context.array.saving.use_ocdbt = False  # which holds everything in memory until the end
+    context.memory.write_concurrent_bytes = 2 * CHUNK_BYTES
+    context.array.saving.use_ocdbt = False  # so that each array has a directory of its own
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-    directory = epath.Path(workdir if is_bucket(workdir) else os.path.abspath(workdir)) / "checkpoints"
-    with context:
-        ocp.save_checkpointables(directory / "0", {"params": params}, custom_metadata=typing.cast(Any, _seal(record)))
+    prints, zeros, parts = {}, [], epath.Path(tempfile.mkdtemp(prefix="leaves-", dir=os.path.abspath(workdir)))
+    try:
+        with context:
+            for path, leaf in leaves:
+                prints[f"params/{path}"] = fingerprint_array(leaf)
+                ocp.save_checkpointables(parts / path.replace("/", "."), {"params": nest([(path, leaf)])})
+                zeros.append((path, np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)))
+                del leaf  # before the next one is made
+            sealed: Any = _seal(Record(0, config.to_dict(), history, {}, prints, versions()))
+            ocp.save_checkpointables(directory / "0", {"params": nest(zeros)}, custom_metadata=sealed)
+        for part in parts.iterdir():
+            (directory / "0" / "params" / part.name).rmtree()
+            (part / "params" / part.name).rename(directory / "0" / "params" / part.name)
+    finally:
+        parts.rmtree()
 
 
 class StoredParams:
@@ -305,9 +319,11 @@ class StoredParams:
         """
         context: Any = ocp.Context()
         context.pytree.loading.partial_load = True
-        wanted: Any = np.empty(shape, np.float32)
-        for name in reversed(["params", *path.split("/")]):
-            wanted = {name: wanted}
+        context.memory.read_concurrent_bytes = 2 * CHUNK_BYTES
+        try:
+            wanted: Any = {"params": nest([(path, np.empty(shape, np.float32))])}
+        except (ValueError, MemoryError) as error:
+            raise Damaged(f"{path} would take more memory than there is") from error
         try:
             with context:
                 tree = ocp.load_checkpointables(self._checkpointer.directory / str(self.step), wanted)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -61,6 +62,18 @@ def _nearest_mesh(sizes: list[int], count: int) -> list[int]:
 def path_name(path: tuple[Any, ...]) -> str:
     """Returns a tree path as 'h/attn/c_attn/kernel'."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def nest(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the tree of (path, leaf) pairs, {"h": {"ln_1": {"bias": x}}} of ("h/ln_1/bias", x)."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves:
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
 
 
 def param_spec(path: str) -> P:

@@ -29,7 +29,8 @@ LAYERS = """
     model  data.tokens
     attention  loss  data.tokenizer
     sharding
-    config  runtime  workdir  convert.files  convert.hub
+    config  runtime  workdir  convert.hub
+    convert.files
     errors
 """
 # Where a process starts, and its loop: only these use the runtime.

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import re
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from gptjax.config import CHOICES, Config, GPTConfig, MeshConfig, OptimConfig, T
 from gptjax.errors import CheckpointError, ConfigError, DivergedError, SaveError
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer
-from gptjax.sharding import make_mesh
+from gptjax.sharding import make_mesh, path_name
 from gptjax.state import TrainState, make_init
 from tests.runs import checkpoint_steps, state_bytes, temporary_directories
 
@@ -350,17 +351,46 @@ def params_alone():
     return jax.tree.map(np.asarray, make_state()[1].params)
 
 
+def leaves_alone():
+    return ((path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params_alone()))
+
+
 def test_parameters_alone_are_a_checkpoint_of_step_0(tmp_path):
-    save_params(str(tmp_path), params_alone(), config=CONFIG, history={"imported": {"from": "hf:x"}})
+    save_params(str(tmp_path), leaves_alone(), config=CONFIG, history={"imported": {"from": "hf:x"}})
     config, params, step = load_params(str(tmp_path))
     assert (config, step) == (CONFIG, 0)
     assert jax.tree.all(jax.tree.map(lambda a, b: a.tobytes() == np.asarray(b).tobytes(), params_alone(), params))
     assert Checkpointer(str(tmp_path)).read_record(0).history == {"imported": {"from": "hf:x"}}
     assert temporary_directories(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_of_parameters_that_come_one_at_a_time_one_is_in_memory(tmp_path):
+    """Each of them takes 32 MB, and is made when it is asked for."""
+    tracemalloc.start()
+    try:
+        leaves = ((f"h/{n}/kernel", np.full((8, 2**20), n, np.float32)) for n in range(8))
+        save_params(str(tmp_path), leaves, config=CONFIG, history={})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * 2**25
+    stored = StoredParams(str(tmp_path), 0)
+    assert (stored.read("h/7/kernel", (8, 2**20)) == 7).all()
+
+
+def test_a_failure_leaves_no_leaves(tmp_path):
+    def fail():
+        yield "wpe/embedding", np.zeros((8, 16), np.float32)
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        save_params(str(tmp_path), fail(), config=CONFIG, history={})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_does_not_go_on_from_parameters_alone(tmp_path):
-    save_params(str(tmp_path), params_alone(), config=CONFIG, history={})
+    save_params(str(tmp_path), leaves_alone(), config=CONFIG, history={})
     with pytest.raises(ConfigError, match=f"--config.init_from=gptjax:{tmp_path}"):
         Checkpointer(str(tmp_path)).restore_latest(make_state()[0])
     assert checkpoint_steps(tmp_path) == [0]

@@ -22,6 +22,7 @@ from gptjax.sharding import (
     bytes_per_device,
     data_parallel_size,
     make_mesh,
+    nest,
     param_shardings,
     param_spec,
     path_name,
@@ -256,3 +257,7 @@ def test_losses_agree_between_meshes(name):
     assert ("all-gather" in text) == (name != "8x1x1"), "data parallelism alone gathers nothing"
     assert alone[-1, 0] < alone[0, 0] - 0.05, "nothing was learnt"
     np.testing.assert_allclose(metrics, alone, rtol=1e-5)
+
+
+def test_nest_builds_the_tree():
+    assert nest([("h/a/b", 1), ("h/a/c", 2), ("d", 3)]) == {"h": {"a": {"b": 1, "c": 2}}, "d": 3}

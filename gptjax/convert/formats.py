@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.convert import huggingface, llmc, msgpack, nanogpt, native
-from gptjax.convert.weights import Weights, nest, read_leaves, read_tensors, with_biases
+from gptjax.convert.weights import Weights, read_leaves, read_tensors, with_biases
 from gptjax.data.tokenizer import Tokenizer, load_tokenizer
 from gptjax.errors import ConfigError, DataError
+from gptjax.sharding import nest
 
 log = logging.getLogger("gptjax")
 READABLE = ("gptjax", "hf", "nanogpt", "llmc", "msgpack")

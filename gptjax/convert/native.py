@@ -1,7 +1,6 @@
 """gptjax's own checkpoints as a format to convert from and to."""
 
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -13,12 +12,14 @@ from etils import epath
 
 from gptjax.checkpoint import Checkpointer, Damaged, StoredParams, save_params
 from gptjax.config import Config, DataConfig
+from gptjax.convert.files import plain
 from gptjax.convert.names import from_leaf, layers, leaf_shape, rows, shape
-from gptjax.convert.weights import DTYPES, Tensor, Weights, make_weights, nest, read_leaves
+from gptjax.convert.weights import DTYPES, Tensor, Weights, make_weights, read_leaves
 from gptjax.data.tokenizer import Tokenizer, load_tokenizer
-from gptjax.errors import DataError
+from gptjax.errors import ConfigError, DataError
 from gptjax.workdir import write_json
 
+MOST_LAYERS = 10_000  # before a loop is as long as a number in a file says
 TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -35,10 +36,13 @@ def read(directory: str, *, origin: str, step: int | None = None, dropout: float
         raise DataError(f"{directory}: no checkpoint{'' if step is None else f' of step {step}'}; there are: {have}")
     step = steps[-1] if step is None else step
     try:
+        _refuse_links(workdir, step)
         stored = StoredParams(workdir, step)
-    except Damaged as damage:
+    except (Damaged, ConfigError) as damage:
         raise _damaged(workdir, step, damage) from damage
     config = stored.config.model
+    if config.n_layer > MOST_LAYERS:
+        raise DataError(f"{origin}: n_layer={config.n_layer}: expected at most {MOST_LAYERS}")
     config = config if dropout is None else dataclasses.replace(config, dropout=dropout)
     history = _history(workdir, stored)
     imported = stored.record.history.get("imported", {})
@@ -62,22 +66,34 @@ def _locate(directory: str, step: int | None) -> tuple[str, int | None]:
     return directory, step
 
 
-def _damaged(workdir: str, step: int, damage: Damaged) -> DataError:
+def _refuse_links(workdir: str, step: int) -> None:
+    """Raises Damaged if a link is in the checkpoint: Orbax makes none, and would read what it leads to."""
+    for folder, folders, files in os.walk(os.path.join(workdir, "checkpoints", str(step))):
+        for name in (*folders, *files):
+            if os.path.islink(os.path.join(folder, name)):
+                raise Damaged(f"{name!a} is a link")
+
+
+def _damaged(workdir: str, step: int, damage: Exception) -> DataError:
     others = [str(other) for other in Checkpointer(workdir).steps() if other != step]
     remedy = f"; take another with @STEP: {', '.join(others)}" if others else ""
-    return DataError(f"{workdir}/checkpoints/{step}: damaged: {damage}{remedy}")
+    return DataError(f"{workdir}/checkpoints/{step}: damaged: {plain(damage)}{remedy}")
 
 
 def _tensors(workdir: str, stored: StoredParams) -> dict[str, Tensor]:
     config = stored.config.model
     by_path = {row.path: row for row in rows(config)}
 
-    @functools.lru_cache(maxsize=1)  # tensors are asked for layer after layer
+    newest: dict[str, np.ndarray] = {}  # one leaf: tensors are asked for layer after layer
+
     def leaf(path: str) -> np.ndarray:
-        try:
-            return stored.read(path, leaf_shape(by_path[path], config))
-        except Damaged as damage:
-            raise _damaged(workdir, stored.step, damage) from damage
+        if path not in newest:
+            newest.clear()
+            try:
+                newest[path] = stored.read(path, leaf_shape(by_path[path], config))
+            except Damaged as damage:
+                raise _damaged(workdir, stored.step, damage) from damage
+        return newest[path]
 
     return {
         name: Tensor(
@@ -135,7 +151,7 @@ def write(directory: str, final: str, weights: Weights, tensors: Iterator[tuple[
     name = _tokenizer_name(weights.tokenizer, final)
     config = Config(model=weights.config, data=DataConfig(tokenizer=name))
     imported = {"from": weights.origin, "dtype": weights.dtype, "history": dict(weights.history)}
-    save_params(directory, nest(read_leaves(weights, tensors)), config=config, history={"imported": imported})
+    save_params(directory, read_leaves(weights, tensors), config=config, history={"imported": imported})
     write_json(f"{directory}/config.json", config.to_dict())
     if weights.tokenizer is not None:
         weights.tokenizer.save(f"{directory}/{TOKENIZER_FILE}")

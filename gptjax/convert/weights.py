@@ -195,18 +195,7 @@ def read_leaves(weights: Weights, tensors: Iterable[tuple[str, np.ndarray]]) -> 
             assert found == name, f"{found} came where {name} belongs"
             into_leaf(row, leaf, layer, tensor)
         yield row.path, leaf
-
-
-def nest(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns {"h": {"ln_1": {"bias": x}}} of ("h/ln_1/bias", x)."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves:
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
+        del leaf  # before the next one is made
 
 
 def map_table(weights: Weights) -> list[str]:

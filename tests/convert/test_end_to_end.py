@@ -68,7 +68,9 @@ def test_a_run_from_an_import_starts_with_the_very_bits(lab, source, tmp_path):
     assert 0 < np.abs(moved).max() < 1e-8
 
 
-@pytest.mark.parametrize("form", ["hf:{0}/out", "llmc:{0}/out.bin", "nanogpt:{0}/out.pt"])
+@pytest.mark.parametrize(
+    "form", ["hf:{0}/out", "llmc:{0}/out.bin", pytest.param("nanogpt:{0}/out.pt", marks=pytest.mark.torch)]
+)
 def test_every_form_and_back_is_bit_equal(lab, tuned, tmp_path, form):
     if form.startswith("nanogpt"):
         pytest.importorskip("torch")
@@ -86,6 +88,7 @@ def test_every_form_and_back_is_bit_equal(lab, tuned, tmp_path, form):
     assert bits(f"gptjax:{tmp_path}/back") == bits(f"gptjax:{tuned}")
 
 
+@pytest.mark.torch
 def test_every_pair_of_forms(lab, source, tmp_path):
     """A round trip through all of them, each made from the one before."""
     pytest.importorskip("torch")

@@ -1,10 +1,11 @@
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
 
-from gptjax.checkpoint import Checkpointer, load_params
+from gptjax.checkpoint import Checkpointer, load_params, save_params
 from gptjax.config import GPTConfig
 from gptjax.convert import huggingface, native
 from gptjax.convert.weights import read_tensors
@@ -62,6 +63,43 @@ def test_what_is_not_there_is_told(imported, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no checkpoint; there are: none"):
         read(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_link_in_a_checkpoint_is_refused(imported, tmp_path, folder):
+    """Else it would be read, wherever it leads."""
+    workdir, _ = imported
+    step = workdir / "checkpoints" / "0"
+    place = next(p for p in sorted(step.rglob("*")) if p.is_dir() == folder)
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=f"damaged: '{place.name}' is a link"):
+        read(workdir)
+
+
+def rewrite_record(workdir, **model):
+    """Gives a checkpoint another config, with a checksum that fits: what a hostile one would have."""
+    record = Checkpointer(str(workdir)).read_record(0)
+    config = record.config | {"model": record.config["model"] | model}
+    shutil.rmtree(workdir / "checkpoints" / "0")
+    params = [("wte/embedding", np.zeros((128, 16), np.float32))]
+    save_params(str(workdir), params, config=types.SimpleNamespace(to_dict=lambda: config), history={})
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ({"n_layer": 10**9}, "n_layer=1000000000: expected at most"),
+        ({"n_layer": 0}, "damaged: model.n_layer=0: must be at least 1"),
+        ({"n_embd": "x"}, "damaged: model.n_embd='x': expected a whole number"),
+        ({"n_embd": 2**31, "n_head": 2}, "damaged: wte/embedding"),
+    ],
+)
+def test_a_record_that_promises_too_much(imported, model, reason):
+    workdir, _ = imported
+    rewrite_record(workdir, **model)
+    with pytest.raises(DataError, match=reason):
+        list(read_tensors(read(workdir)))
 
 
 def test_one_flipped_bit_in_any_data_file_is_found(imported):

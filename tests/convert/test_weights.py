@@ -12,7 +12,6 @@ from gptjax.convert.weights import (
     Tensor,
     make_weights,
     map_table,
-    nest,
     read_leaves,
     read_tensors,
     with_biases,
@@ -134,10 +133,6 @@ def test_sizes_are_compared_before_anything_as_long_as_they_say_is_made():
     rest = {name: tensor for name, tensor in weights.tensors.items() if not name.startswith("h.")}
     with pytest.raises(DataError, match="n_layer is 1000000000, but there are only 4 tensors"):
         make_weights("memory", GPTConfig(**vars(CONFIG) | {"n_layer": 10**9}), rest)
-
-
-def test_nest_builds_the_tree():
-    assert nest([("h/a/b", 1), ("h/a/c", 2), ("d", 3)]) == {"h": {"a": {"b": 1, "c": 2}}, "d": 3}
 
 
 def test_the_table_has_a_line_for_every_parameter():
