@@ -67,26 +67,25 @@ def main(arguments: list[str]) -> None:
     weights = formats.open_weights(source, tokenizer=args.tokenizer, dropout=args.dropout)
     if target:
         weights = formats.adapt(weights, target.format)
-    dtype = formats.export_dtype(weights, target.format, args.dtype) if target else weights.dtype
-    describe(weights, dtype)
+    form = target.format if target else "gptjax"
+    dtype = formats.export_dtype(weights, form, args.dtype)
+    describe(weights, formats.differences(weights, form, dtype) if target else [])
     if args.dry_run or target is None:
-        print("\n".join(w.map_table(weights)))
+        print("\n".join(formats.map_table(weights, form, dtype)))
         return
     convert(weights, target, dtype=dtype, force=args.force, allow_nonfinite=args.allow_nonfinite)
     if args.push:
         log.info("uploaded to %s", hub.upload(target.path, args.push))
 
 
-def describe(weights: w.Weights, dtype: str) -> None:
+def describe(weights: w.Weights, differences: list[str]) -> None:
     """Says what is about to be converted, and everything about it that the user should know."""
     c = weights.config
     sizes = f"{c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, {c.block_size} positions, {c.vocab_size} ids"
     tied = "tied" if c.tie_embeddings else "untied"
     log.info("%s: %s parameters, %s, %s, %s", weights.origin, f"{gpt.count_params(c):,}", sizes, tied, weights.dtype)
-    for note in weights.notes:
+    for note in (*weights.notes, *differences):
         log.info("  %s", note)
-    if dtype != weights.dtype:
-        log.info("  %s becomes %s", weights.dtype, dtype)
 
 
 def convert(weights: w.Weights, target: formats.Place, *, dtype: str, force: bool, allow_nonfinite: bool) -> None:

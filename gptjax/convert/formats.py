@@ -9,15 +9,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptjax.config import GPTConfig
 from gptjax.convert import huggingface, llmc, msgpack, nanogpt, native
-from gptjax.convert.weights import Weights, read_leaves, read_tensors, with_biases
+from gptjax.convert.names import Row, layers, leaf_shape, rows, shape
+from gptjax.convert.weights import Weights, describe, read_leaves, read_tensors, with_biases
 from gptjax.data.tokenizer import Tokenizer, load_tokenizer
 from gptjax.errors import ConfigError, DataError
+from gptjax.model import padded_vocab_size
 from gptjax.sharding import nest
 
 log = logging.getLogger("gptjax")
 READABLE = ("gptjax", "hf", "nanogpt", "llmc", "msgpack")
 WRITABLE = ("gptjax", "hf", "nanogpt", "llmc")
+PADDED = ("gptjax", "llmc")  # formats with more rows than the vocabulary has
 FILES = ("nanogpt", "llmc")  # formats of one file; the others are directories
 GPT2_VOCABULARIES = range(50257, 50305)  # nanoGPT pads GPT-2's 50,257 ids up to 50,304 and says no more
 FORMS = "hf:DIR, hf:OWNER/NAME[@REVISION], gptjax:WORKDIR[@STEP], nanogpt:ckpt.pt, llmc:model.bin, msgpack:DIR"
@@ -124,6 +128,48 @@ def export_dtype(weights: Weights, target: str, wanted: str) -> str:
     if target == "gptjax" or (target == "llmc" and not wanted and weights.dtype == "float16"):
         return "float32"
     return wanted or weights.dtype
+
+
+def stored_as(row: Row, config: GPTConfig, target: str) -> tuple[str, tuple[int, ...]]:
+    """Returns (name, shape) of the tensors of `row` in the format `target`; {} is the layer."""
+    if target == "gptjax":
+        return row.path, leaf_shape(row, config)
+    sizes = shape(row, config)
+    if target in FILES and row.linear:
+        sizes = sizes[::-1]
+    if target == "llmc":
+        return row.name, (padded_vocab_size(config), *sizes[1:]) if row.name == "wte.weight" else sizes
+    return row.name if row.path.startswith("lm_head") else huggingface.PREFIX + row.name, sizes
+
+
+def map_table(weights: Weights, target: str, dtype: str) -> list[str]:
+    """Returns a line for each kind of tensor: what it is in the source, and what it becomes in `target`."""
+    lines = [("source", "", "", f"-> {target}", "", "")]
+    for row in rows(weights.config):
+        names = [name for _, name in layers(row, weights.config)]
+        first, count = weights.tensors[names[0]], f" x {len(names)}" if row.layered else ""
+        name, sizes = stored_as(row, weights.config, target)
+        many = count if "{}" in name else ""
+        found = f"{first.label}{count}", describe(shape(row, weights.config)), str(first.dtype)
+        lines.append((*found, name.format(0) + many, describe(sizes), dtype))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def differences(weights: Weights, target: str, dtype: str) -> list[str]:
+    """Returns a line for everything in which the result is not what the source is."""
+    config, lines = weights.config, []
+    if dtype != weights.dtype:
+        lines.append(f"{weights.dtype} becomes {dtype}")
+    if target in PADDED and padded_vocab_size(config) != config.vocab_size:
+        lines.append(f"{config.vocab_size} rows of the vocabulary are padded with zeros to {padded_vocab_size(config)}")
+    if target in FILES:
+        lines.append("matrices of layers are stored as [out, in]")
+    if target in FILES and weights.tokenizer is not None:
+        lines.append(f"the tokenizer is left out: there is no place for it in {target}")
+    if target == "llmc" and config.dropout:
+        lines.append(f"dropout={config.dropout:g} is left out: there is no place for it in llmc")
+    return lines
 
 
 def write(place: Place, path: str, weights: Weights, tensors: Iterator[tuple[str, np.ndarray]], *, dtype: str) -> None:

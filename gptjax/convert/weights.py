@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from gptjax.config import Config, GPTConfig, find_problems
-from gptjax.convert.names import into_leaf, layers, leaf_shape, rows, shape, shapes
+from gptjax.convert.names import into_leaf, layers, leaf_shape, rows, shapes
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import DataError
 
@@ -196,16 +196,3 @@ def read_leaves(weights: Weights, tensors: Iterable[tuple[str, np.ndarray]]) -> 
             into_leaf(row, leaf, layer, tensor)
         yield row.path, leaf
         del leaf  # before the next one is made
-
-
-def map_table(weights: Weights) -> list[str]:
-    """Returns a line for each kind of tensor: the source's name, shape and dtype, and where gptjax keeps it."""
-    lines = []
-    for row in rows(weights.config):
-        names = [name for _, name in layers(row, weights.config)]
-        first = weights.tensors[names[0]]
-        count = f" x {len(names)}" if row.layered else ""
-        source = f"{first.label}{count}"
-        target = f"{row.path} {describe(leaf_shape(row, weights.config))}"
-        lines.append(f"  {source:<46} {describe(shape(row, weights.config)):<12} {first.dtype!s:<9} {target}")
-    return lines

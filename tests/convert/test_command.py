@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -62,17 +63,70 @@ def open_tensors(path):
     return formats.open_weights(Place("hf", str(path))).tensors
 
 
+ROWS = 16  # kinds of tensors in a tied model
+
+
+def dry_run(capsys, source, *flags):
+    """Returns the table as {name in the source: (name in the result, its shape and dtype)}."""
+    capsys.readouterr()
+    command.main([f"--from={source}", "--dry_run", *flags])
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[0] == "source"
+    assert len(lines) == ROWS
+    cells = [re.split(r"  +", line) for line in lines]
+    assert {len(row) for row in cells} == {6}
+    return {row[0]: tuple(row[3:]) for row in cells}
+
+
 def test_a_dry_run_shows_the_map_and_writes_nothing(tmp_path, capsys, said):
-    write_hf(tmp_path / "a")
-    convert(f"hf:{tmp_path}/a", f"gptjax:{tmp_path}/b", "--dry_run")
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 16
-    assert "transformer.wte.weight" in lines[0] or "wte.weight" in lines[0]
-    assert lines[0].endswith("wte/embedding 128x16")
-    assert left(tmp_path) == ["a"]
+    write_hf(tmp_path / "a", dtype="bfloat16")
+    table = dry_run(capsys, f"hf:{tmp_path}/a", f"--to=gptjax:{tmp_path}/b")
+    assert table["transformer.wte.weight"] == ("wte/embedding", "128x16", "float32")
+    assert table["transformer.h.0.attn.c_attn.weight x 2"] == ("h/attn/c_attn/kernel", "2x16x3x16", "float32")
     assert any("no tokenizer" in line for line in said)
-    command.main([f"--from=hf:{tmp_path}/a", "--dry_run"])
-    assert len(capsys.readouterr().out.splitlines()) == 16
+    assert dry_run(capsys, f"hf:{tmp_path}/a") == table
+    assert left(tmp_path) == ["a"]
+
+
+def test_a_dry_run_shows_names_and_shapes_of_each_target(tmp_path, capsys):
+    write_hf(tmp_path / "a")
+    qkv, table = "transformer.h.0.attn.c_attn.weight x 2", "transformer.wte.weight"
+    shown = {
+        kind: dry_run(capsys, f"hf:{tmp_path}/a", f"--to={kind}:{tmp_path}/b") for kind in ("llmc", "nanogpt", "hf")
+    }
+    assert shown["llmc"][qkv] == ("h.0.attn.c_attn.weight x 2", "48x16", "float32")
+    assert shown["llmc"][table] == ("wte.weight", "128x16", "float32")
+    assert shown["nanogpt"][qkv] == (qkv, "48x16", "float32")
+    assert shown["nanogpt"][table] == (table, "50x16", "float32")
+    assert shown["hf"][qkv] == (qkv, "16x48", "float32")
+
+
+DIFFERENCES = {
+    "gptjax": ["50 rows of the vocabulary are padded with zeros to 128"],
+    "hf": [],
+    "nanogpt": ["matrices of layers are stored as [out, in]"],
+    "llmc": [
+        "50 rows of the vocabulary are padded with zeros to 128",
+        "matrices of layers are stored as [out, in]",
+        "dropout=0.1 is left out: there is no place for it in llmc",
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", DIFFERENCES)
+def test_what_differs_is_told(tmp_path, capsys, said, kind):
+    write_hf(tmp_path / "a")
+    dry_run(capsys, f"hf:{tmp_path}/a", f"--to={kind}:{tmp_path}/b")
+    first, tokenizer, *rest = said
+    assert "7,520 parameters" in first
+    assert "no tokenizer" in tokenizer
+    assert [line.strip() for line in rest] == DIFFERENCES[kind]
+
+
+def test_a_tokenizer_that_has_no_place_is_told(tmp_path, capsys, said):
+    write_hf(tmp_path / "a", config=CONFIG | {"vocab_size": 257})
+    dry_run(capsys, f"hf:{tmp_path}/a", f"--to=llmc:{tmp_path}/b", "--tokenizer=bytes")
+    assert any("the tokenizer is left out" in line for line in said)
 
 
 def test_an_existing_output_is_kept_unless_forced(tmp_path):

@@ -1,5 +1,4 @@
 import dataclasses
-import itertools
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from gptjax.convert.weights import (
     Checksum,
     Tensor,
     make_weights,
-    map_table,
     read_leaves,
     read_tensors,
     with_biases,
@@ -133,11 +131,3 @@ def test_sizes_are_compared_before_anything_as_long_as_they_say_is_made():
     rest = {name: tensor for name, tensor in weights.tensors.items() if not name.startswith("h.")}
     with pytest.raises(DataError, match="n_layer is 1000000000, but there are only 4 tensors"):
         make_weights("memory", GPTConfig(**vars(CONFIG) | {"n_layer": 10**9}), rest)
-
-
-def test_the_table_has_a_line_for_every_parameter():
-    lines = map_table(make())
-    assert len(lines) == len(names.rows(CONFIG))
-    (line,) = [line for line in lines if "c_attn.weight" in line]
-    assert line.split() == ["h.0.attn.c_attn.weight", "x", "2", "4x12", "float32", "h/attn/c_attn/kernel", "2x4x3x4"]
-    assert not any(a == b for a, b in itertools.pairwise(lines))
