@@ -108,7 +108,9 @@ def test_what_the_readme_runs_exists():
     text = "\n".join(blocks())
     modules = set(re.findall(r"python -m (gptjax[\w.]*)", text))
     assert "gptjax.main" in modules
-    assert [m for m in modules if not (ROOT / f"{m.replace('.', '/')}.py").exists()] == []
+    paths = {module: ROOT / module.replace(".", "/") for module in modules}
+    missing = [m for m, p in paths.items() if not (p.with_suffix(".py").exists() or (p / "__main__.py").exists())]
+    assert missing == []
     assert [c for c in set(re.findall(r"configs/\w+\.py", text)) if not (ROOT / c).exists()] == []
 
 
