@@ -184,7 +184,7 @@ class GPT(nn.Module):
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Returns token plus position embedding; looked up in float32, so that their gradient is summed in float32."""
-        x_BTD = gathered(self.wte.embedding)[tokens_BT] + gathered(self.wpe.embedding)[positions_BT]
+        x_BTD = self.wte.embedding[tokens_BT] + self.wpe.embedding[positions_BT]
         return constrain(x_BTD.astype(self.compute.dtype), P(BATCH_AXES, None, None))
 
     def final_norm(self, x: jax.Array) -> jax.Array:
@@ -238,12 +238,7 @@ def head(params: Any) -> jax.Array:
     """Returns the output head as head_DV: the token embedding transposed, or lm_head when untied."""
     if "lm_head" in params:
         return params["lm_head"]["kernel"]
-    return gathered(params["wte"]["embedding"]).T
-
-
-def gathered(table: jax.Array) -> jax.Array:
-    """Returns a table [rows, D] whole along D on every device, once for lookup and head: cheaper than moving x_BTD."""
-    return constrain(table, P("tensor", None))
+    return params["wte"]["embedding"].T
 
 
 def document_starts(tokens_BT: jax.Array, *, eot_id: int, eot_position: str) -> jax.Array:

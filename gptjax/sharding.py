@@ -1,12 +1,14 @@
 """Where every array lies: the device mesh, and the whole placement of parameters on one screen."""
 
+import functools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -15,6 +17,7 @@ from gptjax.errors import ConfigError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+TABLES = ("wte/embedding", "wpe/embedding", "lm_head/kernel")
 BATCH_SPEC = P(None, BATCH_AXES, None)  # tokens [A, B, T+1]
 
 # Parameter path -> placement. `fsdp` cuts the model width, `tensor` the heads, the MLP width and the vocabulary.
@@ -38,18 +41,35 @@ PARAM_SPECS = (
 def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
     """Returns the mesh (data, fsdp, tensor) over `devices`, all of them unless given.
 
+    Of several slices, which only the data center's network connects, `data` alone goes across.
+
     Raises:
-        ConfigError: the sizes do not multiply to the number of devices.
+        ConfigError: the sizes do not multiply to the number of devices, or `data` does not to that of the slices.
     """
     devices = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    sizes, types = mesh_sizes(config, len(devices), slices), (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+    within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
+
+
+def mesh_sizes(config: MeshConfig, count: int, slices: int = 1) -> tuple[int, int, int]:
+    """Returns (data, fsdp, tensor) of a mesh over `count` devices in so many slices.
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of devices, or `data` does not to that of the slices.
+    """
     sizes = [config.data, config.fsdp, config.tensor]
     given = math.prod(s for s in sizes if s != -1)
-    count = len(devices)
     if count % given or (-1 not in sizes and given != count):
         shape, near = "x".join(map(str, sizes)), "x".join(map(str, _nearest_mesh(sizes, count)))
         raise ConfigError(f"mesh={shape} (data x fsdp x tensor): {count} devices cannot form it; nearest valid: {near}")
-    shape = tuple(count // given if size == -1 else size for size in sizes)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    data, fsdp, tensor = (count // given if size == -1 else size for size in sizes)
+    if data % slices:
+        raise ConfigError(f"mesh.data={data}: must be a multiple of the {slices} slices: only `data` goes across them")
+    return data, fsdp, tensor
 
 
 def _nearest_mesh(sizes: list[int], count: int) -> list[int]:
@@ -122,6 +142,30 @@ def constrain(x: jax.Array, spec: P) -> jax.Array:
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, spec)
 
 
+def gather_tables(params: Any, dtype: Any) -> Any:
+    """Returns `params` with every table whole along D on each device, once for lookup and head.
+
+    Cheaper than moving activations. A table travels in `dtype`; what lookup and head give as its gradient is summed
+    first, in float32, and then reduced once, into the table's own placement.
+    """
+
+    def place(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = path_name(path)
+        return _gather(leaf, dtype, param_spec(name)) if name in TABLES else leaf
+
+    return jax.tree.map_with_path(place, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, dtype: Any, spec: P) -> jax.Array:
+    whole = P(*(None if axis == "fsdp" else axis for axis in spec))
+    return constrain(x.astype(dtype), whole).astype(x.dtype)
+
+
+# Without it the gradient, too, would be placed like the whole table: reduced on every device, then cut.
+_gather.defvjp(lambda x, dtype, spec: (_gather(x, dtype, spec), None), lambda dtype, spec, _, g: (constrain(g, spec),))
+
+
 def data_parallel_size(mesh: Mesh) -> int:
     """Returns into how many parts the batch is cut."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
@@ -141,6 +185,15 @@ def _kept_spec(shape: tuple[int, ...], full: tuple[int, ...], spec: P, *, from_e
         kept.append(axes[position])
         position += 1
     return P(*kept)
+
+
+def divides(shapes: Mapping[str, tuple[int, ...]], mesh_shape: Mapping[str, int]) -> bool:
+    """Returns whether every dimension of the parameters, shapes by path, divides by its axis of the mesh."""
+    return all(
+        axis is None or size % mesh_shape[axis] == 0
+        for path, shape in shapes.items()
+        for size, axis in zip(shape, param_spec(path), strict=False)
+    )
 
 
 def _check_divides(name: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:

@@ -11,6 +11,7 @@ from gptjax.config import Config
 from gptjax.loss import LossSums, cross_entropy
 from gptjax.model import GPT, document_starts, head
 from gptjax.optim import Schedule
+from gptjax.sharding import gather_tables
 from gptjax.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -25,6 +26,7 @@ def make_loss_fn(model: GPT, config: Config, *, eot_id: int, eot_position: str) 
     """
 
     def loss_fn(params: Any, tokens: jax.Array, dropout_key: jax.Array | None) -> LossSums:
+        params = gather_tables(params, model.compute.dtype)
         inputs_BT, targets_BT = jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:]
         starts_BT = None
         if config.data.document_mask:
