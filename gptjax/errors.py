@@ -2,6 +2,7 @@
 
 OK = 0
 BAD_CONFIG = 2  # bad config or flag, existing output; nothing was written
+DOES_NOT_FIT = 3  # what was planned is larger than the chips' memory
 BAD_DATA = 65  # bad data, no usable checkpoint, bad conversion input
 UNAVAILABLE = 69  # a device, a peer, an agreement between hosts, or an extra is missing
 DIVERGED = 70  # loss or gradients beyond the policy
@@ -18,6 +19,10 @@ class UserError(ValueError):
 
 class ConfigError(UserError):
     exit_code = BAD_CONFIG
+
+
+class PlanError(UserError):
+    exit_code = DOES_NOT_FIT
 
 
 class DataError(UserError):

@@ -10,28 +10,16 @@ import sys
 import time
 from typing import Any
 
+from gptjax.chips import find_chip
 from gptjax.config import Config
 
 log = logging.getLogger("gptjax")
 
-# Dense bfloat16 peak of one device in FLOP/s, by the start of JAX's device_kind. Sources: the makers' data sheets
-# (NVIDIA A100, H100 SXM, H200, B200: without sparsity; Google Cloud TPU v4, v5e, v5p, v6e documentation).
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
-
 
 def peak_flops(device: Any) -> float:
     """Returns the peak FLOP/s of a device, or nan where it is not known."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), math.nan)
+    chip = find_chip(device.device_kind)
+    return chip.peak_flops if chip else math.nan
 
 
 class RunLog:

@@ -1,6 +1,7 @@
 """Everything that a config stands for, built once: mesh, model, data, and the jitted steps ("pjit")."""
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.checkpoint import versions
+from gptjax.chips import find_chip
 from gptjax.config import Config, nearest_divisors
 from gptjax.data.dataset import Dataset
 from gptjax.data.prepare import ensure_prepared
@@ -96,7 +98,8 @@ def make_run(config: Config, *, tokenizer: Tokenizer | None = None) -> Run:
     size = config.data.global_batch_size
     num_micro_steps = choose_micro_steps(config, compute, mesh, state_bytes=bytes_per_device(abstract))
     datasets = [Dataset(split, config.model.block_size, size, config.data.seed) for split in splits]
-    train_step, eval_step = jit_steps(model, optimizer, config, abstract, tokenizer, splits[0].eot_position)
+    jit = functools.partial(jit_steps, model, optimizer, config, abstract)
+    train_step, eval_step = jit(eot_id=tokenizer.eot_id, eot_position=splits[0].eot_position)
     return Run(
         config=config,
         mesh=mesh,
@@ -126,11 +129,12 @@ def jit_steps(
     optimizer: optax.GradientTransformation,
     config: Config,
     abstract: TrainState,
-    tokenizer: Tokenizer,
+    *,
+    eot_id: int,
     eot_position: str,
 ) -> tuple[StepFn, Callable[..., Any]]:
     """Returns (train_step, eval_step), jitted; the train step gives its state back where it found it."""
-    loss_fn = make_loss_fn(model, config, eot_id=tokenizer.eot_id, eot_position=eot_position)
+    loss_fn = make_loss_fn(model, config, eot_id=eot_id, eot_position=eot_position)
     step = make_train_step(loss_fn, optimizer, make_schedule(config.optim, config.train.num_steps), config=config)
     if config.train.steps_per_dispatch > 1:
         step = make_multi_step(step)
@@ -177,12 +181,19 @@ def choose_micro_steps(config: Config, compute: Compute, mesh: Mesh, *, state_by
 
 def memory_budget(device: Any) -> float:
     """Returns how many bytes of one device a run may use."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return MEMORY_SHARE * stats["bytes_limit"]
     if device.platform != "cpu":
-        return math.inf
+        return MEMORY_SHARE * device_memory(device)
     return CPU_MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+
+
+def device_memory(device: Any) -> float:
+    """Returns the bytes of an accelerator's memory: what it says itself, or the table for one that is not there."""
+    try:
+        stats = device.memory_stats() or {}
+    except jax.errors.JaxRuntimeError:  # of a topology: gptjax.plan compiles for chips that are elsewhere
+        stats = {}
+    chip = find_chip(getattr(device, "device_kind", ""))
+    return stats.get("bytes_limit", chip.memory_bytes if chip else math.inf)
 
 
 def describe_run(run: Run) -> list[str]:

@@ -17,24 +17,24 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = """
     main
     train
-    sample  evaluate  convert.__main__
-    run  convert.formats
+    sample  evaluate  convert.__main__  plan
+    run  convert.formats  report
     convert.msgpack
     convert.huggingface  convert.nanogpt  convert.llmc  convert.native
     convert.card  convert.torch_file
     convert.weights
     convert.names  convert.tokenizer_files
     checkpoint  metrics  step  data.prepare
-    state  optim  data.dataset  data.sources
+    state  optim  data.dataset  data.sources  estimate
     model  data.tokens
     attention  loss  data.tokenizer
     sharding
-    config  runtime  workdir  convert.hub
-    convert.files
+    config  runtime  workdir  convert.hub  chips
+    convert.files  hlo
     errors
 """
 # Where a process starts, and its loop: only these use the runtime.
-ENTRIES = {"main", "train", "sample", "evaluate", "convert.__main__", "data.prepare"}
+ENTRIES = {"main", "train", "sample", "evaluate", "convert.__main__", "data.prepare", "plan"}
 # Whatever computes, so that it runs anywhere those libraries do.
 COMPUTING = {"model", "attention", "loss", "sharding", "optim", "state", "step"}
 NUMERICAL = {"jax", "flax", "optax", "numpy"}

@@ -1,0 +1,301 @@
+"""Reads what a compiled program moves between devices: every collective, how often it runs, along which mesh axes."""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+
+DTYPE_BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "f16": 2,
+    "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16,
+}  # fmt: skip
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+WINDOWED = re.compile(r"windowed_dot_general_body_(ag|rs)")  # XLA's loop of a product that hides a gather or a scatter
+WINDOWED_KIND = {"ag": "all-gather (windowed)", "rs": "reduce-scatter (windowed)"}
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+)\s.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+)$")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|condition|true_computation|false_computation|called_computations)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a program, with all its runs in one step."""
+
+    kind: str  # of KINDS, or of WINDOWED_KIND
+    axes: tuple[str, ...]  # of the mesh, along which devices take part; () if they are no whole axes
+    count: int  # runs a step
+    bytes: float  # sent by one device in one run, by a ring
+    dtype: str
+    where: str  # the name scope in the model
+
+    @property
+    def total_bytes(self) -> float:
+        """What one device sends in a step."""
+        return self.count * self.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    shape: str
+    opcode: str
+    text: str
+
+
+def read_collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
+    """Returns the collectives of a compiled module's text, in its order, each with how often it runs.
+
+    mesh_shape: sizes by axis; the program's devices are numbered in the order of the mesh.
+
+    Raises:
+        ValueError: the text has a loop or a group of devices of a form that is not known.
+    """
+    computations = parse(text)
+    counts = count_runs(computations)
+    found, seen = [], set()
+    for name, instructions in computations.items():
+        for instruction in instructions:
+            kind = instruction.opcode.removesuffix("-start")
+            if kind not in KINDS or not counts.get(name):
+                continue
+            channel = re.search(r"channel_id=(\d+)", instruction.text)
+            if channel and (channel[1], kind) in seen:
+                continue  # one collective that is carried out in several pieces has copies with one channel
+            if channel:
+                seen.add((channel[1], kind))
+            found.append(_read_collective(instruction, kind, name, counts[name], mesh_shape))
+    return found
+
+
+def sum_traffic(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Returns the bytes that one device sends in a step, by kind and axes."""
+    traffic: dict[tuple[str, tuple[str, ...]], float] = {}
+    for c in collectives:
+        traffic[c.kind, c.axes] = traffic.get((c.kind, c.axes), 0.0) + c.total_bytes
+    return traffic
+
+
+def parse(text: str) -> dict[str, list[Instruction]]:
+    """Returns the instructions by computation; the last one is the entry."""
+    computations: dict[str, list[Instruction]] = {}
+    current: list[Instruction] | None = None
+    entry = ""
+    for line in text.splitlines():
+        if current is None:
+            match = _COMPUTATION.match(line)
+            if match and "->" in line:
+                current = computations.setdefault(match[1], [])
+                entry = match[1] if line.startswith("ENTRY") else entry
+        elif line == "}":
+            current = None
+        elif match := _INSTRUCTION.match(line):
+            shape, opcode = _split_shape(match[2])
+            if opcode:
+                current.append(Instruction(match[1], shape, opcode, match[2]))
+    if entry:
+        computations[entry] = computations.pop(entry)
+    return computations
+
+
+def _split_shape(text: str) -> tuple[str, str]:
+    """Returns (shape, opcode) of 'f32[2]{0} add(%a, %b)' or '(f32[2], u32[]) all-gather-start(%a)'."""
+    depth = 0
+    for at, letter in enumerate(text):
+        depth += (letter in "({[") - (letter in ")}]")
+        if letter == " " and depth == 0:
+            return text[:at], re.split(r"[^\w\-]", text[at + 1 :], maxsplit=1)[0]
+    return text, ""
+
+
+def count_runs(computations: Mapping[str, list[Instruction]]) -> dict[str, int]:
+    """Returns how often each computation runs in one run of the entry; of branches each is counted."""
+    order, calls = list(computations), {name: list(_calls(name, computations)) for name in computations}
+    counts = dict.fromkeys(order, 0)
+    pending = [(order[-1], 1)]
+    while pending:
+        name, times = pending.pop()
+        counts[name] += times
+        pending += [(called, times * repeated) for called, repeated in calls[name]]
+    return counts
+
+
+def _calls(name: str, computations: Mapping[str, list[Instruction]]) -> Iterator[tuple[str, int]]:
+    """Yields (computation, runs) of whatever one run of `name` runs."""
+    for instruction in computations[name]:
+        called = _CALLED.findall(instruction.text)
+        for branches in _BRANCHES.findall(instruction.text):
+            called += [branch.strip().removeprefix("%") for branch in branches.split(",")]
+        repeated = 1
+        if instruction.opcode == "while":
+            repeated = trip_count(instruction, computations)
+        yield from ((other, repeated) for other in called if other in computations)
+
+
+def trip_count(loop: Instruction, computations: Mapping[str, list[Instruction]]) -> int:
+    """Returns how often the body of a while loop runs: a counter goes from 0 to a limit, by a constant step.
+
+    Raises:
+        ValueError: it is no such loop.
+    """
+    known = re.search(r'known_trip_count"?[:=]\{"?n"?:"?(\d+)', loop.text)
+    if known:
+        return int(known[1])
+    condition, body = (re.search(rf"\b{part}=%?([\w.\-]+)", loop.text) for part in ("condition", "body"))
+    assert condition is not None, loop.text[:200]
+    assert body is not None, loop.text[:200]
+    test = {i.name: i for i in computations[condition[1]]}
+    compare = next((i for i in test.values() if i.opcode == "compare" and "direction=LT" in i.text), None)
+    counter, limit = (test.get(name) for name in _operands(compare)) if compare else (None, None)
+    index = re.search(r"get-tuple-element\(.*\), index=(\d+)", counter.text) if counter else None
+    if index and limit and limit.opcode == "constant":
+        step = _step(int(index[1]), {i.name: i for i in computations[body[1]]})
+        if step:
+            return -(-_constant(limit) // step)
+    raise ValueError(f"the loop {loop.name}: cannot tell how often it runs")
+
+
+def _step(index: int, body: Mapping[str, Instruction]) -> int:
+    """Returns the constant that is added to entry `index` of the loop's tuple, 0 if there is no such thing."""
+    root = list(body.values())[-1]
+    value = body.get(_operands(root)[index]) if root.opcode == "tuple" else None
+    while value is not None and value.opcode in ("copy", "bitcast"):
+        value = body.get(_operands(value)[0])
+    if value is None or value.opcode != "add":
+        return 0
+    added = [body.get(name) for name in _operands(value)]
+    return next((_constant(i) for i in added if i is not None and i.opcode == "constant"), 0)
+
+
+def _operands(instruction: Instruction) -> list[str]:
+    """Returns the names of an instruction's operands."""
+    rest = instruction.text[len(instruction.shape) + 1 + len(instruction.opcode) :]
+    depth = 0
+    for at, letter in enumerate(rest):
+        depth += (letter in "({[") - (letter in ")}]")
+        if depth == 0:
+            return re.findall(r"%([\w.\-]+)", rest[: at + 1])
+    return []
+
+
+def _constant(instruction: Instruction) -> int:
+    match = re.search(r"constant\((-?\d+)\)", instruction.text)
+    return int(match[1]) if match else 0
+
+
+def _read_collective(
+    instruction: Instruction, kind: str, computation: str, count: int, mesh_shape: Mapping[str, int]
+) -> Collective:
+    groups = read_groups(instruction.text, math.prod(mesh_shape.values()), kind)
+    size = max(map(len, groups))
+    arrays = array_bytes(instruction.shape)
+    moved = {
+        "all-gather": lambda: _result(instruction, arrays) * (size - 1) / size,
+        "all-reduce": lambda: 2 * sum(arrays) * (size - 1) / size,
+        "reduce-scatter": lambda: _result(instruction, arrays) * (size - 1),
+        "collective-permute": lambda: arrays[0],
+    }.get(kind, lambda: sum(arrays) * (size - 1) / size)()
+    window = WINDOWED.search(computation)
+    scope = re.search(r'op_name="([^"]*)"', instruction.text)
+    axes = permuted_axes(groups, mesh_shape) if kind == "collective-permute" else group_axes(groups, mesh_shape)
+    return Collective(
+        kind=WINDOWED_KIND[window[1]] if window and kind == "collective-permute" else kind,
+        axes=axes,
+        count=count,
+        bytes=moved,
+        dtype="+".join(
+            sorted({dtype for dtype, _ in _ARRAY.findall(instruction.shape) if dtype in DTYPE_BYTES} - {"u32"})
+        ),
+        where=scope[1] if scope else "",
+    )
+
+
+def _result(instruction: Instruction, arrays: list[float]) -> float:
+    """Returns the bytes of the result: of an asynchronous start, whose shape has operands too, the larger half."""
+    if not instruction.opcode.endswith("-start"):
+        return sum(arrays)
+    half = sum(arrays) / 2 if len(arrays) % 2 == 0 else 0.0
+    return (
+        max(half, max(arrays))
+        if len(arrays) > 2
+        else max(arrays)
+        if instruction.opcode.startswith("all")
+        else min(arrays)
+    )
+
+
+def array_bytes(shape: str) -> list[float]:
+    """Returns the bytes of each array in a shape such as '(f32[2,3]{1,0}, bf16[4])'."""
+    found = [(dtype, dims) for dtype, dims in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shape)) if dtype in DTYPE_BYTES]
+    return [DTYPE_BYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d) for dtype, dims in found]
+
+
+def read_groups(text: str, devices: int, kind: str) -> list[tuple[int, ...]]:
+    """Returns the groups of devices that a collective works in; of a permute, the (source, target) pairs.
+
+    Raises:
+        ValueError: they are of a form that is not known.
+    """
+    if kind == "collective-permute":
+        pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", text)
+        if pairs:
+            return [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1])]
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{}]*)\))? \{([^}]*)\}", text)
+    if named:
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        order = _iota(named[2]) if named[2] else np.arange(math.prod(axes.values()))
+        return _along(
+            order.reshape(tuple(axes.values())), [list(axes).index(n) for n in re.findall(r"'(\w+)'", named[3])]
+        )
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text)
+    if iota:
+        return [tuple(map(int, row)) for row in _iota(iota[2]).reshape([int(n) for n in iota[1].split(",")])]
+    listed = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", text)
+    if listed is not None:
+        groups = [tuple(int(n) for n in group.split(",")) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+        return groups or [tuple(range(devices))]
+    raise ValueError(f"groups of devices of a form that is not known: {text[:200]}")
+
+
+def _iota(text: str) -> np.ndarray:
+    """Returns the numbers that '[2,4]T(1,0)' stands for, counted up in the first shape and then transposed."""
+    match = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if match is None:
+        raise ValueError(f"order of devices of a form that is not known: {text[:200]}")
+    shape = [int(n) for n in match[1].split(",")]
+    grid = np.arange(math.prod(shape)).reshape(shape)
+    return grid.transpose([int(n) for n in match[2].split(",")]) if match[2] else grid
+
+
+def _along(grid: np.ndarray, dims: Iterable[int]) -> list[tuple[int, ...]]:
+    """Returns the groups of numbers in `grid` that differ in the given dims only."""
+    dims = list(dims)
+    rest = [d for d in range(grid.ndim) if d not in dims]
+    size = math.prod(grid.shape[d] for d in dims)
+    return [tuple(map(int, row)) for row in grid.transpose([*rest, *dims]).reshape(-1, size)]
+
+
+def group_axes(groups: list[tuple[int, ...]], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+    """Returns the mesh axes along which the groups lie, or () if that is not along whole axes."""
+    axes = [axis for axis, size in mesh_shape.items() if size > 1]
+    grid = np.arange(math.prod(mesh_shape.values())).reshape([mesh_shape[axis] for axis in axes])
+    wanted = {frozenset(group) for group in groups}
+    for count in range(len(axes) + 1):
+        for dims in itertools.combinations(range(len(axes)), count):
+            if {frozenset(group) for group in _along(grid, dims)} == wanted:
+                return tuple(axes[d] for d in dims)
+    return ()
+
+
+def permuted_axes(pairs: list[tuple[int, ...]], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+    """Returns the mesh axes in which source and target of any pair differ."""
+    axes, shape = list(mesh_shape), tuple(mesh_shape.values())
+    places = [(np.unravel_index(source, shape), np.unravel_index(target, shape)) for source, target in pairs]
+    return tuple(axis for d, axis in enumerate(axes) if any(a[d] != b[d] for a, b in places))

@@ -1,0 +1,92 @@
+"""What the formulas say of a small model, counted here once more by hand."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+
+from gptjax.chips import parse_topology
+from gptjax.config import from_dict
+from gptjax.estimate import Setting, Shape, estimate_memory, minimum_traffic, roofline, step_flops
+from gptjax.model import Compute, train_flops_per_token
+from gptjax.plan import param_tree, shapes_by_path
+
+L, D, T, V = 2, 64, 128, 256
+MATRICES = 12 * L * D * D  # the layers' weights
+VECTORS = L * (9 * D + 4 * D) + 2 * D  # biases and LayerNorms, which lie whole on every device
+TABLES = (V + T) * D
+
+
+def setting_of(data=1, fsdp=1, tensor=1, *, micro_steps=1, micro_batch=2, slices=1, remat="none", dtype=jnp.bfloat16):
+    model = {"n_layer": L, "n_head": 4, "n_embd": D, "block_size": T, "vocab_size": V}
+    batch = micro_steps * micro_batch * data * fsdp
+    config = from_dict({"model": model, "data": {"global_batch_size": batch}, "compute": {"remat": remat}})
+    compute = Compute(remat=remat, dtype=dtype)
+    shape = Shape({"data": data, "fsdp": fsdp, "tensor": tensor}, micro_steps, micro_batch, slices)
+    return Setting(config, compute, shape, shapes_by_path(param_tree(config)))
+
+
+def test_one_device_sends_nothing():
+    assert minimum_traffic(setting_of()) == {}
+
+
+def test_data_parallelism_sums_every_gradient_once():
+    traffic = minimum_traffic(setting_of(data=4, micro_steps=3))
+    ring = 2 * 3 / 4
+    assert traffic == {("all-reduce", ("data",)): pytest.approx(ring * (2 * (MATRICES + VECTORS) + 4 * TABLES))}
+
+
+def test_fsdp_gathers_twice_and_scatters_once_a_micro_step():
+    traffic = minimum_traffic(setting_of(fsdp=4, micro_steps=3))
+    part = 3 / 4
+    assert traffic["all-gather", ("fsdp",)] == pytest.approx(3 * part * (2 * 2 * MATRICES + 2 * TABLES))
+    assert traffic["reduce-scatter", ("fsdp",)] == pytest.approx(3 * part * (2 * MATRICES + 4 * TABLES))
+    assert traffic["all-reduce", ("fsdp",)] == pytest.approx(2 * part * 2 * VECTORS)
+    assert len(traffic) == 3
+
+
+def test_fsdp_with_data_sums_what_is_scattered():
+    traffic = minimum_traffic(setting_of(data=2, fsdp=4))
+    assert traffic["all-reduce", ("data",)] == pytest.approx(2 * (2 * MATRICES + 4 * TABLES) / 4 / 2)
+    assert traffic["all-reduce", ("data", "fsdp")] == pytest.approx(2 * 2 * VECTORS * 7 / 8)
+
+
+def test_tensor_parallelism_sums_activations():
+    alone = minimum_traffic(setting_of(tensor=4))
+    activations = 2 * T * D * 2
+    assert alone["all-reduce", ("tensor",)] == (4 * L + 2) * 2 * activations * 3 / 4
+    again = minimum_traffic(setting_of(tensor=4, remat="full"))
+    assert again["all-reduce", ("tensor",)] == (6 * L + 2) * 2 * activations * 3 / 4
+
+
+def test_memory_is_cut_by_the_mesh():
+    whole, cut = estimate_memory(setting_of()), estimate_memory(setting_of(fsdp=4))
+    assert whole["parameters"] == 4 * (MATRICES + VECTORS + TABLES)
+    assert whole["optimizer"] == 2 * whole["parameters"]
+    assert cut["parameters"] == MATRICES + TABLES + 4 * VECTORS
+    assert cut["activations"] == whole["activations"]
+    assert estimate_memory(setting_of(micro_batch=8))["activations"] == 4 * whole["activations"]
+    assert estimate_memory(setting_of(remat="full"))["activations"] < whole["activations"]
+
+
+def test_roofline_names_what_bounds():
+    chip = parse_topology("v5e:2x2", 1).chip
+    setting = setting_of(data=2, micro_batch=64)
+    seconds = step_flops(setting.config) / 2 / chip.peak_flops
+    assert step_flops(setting.config) == 128 * T * train_flops_per_token(setting.config.model)
+    assert roofline(setting, chip, {}).matrix_units == pytest.approx(seconds)
+    assert roofline(setting_of(data=2, micro_batch=64, remat="full"), chip, {}).matrix_units == pytest.approx(
+        seconds * 4 / 3
+    )
+    slow = roofline(setting, chip, {("all-reduce", ("data",)): 1e12})
+    assert (slow.bound, slow.network) == ("links", 0)
+    assert slow.seconds == pytest.approx(1e12 / (2 * chip.link_bandwidth))
+
+
+def test_only_data_goes_over_the_network():
+    chip = parse_topology("v5e:2x2", 2).chip
+    traffic = {("all-reduce", ("data",)): 1e9, ("all-gather", ("fsdp",)): 2e9}
+    roof = roofline(setting_of(data=2, fsdp=2, slices=2), chip, traffic)
+    assert roof.network == pytest.approx(1e9 / chip.network_bandwidth)
+    assert roof.links == pytest.approx(2e9 / (2 * chip.link_bandwidth))
+    assert dataclasses.asdict(roof)[roof.bound] == roof.seconds

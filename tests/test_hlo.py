@@ -1,0 +1,199 @@
+"""Collectives are read from compiled programs: how often, along which axes, how many bytes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax.hlo import (
+    array_bytes,
+    count_runs,
+    group_axes,
+    parse,
+    permuted_axes,
+    read_collectives,
+    read_groups,
+    sum_traffic,
+)
+
+MESH = {"data": 2, "fsdp": 4, "tensor": 1}
+# A loop of six steps of two that gathers asynchronously and permutes in a windowed product, and an all-reduce after it.
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%windowed_dot_general_body_ag.1 (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %p = (s32[], bf16[8,16]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = bf16[8,16]{1,0} get-tuple-element(%p), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %moved = bf16[8,16]{1,0} collective-permute(%x), channel_id=3, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  ROOT %t = (s32[], bf16[8,16]{1,0}) tuple(%next, %moved)
+}
+
+%windowed_cond (p: (s32[], bf16[8,16])) -> pred[] {
+  %p = (s32[], bf16[8,16]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %limit = s32[] constant(3)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %p = (s32[], bf16[8,16]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %two = s32[] constant(2)
+  %next.1 = s32[] add(%i, %two)
+  %x = bf16[8,16]{1,0} get-tuple-element(%p), index=1
+  %s = (bf16[8,16], bf16[32,16]) all-gather-start(%x), channel_id=1, replica_groups=[2,4]<=[8], metadata={op_name="g"}
+  %done = bf16[32,16]{1,0} all-gather-done(%s)
+  %inner = (s32[], bf16[8,16]{1,0}) while(%p), condition=%windowed_cond, body=%windowed_dot_general_body_ag.1
+  %y = bf16[8,16]{1,0} get-tuple-element(%inner), index=1
+  ROOT %t = (s32[], bf16[8,16]{1,0}) tuple(%next.1, %y)
+}
+
+%cond (p: (s32[], bf16[8,16])) -> pred[] {
+  %p = (s32[], bf16[8,16]{1,0}) parameter(0)
+  %limit = s32[] constant(11)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+ENTRY %main (arg: (s32[], bf16[8,16]), loss: f32[4]) -> f32[4] {
+  %arg = (s32[], bf16[8,16]{1,0}) parameter(0)
+  %loss = f32[4]{0} parameter(1)
+  %loop = (s32[], bf16[8,16]{1,0}) while(%arg), condition=%cond, body=%body
+  ROOT %total = f32[4]{0} all-reduce(%loss), channel_id=2, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%sum
+}
+"""
+
+
+def test_loops_and_windowed_products_are_counted():
+    gather, permute, reduce = sorted(read_collectives(PROGRAM, MESH), key=lambda c: c.kind)
+    assert (gather.kind, gather.axes, gather.count, gather.bytes) == ("all-gather", ("fsdp",), 6, 32 * 16 * 2 * 3 / 4)
+    assert gather.where == "g"
+    assert (permute.kind, permute.axes, permute.count) == ("all-gather (windowed)", ("fsdp",), 18)
+    assert permute.bytes == 8 * 16 * 2
+    assert (reduce.kind, reduce.axes, reduce.count, reduce.bytes) == ("all-reduce", ("data",), 1, 2 * 16 / 2)
+
+
+def test_a_collective_in_several_pieces_counts_once():
+    line = next(line for line in PROGRAM.splitlines() if "all-reduce(" in line)
+    twice = PROGRAM.replace(line, line.replace("ROOT %total", "%piece") + "\n" + line)
+    assert len(read_collectives(twice, MESH)) == 3
+    other = PROGRAM.replace(line, line.replace("ROOT %total", "%piece").replace("_id=2", "_id=9") + "\n" + line)
+    assert len(read_collectives(other, MESH)) == 4
+
+
+def test_the_compilers_own_count_of_a_loop_comes_first():
+    known = PROGRAM.replace(
+        "body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"},"known_init_step":{"init":"0"}}'
+    )
+    assert count_runs(parse(known))["body"] == 5
+
+
+def test_a_loop_without_a_known_count_is_an_error():
+    with pytest.raises(ValueError, match=r"the loop loop: cannot tell how often it runs"):
+        read_collectives(PROGRAM.replace("s32[] constant(11)", "s32[] parameter(1)"), MESH)
+
+
+def test_what_is_called_twice_runs_twice():
+    text = """
+%leaf (a: f32[]) -> f32[] {
+  ROOT %a = f32[] parameter(0)
+}
+
+ENTRY %main (x: f32[]) -> f32[] {
+  %x = f32[] parameter(0)
+  %once = f32[] call(%x), to_apply=%leaf
+  ROOT %again = f32[] conditional(%x, %x), branch_computations={%leaf, %leaf}
+}
+"""
+    assert count_runs(parse(text)) == {"leaf": 3, "main": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups=[4,2]<=[8]", [(0, 1), (2, 3), (4, 5), (6, 7)]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [(0, 4), (1, 5), (2, 6), (3, 7)]),
+        ("replica_groups={{0,2},{1,3}}, x={}", [(0, 2), (1, 3)]),
+        ("replica_groups={}", [tuple(range(8))]),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'data'}", [(0, 4), (1, 5), (2, 6), (3, 7)]),
+        ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'c'}", [(0, 4), (1, 5), (2, 6), (3, 7)]),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}", [(0, 1, 2, 3), (4, 5, 6, 7)]),
+    ],
+)
+def test_groups_of_devices(text, groups):
+    assert read_groups(text, 8, "all-reduce") == groups
+
+
+def test_groups_of_an_unknown_form_are_an_error():
+    with pytest.raises(ValueError, match="form that is not known"):
+        read_groups("replica_groups=whatever", 8, "all-reduce")
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ([(0, 4), (1, 5), (2, 6), (3, 7)], ("data",)),
+        ([(0, 1, 2, 3), (7, 6, 5, 4)], ("fsdp",)),
+        ([tuple(range(8))], ("data", "fsdp")),
+        ([(0, 1), (2, 3), (4, 5), (6, 7)], ()),
+    ],
+)
+def test_axes_of_groups(groups, axes):
+    assert group_axes(groups, MESH) == axes
+
+
+def test_axes_of_a_permutation():
+    assert permuted_axes([(0, 4), (4, 0)], MESH) == ("data",)
+    assert permuted_axes([(0, 1), (1, 2)], MESH) == ("fsdp",)
+    assert permuted_axes([(0, 5)], MESH) == ("data", "fsdp")
+
+
+def test_bytes_of_shapes():
+    assert array_bytes("(f32[2,3]{1,0:T(8,128)}, bf16[4]{0}, pred[])") == [24, 8, 1]
+
+
+# Programs that a compiler wrote
+
+
+@functools.cache
+def compiled(scatter):
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    place = lambda *spec: NamedSharding(mesh, P(*spec))  # noqa: E731
+    w = jax.ShapeDtypeStruct((3, 64, 32), jnp.float32, sharding=place(None, "fsdp", None))
+    x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=place(("data", "fsdp"), None))
+
+    def loss(w, x):
+        def layer(x, w):
+            w = jax.lax.with_sharding_constraint(w, place(None, None))
+            return jax.lax.with_sharding_constraint(jnp.tanh(x @ w) @ w.T, place(("data", "fsdp"), None)), None
+
+        return jnp.sum(jax.lax.scan(layer, x, w)[0])
+
+    function = jax.grad(loss) if scatter else loss
+    return jax.jit(function, out_shardings=w.sharding if scatter else None).lower(w, x).compile().as_text()
+
+
+def test_a_real_loop_over_layers():
+    gather, reduce = read_collectives(compiled(False), {"data": 2, "fsdp": 4})
+    assert (gather.kind, gather.axes, gather.count, gather.bytes) == ("all-gather", ("fsdp",), 3, 64 * 32 * 4 * 3 / 4)
+    assert (reduce.kind, reduce.axes, reduce.count, reduce.bytes) == ("all-reduce", ("data", "fsdp"), 1, 2 * 4 * 7 / 8)
+
+
+def test_a_real_gradient_sums_over_the_batch():
+    traffic = sum_traffic(read_collectives(compiled(True), {"data": 2, "fsdp": 4}))
+    sums = {axes for kind, axes in traffic if kind in ("all-reduce", "reduce-scatter")}
+    assert set().union(*sums) == {"data", "fsdp"}
+    assert traffic["all-gather", ("fsdp",)] == 3 * 64 * 32 * 4 * 3 / 4, (
+        "what was gathered is kept for the backward pass"
+    )

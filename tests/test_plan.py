@@ -1,0 +1,182 @@
+"""The plan of a run on chips that are not here, as a command: by formulas for GPUs, by the real compiler for TPUs."""
+
+import functools
+import importlib.util
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from gptjax.chips import parse_topology
+from gptjax.config import load
+from gptjax.plan import candidates, param_tree, read_overflow, shapes_by_path
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = "--config=configs/gpt2_small.py"
+
+
+@functools.cache
+def plan(*flags):
+    """Returns (exit code, stdout, stderr) of one plan."""
+    command = [sys.executable, "-m", "gptjax.plan", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def refused(*flags):
+    """Returns (exit code, the one line on stderr)."""
+    code, out, err = plan(*flags)
+    assert "tokens/s" not in out, "a report in spite of the error"
+    assert err.count("\n") == 1, err
+    return code, err
+
+
+# GPUs: formulas
+
+
+def test_gpu_report_is_labelled_analytic_and_adds_up(tmp_path):
+    file = tmp_path / "plan.json"
+    code, out, err = plan(SMALL, "--topology=h100:8", "--slices=4", "--price_per_chip_hour=2", "--target_tokens=300e9",
+                          f"--json={file}")  # fmt: skip
+    assert (code, err) == (0, "")
+    report = json.loads(file.read_text())
+    assert report["source"].startswith("analytic")
+    assert report["source"] in out
+    assert (report["chips"], report["mesh"]) == (32, {"data": 32, "fsdp": 1, "tensor": 1})
+    assert report["tokens_per_step"] == 512 * 1024
+    assert report["target_tokens"] == 300e9
+    assert report["attention"] == "cudnn"
+    seconds = 300e9 / report["best_case_tokens_per_second"]
+    assert report["chip_hours"] == pytest.approx(32 * seconds / 3600)
+    assert report["cost"] == pytest.approx(2 * report["chip_hours"])
+    assert 0 < report["best_case_mfu"] <= 1
+    assert report["seconds"]["step"] == max(s for name, s in report["seconds"].items() if name != "step")
+    assert f"bound by {report['bound'].replace('_', ' ')}" in out
+    assert "(estimate)" in out
+
+
+def test_search_ranks_what_fits_and_ends_with_the_command():
+    code, out, err = plan("--config=configs/gpt2_xl.py", "--topology=h100:8", "--search")
+    assert (code, err) == (0, "")
+    times = [float(line.split()[5]) for line in out.splitlines() if re.match(r"\s+\d+\s+\d+\s+\d+\s+\d+ ", line)]
+    assert len(times) > 5
+    assert times == sorted(times)
+    last = out.splitlines()[-1]
+    assert last.startswith("start it with: python -m gptjax.main --config=configs/gpt2_xl.py --config.mesh.data=")
+    flags = last.split("gptjax.main ")[1].split()
+    found = plan(*flags, "--topology=h100:8")
+    assert found[0] == 0, "the command that a search ends with is one that a plan accepts"
+
+
+def test_what_does_not_fit_tells_by_how_much_and_what_does():
+    large = ("--config=configs/gpt2_xl.py", "--topology=h100:8", "--config.mesh.data=8",
+             "--config.train.micro_batch_size=64", "--config.compute.remat=none")  # fmt: skip
+    code, line = refused(*large)
+    assert code == 3
+    match = re.search(r"needs ([\d.]+) GiB a device, ([\d.]+) are there, ([\d.]+) too few", line)
+    need, have, short = map(float, match.groups())
+    assert need - have == pytest.approx(short, abs=0.02)
+    assert have == pytest.approx(80e9 / 2**30, abs=0.01)
+    near = re.search(r"by the formulas this fits: (.*)", line)[1].split()
+    assert "--config.mesh.data=8" in near, "the nearest keeps the mesh"
+    assert plan("--config=configs/gpt2_xl.py", "--topology=h100:8", *near)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology=v5x:4x4"], "--topology=v5x:4x4: no such chip; known: v4, v5e"),
+        (["--topology=v5e:4x5"], "no such slice; nearest: v5e:4x4"),
+        (["--topology=h100:8", "--config.mesh.fsdp=3"], "8 devices cannot form it; nearest valid: 2x4x1"),
+        (["--topology=h100:8", "--config.data.global_batch_size=100"], "data.global_batch_size=100"),
+        (["--topology=h100:8", "--config.mesh.tensor=8"], "mesh.tensor=8: must divide model.n_head=12; nearest: "),
+        (["--topology=h100:8", "--config.model.n_embd=780"], "mesh.fsdp=8"),
+        (["--topology=h100:8", "--slices=2", "--config.mesh.fsdp=16"], "must be a multiple of the 2 slices"),
+        (["--topology=h100:8", "--slices=0"], "--slices=0: must be a positive number"),
+        (["--topology=h100:8", "--target_tokens=nan"], "--target_tokens=nan"),
+        (["--topology=h100:8", "--serach"], "--serach: no such flag; nearest: --search"),
+        ([], "--topology"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_nearest_valid_setting(flags, message):
+    extra = ["--config.mesh.data=1", "--config.mesh.fsdp=8"] if "--config.model.n_embd=780" in flags else []
+    code, line = refused(SMALL, *flags, *extra)
+    assert code == 2
+    assert message in line
+
+
+def test_a_mistake_is_found_before_anything_large_loads():
+    code = "import sys, gptjax.plan as p\ntry: p.parse_flags(['--config=configs/gpt2_small.py'])\n"
+    code += "except Exception: print('jax' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "False\n"
+
+
+def test_candidates_divide_whatever_they_cut():
+    config = load(str(ROOT / "configs" / "gpt2_xl.py"), {})
+    topology = parse_topology("h100:8", 2)
+    found = list(candidates(config, topology, shapes_by_path(param_tree(config))))
+    assert len({tuple(s.shape.mesh.values()) for s in found}) > 2
+    for s in found:
+        mesh = s.shape.mesh
+        assert mesh["data"] * mesh["fsdp"] * mesh["tensor"] == 16
+        assert mesh["tensor"] == 1, "25 heads"
+        assert mesh["data"] % 2 == 0, "only data goes across nodes"
+        assert s.shape.micro_batch * s.shape.micro_steps * mesh["data"] * mesh["fsdp"] == 512
+
+
+# What the TPU compiler says
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory. Used 21.4G of 15.75G hbm. Exceeded", (21.4 * 2**30, 15.75 * 2**30)),
+        ("RESOURCE_EXHAUSTED: HLO temporaries (41.71G) exceeds available HBM (15.75G)", (41.71 * 2**30, 15.75 * 2**30)),
+        ("RESOURCE_EXHAUSTED: Used 900.5M of 512.0M hbm", (900.5 * 2**20, 512 * 2**20)),
+        ("RESOURCE_EXHAUSTED: something else", None),
+        ("INTERNAL: Used 21.4G of 15.75G hbm", None),
+    ],
+)  # fmt: skip
+def test_overflow_is_read_from_the_compilers_message(message, expected):
+    assert read_overflow(message) == expected
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the extra 'plan' is here")
+def test_without_the_compiler_it_says_what_to_install():
+    code, line = refused(SMALL, "--topology=v5e:4x4")
+    assert code == 69
+    assert "pip install 'gptjax[plan]'" in line
+
+
+@pytest.mark.plan
+class TestCompiled:
+    """With the TPU compiler (libtpu), and no TPU."""
+
+    @pytest.fixture(autouse=True)
+    def _compiler(self):
+        pytest.importorskip("libtpu", reason="needs the extra 'plan'")
+
+    def test_report(self, tmp_path):
+        file = tmp_path / "plan.json"
+        code, out, err = plan(SMALL, "--topology=v5e:4x4", "--config.mesh.data=1", "--config.mesh.fsdp=16",
+                              "--config.data.global_batch_size=128", f"--json={file}")  # fmt: skip
+        assert (code, err) == (0, "")
+        report = json.loads(file.read_text())
+        assert report["source"].startswith("compiled with libtpu")
+        memory = report["memory_bytes"]
+        assert 0.5 * 2**30 < memory["peak"] < report["memory_available_bytes"]
+        assert memory["peak"] == pytest.approx(sum(memory.values()) - memory["peak"])
+        assert ": fits" in out
+        kinds = {row["kind"] for row in report["collectives"] if "runs" in row}
+        assert any(kind.startswith("all-gather") for kind in kinds)
+        runs = max(row["runs"] for row in report["collectives"] if "runs" in row)
+        assert runs >= 12, "a layer's collectives run once a layer"
+
+    def test_what_does_not_fit(self):
+        code, line = refused("--config=configs/gpt2_xl.py", "--topology=v5e:2x2", "--config.mesh.data=4")
+        assert code == 3
+        assert re.search(r"needs [\d.]+ GiB a device, 1[56][\d.]* are there, [\d.]+ too few", line)
+        assert "nothing was found that fits: take more chips" in line
