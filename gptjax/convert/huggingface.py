@@ -45,6 +45,12 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
 }
 SIZES = {"n_positions": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}  # and their defaults
+COMMON_NAMES = {  # which transformers takes for the same fields: attribute_map of GPT2Config
+    "n_positions": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+}
 DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 
 
@@ -83,8 +89,7 @@ def parse_config(values: Any, path: str, *, dropout: float | None = None) -> GPT
         value = values.get(name, allowed[0])
         if not any(type(value) is type(a) and value == a for a in allowed):
             raise DataError(f"{path}: {name}={show(value)}: gptjax computes GPT-2 with {_one_of(allowed)} only")
-    sizes = {name: values.get(name, default) for name, default in SIZES.items()}
-    check_sizes(path, sizes)
+    sizes = _parse_sizes(values, path)
     inner = values.get("n_inner")
     if inner not in (None, width := 4 * sizes["n_embd"]):
         raise DataError(f"{path}: n_inner={show(inner)}: gptjax computes GPT-2 with 4 n_embd = {width} only")
@@ -94,6 +99,18 @@ def parse_config(values: Any, path: str, *, dropout: float | None = None) -> GPT
     block_size = sizes.pop("n_positions")
     rate = _common_dropout(values, path) if dropout is None else dropout
     return GPTConfig(block_size=block_size, dropout=rate, bias=True, tie_embeddings=tied, **sizes)
+
+
+def _parse_sizes(values: Mapping[str, Any], path: str) -> dict[str, int]:
+    """Returns the sizes by GPT-2's names, whichever of its two names config.json has for each."""
+    sizes = {}
+    for name, default in SIZES.items():
+        common = COMMON_NAMES.get(name, name)
+        sizes[name] = values.get(name, values.get(common, default))
+        check_sizes(path, {name: sizes[name]})
+        if (other := values.get(common, sizes[name])) != sizes[name]:
+            raise DataError(f"{path}: {name}={sizes[name]}, but {common}={show(other)}: both are names of one size")
+    return sizes
 
 
 def _one_of(allowed: tuple[Any, ...]) -> str:

@@ -62,6 +62,26 @@ def test_fields_that_are_absent_have_the_defaults_of_transformers():
     assert config == GPTConfig(dropout=0.1)
 
 
+@pytest.mark.parametrize(
+    ("common", "name"),
+    [
+        ("num_attention_heads", "n_head"),
+        ("num_hidden_layers", "n_layer"),
+        ("hidden_size", "n_embd"),
+        ("max_position_embeddings", "block_size"),
+    ],
+)
+def test_a_size_by_its_common_name_is_taken_as_transformers_does(common, name):
+    config = huggingface.parse_config({common: 24}, "config.json")
+    assert config == GPTConfig(dropout=0.1, **{name: 24})
+    field = "n_positions" if name == "block_size" else name
+    assert huggingface.parse_config({common: 24, field: 24}, "config.json") == config
+    with pytest.raises(DataError, match=f"config.json: {field}=12, but {common}=24: both are names of one size"):
+        huggingface.parse_config({common: 24, field: 12}, "config.json")
+    with pytest.raises(DataError, match=f"{field}='24': expected a positive whole number"):
+        huggingface.parse_config({common: "24"}, "config.json")
+
+
 @pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh", "gelu_fast"])
 def test_the_spellings_of_the_tanh_gelu_are_taken(name):
     assert huggingface.parse_config({"activation_function": name}, "config.json") == GPTConfig(dropout=0.1)
