@@ -22,6 +22,7 @@ from etils import epy
 
 from gptjax import runtime
 from gptjax.errors import ConfigError, DataError, WorkdirError
+from gptjax.workdir import is_bucket
 
 with epy.lazy_imports():  # so that a wrong flag exits before anything large loads
     import numpy as np
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> None:
     source = formats.parse_place("--from", args.source, formats.READABLE)
     target = formats.parse_place("--to", args.target, formats.WRITABLE) if args.target else None
     if target and not args.dry_run:
-        refuse_existing(target.path, force=args.force)
+        check_target(source, target, force=args.force)
     weights = formats.open_weights(source, tokenizer=args.tokenizer, dropout=args.dropout)
     if target:
         weights = formats.adapt(weights, target.format)
@@ -132,16 +133,49 @@ def with_progress(tensors: Iterator[tuple[str, Any]], total: int) -> Iterator[tu
             log.info("  %d%% of the parameters", 100 * done // total)
 
 
+def check_target(source: formats.Place, target: formats.Place, *, force: bool) -> None:
+    """Raises ConfigError if nothing can be written as `target`, or what would give way to it is not the user's to lose.
+
+    --force may replace the source itself, but not a directory that has more than the source in it.
+    """
+    path = target.path
+    if is_bucket(path):
+        raise ConfigError(f"--to={target}: results are written to this machine's disks; copy them from there")
+    if target.format in formats.FILES and os.path.isdir(path):
+        raise ConfigError(
+            f"--to={target}: is a directory; name a file, such as {os.path.join(path, formats.FILES[target.format])}"
+        )
+    refuse_existing(path, force=force)
+    if holds(path, os.getcwd()):
+        raise ConfigError(f"--to={target}: the command runs in that directory; name another")
+    if holds(path, source.path) and not holds(source.path, path):
+        raise ConfigError(f"--to={target}: has the source {source} in it, which would be lost; name another")
+
+
+def holds(directory: str, path: str) -> bool:
+    """Returns whether `path` is the existing `directory` or lies in it."""
+    place = os.path.realpath(directory)
+    return os.path.isdir(place) and os.path.commonpath([place, os.path.realpath(path)]) == place
+
+
 def refuse_existing(path: str, *, force: bool) -> None:
     """Raises ConfigError if something stands at `path` that must not be replaced."""
-    if os.path.lexists(path) and not force and not (os.path.isdir(path) and not os.listdir(path)):
+    if os.path.lexists(os.path.abspath(path)) and not force and not is_empty(path):
         raise ConfigError(f"{path}: exists; --force replaces it")
+
+
+def is_empty(path: str) -> bool:
+    return os.path.isdir(path) and not os.listdir(path)
 
 
 @contextlib.contextmanager
 def staged(path: str, *, force: bool) -> Iterator[str]:
-    """Yields a new name beside `path`; what was written there is moved to `path` at the end, or removed on failure."""
-    parent, name = os.path.split(os.path.abspath(path))
+    """Yields a new name beside `path`; what was written there is moved to `path` at the end, or removed on failure.
+
+    A link to an empty directory is followed; any other is replaced, and what it leads to stays.
+    """
+    final = os.path.realpath(path) if is_empty(path) else os.path.abspath(path)
+    parent, name = os.path.split(final)
     made = list(itertools.takewhile(lambda place: not os.path.lexists(place), parents(parent)))
     try:
         os.makedirs(parent, exist_ok=True)
@@ -152,14 +186,13 @@ def staged(path: str, *, force: bool) -> Iterator[str]:
         new = os.path.join(directory, "new")
         yield new
         refuse_existing(path, force=force)  # it may have come meanwhile
-        replace(new, path, aside=os.path.join(directory, "old"))
-        made = []
+        replace(new, final, aside=os.path.join(directory, "old"))
     except OSError as error:
         raise WorkdirError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(directory, ignore_errors=True)
         for place in made:
-            with contextlib.suppress(OSError):  # somebody else has come to use it
+            with contextlib.suppress(OSError):  # the result is in it, or somebody else has come to use it
                 os.rmdir(place)
 
 

@@ -22,7 +22,10 @@ log = logging.getLogger("gptjax")
 READABLE = ("gptjax", "hf", "nanogpt", "llmc", "msgpack")
 WRITABLE = ("gptjax", "hf", "nanogpt", "llmc")
 PADDED = ("gptjax", "llmc")  # formats with more rows than the vocabulary has
-FILES = ("nanogpt", "llmc")  # formats of one file; the others are directories
+FILES = {
+    "nanogpt": "ckpt.pt",
+    "llmc": "model.bin",
+}  # formats of one file, and a name for it; the others are directories
 GPT2_VOCABULARIES = range(50257, 50305)  # nanoGPT pads GPT-2's 50,257 ids up to 50,304 and says no more
 FORMS = "hf:DIR, hf:OWNER/NAME[@REVISION], gptjax:WORKDIR[@STEP], nanogpt:ckpt.pt, llmc:model.bin, msgpack:DIR"
 

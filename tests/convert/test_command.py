@@ -149,6 +149,69 @@ def test_an_empty_directory_is_not_an_output_yet(tmp_path):
     assert "model.safetensors" in left(tmp_path / "b")
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("hf:gs://bucket/model", "written to this machine's disks"),
+        ("llmc:full", r"is a directory; name a file, such as full/model\.bin"),
+        ("nanogpt:empty", r"is a directory; name a file, such as empty/ckpt\.pt"),
+        ("hf:full", r"has the source llmc:full/m\.bin in it"),
+        ("hf:.", "the command runs in that directory"),
+        ("hf:{0}", "the command runs in that directory"),
+    ],
+)
+def test_force_takes_away_nothing_but_an_old_output(tmp_path, monkeypatch, target, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    write_llmc(tmp_path / "full" / "m.bin")
+    with pytest.raises(ConfigError, match=message):
+        convert("llmc:full/m.bin", target.format(tmp_path), "--force")
+    assert (left(tmp_path), left(tmp_path / "full")) == (["empty", "full"], ["m.bin"])
+
+
+def test_the_source_itself_may_be_replaced(tmp_path):
+    write_hf(tmp_path / "a")
+    before = {name: data for name, (_, data) in tensors(f"hf:{tmp_path}/a").items()}
+    convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/a/", "--force", "--dtype=float32")
+    assert {name: data for name, (_, data) in tensors(f"hf:{tmp_path}/a").items()} == before
+    assert "README.md" in left(tmp_path / "a")
+
+
+def test_an_output_that_comes_meanwhile_is_kept(tmp_path, monkeypatch):
+    write_hf(tmp_path / "a")
+    plain = formats.write
+
+    def write_while_another_does(*rest, **options):
+        plain(*rest, **options)
+        (tmp_path / "b").write_text("theirs")
+
+    monkeypatch.setattr(formats, "write", write_while_another_does)
+    with pytest.raises(ConfigError, match="b: exists; --force"):
+        convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/b")
+    assert (tmp_path / "b").read_text() == "theirs"
+    assert left(tmp_path) == ["a", "b"]
+
+
+def test_a_link_to_an_empty_directory_is_followed_and_any_other_replaced(tmp_path):
+    write_hf(tmp_path / "a")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "b").symlink_to("disk")
+    convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/b")
+    assert (tmp_path / "b").is_symlink()
+    found = left(tmp_path / "disk")
+    assert "model.safetensors" in found
+    convert(f"hf:{tmp_path}/a", f"llmc:{tmp_path}/c.bin")
+    with pytest.raises(ConfigError, match="exists; --force"):
+        convert(f"llmc:{tmp_path}/c.bin", f"hf:{tmp_path}/b/")
+    (tmp_path / "d").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="exists; --force"):  # abspath: with the slash, nothing would seem to be there
+        convert(f"llmc:{tmp_path}/c.bin", f"hf:{tmp_path}/d/")
+    convert(f"llmc:{tmp_path}/c.bin", f"hf:{tmp_path}/b/", "--force")
+    assert not (tmp_path / "b").is_symlink()
+    assert left(tmp_path / "disk") == found
+
+
 def test_a_failure_leaves_the_old_output_as_it_was(tmp_path):
     write_hf(tmp_path / "a", changes={"ln_f.bias": lambda t: t * np.float32(np.nan)})
     (tmp_path / "b").mkdir()
