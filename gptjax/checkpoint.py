@@ -204,6 +204,8 @@ class Checkpointer:
                     f"{self.directory}/{step}: made by a newer gptjax {values['versions']}; upgrade this one"
                 )
             record = Record(**values)
+            if not all(isinstance(value, dict) for value in (record.history, record.data, record.fingerprints)):
+                raise TypeError("a field is of the wrong type")
         except CheckpointError:
             raise
         except DAMAGE as error:

@@ -54,7 +54,7 @@ tokenizer = AutoTokenizer.from_pretrained("DIRECTORY OF THIS FILE")
 {settings}"""
 
 
-def _number(value: object) -> str:
-    if isinstance(value, int) or (isinstance(value, float) and value == int(value)):
-        return f"{int(value):,}"
-    return f"{value:.4f}" if isinstance(value, float) else "not known"
+def _number(value: float | None) -> str:
+    if value is None:
+        return "not known"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -8,12 +8,13 @@ import numpy as np
 from gptjax.config import GPTConfig
 from gptjax.convert import torch_file
 from gptjax.convert.names import ROWS
-from gptjax.convert.weights import DTYPES, Tensor, Weights, check_sizes, make_weights, show
+from gptjax.convert.weights import DTYPES, Tensor, Weights, check_sizes, make_history, make_weights, show
 from gptjax.errors import DataError
 
 COMPILED_PREFIX, PREFIX = "_orig_mod.", "transformer."
 BUFFER = ".attn.bias"  # the causal mask of nanoGPT without flash attention: it has four dims, the bias is c_attn.bias
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+NO_LOSS = 1e9  # nanoGPT's best_val_loss before its first validation
 ADAMW = {"lr": 6e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}  # nanoGPT's defaults
 
 
@@ -35,15 +36,15 @@ def read(path: str, *, origin: str, dropout: float | None = None) -> Weights:
     head, table = tensors.pop("lm_head.weight", None), tensors.get("wte.weight")
     if head is not None and table is not None and not np.array_equal(head.read(), table.read(), equal_nan=True):
         raise DataError(f"{path}: {head.label} is not {table.label}, though nanoGPT ties them")
-    history = {"step": saved.get("iter_num"), "val_loss": saved.get("best_val_loss")}
-    history = {name: _number(value) for name, value in history.items() if _number(value) is not None}
-    return make_weights(origin, config, tensors, history=history)
+    return make_weights(origin, config, tensors, history=_history(saved))
 
 
-def _number(value: Any) -> float | None:
-    """Returns a number, which may be a tensor: nanoGPT's best_val_loss is."""
-    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
-    return value if isinstance(value, int | float) else None
+def _history(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns step and best loss, which may be a tensor; without the loss if there was no validation yet."""
+    loss: Any = saved.get("best_val_loss")
+    loss = loss.item() if hasattr(loss, "item") and getattr(loss, "ndim", 1) == 0 else loss
+    history = make_history({"step": saved.get("iter_num"), "val_loss": loss})
+    return {name: value for name, value in history.items() if (name, value) != ("val_loss", NO_LOSS)}
 
 
 def _parse_args(values: Any, path: str, dropout: float | None) -> GPTConfig:
@@ -88,8 +89,8 @@ def write(path: str, weights: Weights, tensors: Iterator[tuple[str, np.ndarray]]
         "model": state,
         "optimizer": _fresh_adamw(torch, config),
         "model_args": args,
-        "iter_num": int(history.get("step") or 0),
-        "best_val_loss": float(history.get("val_loss") or 1e9),
+        "iter_num": history.get("step", 0),
+        "best_val_loss": history.get("val_loss", NO_LOSS),
         "config": {"out_dir": "out", "init_from": "resume", "gptjax": weights.origin, **args},
     }
     torch.save(saved, path)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +13,7 @@ from gptjax.checkpoint import Checkpointer, Damaged, StoredParams, save_params
 from gptjax.config import Config, DataConfig
 from gptjax.convert.files import plain
 from gptjax.convert.names import from_leaf, layers, leaf_shape, rows, shape
-from gptjax.convert.weights import DTYPES, Tensor, Weights, make_weights, read_leaves
+from gptjax.convert.weights import DTYPES, Tensor, Weights, make_history, make_weights, read_leaves
 from gptjax.data.tokenizer import Tokenizer, load_tokenizer
 from gptjax.errors import ConfigError, DataError
 from gptjax.workdir import write_json
@@ -44,15 +43,16 @@ def read(directory: str, *, origin: str, step: int | None = None, dropout: float
     if config.n_layer > MOST_LAYERS:
         raise DataError(f"{origin}: n_layer={config.n_layer}: expected at most {MOST_LAYERS}")
     config = config if dropout is None else dataclasses.replace(config, dropout=dropout)
-    history = _history(workdir, stored)
-    imported = stored.record.history.get("imported", {})
+    imported = stored.record.history.get("imported") if step == 0 else None
+    imported = imported if isinstance(imported, dict) else {}
+    dtype = imported.get("dtype")
     return make_weights(
         f"{origin}@{step}" if "@" not in origin else origin,
         config,
         _tensors(workdir, stored),
-        dtype=imported.get("dtype", "float32") if step == 0 else "float32",
+        dtype=dtype if isinstance(dtype, str) and dtype in DTYPES else "float32",
         tokenizer=read_tokenizer(workdir),
-        history=history,
+        history=_history(workdir, stored) if step else make_history(imported.get("history")),
     )
 
 
@@ -114,9 +114,7 @@ def read_tokenizer(workdir: str) -> Tokenizer | None:
 
 
 def _history(workdir: str, stored: StoredParams) -> dict[str, Any]:
-    """Returns what a model card can say of the checkpoint; an imported one says what its source did."""
-    if not stored.step:
-        return stored.record.history.get("imported", {}).get("history", {})
+    """Returns what a model card can say of the checkpoint of a run; an imported one says what its source did."""
     config = stored.config
     source = config.data.path or config.data.source
     history = {
@@ -137,9 +135,7 @@ def _losses(workdir: str, step: int) -> dict[str, float]:
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
-            found |= {
-                n: row[n] for n in ("loss", "val_loss") if isinstance(row.get(n), float) and math.isfinite(row[n])
-            }
+            found |= make_history({name: row.get(name) for name in ("loss", "val_loss")})
     return found
 
 

@@ -20,6 +20,8 @@ from gptjax.errors import DataError
 LARGEST_SIZE = 2**31 - 1  # of one dim: what an int32 in a file's header can say
 LONGEST_NAME = 200  # letters of a tensor's name; the longest of GPT-2's has 38
 NEAR = 1000  # names among which the nearest is looked for
+LARGEST_NUMBER = 2**63  # that a history can have
+HISTORY = {"step": int, "tokens": int, "loss": float, "val_loss": float, "data": str, "config": dict}
 LAYER = re.compile(r"h\.(0|[1-9][0-9]{0,5})\.")
 DTYPES = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype("float16")}
 
@@ -43,7 +45,7 @@ class Weights:
     tensors: Mapping[str, Tensor]
     tokenizer: Tokenizer | None = None
     dtype: str = "float32"  # of an export, unless another is asked for
-    history: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for the model card: step, losses, data
+    history: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # some of HISTORY: for the model card
     notes: tuple[str, ...] = ()  # what the user should know
 
 
@@ -60,6 +62,16 @@ def make_weights(origin: str, config: GPTConfig, tensors: Mapping[str, Tensor], 
     names = [name for name, dtype in DTYPES.items() if dtype in dtypes]
     rest.setdefault("dtype", names[0] if len(names) == 1 else "float32")
     return Weights(origin, config, tensors, **rest)
+
+
+def make_history(values: object) -> dict[str, Any]:
+    """Returns those of `values` that a history has, of the right type and, if numbers, finite; the rest is left out."""
+    found = {name: values.get(name) for name in HISTORY} if isinstance(values, Mapping) else {}
+    return {
+        name: value
+        for name, value in found.items()
+        if type(value) is HISTORY[name] and (not isinstance(value, int | float) or abs(value) < LARGEST_NUMBER)
+    }
 
 
 def check_name(path: str, name: object) -> str:

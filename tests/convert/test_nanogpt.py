@@ -84,6 +84,28 @@ def test_the_best_loss_may_be_a_tensor(tmp_path):
     assert nanogpt.read(str(tmp_path / "ckpt.pt"), origin="").history == {"step": 7, "val_loss": 2.5}
 
 
+@pytest.mark.parametrize("loss", [1e9, float("nan"), torch.tensor(float("inf")), "2.5", None])
+def test_a_checkpoint_without_a_best_loss_says_so_everywhere(tmp_path, loss):
+    """1e9 is what train.py starts with; NaN stays where a validation has diverged."""
+    save(tmp_path / "a.pt", Model(ARGS), ARGS)
+    saved = torch.load(tmp_path / "a.pt", weights_only=True) | {"best_val_loss": loss, "iter_num": 0}
+    torch.save(saved, tmp_path / "a.pt")
+    command.main([f"--from=nanogpt:{tmp_path}/a.pt", f"--to=hf:{tmp_path}/b"])
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "| validation loss | not known |" in card
+    assert "| steps | 0 |" in card
+    command.main([f"--from=nanogpt:{tmp_path}/a.pt", f"--to=nanogpt:{tmp_path}/c.pt"])
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["best_val_loss"] == 1e9
+
+
+def test_step_and_best_loss_go_through_gptjax(tmp_path):
+    save(tmp_path / "a.pt", Model(ARGS), ARGS)
+    command.main([f"--from=nanogpt:{tmp_path}/a.pt", f"--to=gptjax:{tmp_path}/b"])
+    command.main([f"--from=gptjax:{tmp_path}/b", f"--to=nanogpt:{tmp_path}/c.pt"])
+    saved = torch.load(tmp_path / "c.pt", weights_only=True)
+    assert (saved["iter_num"], saved["best_val_loss"]) == (7, 2.5)
+
+
 def test_causal_masks_of_old_checkpoints_are_left_out(tmp_path):
     masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 8, 8) for i in range(2)}
     save(tmp_path / "ckpt.pt", Model(ARGS), ARGS, **masks)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from gptjax.checkpoint import Checkpointer, load_params, save_params
-from gptjax.config import GPTConfig
+from gptjax.config import GPTConfig, from_dict
 from gptjax.convert import huggingface, native
-from gptjax.convert.weights import read_tensors
+from gptjax.convert.weights import read_leaves, read_tensors
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.errors import DataError
 from tests.convert.models import CONFIG, write_hf
@@ -84,6 +84,30 @@ def rewrite_record(workdir, **model):
     shutil.rmtree(workdir / "checkpoints" / "0")
     params = [("wte/embedding", np.zeros((128, 16), np.float32))]
     save_params(str(workdir), params, config=types.SimpleNamespace(to_dict=lambda: config), history={})
+
+
+@pytest.mark.parametrize(
+    "said",
+    [[1], {"dtype": "int8", "history": 3}, {"dtype": ["x"], "history": {"step": "x", "loss": float("nan"), "data": 1}}],
+)
+def test_an_import_that_says_nonsense_of_its_source_is_read_without_that(imported, said):
+    workdir, _ = imported
+    weights = read(workdir)
+    leaves, config = list(read_leaves(weights, read_tensors(weights))), Checkpointer(str(workdir)).read_record(0).config
+    shutil.rmtree(workdir / "checkpoints" / "0")
+    save_params(str(workdir), leaves, config=from_dict(config), history={"imported": said})
+    weights = read(workdir)
+    assert (weights.dtype, weights.history) == ("float32", {})
+
+
+def test_a_record_of_another_shape_is_damaged(imported):
+    workdir, _ = imported
+    weights = read(workdir)
+    leaves, config = list(read_leaves(weights, read_tensors(weights))), Checkpointer(str(workdir)).read_record(0).config
+    shutil.rmtree(workdir / "checkpoints" / "0")
+    save_params(str(workdir), leaves, config=from_dict(config), history=[1])
+    with pytest.raises(DataError, match="damaged: record unreadable"):
+        read(workdir)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from gptjax.convert.weights import (
     DTYPES,
     Checksum,
     Tensor,
+    make_history,
     make_weights,
     read_leaves,
     read_tensors,
@@ -28,6 +29,13 @@ def make(config=CONFIG, *, dtype="float32", **changes):
         arrays[real] = value
     tensors = {n: Tensor(a.shape, a.dtype, lambda a=a: a, n) for n, a in arrays.items() if a is not None}
     return make_weights("memory", config, tensors)
+
+
+def test_a_history_has_what_can_be_told():
+    told = {"step": 3, "loss": 2.5, "data": "x", "config": {"a": 1}}
+    assert make_history(told | {"more": 1}) == told
+    wrong = {"step": 2.5, "tokens": 2**63, "loss": float("nan"), "val_loss": float("-inf"), "data": ["x"], "config": 3}
+    assert make_history(wrong) == make_history({"step": True, "loss": 10**400}) == make_history([1]) == {}
 
 
 def test_tensors_come_in_the_order_of_the_map_whatever_that_of_the_source():
