@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -102,9 +101,7 @@ def _open(place: Place, dropout: float | None) -> Weights:
                 return msgpack.read(path, origin=origin, dropout=dropout)
         return huggingface.read(path, origin=origin, dropout=dropout)
     if place.format == "gptjax":
-        match = re.fullmatch(r"(.+)@(\d+)", path)
-        directory, step = (match[1], int(match[2])) if match else (path, None)
-        return native.read(directory, origin=origin, step=step, dropout=dropout)
+        return native.read(path, dropout=dropout)
     readers: dict[str, Callable[..., Weights]] = {"nanogpt": nanogpt.read, "llmc": llmc.read, "msgpack": msgpack.read}
     return readers[place.format](path, origin=origin, dropout=dropout)
 

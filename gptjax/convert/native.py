@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,24 +23,24 @@ MOST_LAYERS = 10_000  # before a loop is as long as a number in a file says
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def read(directory: str, *, origin: str, step: int | None = None, dropout: float | None = None) -> Weights:
-    """Returns the model of a work directory, or of one checkpoint in it; the newest intact one unless `step` is given.
+def read(path: str, *, dropout: float | None = None) -> Weights:
+    """Returns the model of WORKDIR, or WORKDIR@STEP, or of one checkpoint's directory; of a run, the newest checkpoint.
 
     Raises:
         DataError: there is none, or it is damaged.
     """
-    workdir, step = _locate(directory, step)
+    workdir, step = _locate(path)
     steps = Checkpointer(workdir).steps()
     if not steps or (step is not None and step not in steps):
         have = ", ".join(map(str, steps)) or "none"
-        raise DataError(f"{directory}: no checkpoint{'' if step is None else f' of step {step}'}; there are: {have}")
+        raise DataError(f"{workdir}: no checkpoint{'' if step is None else f' of step {step}'}; there are: {have}")
     step = steps[-1] if step is None else step
     try:
         _refuse_links(workdir, step)
         stored = StoredParams(workdir, step)
     except (Damaged, ConfigError) as damage:
         raise _damaged(workdir, step, damage) from damage
-    config = stored.config.model
+    config, origin = stored.config.model, f"gptjax:{workdir}@{step}"
     if config.n_layer > MOST_LAYERS:
         raise DataError(f"{origin}: n_layer={config.n_layer}: expected at most {MOST_LAYERS}")
     config = config if dropout is None else dataclasses.replace(config, dropout=dropout)
@@ -47,7 +48,7 @@ def read(directory: str, *, origin: str, step: int | None = None, dropout: float
     imported = imported if isinstance(imported, dict) else {}
     dtype = imported.get("dtype")
     return make_weights(
-        f"{origin}@{step}" if "@" not in origin else origin,
+        origin,
         config,
         _tensors(workdir, stored),
         dtype=dtype if isinstance(dtype, str) and dtype in DTYPES else "float32",
@@ -56,14 +57,16 @@ def read(directory: str, *, origin: str, step: int | None = None, dropout: float
     )
 
 
-def _locate(directory: str, step: int | None) -> tuple[str, int | None]:
-    """Returns (work directory, step) of a work directory or of a checkpoint in one."""
-    path = epath.Path(directory)
-    if path.name.isdigit() and path.parent.name == "checkpoints" and step is None:
+def _locate(text: str) -> tuple[str, int | None]:
+    """Returns (work directory, step, if one is named) of what `read` takes; a name that is there is no WORKDIR@STEP."""
+    path, match = epath.Path(text), re.fullmatch(r"(.+)@(\d+)", text)
+    if path.name.isdigit() and path.parent.name == "checkpoints":
         return str(path.parent.parent), int(path.name)
-    if not path.exists():
-        raise DataError(f"{directory}: no such directory")
-    return directory, step
+    if path.exists():
+        return text, None
+    if match and epath.Path(match[1]).exists():
+        return match[1], int(match[2])
+    raise DataError(f"{match[1] if match else text}: no such directory")
 
 
 def _refuse_links(workdir: str, step: int) -> None:

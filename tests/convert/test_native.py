@@ -24,8 +24,8 @@ def imported(tmp_path):
     return tmp_path / "run", tensors
 
 
-def read(directory, **options):
-    return native.read(str(directory), origin=f"gptjax:{directory}", **options)
+def read(path):
+    return native.read(str(path))
 
 
 def test_the_way_back_is_exact_and_remembers_the_dtype(imported):
@@ -51,13 +51,22 @@ def test_a_directory_and_a_checkpoint_in_it_are_the_same(imported):
     workdir, _ = imported
     tensors = [dict(read_tensors(read(place))) for place in (workdir, workdir / "checkpoints" / "0")]
     assert {n: t.tobytes() for n, t in tensors[0].items()} == {n: t.tobytes() for n, t in tensors[1].items()}
-    assert read(workdir, step=0).origin.endswith("@0")
+    assert read(f"{workdir}@0").origin == read(workdir / "checkpoints" / "0").origin == f"gptjax:{workdir}@0"
+
+
+def test_an_at_sign_in_a_name_is_no_step(imported):
+    workdir, _ = imported
+    twin = workdir.rename(workdir.with_name("me@home"))
+    assert read(twin).origin == f"gptjax:{twin}@0"
+    twin = twin.rename(twin.with_name("run@5"))
+    assert read(twin).origin == f"gptjax:{twin}@0"
+    assert read(f"{twin}@0").origin == f"gptjax:{twin}@0"
 
 
 def test_what_is_not_there_is_told(imported, tmp_path):
     workdir, _ = imported
     with pytest.raises(DataError, match=r"no checkpoint of step 7; there are: 0"):
-        read(workdir, step=7)
+        read(f"{workdir}@7")
     with pytest.raises(DataError, match="no such directory"):
         read(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -146,11 +155,11 @@ def test_a_damaged_record_names_the_other_checkpoints(twin, tmp_path):
     (tmp_path / "run" / "checkpoints" / str(steps[-1]) / "_CHECKPOINT_METADATA").write_text("{}")
     with pytest.raises(DataError, match=rf"{steps[-1]}: damaged: record unreadable .* take another with @STEP: 4, 8"):
         read(tmp_path / "run")
-    assert read(tmp_path / "run", step=8).origin.endswith("run@8")
+    assert read(f"{tmp_path}/run@8").origin.endswith("run@8")
 
 
 def test_a_trained_run_says_what_was_trained_and_how_well(twin):
-    weights = read(twin, step=8)
+    weights = read(f"{twin}@8")
     history = weights.history
     rows = [json.loads(line) for line in (twin / "metrics.jsonl").read_text().splitlines()]
     expected = next(row["val_loss"] for row in rows if row["step"] == 8 and "val_loss" in row)
