@@ -148,7 +148,7 @@ def write(directory: str, final: str, weights: Weights, tensors: Iterator[tuple[
     final: where the directory will be in the end.
     """
     name = _tokenizer_name(weights.tokenizer, final)
-    config = Config(model=weights.config, data=DataConfig(tokenizer=name))
+    config = Config(model=weights.config, data=DataConfig(tokenizer=name), init_from=weights.origin)
     imported = {"from": weights.origin, "dtype": weights.dtype, "history": dict(weights.history)}
     save_params(directory, read_leaves(weights, tensors), config=config, history={"imported": imported})
     write_json(f"{directory}/config.json", config.to_dict())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax.checkpoint import load_params
+from gptjax.convert import __main__ as command
 from gptjax.convert import formats
 from gptjax.convert.formats import Place
 from gptjax.convert.tokenizer_files import write_tokenizer
@@ -132,6 +133,14 @@ def test_evaluation_needs_no_conversion(lab, tuned, tmp_path):
     assert said.startswith(f"hf:{tmp_path}/hf: validation loss")
     refused = lab.call([*evaluate, f"--model=hf:{tmp_path}/hf"], expect=2).stderr
     assert refused == "error: --model needs --data=DIR, shards to read: gptjax.data.prepare makes them\n"
+
+
+def test_an_import_with_more_rows_than_tokens_is_evaluated_as_it_is(lab, tmp_path):
+    write_llmc(tmp_path / "m.bin", config=SIZES | {"vocab_size": 260}, padded=384)
+    command.main([f"--from=llmc:{tmp_path}/m.bin", f"--to=gptjax:{tmp_path}/c", "--tokenizer=bytes"])
+    evaluate = [sys.executable, "-m", "gptjax.evaluate", f"--data={lab.data}", "--batches=1"]
+    said = lab.call([*evaluate, f"--workdir={tmp_path}/c"], devices=1).stdout
+    assert re.match(r"step 0: validation loss 5\.\d", said)
 
 
 def test_converted_weights_are_no_run_to_go_on_with(lab, source, tmp_path):
