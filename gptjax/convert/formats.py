@@ -97,7 +97,7 @@ def _open(place: Place, dropout: float | None) -> Weights:
             repo, _, revision = path.partition("@")
             path, commit = hub.download(repo, revision)
             origin = f"hf:{repo}@{commit}"
-            if os.path.exists(os.path.join(path, msgpack.FILE)):  # taken only where there was nothing else
+            if not huggingface.has_weights(path):  # then it is msgpack: others may have put that beside better ones
                 return msgpack.read(path, origin=origin, dropout=dropout)
         return huggingface.read(path, origin=origin, dropout=dropout)
     if place.format == "gptjax":

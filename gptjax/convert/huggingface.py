@@ -164,6 +164,12 @@ def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
     return bool(np.array_equal(a.view(unsigned), b.view(unsigned)))
 
 
+def has_weights(directory: str) -> bool:
+    """Returns whether `read` finds weights in `directory`."""
+    names = (SAFETENSORS, PICKLED)
+    return any(locate(directory, file) for name in names for file in (name, f"{name}.index.json"))
+
+
 def _weight_files(directory: str) -> Iterator[tuple[str, set[str] | None, Mapping[str, Tensor]]]:
     """Yields (path, names that an index places there or None, tensors) of each weight file."""
     readers: dict[str, Callable[[str], Mapping[str, Tensor]]] = {SAFETENSORS: open_safetensors, PICKLED: _open_pickled}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gptjax.convert import __main__ as command
-from gptjax.convert import formats
+from gptjax.convert import formats, hub
 from gptjax.convert.formats import Place
 from gptjax.convert.weights import read_tensors
 from gptjax.errors import ConfigError, DataError, WorkdirError
@@ -260,6 +260,24 @@ def test_a_wrong_flag_is_told(flags, message):
     with pytest.raises(ConfigError) as caught:
         command.main(flags)
     assert message in str(caught.value)
+
+
+def test_what_was_written_is_uploaded_and_nothing_else(tmp_path, monkeypatch, said):
+    sent = []
+    monkeypatch.setattr(hub, "upload", lambda *names: sent.append((*names, left(tmp_path))) or "https://there/1")
+    write_hf(tmp_path / "a")
+    convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/b", "--push=me/it", "--dry_run")
+    assert sent == []
+    convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/b", "--push=me/it")
+    assert sent == [(f"{tmp_path}/b", "me/it", ["a", "b"])]
+    assert said[-1] == "uploaded to https://there/1"
+
+
+def test_progress_is_told_every_few_seconds(monkeypatch, said):
+    now = iter(range(100))
+    monkeypatch.setattr(command.time, "perf_counter", lambda: next(now))
+    list(command.with_progress(((name, np.zeros(1)) for name in "abcdefghijkl"), 12))
+    assert said == ["  50% of the parameters", "  100% of the parameters"]
 
 
 def test_progress_is_told_on_long_work(tmp_path, monkeypatch, said):

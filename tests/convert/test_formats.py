@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gptjax.convert import formats
+from gptjax.convert import formats, hub
 from gptjax.convert.formats import Place
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.errors import ConfigError, DataError
@@ -91,6 +91,28 @@ def test_an_untied_model_cannot_go_where_there_is_no_head(tmp_path, target):
 def test_the_dtype_of_an_export(tmp_path, source, target, wanted, expected):
     weights = formats.open_weights(write("hf", tmp_path / "m", dtype=source))
     assert formats.export_dtype(weights, target, wanted) == expected
+
+
+def test_a_model_of_the_hub_is_told_by_its_commit_and_read_from_the_best_of_its_files(tmp_path, monkeypatch):
+    """Other programs leave flax_model.msgpack in the same snapshot."""
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "download", lambda *names: asked.append(names) or (str(tmp_path / "snapshot"), "c0ffee"))
+    write("msgpack", tmp_path / "snapshot", seed=1)
+    weights = formats.open_weights(Place("hf", "me/it@v1"))
+    assert (asked, weights.origin) == ([("me/it", "v1")], "hf:me/it@c0ffee")
+    assert weights.tensors["wte.weight"].label == "wte/embedding"
+    for num_shards in (2, 1):
+        write("hf", tmp_path / "snapshot", num_shards=num_shards)
+        assert formats.open_weights(Place("hf", "me/it")).tensors["wte.weight"].label == "transformer.wte.weight"
+    assert asked[1:] == [("me/it", "")] * 2
+
+
+def test_a_file_is_never_looked_for_on_a_server(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("llmc", tmp_path / "gpt2.bin")
+    with pytest.raises(DataError, match=r"gpt2\.bin: no such directory, and not OWNER/NAME"):
+        formats.open_weights(Place("hf", "gpt2.bin"))
 
 
 def test_a_directory_is_never_looked_for_on_a_server(tmp_path):
