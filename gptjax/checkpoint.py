@@ -281,6 +281,9 @@ def save_params(
 
     One leaf at a time is in memory: Orbax saves each by itself, then a tree of zeros that take none, whose arrays on
     disk give way to the leaves.
+
+    Raises:
+        OSError: it cannot be written.
     """
     directory = epath.Path(os.path.abspath(workdir)) / "checkpoints"
     context: Any = ocp.Context()
@@ -293,16 +296,24 @@ def save_params(
         with context:
             for path, leaf in leaves:
                 prints[f"params/{path}"] = fingerprint_array(leaf)
-                ocp.save_checkpointables(parts / path.replace("/", "."), {"params": nest([(path, leaf)])})
+                _save_now(parts / path.replace("/", "."), {"params": nest([(path, leaf)])})
                 zeros.append((path, np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)))
                 del leaf  # before the next one is made
             sealed: Any = _seal(Record(0, config.to_dict(), history, {}, prints, versions()))
-            ocp.save_checkpointables(directory / "0", {"params": nest(zeros)}, custom_metadata=sealed)
+            _save_now(directory / "0", {"params": nest(zeros)}, custom_metadata=sealed)
         for part in parts.iterdir():
             (directory / "0" / "params" / part.name).rmtree()
             (part / "params" / part.name).rename(directory / "0" / "params" / part.name)
     finally:
         parts.rmtree()
+
+
+def _save_now(path: Any, trees: dict[str, Any], **options: Any) -> None:
+    try:
+        ocp.save_checkpointables(path, trees, **options)
+    except ValueError as error:  # as which tensorstore tells that a disk is full
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(_one_line(error)) from error
 
 
 class StoredParams:

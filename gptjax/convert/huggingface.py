@@ -134,12 +134,12 @@ def find_tensors(directory: str, config: GPTConfig, *, tied: bool) -> tuple[dict
         for name, tensor in opened.items():
             if names is not None and name not in names:
                 raise DataError(f"{path}: has {name}, which the index does not place there")
-            plain = name.removeprefix(PREFIX)
-            if IGNORED.fullmatch(plain):
+            short = name.removeprefix(PREFIX)
+            if IGNORED.fullmatch(short):
                 continue
-            if plain in tensors:
-                raise DataError(f"{path}: {plain} is there twice, as {tensors[plain].label} and as {tensor.label}")
-            tensors[plain] = tensor
+            if short in tensors:
+                raise DataError(f"{path}: {short} is there twice, as {tensors[short].label} and as {tensor.label}")
+            tensors[short] = tensor
         for name in sorted((names or set()) - set(opened)):
             raise DataError(f"{path}: {name} is missing, which the index places there")
     return _without_tied_head(directory, tensors) if tied else (tensors, [])

@@ -7,6 +7,7 @@ import numpy as np
 
 from gptjax.config import GPTConfig
 from gptjax.convert import torch_file
+from gptjax.convert.files import plain
 from gptjax.convert.names import ROWS
 from gptjax.convert.weights import DTYPES, Tensor, Weights, check_sizes, make_history, make_weights, show
 from gptjax.errors import DataError
@@ -63,18 +64,23 @@ def _rename(found: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
     linear = {row.name.split("{}.")[1] for row in ROWS if row.linear}
     tensors: dict[str, Tensor] = {}
     for name, tensor in found.items():
-        plain = name.removeprefix(COMPILED_PREFIX).removeprefix(PREFIX)
-        if plain.endswith(BUFFER) and plain.startswith("h."):
+        short = name.removeprefix(COMPILED_PREFIX).removeprefix(PREFIX)
+        if short.endswith(BUFFER) and short.startswith("h."):
             continue
-        if plain in tensors:
-            raise DataError(f"{path}: {plain} is there twice, as {tensors[plain].label} and as {name}")
-        is_matrix = plain.startswith("h.") and plain.split(".", 2)[-1] in linear and len(tensor.shape) == 2
-        tensors[plain] = torch_file.transposed(tensor) if is_matrix else tensor
+        if short in tensors:
+            raise DataError(f"{path}: {short} is there twice, as {tensors[short].label} and as {name}")
+        is_matrix = short.startswith("h.") and short.split(".", 2)[-1] in linear and len(tensor.shape) == 2
+        tensors[short] = torch_file.transposed(tensor) if is_matrix else tensor
     return tensors
 
 
 def write(path: str, weights: Weights, tensors: Iterator[tuple[str, np.ndarray]], *, dtype: str) -> None:
-    """Writes a ckpt.pt that nanoGPT's sample.py and train.py take: its optimizer has not taken a step."""
+    """Writes a ckpt.pt that nanoGPT's sample.py and train.py take: its optimizer has not taken a step.
+
+    Raises:
+        OSError: it cannot be written.
+        UnavailableError: torch is missing or too old.
+    """
     torch = torch_file.import_torch(path)
     config = weights.config
     linear = {row.name.split("{}.")[1] for row in ROWS if row.linear}
@@ -93,7 +99,11 @@ def write(path: str, weights: Weights, tensors: Iterator[tuple[str, np.ndarray]]
         "best_val_loss": history.get("val_loss", NO_LOSS),
         "config": {"out_dir": "out", "init_from": "resume", "gptjax": weights.origin, **args},
     }
-    torch.save(saved, path)
+    try:
+        with open(path, "wb") as file:
+            torch.save(saved, file)
+    except RuntimeError as error:  # of torch's archive, which is cut off; what the file said stands behind it
+        raise OSError(plain(error.__context__ or error)) from error
 
 
 def _to_torch(torch: Any, array: np.ndarray) -> Any:

@@ -68,10 +68,10 @@ def tensors(state: Any, path: str) -> dict[str, Tensor]:
 def _reader(torch: Any, path: str, name: str, value: Any) -> Callable[[], np.ndarray]:
     def read() -> np.ndarray:
         try:
-            plain = value.detach().contiguous()
-            if plain.dtype == torch.bfloat16:
-                return plain.view(torch.uint16).numpy().view(DTYPES["bfloat16"])
-            return plain.numpy()
+            dense = value.detach().contiguous()
+            if dense.dtype == torch.bfloat16:
+                return dense.view(torch.uint16).numpy().view(DTYPES["bfloat16"])
+            return dense.numpy()
         except (RuntimeError, TypeError, NotImplementedError) as error:  # sparse, meta, quantised
             raise DataError(f"{path}: {name} is not a plain tensor: {str(error).splitlines()[0]}") from error
 

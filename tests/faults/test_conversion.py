@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tracemalloc
@@ -873,6 +874,22 @@ def test_force_keeps_the_old_when_the_end_fails(failing, model, refuse, tmp_path
     reasons = {"rename": "Permission denied", "read back": "not what is read back", "write": "No space left"}
     assert reasons[failing] in message
     assert read_header(str(out))
+
+
+@pytest.mark.parametrize("form", ["hf", "llmc", "gptjax", pytest.param("nanogpt", marks=pytest.mark.torch)])
+def test_a_file_that_may_not_grow(form, model, refuse, tmp_path):
+    """As on a full disk, which every library tells of in its own way."""
+    if form == "nanogpt":
+        pytest.importorskip("torch")
+    models.write_hf(model, config=models.CONFIG | {"vocab_size": 2000, "n_embd": 64})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, limits[1]))
+    try:
+        message = refuse(f"hf:{model}", to=f"{form}:{tmp_path}/out", code=CANNOT_WRITE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"{tmp_path}/out: cannot be written: " in message
+    assert message.endswith(" written" if form in ("hf", "llmc") else "File too large")
 
 
 def test_directories_made_for_a_result_go_with_it(model, refuse, tmp_path):
