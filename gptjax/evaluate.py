@@ -98,6 +98,8 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     args = parser.parse_strictly(arguments)
     if bool(args.workdir) == bool(args.model):
         raise ConfigError("what to evaluate: give --workdir=DIR or --model=FORMAT:PATH")
+    if args.model and args.step is not None:
+        raise ConfigError(f"--step={args.step}: is for --workdir; here it is --model=gptjax:WORKDIR@{args.step}")
     if args.model and not args.data:
         raise ConfigError("--model needs --data=DIR, shards to read: gptjax.data.prepare makes them")
     return args

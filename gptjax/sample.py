@@ -403,6 +403,8 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     args = parser.parse_strictly(arguments)
     if bool(args.workdir) == bool(args.model):
         raise ConfigError("what to sample from: give --workdir=DIR or --model=FORMAT:PATH")
+    if args.model and args.step is not None:
+        raise ConfigError(f"--step={args.step}: is for --workdir; here it is --model=gptjax:WORKDIR@{args.step}")
     if args.num_samples < 1:
         raise ConfigError(f"num_samples={args.num_samples}: must be at least 1")
     check_knobs(**knobs_of(args))

@@ -129,7 +129,7 @@ def _describe_missing(name: str, extra: list[str]) -> str:
 
 def _describe_shape(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> str:
     line = f"{tensor.label} has shape {describe(tensor.shape)}, expected {describe(wanted)}"
-    if len(wanted) == 2 and tensor.shape == wanted[::-1]:
+    if tensor.shape == wanted[::-1]:
         return f"{line}: it looks transposed (nanoGPT layout?)"
     if name in ("wte.weight", "lm_head.weight") and tensor.shape[1:] == wanted[1:]:
         return f"{line}: vocab_size does not fit"

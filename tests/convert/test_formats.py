@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from gptjax import evaluate, sample
 from gptjax.convert import formats, hub
 from gptjax.convert.formats import Place
 from gptjax.data.tokenizer import load_tokenizer
@@ -91,6 +92,12 @@ def test_an_untied_model_cannot_go_where_there_is_no_head(tmp_path, target):
 def test_the_dtype_of_an_export(tmp_path, source, target, wanted, expected):
     weights = formats.open_weights(write("hf", tmp_path / "m", dtype=source))
     assert formats.export_dtype(weights, target, wanted) == expected
+
+
+@pytest.mark.parametrize("command", [sample, evaluate])
+def test_a_step_belongs_to_a_work_directory(command):
+    with pytest.raises(ConfigError, match="--step=3: is for --workdir; here it is --model=gptjax:WORKDIR@3"):
+        command.parse_flags(["--model=gptjax:a", "--step=3", "--data=b"][: 3 if command is evaluate else 2])
 
 
 def test_a_model_of_the_hub_is_told_by_its_commit_and_read_from_the_best_of_its_files(tmp_path, monkeypatch):

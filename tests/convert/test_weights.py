@@ -99,6 +99,17 @@ def test_what_is_not_finite_is_named(value, place):
 def test_the_dtype_of_an_export_is_the_one_that_all_tensors_share():
     assert make(dtype="float16").dtype == "float16"
     assert make(dtype="float16", ln_f_bias=np.zeros(4, np.float32)).dtype == "float32"
+    assert make(dtype="float16", ln_f_bias=np.zeros(4, DTYPES["bfloat16"])).dtype == "float32"
+
+
+def test_a_checksum_is_of_names_shapes_and_values():
+    def digest(name, tensor):
+        checksum = Checksum()
+        checksum.update(name, np.asarray(tensor, np.float32))
+        return checksum.hexdigest()
+
+    assert digest("a", [1, 2]) == digest("a", [1, 2])
+    assert len({digest("a", [1, 2]), digest("b", [1, 2]), digest("a", [[1, 2]]), digest("a", [2, 1])}) == 4
 
 
 def test_biases_of_zero_are_equal_in_function():
