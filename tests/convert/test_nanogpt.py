@@ -112,6 +112,42 @@ def test_causal_masks_of_old_checkpoints_are_left_out(tmp_path):
     assert len(nanogpt.read(str(tmp_path / "ckpt.pt"), origin="").tensors) == 28
 
 
+def test_a_tensor_with_and_without_prefix_is_refused(tmp_path):
+    more = {"_orig_mod.transformer.ln_f.bias": torch.zeros(16)}
+    save(tmp_path / "ckpt.pt", Model(ARGS), ARGS, **more)
+    with pytest.raises(DataError, match=r"ln_f\.bias is there twice, as transformer\.ln_f\.bias and as _orig_mod\."):
+        nanogpt.read(str(tmp_path / "ckpt.pt"), origin="")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"bias": 1}, "model_args: bias=1, dropout=0.0"),
+        ({"bias": None}, "model_args: bias=None"),
+        ({"dropout": 1}, "dropout=1"),
+        ({"n_head": "2"}, "model_args: n_head='2': expected a positive whole number"),
+        ({"block_size": None}, "model_args: block_size=None"),
+    ],
+)
+def test_model_args_are_checked(tmp_path, changed, message):
+    save(tmp_path / "ckpt.pt", Model(ARGS), ARGS | changed)
+    with pytest.raises(DataError, match=message):
+        nanogpt.read(str(tmp_path / "ckpt.pt"), origin="")
+
+
+def test_args_from_before_bias_was_one_of_them_mean_a_model_with_biases(tmp_path):
+    save(tmp_path / "ckpt.pt", Model(ARGS), {name: value for name, value in ARGS.items() if name != "bias"})
+    assert nanogpt.read(str(tmp_path / "ckpt.pt"), origin="").config.bias
+
+
+def test_a_nan_in_the_table_is_not_a_head_that_differs(tmp_path):
+    model = Model(ARGS)
+    model.lm_head.weight.data[3, 4] = float("nan")
+    save(tmp_path / "ckpt.pt", model, ARGS)
+    with pytest.raises(DataError, match=r"1 values are NaN or infinite, the first at \[3, 4\]"):
+        dict(read_tensors(nanogpt.read(str(tmp_path / "ckpt.pt"), origin="")))
+
+
 def test_a_head_that_is_not_the_table_is_refused(tmp_path):
     model = Model(ARGS)
     save(tmp_path / "ckpt.pt", model, ARGS, **{"lm_head.weight": model.lm_head.weight + 1})

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import types
 
@@ -9,7 +10,7 @@ from gptjax.checkpoint import Checkpointer, load_params, save_params
 from gptjax.config import GPTConfig, from_dict
 from gptjax.convert import huggingface, native
 from gptjax.convert.weights import read_leaves, read_tensors
-from gptjax.data.tokenizer import load_tokenizer
+from gptjax.data.tokenizer import load_tokenizer, make_tokenizer
 from gptjax.errors import DataError
 from tests.convert.models import CONFIG, write_hf
 
@@ -183,6 +184,13 @@ def test_a_tokenizer_of_one_s_own_is_kept_by_its_file(tmp_path):
     config, _, _ = load_params(str(tmp_path / "run"))
     assert config.data.tokenizer == str(tmp_path / "run" / "tokenizer.json")
     assert load_tokenizer(config.data.tokenizer).sha256 == weights.tokenizer.sha256
+
+
+def test_a_tokenizer_of_one_s_own_may_have_the_name_of_a_built_in_one():
+    mine = make_tokenizer("bytes", ".", {bytes([byte]): byte for byte in range(256)})
+    assert native._tokenizer_name(mine, "run") == os.path.abspath("run/tokenizer.json")
+    assert native._tokenizer_name(load_tokenizer("bytes"), "run") == "bytes"
+    assert native._tokenizer_name(None, "run") == "gpt2"
 
 
 def load_tokenizer_bytes(folder):

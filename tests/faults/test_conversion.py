@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import tracemalloc
+import types
 
 import ml_dtypes
 import msgpack as packing
@@ -16,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gptjax.convert import __main__ as convert
-from gptjax.convert import huggingface, llmc, msgpack
+from gptjax.convert import huggingface, llmc, msgpack, torch_file
 from gptjax.errors import BAD_CONFIG, BAD_DATA, CANNOT_WRITE, UNAVAILABLE, UserError
 from tests import runs
 from tests.convert import models
@@ -831,7 +832,10 @@ def test_an_existing_output_is_left_alone(form, kind, model, refuse):
     else:
         out.symlink_to("nowhere")
     message = refuse(f"hf:{model}", to=f"{form}:{out}", code=BAD_CONFIG)
-    assert message == f"{out}: exists; --force replaces it"
+    if (form, kind) == ("llmc", "directory"):  # --force would not help
+        assert message == f"--to=llmc:{out}: is a directory; name a file, such as {out}/model.bin"
+    else:
+        assert message == f"{out}: exists; --force replaces it"
 
 
 def test_force_replaces_only_when_all_is_well(model, refuse, accept, tmp_path):
@@ -949,6 +953,13 @@ def test_an_old_torch_is_not_trusted(version, model, refuse, monkeypatch):
     message = refuse(f"hf:{model}", code=UNAVAILABLE)
     assert f"torch {version} is not safe" in message
     assert "2.10" in message
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.11.0a0+git1234", "3.0.1+cpu"])
+def test_a_torch_that_is_safe_is_taken(version, monkeypatch):
+    torch = types.SimpleNamespace(__version__=version)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert torch_file.import_torch("x") is torch
 
 
 def test_without_the_hub_the_extra_is_named(refuse, monkeypatch):
