@@ -308,16 +308,19 @@ def test_the_card_says_what_is_known(tmp_path, twin):
     convert(f"gptjax:{twin}@8", f"hf:{tmp_path}/a")
     card = (tmp_path / "a" / "README.md").read_text()
     logged = [json.loads(line) for line in (twin / "metrics.jsonl").read_text().splitlines()]
-    loss = next(row["val_loss"] for row in logged if row["step"] == 8 and "val_loss" in row)
+    at_8 = {name: value for row in logged if row["step"] == 8 for name, value in row.items()}
+    assert at_8["loss"] != at_8["val_loss"]
     assert card.startswith("---\nlibrary_name: transformers\n")
     for text in (
         "| steps | 8 |",
-        f"| validation loss | {loss:.4f} |",
+        f"| training loss | {at_8['loss']:.4f} |",
+        f"| validation loss | {at_8['val_loss']:.4f} |",
         "| tokenizer | bytes |",
         '"n_embd": 32',
         '"peak_lr"',
     ):
         assert text in card
+    assert re.search(r"^\| data \| \S+ \([0-9a-f]{8,}\) \|$", card, re.MULTILINE)
     write_hf(tmp_path / "b", config=CONFIG)
     convert(f"hf:{tmp_path}/b", f"hf:{tmp_path}/c")
     assert "| steps | not known |" in (tmp_path / "c" / "README.md").read_text()

@@ -46,6 +46,20 @@ def test_a_head_that_repeats_the_table_is_kept_once(tmp_path):
         read(tmp_path)
 
 
+def test_a_head_of_another_type_with_the_same_bytes_is_another(tmp_path):
+    table = write_hf(tmp_path, dtype="bfloat16")["wte.weight"]
+    write_hf(tmp_path, dtype="bfloat16", extra={"lm_head.weight": table.view(np.float16)})
+    with pytest.raises(DataError, match=r"lm_head\.weight is not transformer\.wte\.weight"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(("vocab_size", "eot"), [(50256, None), (50257, 50256), (50304, 50256)])
+def test_without_a_tokenizer_end_of_text_is_gpt2_s_where_there_is_such_an_id(tmp_path, vocab_size, eot):
+    write_hf(tmp_path, config=CONFIG | {"vocab_size": vocab_size, "n_embd": 4})
+    config = huggingface.make_config(read(tmp_path), "float32")
+    assert (config["bos_token_id"], config["eos_token_id"]) == (eot, eot)
+
+
 def test_an_untied_model_has_its_head(tmp_path):
     head = np.arange(800, dtype=np.float32).reshape(50, 16)
     write_hf(tmp_path, config=CONFIG | {"tie_word_embeddings": False}, extra={"lm_head.weight": head})
