@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gptjax.errors import ConfigError
-from gptjax.sharding import BATCH_AXES
+from gptjax.sharding import BATCH_AXES, shard_index
 
 SPLASH_HEAD_WIDTH = 128  # TPU lanes: narrower heads are padded with zeros
 SPLASH_BLOCK = 128
@@ -105,9 +105,19 @@ def masked_attention(
     scores_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=jnp.float32) * scale
     weights_BNTS = jax.nn.softmax(jnp.where(mask, scores_BNTS, jnp.finfo(jnp.float32).min), axis=-1)
     if dropout_key is not None and dropout:
-        keep = jax.random.bernoulli(dropout_key, 1 - dropout, weights_BNTS.shape)
+        keep = keep_rows(dropout_key, dropout, weights_BNTS.shape)
         weights_BNTS = jnp.where(keep, weights_BNTS / (1 - dropout), 0.0)
     return jnp.swapaxes(jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS.astype(v_BNSH.dtype), v_BNSH), 1, 2)
+
+
+def keep_rows(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+    """Returns bool `shape`, each False with probability `rate`: dim 0 are sequences, each with a key of its own.
+
+    So a sequence is treated alike in whichever shard of the batch it lies.
+    """
+    row_B = shard_index() * shape[0] + jnp.arange(shape[0])
+    key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
+    return jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape[1:]))(key_B)
 
 
 def _splash(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
@@ -115,7 +125,7 @@ def _splash(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, segments_BT
     if segments_BT is None:
         segments_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.manual_axes:
         return splash_on_one_device(q_BTNH, k_BTNH, v_BTNH, segments_BT)
     heads = P(BATCH_AXES, None, "tensor", None)
     sharded = jax.shard_map(

@@ -33,6 +33,7 @@ class ComputeConfig:
     remat: str = "none"  # none | full | dots | dots_no_batch
     unroll: int = 1  # layers per loop iteration; 0 means all of them, no loop
     dtype: str = "auto"  # of matrix products: auto | float32 | bfloat16
+    reduce_dtype: str = "auto"  # in which devices sum gradients: auto (as dtype) | float32 | bfloat16
     loss_chunk: int = 0  # tokens per chunk of the loss; 0 means all at once
 
 
@@ -126,6 +127,7 @@ CHOICES = {
     "compute.attention": ("auto", "xla", "cudnn", "splash"),
     "compute.remat": ("none", "full", "dots", "dots_no_batch"),
     "compute.dtype": ("auto", "float32", "bfloat16"),
+    "compute.reduce_dtype": ("auto", "float32", "bfloat16"),
     "optim.name": ("adamw", "lion", "adafactor", "muon"),
     "optim.schedule": ("cosine", "wsd", "constant"),
     "data.eot_position": ("auto", "first", "last"),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from gptjax.chips import Chip
 from gptjax.config import Config
+from gptjax.hlo import NETWORK
 from gptjax.model import Compute, activation_bytes_per_sequence, train_flops_per_token
 from gptjax.sharding import TABLES, param_spec
 
@@ -58,31 +59,37 @@ class Roofline:
 def minimum_traffic(setting: Setting) -> Traffic:
     """Returns the bytes that a device must send in a step, by rings, whatever the compiler does.
 
-    Weights are gathered twice a micro-step (forward and backward), tables
-    once, in the compute dtype; gradients are reduced in the compute dtype, of tables in float32. Source of the ring's
-    costs: Patarasuk and Yuan 2009, "Bandwidth Optimal All-reduce Algorithms", section 3.
+    Weights are gathered twice a micro-step, forward and backward, and their gradients scattered; tables once a step.
+    Weights and gradients travel in the compute and reduce dtypes, gradients of tables in float32. Between slices, sums
+    take the way that is the same in all: scattered within, summed across, gathered within. Source of the costs of a
+    ring: Patarasuk and Yuan 2009, "Bandwidth Optimal All-reduce Algorithms", section 3.
     """
     config, compute, shape = setting.config, setting.compute, setting.shape
-    data, fsdp, tensor = (shape.mesh[axis] for axis in ("data", "fsdp", "tensor"))
-    width = jnp.dtype(compute.dtype).itemsize
+    fsdp, tensor = shape.mesh["fsdp"], shape.mesh["tensor"]
+    width, reduce_width = (jnp.dtype(dtype).itemsize for dtype in (compute.dtype, compute.reduce_dtype))
     traffic: Traffic = {}
 
     def add(kind: str, axes: tuple[str, ...], amount: float) -> None:
         if amount:
             traffic[kind, axes] = traffic.get((kind, axes), 0.0) + amount
 
+    def add_sum(axes: tuple[str, ...], amount: float) -> None:
+        near = math.prod(shape.mesh[axis] for axis in axes) // shape.slices
+        axes = tuple(a for a in axes if shape.mesh[a] // (shape.slices if a == "data" else 1) > 1)
+        add("all-reduce", axes, 2 * amount * (near - 1) / near)
+        add(NETWORK, ("data",), 2 * amount / near * (shape.slices - 1) / shape.slices)
+
     for path, sizes in setting.params.items():
         spec = param_spec(path)
         local = math.prod(sizes) / (tensor if "tensor" in spec else 1)
-        reduced = local * (4 if path in TABLES else width)
+        reduced = local * (4 if path in TABLES else reduce_width)
         if "fsdp" in spec:
-            gathers = shape.micro_steps * (1 if path in TABLES else 2)
-            add("all-gather", ("fsdp",), gathers * local * width * (fsdp - 1) / fsdp)
-            add("reduce-scatter", ("fsdp",), shape.micro_steps * reduced * (fsdp - 1) / fsdp)
-            add("all-reduce", ("data",), 2 * reduced / fsdp * (data - 1) / data)
+            times = (1, 1) if path in TABLES else (2 * shape.micro_steps, shape.micro_steps)
+            add("all-gather", ("fsdp",), times[0] * local * width * (fsdp - 1) / fsdp)
+            add("reduce-scatter", ("fsdp",), times[1] * reduced * (fsdp - 1) / fsdp)
+            add_sum(("data",), reduced / fsdp)
         else:
-            parts, axes = data * fsdp, tuple(axis for axis in ("data", "fsdp") if shape.mesh[axis] > 1)
-            add("all-reduce", axes, 2 * reduced * (parts - 1) / parts)
+            add_sum(("data", "fsdp"), reduced)
     model = config.model
     activations = shape.micro_batch * model.block_size * model.n_embd * width
     again = 2 if compute.remat == "full" else 0
@@ -118,7 +125,7 @@ def roofline(setting: Setting, chip: Chip, traffic: Traffic) -> Roofline:
     weights = shape.micro_steps * 3 * whole * jnp.dtype(compute.dtype).itemsize
     moved = weights + shape.micro_steps * 2 * memory["activations"] + UPDATE_BYTES * memory["parameters"] / 4
     ring = min(2, chip.links) * chip.link_bandwidth
-    across = {key: amount for key, amount in traffic.items() if shape.slices > 1 and "data" in key[1]}
+    across = {key: amount for key, amount in traffic.items() if key[0] == NETWORK}
     return Roofline(
         matrix_units=step_flops(config) * (4 / 3 if compute.remat == "full" else 1) / devices / chip.peak_flops,
         memory=moved / chip.memory_bandwidth,

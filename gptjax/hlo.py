@@ -15,6 +15,9 @@ DTYPE_BYTES = {
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 WINDOWED = re.compile(r"windowed_dot_general_body_(ag|rs)")  # XLA's loop of a product that hides a gather or a scatter
 WINDOWED_KIND = {"ag": "all-gather (windowed)", "rs": "reduce-scatter (windowed)"}
+SCATTERED = "all-reduce-scatter"  # how the name of a fusion begins that is a reduce-scatter, written as sum and slice
+ACROSS = "_xla_megascale_transfer_type"  # marks what XLA sends to another slice
+NETWORK = "all-reduce (network)"
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+)\s.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+)$")
@@ -50,29 +53,39 @@ class Instruction:
     text: str
 
 
-def read_collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
+def read_collectives(text: str, mesh_shape: Mapping[str, int], slices: int = 1) -> list[Collective]:
     """Returns the collectives of a compiled module's text, in its order, each with how often it runs.
 
-    mesh_shape: sizes by axis; the program's devices are numbered in the order of the mesh.
+    mesh_shape: sizes by axis; the program's devices are numbered in the order of the mesh. Of several slices each has
+    its own part of `data` and the same program; what goes across is sent through the hosts.
 
     Raises:
         ValueError: the text has a loop or a group of devices of a form that is not known.
     """
+    mesh_shape = {axis: size // slices if axis == "data" else size for axis, size in mesh_shape.items()}
     computations = parse(text)
-    counts = count_runs(computations)
+    counts, fused = count_runs(computations), _fused(computations)
     found, seen = [], set()
     for name, instructions in computations.items():
         for instruction in instructions:
             kind = instruction.opcode.removesuffix("-start")
+            if counts.get(name) and kind == "send" and ACROSS in instruction.text:
+                found.append(_read_send(instruction, counts[name], slices))
             if kind not in KINDS or not counts.get(name):
                 continue
-            channel = re.search(r"channel_id=(\d+)", instruction.text)
-            if channel and (channel[1], kind) in seen:
+            collective = _read_collective(instruction, kind, name, counts[name], mesh_shape)
+            copy = (*re.findall(r"channel_id=\d+", instruction.text), kind, collective.bytes)
+            if name in fused and copy in seen:
                 continue  # one collective that is carried out in several pieces has copies with one channel
-            if channel:
-                seen.add((channel[1], kind))
-            found.append(_read_collective(instruction, kind, name, counts[name], mesh_shape))
+            seen |= {copy} if name in fused else set()
+            found.append(collective)
     return found
+
+
+def _fused(computations: Mapping[str, list[Instruction]]) -> set[str]:
+    """Returns the computations that are parts of fusions."""
+    fusions = (i for instructions in computations.values() for i in instructions if i.opcode == "fusion")
+    return {name for fusion in fusions for name in re.findall(r"\bcalls=%?([\w.\-]+)", fusion.text)}
 
 
 def sum_traffic(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], float]:
@@ -193,20 +206,21 @@ def _constant(instruction: Instruction) -> int:
 def _read_collective(
     instruction: Instruction, kind: str, computation: str, count: int, mesh_shape: Mapping[str, int]
 ) -> Collective:
+    scattered = kind == "all-reduce" and computation.startswith(SCATTERED)
     groups = read_groups(instruction.text, math.prod(mesh_shape.values()), kind)
     size = max(map(len, groups))
     arrays = array_bytes(instruction.shape)
     moved = {
         "all-gather": lambda: _result(instruction, arrays) * (size - 1) / size,
-        "all-reduce": lambda: 2 * sum(arrays) * (size - 1) / size,
+        "all-reduce": lambda: (1 if scattered else 2) * sum(arrays) * (size - 1) / size,
         "reduce-scatter": lambda: _result(instruction, arrays) * (size - 1),
         "collective-permute": lambda: arrays[0],
     }.get(kind, lambda: sum(arrays) * (size - 1) / size)()
-    window = WINDOWED.search(computation)
+    window, name = WINDOWED.search(computation), "reduce-scatter" if scattered else kind
     scope = re.search(r'op_name="([^"]*)"', instruction.text)
     axes = permuted_axes(groups, mesh_shape) if kind == "collective-permute" else group_axes(groups, mesh_shape)
     return Collective(
-        kind=WINDOWED_KIND[window[1]] if window and kind == "collective-permute" else kind,
+        kind=WINDOWED_KIND[window[1]] if window and kind == "collective-permute" else name,
         axes=axes,
         count=count,
         bytes=moved,
@@ -214,6 +228,22 @@ def _read_collective(
             sorted({dtype for dtype, _ in _ARRAY.findall(instruction.shape) if dtype in DTYPE_BYTES} - {"u32"})
         ),
         where=scope[1] if scope else "",
+    )
+
+
+def _read_send(instruction: Instruction, count: int, slices: int) -> Collective:
+    """Returns the sum across slices that an instruction starts which sends one device's part to its host.
+
+    Raises:
+        ValueError: it is no sum.
+    """
+    if f'{ACROSS}="ALL_REDUCE"' not in instruction.text:
+        raise ValueError(f"a transfer between slices of a kind that is not known: {instruction.text[:300]}")
+    arrays = array_bytes(instruction.shape)
+    where = re.search(r'_rendezvous="([^"]*)"', instruction.text)
+    moved = 2 * arrays[0] * (slices - 1) / slices
+    return Collective(
+        NETWORK, ("data",), count, moved, _ARRAY.findall(instruction.shape)[0][0], where[1] if where else ""
     )
 
 

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gptjax.attention import causal_attention, choose_backend, masked_attention
+from gptjax.attention import causal_attention, choose_backend, keep_rows, masked_attention
 from gptjax.config import Config, GPTConfig, nearest_divisors
 from gptjax.errors import ConfigError
 from gptjax.loss import masked_logits
-from gptjax.sharding import BATCH_AXES, constrain
+from gptjax.sharding import BATCH_AXES, constrain, gather_layer, gathers
 
 __all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "Compute", "GPTConfig"]
 
@@ -30,6 +30,7 @@ VOCAB_MULTIPLE = 128
 LAYER_NORM_EPSILON = 1e-5
 INIT_STD = 0.02
 REMAT_POLICIES = {
+    "none": lambda primitive, *_, **__: primitive.name != "linear_call",  # gathered weights are gathered again
     "full": None,
     "dots": jax.checkpoint_policies.checkpoint_dots,
     "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
@@ -44,6 +45,8 @@ class Compute:
     remat: str = "none"
     unroll: int = 1
     dtype: Any = jnp.float32
+    reduce_dtype: Any = jnp.float32  # in which shards sum their gradients
+    two_stages: bool = False  # the sum over all devices of a TPU slice: in one stage, XLA sends twice the bytes
     flat: bool = True  # [B*T, D] outside attention: faster on CPU and GPU, slower on TPU, a gather under tensor
 
 
@@ -73,7 +76,10 @@ def resolve_compute(config: Config, mesh: Mesh) -> Compute:
     if reason:
         log.info("attention: xla, because %s", reason)
     flat = device.platform != "tpu" and mesh.shape["tensor"] == 1
-    return Compute(backend, compute.remat, compute.unroll or model.n_layer, dtype, flat)
+    slices = len({getattr(one, "slice_index", 0) for one in mesh.devices.flat})
+    two_stages = device.platform == "tpu" and mesh.shape["fsdp"] == mesh.size // slices
+    reduce_dtype = dtype if compute.reduce_dtype == "auto" else jnp.dtype(compute.reduce_dtype)
+    return Compute(backend, compute.remat, compute.unroll or model.n_layer, dtype, reduce_dtype, two_stages, flat)
 
 
 def _default_dtype(device: Any) -> str:
@@ -106,7 +112,7 @@ class CausalSelfAttention(nn.Module):
         y = nn.Dense(c.n_embd, kernel_init=_residual_normal(c), **_linear(c, self.compute), name="c_proj")(
             y_BTNH.reshape(x.shape)
         )
-        return _dropout(self, y, c.dropout), cache
+        return _dropout(self, y, batch, c.dropout), cache
 
 
 class MLP(nn.Module):
@@ -114,12 +120,12 @@ class MLP(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, batch: int) -> jax.Array:
         c = self.config
         x = nn.Dense(4 * c.n_embd, kernel_init=_normal(), **_linear(c, self.compute), name="c_fc")(x)
         x = jax.nn.gelu(x, approximate=True)
         x = nn.Dense(c.n_embd, kernel_init=_residual_normal(c), **_linear(c, self.compute), name="c_proj")(x)
-        return _dropout(self, x, c.dropout)
+        return _dropout(self, x, batch, c.dropout)
 
 
 class Block(nn.Module):
@@ -138,7 +144,7 @@ class Block(nn.Module):
             x = x + y
         with jax.named_scope("mlp"):
             normed = _layer_norm(self.config, self.compute, "ln_2")(x)
-            x = x + MLP(self.config, self.compute, name="mlp")(normed)
+            x = x + MLP(self.config, self.compute, name="mlp")(normed, batch)
         return constrain(x, P(BATCH_AXES, *[None] * (x.ndim - 1))), cache
 
 
@@ -177,7 +183,7 @@ class GPT(nn.Module):
         """
         segments_BT = None if starts_BT is None else jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32)
         x_BTD = self.embed(tokens_BT, positions(tokens_BT.shape, starts_BT))
-        x_BTD = _dropout(self, x_BTD, self.config.dropout)
+        x_BTD = _dropout(self, x_BTD, len(tokens_BT), self.config.dropout)
         x = x_BTD.reshape(-1, self.config.n_embd) if self.compute.flat else x_BTD
         x, _ = self.h(x, tokens_BT.shape[0], segments_BT)
         return self.ln_f(x).reshape(x_BTD.shape)
@@ -194,11 +200,15 @@ class GPT(nn.Module):
 def scanned_blocks(config: GPTConfig, compute: Compute) -> nn.Module:
     """Returns the Blocks as one module, whose parameters have a leading dim L however it is unrolled."""
     block: Any = Block
-    if compute.remat != "none":
+    if gathers():
+        how = {"dtype": compute.dtype, "reduce_dtype": compute.reduce_dtype, "two_stages": compute.two_stages}
+        whole = lambda variables: {"params": gather_layer(variables["params"], **how)}  # noqa: E731
+        block = nn.map_variables(block, "params", trans_in_fn=whole)
+    if compute.remat != "none" or gathers():
         policy = REMAT_POLICIES[compute.remat]
         # A loop keeps the compiler from merging the recomputation away; without one it must be told.
         prevent_cse = compute.unroll >= config.n_layer
-        block = nn.remat(Block, policy=policy, prevent_cse=prevent_cse, static_argnums=(2,))
+        block = nn.remat(block, policy=policy, prevent_cse=prevent_cse, static_argnums=(2,))
     scanned = nn.scan(
         block,
         variable_axes={"params": 0},
@@ -276,10 +286,10 @@ def _layer_norm(config: GPTConfig, compute: Compute, name: str | None) -> nn.Lay
     )
 
 
-def _dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
+def _dropout(module: nn.Module, x: jax.Array, batch: int, rate: float) -> jax.Array:
     if not rate or not module.has_rng("dropout"):
         return x
-    keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - rate, x.shape)
+    keep = keep_rows(module.make_rng("dropout"), rate, (batch, x.size // batch)).reshape(x.shape)
     return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
 
 

@@ -17,7 +17,7 @@ def make_report(
     """Returns all figures of a plan, as --json writes them; `compiled` is None where there are formulas only."""
     config, shape, chip = setting.config, setting.shape, topology.chip
     minimum = minimum_traffic(setting)
-    collectives = read_collectives(compiled.as_text(), shape.mesh) if compiled else []
+    collectives = read_collectives(compiled.as_text(), shape.mesh, shape.slices) if compiled else []
     traffic = sum_traffic(collectives) if compiled else minimum
     roof = roofline(setting, chip, traffic)
     memory = estimate_memory(setting)
@@ -65,8 +65,7 @@ def compiler_version() -> str:
 def measured_memory(memory: dict[str, float], stats: Any) -> dict[str, float]:
     """Returns the bytes of one device by kind as the compiler laid them out; `memory` has those of the state."""
     state = {name: memory[name] for name in ("parameters", "optimizer")}
-    kept = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    peak = stats.argument_size_in_bytes + stats.temp_size_in_bytes + kept + stats.generated_code_size_in_bytes
+    peak = stats.peak_memory_in_bytes + stats.generated_code_size_in_bytes
     rest = peak - sum(state.values())
     return state | {"gradients and activations": rest, "peak": peak}
 

@@ -135,11 +135,14 @@ def jit_steps(
 ) -> tuple[StepFn, Callable[..., Any]]:
     """Returns (train_step, eval_step), jitted; the train step gives its state back where it found it."""
     loss_fn = make_loss_fn(model, config, eot_id=eot_id, eot_position=eot_position)
-    step = make_train_step(loss_fn, optimizer, make_schedule(config.optim, config.train.num_steps), config=config)
+    schedule = make_schedule(config.optim, config.train.num_steps)
+    step = make_train_step(loss_fn, optimizer, schedule, config=config, compute=model.compute)
     if config.train.steps_per_dispatch > 1:
         step = make_multi_step(step)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), jax.jit(make_eval_step(loss_fn))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), jax.jit(
+        make_eval_step(loss_fn, compute=model.compute)
+    )
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from gptjax.config import Config
 from gptjax.loss import LossSums, cross_entropy
-from gptjax.model import GPT, document_starts, head
+from gptjax.model import GPT, Compute, document_starts, head
 from gptjax.optim import Schedule
-from gptjax.sharding import gather_tables
+from gptjax.sharding import BATCH_SPEC, gather_tables, on_each_shard, param_specs, sum_gradients, sum_over_shards
 from gptjax.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -26,7 +27,6 @@ def make_loss_fn(model: GPT, config: Config, *, eot_id: int, eot_position: str) 
     """
 
     def loss_fn(params: Any, tokens: jax.Array, dropout_key: jax.Array | None) -> LossSums:
-        params = gather_tables(params, model.compute.dtype)
         inputs_BT, targets_BT = jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:]
         starts_BT = None
         if config.data.document_mask:
@@ -44,7 +44,12 @@ def make_loss_fn(model: GPT, config: Config, *, eot_id: int, eot_position: str) 
 
 
 def make_train_step(
-    loss_fn: Callable[..., LossSums], optimizer: optax.GradientTransformation, schedule: Schedule, *, config: Config
+    loss_fn: Callable[..., LossSums],
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    *,
+    config: Config,
+    compute: Compute,
 ) -> StepFn:
     """Returns train_step(state, tokens_ABT) -> (state, metrics), where tokens_ABT is int32 [A, B, T+1].
 
@@ -58,15 +63,21 @@ def make_train_step(
         sums = loss_fn(params, tokens, key)
         return sums.loss + z_weight * sums.z_loss if z_weight else sums.loss, sums
 
-    def train_step(state: TrainState, tokens_ABT: jax.Array) -> tuple[TrainState, Metrics]:
-        step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+    def gradients(params: Any, tokens_ABT: jax.Array, step: jax.Array) -> tuple[Any, LossSums]:
+        step_key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+        whole, scatter = jax.vjp(lambda p: with_tables(p, compute), params)
 
         def micro_step(index: jax.typing.ArrayLike, tokens: jax.Array) -> tuple[Any, LossSums]:
             key = jax.random.fold_in(step_key, index) if dropout else None
-            grads, sums = jax.grad(summed, has_aux=True)(state.params, tokens, key)
-            return grads, sums
+            return jax.grad(summed, has_aux=True)(whole, tokens, key)
 
         grads, sums = accumulate(micro_step, tokens_ABT)
+        return sum_gradients(*scatter(grads), reduce_dtype=compute.reduce_dtype), sum_over_shards(sums)
+
+    def train_step(state: TrainState, tokens_ABT: jax.Array) -> tuple[TrainState, Metrics]:
+        cut = param_specs(state.params)
+        split = on_each_shard(gradients, in_specs=(cut, BATCH_SPEC, P()), out_specs=(cut, P()))
+        grads, sums = split(state.params, tokens_ABT, state.step)
         with jax.named_scope("update"):
             grads = jax.tree.map(lambda g: g / sums.tokens, grads)
             grad_norm = optax.tree.norm(grads)
@@ -97,6 +108,11 @@ def make_train_step(
     return train_step
 
 
+def with_tables(params: Any, compute: Compute) -> Any:
+    """Returns a shard's parameters with the tables whole, once a step for lookup and head of all micro-batches."""
+    return gather_tables(params, dtype=compute.dtype, two_stages=compute.two_stages)
+
+
 def accumulate(micro_step: Callable[..., Any], tokens_ABT: jax.Array) -> Any:
     """Returns the sum over a of micro_step(a, tokens_ABT[a]), a tree of float32, holding one micro-batch at a time."""
     if tokens_ABT.shape[0] == 1:
@@ -114,15 +130,21 @@ def make_multi_step(train_step: StepFn) -> StepFn:
     return lambda state, batches: jax.lax.scan(train_step, state, batches)
 
 
-def make_eval_step(loss_fn: Callable[..., LossSums]) -> Callable[..., tuple[LossSums, jax.Array]]:
+def make_eval_step(loss_fn: Callable[..., LossSums], *, compute: Compute) -> Callable[..., tuple[LossSums, jax.Array]]:
     """Returns eval_step(params, tokens_ABT, token_bytes_V) -> (summed loss, summed bytes of the counted targets)."""
 
     def eval_step(params: Any, tokens_ABT: jax.Array, token_bytes_V: jax.Array) -> tuple[LossSums, jax.Array]:
+        whole = with_tables(params, compute)
+
         def micro_step(_: jax.typing.ArrayLike, tokens: jax.Array) -> tuple[LossSums, jax.Array]:
             targets_BT = tokens[:, 1:]
             size_BT = jnp.where(targets_BT >= 0, token_bytes_V[jnp.maximum(targets_BT, 0)], 0)
-            return loss_fn(params, tokens, None), jnp.sum(size_BT, dtype=jnp.float32)
+            return loss_fn(whole, tokens, None), jnp.sum(size_BT, dtype=jnp.float32)
 
-        return accumulate(micro_step, tokens_ABT)
+        return sum_over_shards(accumulate(micro_step, tokens_ABT))
 
-    return eval_step
+    def split(params: Any, tokens_ABT: jax.Array, token_bytes_V: jax.Array) -> tuple[LossSums, jax.Array]:
+        run = on_each_shard(eval_step, in_specs=(param_specs(params), BATCH_SPEC, P()), out_specs=P())
+        return run(params, tokens_ABT, token_bytes_V)
+
+    return split

@@ -42,7 +42,7 @@ def abstract_run(config):
     abstract, _ = make_init(model, optimizer, mesh=mesh, seed=config.train.seed)
     loss_fn = make_loss_fn(model, config, eot_id=EOT, eot_position="last")
     schedule = make_schedule(config.optim, config.train.num_steps)
-    return mesh, abstract, make_train_step(loss_fn, optimizer, schedule, config=config)
+    return mesh, abstract, make_train_step(loss_fn, optimizer, schedule, config=config, compute=model.compute)
 
 
 def shapes(tree):

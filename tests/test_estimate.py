@@ -21,7 +21,7 @@ def setting_of(data=1, fsdp=1, tensor=1, *, micro_steps=1, micro_batch=2, slices
     model = {"n_layer": L, "n_head": 4, "n_embd": D, "block_size": T, "vocab_size": V}
     batch = micro_steps * micro_batch * data * fsdp
     config = from_dict({"model": model, "data": {"global_batch_size": batch}, "compute": {"remat": remat}})
-    compute = Compute(remat=remat, dtype=dtype)
+    compute = Compute(remat=remat, dtype=dtype, reduce_dtype=dtype)
     shape = Shape({"data": data, "fsdp": fsdp, "tensor": tensor}, micro_steps, micro_batch, slices)
     return Setting(config, compute, shape, shapes_by_path(param_tree(config)))
 
@@ -36,11 +36,19 @@ def test_data_parallelism_sums_every_gradient_once():
     assert traffic == {("all-reduce", ("data",)): pytest.approx(ring * (2 * (MATRICES + VECTORS) + 4 * TABLES))}
 
 
-def test_fsdp_gathers_twice_and_scatters_once_a_micro_step():
+def test_gradients_travel_in_the_reduce_dtype():
+    setting = setting_of(data=4)
+    setting = dataclasses.replace(setting, compute=dataclasses.replace(setting.compute, reduce_dtype=jnp.float32))
+    assert minimum_traffic(setting) == {
+        ("all-reduce", ("data",)): pytest.approx(1.5 * 4 * (MATRICES + VECTORS + TABLES))
+    }
+
+
+def test_fsdp_gathers_twice_and_scatters_once_a_micro_step_but_tables_once_a_step():
     traffic = minimum_traffic(setting_of(fsdp=4, micro_steps=3))
     part = 3 / 4
-    assert traffic["all-gather", ("fsdp",)] == pytest.approx(3 * part * (2 * 2 * MATRICES + 2 * TABLES))
-    assert traffic["reduce-scatter", ("fsdp",)] == pytest.approx(3 * part * (2 * MATRICES + 4 * TABLES))
+    assert traffic["all-gather", ("fsdp",)] == pytest.approx(part * (3 * 2 * 2 * MATRICES + 2 * TABLES))
+    assert traffic["reduce-scatter", ("fsdp",)] == pytest.approx(part * (3 * 2 * MATRICES + 4 * TABLES))
     assert traffic["all-reduce", ("fsdp",)] == pytest.approx(2 * part * 2 * VECTORS)
     assert len(traffic) == 3
 
@@ -49,6 +57,17 @@ def test_fsdp_with_data_sums_what_is_scattered():
     traffic = minimum_traffic(setting_of(data=2, fsdp=4))
     assert traffic["all-reduce", ("data",)] == pytest.approx(2 * (2 * MATRICES + 4 * TABLES) / 4 / 2)
     assert traffic["all-reduce", ("data", "fsdp")] == pytest.approx(2 * 2 * VECTORS * 7 / 8)
+
+
+def test_between_slices_each_part_is_summed_once():
+    traffic = minimum_traffic(setting_of(data=4, fsdp=2, slices=2))
+    assert {key for key in traffic if "data" in key[1]} == {
+        ("all-reduce", ("data",)), ("all-reduce", ("data", "fsdp")), ("all-reduce (network)", ("data",))
+    }  # fmt: skip
+    reduced = 2 * MATRICES + 4 * TABLES
+    assert traffic["all-reduce (network)", ("data",)] == pytest.approx(reduced / 2 / 2 + 2 * VECTORS / 4)
+    flat = minimum_traffic(setting_of(data=4, fsdp=2))
+    assert sum(traffic.values()) == pytest.approx(sum(flat.values())), "in all the same as by one ring"
 
 
 def test_tensor_parallelism_sums_activations():
@@ -85,7 +104,7 @@ def test_roofline_names_what_bounds():
 
 def test_only_data_goes_over_the_network():
     chip = parse_topology("v5e:2x2", 2).chip
-    traffic = {("all-reduce", ("data",)): 1e9, ("all-gather", ("fsdp",)): 2e9}
+    traffic = {("all-reduce (network)", ("data",)): 1e9, ("all-gather", ("fsdp",)): 2e9}
     roof = roofline(setting_of(data=2, fsdp=2, slices=2), chip, traffic)
     assert roof.network == pytest.approx(1e9 / chip.network_bandwidth)
     assert roof.links == pytest.approx(2e9 / (2 * chip.link_bandwidth))

@@ -84,12 +84,61 @@ def test_loops_and_windowed_products_are_counted():
     assert (reduce.kind, reduce.axes, reduce.count, reduce.bytes) == ("all-reduce", ("data",), 1, 2 * 16 / 2)
 
 
-def test_a_collective_in_several_pieces_counts_once():
-    line = next(line for line in PROGRAM.splitlines() if "all-reduce(" in line)
-    twice = PROGRAM.replace(line, line.replace("ROOT %total", "%piece") + "\n" + line)
-    assert len(read_collectives(twice, MESH)) == 3
-    other = PROGRAM.replace(line, line.replace("ROOT %total", "%piece").replace("_id=2", "_id=9") + "\n" + line)
-    assert len(read_collectives(other, MESH)) == 4
+PIECES = """
+%async_collective_fusion.1 (x: f32[4]) -> f32[16] {
+  %x = f32[4]{0} parameter(0)
+  ROOT %a = f32[16]{0} all-gather(%x), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%async_collective_fusion.2 (x: f32[4]) -> f32[16] {
+  %x = f32[4]{0} parameter(0)
+  ROOT %a = f32[16]{0:S(1)} all-gather(%x), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%all-reduce-scatter.7 (x: f32[16]) -> f32[4] {
+  %x = f32[16]{0} parameter(0)
+  %sum = f32[16]{0} all-reduce(%x), channel_id=6, replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %part = f32[4]{0} dynamic-slice(%sum, %i), dynamic_slice_sizes={4}
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  %first = f32[16]{0} fusion(%x), kind=kCustom, calls=%async_collective_fusion.1
+  %second = f32[16]{0} fusion(%x), kind=kCustom, calls=%async_collective_fusion.2
+  %one = f32[4]{0} all-reduce(%x), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add
+  %two = f32[4]{0} all-reduce(%one), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %part = f32[4]{0} fusion(%second), kind=kCustom, calls=%all-reduce-scatter.7
+}
+"""
+
+
+def test_pieces_of_one_collective_count_once_and_two_of_one_channel_twice():
+    found = [(c.kind, c.bytes) for c in read_collectives(PIECES, MESH)]
+    assert found == [
+        ("all-gather", 16 * 4 * 3 / 4),
+        ("reduce-scatter", 16 * 4 * 3 / 4),
+        ("all-reduce", 2 * 4 * 4 * 3 / 4),
+        ("all-reduce", 2 * 4 * 4 * 3 / 4),
+    ]
+
+
+def test_what_a_slice_sends_to_another():
+    send = (
+        "(f32[64,8]{1,0}, u32[], token[]) send(%x, %t), channel_id=2, is_host_transfer=true, "
+        'frontend_attributes={_xla_host_transfer_rendezvous="psum.1",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    text = f"ENTRY %main (x: f32[64,8]) -> f32[] {{\n  %s = {send}\n}}\n"
+    [found] = read_collectives(text, {"data": 4, "fsdp": 4, "tensor": 1}, slices=4)
+    assert (found.kind, found.axes, found.bytes) == ("all-reduce (network)", ("data",), 2 * 64 * 8 * 4 * 3 / 4)
+    with pytest.raises(ValueError, match="a kind that is not known"):
+        read_collectives(text.replace("ALL_REDUCE", "ALL_TO_ALL"), {"data": 4, "fsdp": 4, "tensor": 1}, slices=4)
+
+
+def test_each_slice_has_its_own_part_of_the_mesh():
+    text = PROGRAM.replace("{{0,4},{1,5},{2,6},{3,7}}", "{{0,4},{1,5},{2,6},{3,7}}")
+    axes = {c.kind: c.axes for c in read_collectives(text, MESH | {"data": 4}, slices=2)}
+    assert axes["all-reduce"] == ("data",)
+    assert axes["all-gather"] == ("fsdp",)
 
 
 def test_the_compilers_own_count_of_a_loop_comes_first():

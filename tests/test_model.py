@@ -431,10 +431,13 @@ def test_compute_is_resolved_from_the_devices_of_the_mesh():
     config = from_dict({"model": TINY, "compute": {"unroll": 0, "remat": "dots"}})
     assert Config().compute.dtype == "auto"
     cpu = resolve_compute(config, make_mesh(MeshConfig()))
-    assert cpu == Compute("xla", "dots", 2, jnp.dtype(jnp.float32), True)
+    assert cpu == Compute("xla", "dots", 2, jnp.dtype(jnp.float32), jnp.dtype(jnp.float32), two_stages=False, flat=True)
     assert not resolve_compute(config, make_mesh(MeshConfig(tensor=2))).flat
     bfloat16 = from_dict({"model": TINY, "compute": {"dtype": "bfloat16"}})
-    assert resolve_compute(bfloat16, make_mesh(MeshConfig())).dtype == jnp.bfloat16
+    both = resolve_compute(bfloat16, make_mesh(MeshConfig()))
+    assert (both.dtype, both.reduce_dtype) == (jnp.bfloat16, jnp.bfloat16)
+    exact = from_dict({"model": TINY, "compute": {"dtype": "bfloat16", "reduce_dtype": "float32"}})
+    assert resolve_compute(exact, make_mesh(MeshConfig())).reduce_dtype == jnp.float32
 
 
 def test_heads_that_the_mesh_does_not_divide_are_refused_with_the_nearest():

@@ -175,6 +175,34 @@ class TestCompiled:
         runs = max(row["runs"] for row in report["collectives"] if "runs" in row)
         assert runs >= 12, "a layer's collectives run once a layer"
 
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            ("v5e:4x4", "data=16"),
+            ("v5e:4x4", "data=1", "fsdp=16"),
+            ("v5e:4x4", "data=4", "fsdp=4"),
+            ("v5e:4x4", "data=2", "fsdp=16", "--slices=2"),
+        ],
+        ids=lambda flags: "-".join(flags),
+    )
+    def test_the_step_sends_what_it_must_and_little_more(self, tmp_path, flags):
+        file, (topology, *rest) = tmp_path / "plan.json", flags
+        mesh = [flag if flag.startswith("--") else f"--config.mesh.{flag}" for flag in rest]
+        code, out, err = plan(SMALL, f"--topology={topology}", *mesh, f"--json={file}")
+        assert (code, err) == (0, "")
+        report = json.loads(file.read_text())
+        least, sent = report["minimum_traffic_bytes"], report["traffic_bytes"]
+        assert 0.99 * least < sent < 1.2 * least, out
+        rows = {}
+        for row in report["collectives"]:
+            rows[row["kind"]] = rows.get(row["kind"], 0) + row.get("bytes", 0)
+        assert set(rows) <= {
+            "all-gather", "reduce-scatter", "all-reduce", "all-reduce (network)", "collective-permute"
+        }  # fmt: skip
+        # XLA's own reduce-scatter hands its neighbour what fills its last tile.
+        assert rows.get("collective-permute", 0) < 1e-3 * least
+        assert ("all-reduce (network)" in rows) == ("--slices=2" in flags)
+
     def test_what_does_not_fit(self):
         code, line = refused("--config=configs/gpt2_xl.py", "--topology=v5e:2x2", "--config.mesh.data=4")
         assert code == 3

@@ -1,5 +1,6 @@
 """Where every array lies, on eight CPU devices, and that the numbers do not depend on it."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.config import CHOICES, GPTConfig, MeshConfig, OptimConfig, from_dict
 from gptjax.errors import ConfigError
+from gptjax.hlo import read_collectives
 from gptjax.model import GPT, resolve_compute
 from gptjax.optim import make_optimizer, make_schedule
 from gptjax.sharding import (
@@ -23,10 +25,13 @@ from gptjax.sharding import (
     data_parallel_size,
     make_mesh,
     nest,
+    on_each_shard,
     param_shardings,
     param_spec,
+    param_specs,
     path_name,
     state_shardings,
+    sum_gradients,
 )
 from gptjax.state import TrainState, make_init
 from gptjax.step import make_loss_fn, make_train_step
@@ -214,8 +219,16 @@ def test_a_width_that_does_not_divide_names_the_nearest_mesh():
 
 
 MODEL = {"block_size": 16, "vocab_size": 200, "n_layer": 2, "n_head": 2, "n_embd": 32}
-MESHES = {"1": (1, 1, 1), "8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "1x1x2": (1, 1, 2), "2x2x2": (2, 2, 2)}
-OPTIONS = {"2x2x2": {"loss_chunk": 8, "remat": "full", "unroll": 2}}  # accumulating too, and the same numbers
+MESHES = {
+    "1": (1, 1, 1),
+    "8x1x1": (8, 1, 1),
+    "1x8x1": (1, 8, 1),
+    "2x4x1": (2, 4, 1),
+    "1x1x2": (1, 1, 2),
+    "2x2x2": (2, 2, 2),
+}
+ALL = {"loss_chunk": 8, "remat": "full", "unroll": 2}
+OPTIONS = {"2x4x1": ALL, "2x2x2": ALL}  # accumulating too, and the same numbers
 
 
 @functools.cache
@@ -225,18 +238,20 @@ def initial_params():
 
 
 @functools.cache
-def train(name):
+def train(name, *, dropout=0.0, dtype="auto", **changed):
     """Returns the losses and gradient norms of four updates on a mesh, and the compiled step's text."""
-    compute = OPTIONS.get(name, {})
-    config = from_dict({"model": MODEL, "compute": compute, "optim": {"warmup_steps": 0, "peak_lr": 1e-2}})
+    compute = OPTIONS.get(name, {}) | {"dtype": dtype}
+    optim = {"warmup_steps": 0, "peak_lr": 1e-2}
+    config = from_dict({"model": MODEL | {"dropout": dropout}, "compute": compute, "optim": optim})
     mesh = mesh_of(*MESHES[name])
-    model = GPT(config.model, resolve_compute(config, mesh))
+    model = GPT(config.model, dataclasses.replace(resolve_compute(config, mesh), **changed))
     assert model.compute.flat == (mesh.shape["tensor"] == 1)
     optimizer, schedule = make_optimizer(config.optim), make_schedule(config.optim, 100)
     abstract, _ = make_init(model, optimizer, mesh=mesh, seed=0)
     loss_fn = make_loss_fn(model, config, eot_id=0, eot_position="last")
-    step = make_train_step(loss_fn, optimizer, schedule, config=config)
-    tokens_ABT = np.random.default_rng(0).integers(200, size=(2 if compute else 1, 8 if compute else 16, 17))
+    step = make_train_step(loss_fn, optimizer, schedule, config=config, compute=model.compute)
+    accumulating = name in OPTIONS and not dropout  # of which the dropout keys are a function
+    tokens_ABT = np.random.default_rng(0).integers(200, size=(2 if accumulating else 1, 8 if accumulating else 16, 17))
     batch = jax.device_put(tokens_ABT.astype(np.int32), NamedSharding(mesh, BATCH_SPEC))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     state = jax.device_put(TrainState(np.int32(0), initial_params(), optimizer.init(initial_params())), shardings)
@@ -249,6 +264,16 @@ def train(name):
     return np.asarray(metrics), compiled.as_text()
 
 
+def traffic(text, name):
+    """Returns {(kind, axes): [how often a step, dtypes]} of a compiled step."""
+    shape = dict(mesh_of(*MESHES[name]).shape)
+    found = {}
+    for c in read_collectives(text, shape):
+        count, dtypes = found.get((c.kind, c.axes), (0, set()))
+        found[c.kind, c.axes] = (count + c.count, dtypes | {c.dtype})
+    return found
+
+
 @pytest.mark.parametrize("name", [name for name in MESHES if name != "1"])
 def test_losses_agree_between_meshes(name):
     (alone, alone_text), (metrics, text) = train("1"), train(name)
@@ -257,6 +282,47 @@ def test_losses_agree_between_meshes(name):
     assert ("all-gather" in text) == (mesh_of(*MESHES[name]).shape["fsdp"] > 1), "only fsdp has anything to gather"
     assert alone[-1, 0] < alone[0, 0] - 0.05, "nothing was learnt"
     np.testing.assert_allclose(metrics, alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["8x1x1", "2x4x1", "2x2x2"])
+def test_dropout_is_of_the_sequence_not_of_the_shard(name):
+    alone, metrics = train("1", dropout=0.3)[0], train(name, dropout=0.3)[0]
+    assert not np.allclose(alone, train("1")[0], rtol=1e-3), "nothing was dropped"
+    np.testing.assert_allclose(metrics, alone, rtol=1e-5)
+
+
+def test_a_sum_in_two_stages_is_the_same_sum():
+    (one, one_text), (two, two_text) = train("1x8x1"), train("1x8x1", two_stages=True)
+    in_one, in_two = traffic(one_text, "1x8x1"), traffic(two_text, "1x8x1")
+    assert ("reduce-scatter", ("fsdp",)) in in_one
+    assert ("reduce-scatter", ("fsdp",)) not in in_two
+    assert in_two["reduce-scatter", ()][0] == 2 * in_one["reduce-scatter", ("fsdp",)][0]
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+
+
+def test_weights_are_gathered_forward_and_backward_and_tables_once():
+    found = traffic(train("2x4x1", unroll=1)[1], "2x4x1")
+    layers, micro_steps, weights, tables = MODEL["n_layer"], 2, 4, 2
+    assert found["all-gather", ("fsdp",)][0] == 2 * layers * micro_steps * weights + tables
+    assert found["reduce-scatter", ("fsdp",)][0] == layers * micro_steps * weights + tables
+    assert found["all-reduce", ("data",)][0] <= weights + tables + 3, "across data once a step: layers are stacked"
+    assert "all-to-all" not in {kind for kind, _ in found}
+
+
+@pytest.mark.parametrize(("reduce_dtype", "sent"), [(jnp.bfloat16, "bf16"), (jnp.float32, "f32")])
+def test_gradients_are_summed_in_the_dtype_that_is_asked_for(reduce_dtype, sent):
+    mesh = mesh_of(2, 4)
+    grads = {"h": {"mlp": {"c_fc": {"kernel": jnp.ones((2, 8, 16))}}}, "wpe": {"embedding": jnp.ones((8, 8))}}
+
+    def total(grads):
+        return sum_gradients(grads, reduce_dtype=reduce_dtype)
+
+    with jax.set_mesh(mesh):
+        cut = param_specs(grads)
+        lowered = jax.jit(on_each_shard(total, in_specs=(cut,), out_specs=cut)).lower(grads)
+        np.testing.assert_array_equal(lowered.compile()(grads)["wpe"]["embedding"], 2)
+    sums = re.findall(r"all_reduce.*?-> tensor<([\dx]+)x(b?f\d+)>", lowered.as_text(), re.DOTALL)
+    assert dict(sums) == {"2x2x16": sent, "8x2": "f32"}, "tables in float32"
 
 
 def test_nest_builds_the_tree():

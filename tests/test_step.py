@@ -52,7 +52,7 @@ def gpt_loss_fn(config, **compute):
 
 def make_step(config, loss_fn, optimizer=None):
     optimizer = optimizer or make_optimizer(config.optim)
-    return make_train_step(loss_fn, optimizer, make_schedule(config.optim, 10), config=config)
+    return make_train_step(loss_fn, optimizer, make_schedule(config.optim, 10), config=config, compute=Compute())
 
 
 def make_state(config, params, step=0, optimizer=None):
@@ -141,7 +141,7 @@ def test_clipping_is_by_global_norm_and_reported_before(clip, kept):
 
     sgd = optax.sgd(1.0)
     config = make_config(optim={"grad_clip": clip, "schedule": "constant", "warmup_steps": 0})
-    step = make_train_step(loss_fn, sgd, make_schedule(config.optim, 10), config=config)
+    step = make_train_step(loss_fn, sgd, make_schedule(config.optim, 10), config=config, compute=Compute())
     params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
     state, metrics = step(TrainState(jnp.int32(0), params, sgd.init(params)), jnp.zeros((1, 1, 2), jnp.int32))
     assert float(metrics["grad_norm"]) == pytest.approx(2.0, rel=1e-6)
@@ -340,7 +340,7 @@ def test_many_steps_at_once_equal_single_steps():
 def eval_step(document_mask=False, eot_position="last"):
     config = make_config(data={"document_mask": document_mask})
     loss_fn = make_loss_fn(GPT(config.model), config, eot_id=EOT, eot_position=eot_position)
-    return jit(make_eval_step(loss_fn))
+    return jit(make_eval_step(loss_fn, compute=Compute()))
 
 
 def test_evaluation_sums_losses_tokens_and_bytes():

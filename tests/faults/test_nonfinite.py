@@ -27,9 +27,8 @@ def broken_step(lab, tiny_run):
         sums = loss_fn(params, tokens, key)
         return sums._replace(loss=sums.loss * math.nan)
 
-    step = make_train_step(
-        broken_loss, make_optimizer(config.optim), make_schedule(config.optim, config.train.num_steps), config=config
-    )
+    optimizer, schedule = make_optimizer(config.optim), make_schedule(config.optim, config.train.num_steps)
+    step = make_train_step(broken_loss, optimizer, schedule, config=config, compute=tiny_run.model.compute)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, tiny_run.abstract_state)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
