@@ -1,7 +1,6 @@
 """Reads what a compiled program moves between devices: every collective, how often it runs, along which mesh axes."""
 
 import dataclasses
-import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,7 +32,7 @@ class Collective:
     """One collective of a program, with all its runs in one step."""
 
     kind: str  # of KINDS, or of WINDOWED_KIND
-    axes: tuple[str, ...]  # of the mesh, along which devices take part; () if they are no whole axes
+    axes: tuple[str, ...]  # of the mesh, along which devices take part, or some of them
     count: int  # runs a step
     bytes: float  # sent by one device in one run, by a ring
     dtype: str
@@ -313,19 +312,12 @@ def _along(grid: np.ndarray, dims: Iterable[int]) -> list[tuple[int, ...]]:
 
 
 def group_axes(groups: list[tuple[int, ...]], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
-    """Returns the mesh axes along which the groups lie, or () if that is not along whole axes."""
-    axes = [axis for axis, size in mesh_shape.items() if size > 1]
-    grid = np.arange(math.prod(mesh_shape.values())).reshape([mesh_shape[axis] for axis in axes])
-    wanted = {frozenset(group) for group in groups}
-    for count in range(len(axes) + 1):
-        for dims in itertools.combinations(range(len(axes)), count):
-            if {frozenset(group) for group in _along(grid, dims)} == wanted:
-                return tuple(axes[d] for d in dims)
-    return ()
+    """Returns the mesh axes along which the devices of a group differ; they may be a part of an axis only."""
+    return permuted_axes([(group[0], other) for group in groups for other in group[1:]], mesh_shape)
 
 
 def permuted_axes(pairs: list[tuple[int, ...]], mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
-    """Returns the mesh axes in which source and target of any pair differ."""
+    """Returns the mesh axes along which source and target of any pair differ."""
     axes, shape = list(mesh_shape), tuple(mesh_shape.values())
     places = [(np.unravel_index(source, shape), np.unravel_index(target, shape)) for source, target in pairs]
     return tuple(axis for d, axis in enumerate(axes) if any(a[d] != b[d] for a, b in places))

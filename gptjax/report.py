@@ -106,7 +106,7 @@ def describe(report: dict[str, Any]) -> list[str]:
 def describe_traffic(r: dict[str, Any]) -> list[str]:
     lines = ["sent by a device in a step:" if r["collectives"] else "one device: nothing is sent"]
     for row in r["collectives"]:
-        name, axes = row["kind"], "+".join(row["axes"]) or "part of an axis"
+        name, axes = row["kind"], "+".join(row["axes"])
         if "bytes" in row:
             lines.append(f"  {name:<27} {axes:<12} {row['runs']:>6} times {row['bytes'] / 1e6:>10.1f} MB")
         else:

@@ -53,7 +53,8 @@ def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
     if slices == 1:
         return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
     within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
-    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=types)
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=types)
 
 
 def mesh_sizes(config: MeshConfig, count: int, slices: int = 1) -> tuple[int, int, int]:
@@ -211,22 +212,30 @@ def gather_layer(layer: Any, *, dtype: Any, reduce_dtype: Any, two_stages: bool)
 
 def _gather(x: jax.Array, spec: P, *, dtype: Any, out_dtype: Any, reduce_dtype: Any, two_stages: bool) -> jax.Array:
     dim, count = spec.index("fsdp"), jax.sharding.get_abstract_mesh().shape["fsdp"]
+    leading = (x.shape[dim], *x.shape[:dim], *x.shape[dim + 1 :])
+    # What travels is cut along a dim that no tile of memory spans: else XLA makes sums of twice the bytes of it.
+    tiles, stages = (-1, math.gcd(x.size, LANES)), _stages(count) if two_stages else [None]
 
     def whole(_: None, x: jax.Array) -> jax.Array:
-        return jax.lax.all_gather(x.astype(dtype), "fsdp", axis=dim, tiled=True).astype(out_dtype)
+        parts = jnp.moveaxis(x.astype(dtype), dim, 0).reshape(1, *tiles)
+        for groups in reversed(stages):
+            parts = jax.lax.all_gather(parts, "fsdp", tiled=True, axis_index_groups=groups)
+        return jnp.moveaxis(parts.reshape(-1, *leading[1:]), 0, dim).astype(out_dtype)
 
     def scatter(_: None, g: jax.Array) -> jax.Array:
-        g = jnp.moveaxis(g.astype(reduce_dtype), dim, 0)
-        parts = g.reshape(count, -1, math.gcd(g.size // count, LANES))  # cut along a dim that no tile of memory spans
-        for groups in _stages(count) if two_stages else [None]:
+        parts = jnp.moveaxis(g.astype(reduce_dtype), dim, 0).reshape(count, *tiles)
+        for groups in stages:
             parts = jax.lax.psum_scatter(parts, "fsdp", tiled=True, axis_index_groups=groups)
-        return jnp.moveaxis(parts.reshape(-1, *g.shape[1:]), 0, dim).astype(x.dtype)
+        return jnp.moveaxis(parts.reshape(leading), 0, dim).astype(x.dtype)
 
     return jax.custom_derivatives.linear_call(whole, scatter, None, x)
 
 
 def _stages(count: int) -> list[list[list[int]] | None]:
-    """Returns the groups in which so many devices scatter a sum in two stages: across a grid's rows, then along."""
+    """Returns the groups in which so many devices scatter a sum in two stages: across a grid's rows, then along.
+
+    To gather, the other way round.
+    """
     rows = next((n for n in (4, 2, 3, 5, 7) if count % n == 0 and count > n), 1)
     grid = np.arange(count).reshape(rows, -1)
     return [grid.T.tolist(), grid.tolist()] if rows > 1 else [None]

@@ -195,7 +195,8 @@ def test_groups_of_an_unknown_form_are_an_error():
         ([(0, 4), (1, 5), (2, 6), (3, 7)], ("data",)),
         ([(0, 1, 2, 3), (7, 6, 5, 4)], ("fsdp",)),
         ([tuple(range(8))], ("data", "fsdp")),
-        ([(0, 1), (2, 3), (4, 5), (6, 7)], ()),
+        ([(0, 1), (2, 3), (4, 5), (6, 7)], ("fsdp",)),
+        ([(0, 5), (1, 4)], ("data", "fsdp")),
     ],
 )
 def test_axes_of_groups(groups, axes):

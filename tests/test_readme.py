@@ -87,7 +87,8 @@ def test_what_the_tree_names_exists():
     tree = "\n".join(tree_lines())
     files = set(re.findall(r"[\w.]+\.(?:py|ipynb|md|toml|cff)\b", tree))
     folders = set(re.findall(r"^\W*([\w.]+)/", tree, re.MULTILINE))
-    tracked = [path for top in ("gptjax", "configs", "tests", "notebooks", "benchmarks") for path in tree_of(top)]
+    tops = ("gptjax", "configs", "tests", "notebooks", "benchmarks", "docs")
+    tracked = [path for top in tops for path in tree_of(top)]
     tracked += [path for path in ROOT.iterdir() if path.is_file()]
     assert len(files) > 10
     assert files <= {path.name for path in tracked}

@@ -294,9 +294,8 @@ def test_dropout_is_of_the_sequence_not_of_the_shard(name):
 def test_a_sum_in_two_stages_is_the_same_sum():
     (one, one_text), (two, two_text) = train("1x8x1"), train("1x8x1", two_stages=True)
     in_one, in_two = traffic(one_text, "1x8x1"), traffic(two_text, "1x8x1")
-    assert ("reduce-scatter", ("fsdp",)) in in_one
-    assert ("reduce-scatter", ("fsdp",)) not in in_two
-    assert in_two["reduce-scatter", ()][0] == 2 * in_one["reduce-scatter", ("fsdp",)][0]
+    for kind in ("all-gather", "reduce-scatter"):
+        assert in_two[kind, ("fsdp",)][0] == 2 * in_one[kind, ("fsdp",)][0] > 0
     np.testing.assert_allclose(two, one, rtol=1e-5)
 
 
