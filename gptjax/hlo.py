@@ -15,6 +15,8 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all
 WINDOWED = re.compile(r"windowed_dot_general_body_(ag|rs)")  # XLA's loop of a product that hides a gather or a scatter
 WINDOWED_KIND = {"ag": "all-gather (windowed)", "rs": "reduce-scatter (windowed)"}
 SCATTERED = "all-reduce-scatter"  # how the name of a fusion begins that is a reduce-scatter, written as sum and slice
+# A collective that runs beside something else stands once more in each fusion that it goes on in, and where it ends.
+GOES_ON, DONE = "async_collective_fusion", 'custom_call_target="AsyncCollectiveDone"'
 ACROSS = "_xla_megascale_transfer_type"  # marks what XLA sends to another slice
 NETWORK = "all-reduce (network)"
 
@@ -63,28 +65,16 @@ def read_collectives(text: str, mesh_shape: Mapping[str, int], slices: int = 1) 
     """
     mesh_shape = {axis: size // slices if axis == "data" else size for axis, size in mesh_shape.items()}
     computations = parse(text)
-    counts, fused = count_runs(computations), _fused(computations)
-    found, seen = [], set()
+    counts, found = count_runs(computations), []
     for name, instructions in computations.items():
-        for instruction in instructions:
+        goes_on = name.startswith(GOES_ON) or any(DONE in i.text for i in instructions)
+        for instruction in instructions if counts.get(name) and not goes_on else ():
             kind = instruction.opcode.removesuffix("-start")
-            if counts.get(name) and kind == "send" and ACROSS in instruction.text:
+            if kind in KINDS:
+                found.append(_read_collective(instruction, kind, name, counts[name], mesh_shape))
+            elif kind == "send" and ACROSS in instruction.text:
                 found.append(_read_send(instruction, counts[name], slices))
-            if kind not in KINDS or not counts.get(name):
-                continue
-            collective = _read_collective(instruction, kind, name, counts[name], mesh_shape)
-            copy = (*re.findall(r"channel_id=\d+", instruction.text), kind, collective.bytes)
-            if name in fused and copy in seen:
-                continue  # one collective that is carried out in several pieces has copies with one channel
-            seen |= {copy} if name in fused else set()
-            found.append(collective)
     return found
-
-
-def _fused(computations: Mapping[str, list[Instruction]]) -> set[str]:
-    """Returns the computations that are parts of fusions."""
-    fusions = (i for instructions in computations.values() for i in instructions if i.opcode == "fusion")
-    return {name for fusion in fusions for name in re.findall(r"\bcalls=%?([\w.\-]+)", fusion.text)}
 
 
 def sum_traffic(collectives: Iterable[Collective]) -> dict[tuple[str, tuple[str, ...]], float]:

@@ -295,7 +295,8 @@ def nearest_that_fits(config: Config, topology: Topology) -> str:
         return setting.shape.mesh != asked, setting.config.compute.remat != config.compute.remat
 
     by_distance = sorted((setting for _, setting in rank(config, topology)), key=distance)
-    for setting in by_distance[:COMPILED]:
+    smallest = sorted(by_distance, key=analytic_bytes)[:1]  # the last resort: what compiles is larger than formulas
+    for setting in by_distance[:COMPILED] + smallest:
         if not topology.is_tpu:
             return f"by the formulas this fits: {overrides(setting)}"
         with contextlib.suppress(PlanError):

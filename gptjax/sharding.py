@@ -50,11 +50,12 @@ def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     sizes, types = mesh_sizes(config, len(devices), slices), (AxisType.Auto,) * len(AXES)
-    if slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
     within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
-    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=types)
+    # An axis may be a part of a dimension of the torus: 64 of 8 x 16 x 16.
+    split = {"allow_split_physical_axes": True}
+    if slices == 1:
+        return Mesh(mesh_utils.create_device_mesh(sizes, devices, **split), AXES, axis_types=types)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices, **split), AXES, axis_types=types)
 
 
 def mesh_sizes(config: MeshConfig, count: int, slices: int = 1) -> tuple[int, int, int]:

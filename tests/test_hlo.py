@@ -85,14 +85,21 @@ def test_loops_and_windowed_products_are_counted():
 
 
 PIECES = """
-%async_collective_fusion.1 (x: f32[4]) -> f32[16] {
+%fused_computation.1 (x: f32[4]) -> (f32[16], u32[]) {
   %x = f32[4]{0} parameter(0)
-  ROOT %a = f32[16]{0} all-gather(%x), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
+  %a = f32[16]{0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %s = (f32[16]{0}, u32[]) custom-call(%a), custom_call_target="AsyncCollectiveStart"
 }
 
 %async_collective_fusion.2 (x: f32[4]) -> f32[16] {
   %x = f32[4]{0} parameter(0)
-  ROOT %a = f32[16]{0:S(1)} all-gather(%x), channel_id=5, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %a = f32[16]{0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%fused_computation.3 (x: f32[4]) -> f32[16] {
+  %x = f32[4]{0} parameter(0)
+  %a = f32[16]{0} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
+  ROOT %d = f32[16]{0} custom-call(%a), custom_call_target="AsyncCollectiveDone"
 }
 
 %all-reduce-scatter.7 (x: f32[16]) -> f32[4] {
@@ -103,8 +110,10 @@ PIECES = """
 
 ENTRY %main (x: f32[4]) -> f32[4] {
   %x = f32[4]{0} parameter(0)
-  %first = f32[16]{0} fusion(%x), kind=kCustom, calls=%async_collective_fusion.1
-  %second = f32[16]{0} fusion(%x), kind=kCustom, calls=%async_collective_fusion.2
+  %first = (f32[16]{0}, u32[]) fusion(%x), kind=kCustom, calls=%fused_computation.1
+  %beside = f32[16]{0} fusion(%x), kind=kCustom, calls=%async_collective_fusion.2
+  %second = f32[16]{0} fusion(%x), kind=kCustom, calls=%fused_computation.3
+  %other = (f32[16]{0}, u32[]) fusion(%x), kind=kCustom, calls=%fused_computation.1
   %one = f32[4]{0} all-reduce(%x), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add
   %two = f32[4]{0} all-reduce(%one), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add
   ROOT %part = f32[4]{0} fusion(%second), kind=kCustom, calls=%all-reduce-scatter.7
@@ -113,12 +122,12 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 
 
 def test_pieces_of_one_collective_count_once_and_two_of_one_channel_twice():
-    found = [(c.kind, c.bytes) for c in read_collectives(PIECES, MESH)]
+    found = [(c.kind, c.count, c.bytes) for c in read_collectives(PIECES, MESH)]
     assert found == [
-        ("all-gather", 16 * 4 * 3 / 4),
-        ("reduce-scatter", 16 * 4 * 3 / 4),
-        ("all-reduce", 2 * 4 * 4 * 3 / 4),
-        ("all-reduce", 2 * 4 * 4 * 3 / 4),
+        ("all-gather", 2, 16 * 4 * 3 / 4),
+        ("reduce-scatter", 1, 16 * 4 * 3 / 4),
+        ("all-reduce", 1, 2 * 4 * 4 * 3 / 4),
+        ("all-reduce", 1, 2 * 4 * 4 * 3 / 4),
     ]
 
 
