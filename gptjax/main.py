@@ -15,9 +15,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--coordinator", default="", help="HOST:PORT of process 0, where JAX cannot find it out")
     parser.add_argument("--num_processes", type=int, default=0, help="with --coordinator: how many there are")
     parser.add_argument("--process_id", type=int, default=-1, help="with --coordinator: which one this is, from 0")
+    parser.add_argument("--join_seconds", type=float, default=300, help="how long to wait for the other processes")
     args, rest = parser.parse_known_args(arguments)
     settings = config.load(args.config, runtime.parse_overrides(parser, rest))
-    runtime.start_jax(coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id)
+    runtime.start_jax(
+        coordinator=args.coordinator,
+        num_processes=args.num_processes,
+        process_id=args.process_id,
+        join_seconds=args.join_seconds,
+    )
     from gptjax.train import train  # after the checks above: it takes seconds to import
 
     return train(settings, args.workdir or f"runs/{pathlib.Path(args.config).stem}")

@@ -3,22 +3,27 @@
 import argparse
 import contextlib
 import difflib
+import faulthandler
 import fcntl
+import json
 import logging
+import math
 import os
 import pathlib
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from gptjax import errors
 from gptjax.errors import ConfigError, UnavailableError, UserError, WorkdirError
 
 log = logging.getLogger("gptjax")
 OVERRIDE = "--config."
+WAITING_SECONDS = 10.0  # between two lines of a process that waits for others
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,10 +91,15 @@ def start_logging() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own notices
 
 
-def start_jax(*, coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
+def start_jax(
+    *, coordinator: str = "", num_processes: int = 0, process_id: int = -1, join_seconds: float = 300
+) -> None:
     """Joins the other processes, if any, and sets what JAX needs; call it once, before the first use of a device.
 
+    join_seconds: after so long without one of the others the process ends with code 69 and a line that says so.
+
     Raises:
+        ConfigError: the numbers of the processes are wrong.
         UnavailableError: the platform asked for is not there, or a GPU or TPU host would fall back to its CPU.
     """
     import jax
@@ -98,14 +108,58 @@ def start_jax(*, coordinator: str = "", num_processes: int = 0, process_id: int 
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(pathlib.Path.home() / ".cache" / "gptjax" / "compiled")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if coordinator and not 0 <= process_id < num_processes:
+        raise ConfigError(f"--process_id={process_id} --num_processes={num_processes}: expected 0 <= id < number")
     if coordinator or is_cluster(os.environ):
         given = (coordinator, num_processes, process_id) if coordinator else (None, None, None)
         whom = f"process {process_id} of {num_processes}" if coordinator else "one process of a cluster"
         log.info("%s on host %s, joining the others; run the same command on every worker", whom, socket.gethostname())
-        jax.distributed.initialize(*given)
+        with _ending_after(join_seconds, lambda: f"{whom}: {_missing(coordinator, num_processes, process_id)}"):
+            jax.distributed.initialize(*given, initialization_timeout=math.ceil(join_seconds) + 60)
         if jax.process_index():
             log.setLevel(logging.WARNING)
     _check_devices()
+
+
+@contextlib.contextmanager
+def _ending_after(seconds: float, describe: Callable[[], str]) -> Iterator[None]:
+    """Ends this process with code 69 if what runs inside takes longer, saying every now and then what it waits for.
+
+    A thread must: JAX waits in C++, and there it aborts at its own limit.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        waited = 0.0
+        while waited < seconds:
+            pause = min(WAITING_SECONDS, seconds - waited)
+            if done.wait(pause):
+                return
+            waited += pause
+            log.warning("%s (%.0f of %.0f s)", describe(), waited, seconds)
+        print(f"error: {describe()}; start it, or start all of them again", file=sys.stderr, flush=True)
+        os._exit(errors.UNAVAILABLE)
+
+    threading.Thread(target=watch, daemon=True, name="joining").start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _missing(coordinator: str, num_processes: int, process_id: int) -> str:
+    """Returns what a process that has not been joined waits for, as far as it can know."""
+    if process_id <= 0:
+        others = "process 1" if num_processes == 2 else f"one or more of processes 1 to {num_processes - 1}"
+        return f"waiting for {others if coordinator else 'the other processes'}" + (
+            f" to come to {coordinator}" if coordinator else ""
+        )
+    host, _, port = coordinator.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except (OSError, ValueError):
+        return f"waiting for process 0, which does not answer at {coordinator}"
+    return f"process 0 answers at {coordinator}; waiting for another one of the {num_processes}"
 
 
 def is_cluster(environment: Mapping[str, str]) -> bool:
@@ -172,6 +226,92 @@ class Preemption:
         os.close(self._read)
 
 
+class Consensus:
+    """Whether to stop: what one process has been asked, all of them learn at the same step.
+
+    Of one process it is its own answer, at once. Of several, `ask` has the devices collect the answers, and `hear`
+    reads what they found: all processes call both, in the same order.
+    """
+
+    def __init__(self, preemption: Preemption, mesh: Any) -> None:
+        import jax
+        import jax.numpy as jnp
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        self._preemption, self._heard = preemption, False
+        self._several = jax.process_count() > 1
+        self._each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._most = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    @property
+    def stopping(self) -> bool:
+        return self._heard if self._several else self._preemption.requested
+
+    def ask(self) -> Any:
+        """Returns what `hear` takes; nothing waits for it."""
+        if not self._several:
+            return None
+        import jax
+        import numpy as np
+
+        mine = np.full(jax.local_device_count(), self._preemption.requested, np.int32)
+        return self._most(jax.make_array_from_process_local_data(self._each, mine))
+
+    def hear(self, answer: Any) -> bool:
+        if answer is not None:
+            self._heard |= bool(answer)
+        return self.stopping
+
+
+def check_agreement(what: str, values: Mapping[str, Any]) -> None:
+    """Raises UnavailableError, in every process, unless all have the same `values`, which JSON can hold."""
+    import jax
+
+    if jax.process_count() == 1:
+        return
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(values, sort_keys=True).encode()
+    length = int(np.max(multihost_utils.process_allgather(np.int32(len(text)))))
+    padded = np.frombuffer(text.ljust(length), np.uint8)
+    all_values = [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
+    lines = [
+        f"{what}: process {number} has {name}={theirs.get(name)!r}, process 0 {first!r}"
+        for number, theirs in enumerate(all_values)
+        for name, first in all_values[0].items()
+        if theirs.get(name) != first
+    ]
+    if lines:
+        raise UnavailableError("\n".join([*lines, "start the same command, with the same data, on every worker"]))
+
+
+class Watchdog:
+    """Ends a process that hangs: with code 69 and the stacks of all threads, when no `beat` has come for so long."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._done, self._last = seconds, threading.Event(), time.monotonic()
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds:
+            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+
+    def beat(self) -> None:
+        self._last = time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._done.wait(max(0.0, self._last + self._seconds - time.monotonic())):
+            if time.monotonic() - self._last >= self._seconds:
+                print(f"error: nothing has ended for train.watchdog_seconds={self._seconds:g}; the stacks of all "
+                      "threads follow, then start the same command again", file=sys.stderr, flush=True)  # fmt: skip
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(errors.UNAVAILABLE)
+
+
 @contextlib.contextmanager
 def lock_workdir(directory: str) -> Iterator[None]:
     """Holds the work directory for this process; a dead holder's lock is gone with it.
@@ -201,7 +341,7 @@ def lock_workdir(directory: str) -> Iterator[None]:
 def fault_point(name: str) -> None:
     """Does nothing, unless GPTJAX_FAULT=NAME:COUNT:ACTION asks for a fault at the COUNT-th passage of this point.
 
-    ACTION: kill (SIGKILL), term (SIGTERM), int (SIGINT). For tests: a run without the variable never gets further.
+    ACTION: kill (SIGKILL), term (SIGTERM), int (SIGINT), hang (for ever). For tests: a run without the variable never gets further.
     """
     wanted = os.environ.get("GPTJAX_FAULT")
     if not wanted:
@@ -211,5 +351,7 @@ def fault_point(name: str) -> None:
         return
     left = int(count) - 1
     os.environ["GPTJAX_FAULT"] = f"{point}:{left}:{action}" if left > 0 else ""
+    while left == 0 and action == "hang":
+        time.sleep(60)
     if left == 0:
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}[action])

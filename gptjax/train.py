@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import errors
-from gptjax.checkpoint import Checkpointer, Record, compare_configs
-from gptjax.config import Config, GPTConfig
+from gptjax.checkpoint import Checkpointer, Record, compare_configs, versions
+from gptjax.config import Config, GPTConfig, flatten
 from gptjax.convert import formats
 from gptjax.data.dataset import Prefetcher
 from gptjax.errors import ConfigError, DivergedError
@@ -21,7 +22,7 @@ from gptjax.evaluate import COMPRESSED_BYTES, compare, evaluate
 from gptjax.metrics import Reporter, duration, peak_flops
 from gptjax.optim import role_table
 from gptjax.run import Run, describe_run, make_run
-from gptjax.runtime import Preemption, fault_point, lock_workdir
+from gptjax.runtime import Consensus, Preemption, Watchdog, check_agreement, fault_point, lock_workdir
 from gptjax.sample import generate
 from gptjax.sharding import path_name
 from gptjax.state import TrainState
@@ -46,7 +47,9 @@ def train(config: Config, workdir: str) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock_workdir(local))
         preemption = stack.enter_context(Preemption())
+        check_agreement("config", flatten(config) | {"workdir": workdir} | versions())
         run = make_run(config)
+        check_agreement("data", run.data_identity)
         stack.enter_context(jax.set_mesh(run.mesh))
         checkpointer = stack.enter_context(contextlib.closing(Checkpointer(workdir, keep=config.checkpoint.keep)))
         state, history = start_state(run, checkpointer)
@@ -59,15 +62,30 @@ def train(config: Config, workdir: str) -> int:
         reporter = stack.enter_context(contextlib.closing(make_reporter(run, local, step, history["seconds"])))
         prefetcher = Prefetcher(run.batch, step, config.train.steps_per_dispatch)
         stack.enter_context(contextlib.closing(prefetcher))
-        return run_loop(
-            run,
-            state,
-            history,
-            checkpointer=checkpointer,
-            reporter=reporter,
-            prefetcher=prefetcher,
-            preemption=preemption,
-        )
+        with ending_without_the_others():
+            return run_loop(
+                run,
+                state,
+                history,
+                checkpointer=checkpointer,
+                reporter=reporter,
+                prefetcher=prefetcher,
+                consensus=Consensus(preemption, run.mesh),
+                watchdog=stack.enter_context(Watchdog(config.train.watchdog_seconds)),
+            )
+
+
+@contextlib.contextmanager
+def ending_without_the_others() -> Iterator[None]:
+    """Ends this process at once, with code 69, when a collective fails: all that it could close waits for others."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        message = f"another process is gone: {str(error).splitlines()[0]}; start the same command again on all"
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(errors.UNAVAILABLE)
 
 
 def make_reporter(run: Run, workdir: str, step: int, seconds: dict[str, float]) -> Reporter:
@@ -161,55 +179,67 @@ def run_loop(
     checkpointer: Checkpointer,
     reporter: Reporter,
     prefetcher: Prefetcher,
-    preemption: Preemption,
+    consensus: Consensus,
+    watchdog: Watchdog,
 ) -> int:
     """Takes `state` to the last step, or to the next one once preempted, and returns the exit code.
 
     The host runs one dispatch ahead: the metrics of one are read while the next one computes.
     """
     config, watch, step = run.config, reporter.watch, int(state.step)
-    pending: tuple[int, Any] | None = None
+    pending: tuple[int, Any, Any] | None = None
     first, num_steps = True, config.train.num_steps
     saved = step if step else None
 
     def settle() -> None:
         nonlocal pending
         if pending is not None:
-            dispatch, pending = pending, None
-            settle_dispatch(run, reporter, history, *dispatch, last_saved=saved)
+            (end, metrics, answer), pending = pending, None
+            settle_dispatch(run, reporter, history, end, metrics, last_saved=saved)
+            consensus.hear(answer)
+            watchdog.beat()
 
     def evaluate_now() -> dict[str, float]:
         settle()
-        result = validate(run, state.params, reporter, step, lambda: preemption.requested)
+        answer = None
+
+        def should_stop() -> bool:
+            nonlocal answer
+            stop, answer = consensus.hear(answer), consensus.ask()
+            watchdog.beat()
+            return stop
+
+        result = validate(run, state.params, reporter, step, should_stop)
         if result:
             history["validated"] = step
         return result
 
     if evaluation_is_missing(config, step, history):
         evaluate_now()
-    while step < num_steps and not preemption.requested:
+    while step < num_steps and not consensus.stopping:
         tokens = prefetcher.get(step)
         watch.add("data_wait")
         traced = step == config.train.profile_step
         with profiled(traced, reporter.directory):
             state, metrics = run.train_step(state, tokens)
+            answer = consensus.ask()
             if first or traced:
                 jax.block_until_ready(metrics)
         if first:
             watch.add("compile")
         settle()
         step += config.train.steps_per_dispatch
-        pending, first = (step, metrics), False
+        pending, first = (step, metrics, answer), False
         fault_point("step")
         result = evaluate_now() if evaluation_is_missing(config, step, history) else {}
         if is_due(step, config.train.sample_every):
             settle()
             write_samples(run, state.params, reporter, step)
-        if step == num_steps or preemption.requested or is_due(step, config.checkpoint.save_every):
+        if step == num_steps or consensus.stopping or is_due(step, config.checkpoint.save_every):
             settle()
             save(run, checkpointer, state, step, history, reporter, result)
             saved = step
-    if preemption.requested and saved != step:  # before the first dispatch, or between two
+    if consensus.stopping and saved != step:  # before the first dispatch, or between two
         settle()
         save(run, checkpointer, state, step, history, reporter, {})
     checkpointer.wait()

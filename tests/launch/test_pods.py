@@ -125,7 +125,7 @@ def not_finite() -> None:
 
 
 def too_large() -> None:
-    raise plan.too_large("configs/gpt2_xl.py on v5e:4x4: does not fit", 42.02 * GIB, 15.75 * GIB)
+    raise plan.too_large("configs/gpt2_xl.py on v5e:4x4: does not fit", 42.39 * GIB, 15.75 * GIB)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def troubles() -> list[str]:
 
 
 def test_there_are_ten_troubles_each_with_its_message_and_exit_code():
-    codes = {f"({getattr(errors, name)})" for name in dir(errors) if name.isupper()} | {"(134, JAX's own)"}
+    codes = {f"({getattr(errors, name)})" for name in dir(errors) if name.isupper()}
     assert len(troubles()) == 10
     for trouble in troubles():
         assert "```text\n" in trouble

@@ -1,0 +1,209 @@
+"""T3, P1, P3, O1: real processes of one run, joined by jax.distributed on loopback, and what if one of them is gone."""
+
+import contextlib
+import fcntl
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+
+from gptjax.data.prepare import prepare
+from gptjax.data.tokenizer import load_tokenizer
+from gptjax.errors import UNAVAILABLE
+from tests import runs
+
+pytestmark = pytest.mark.faults
+SECONDS = 120
+
+
+def one_micro_batch_each(count):
+    """The override with which `count` processes make the same two micro-batches of four sequences."""
+    return f"train.micro_batch_size={4 // count}"
+
+
+class Group:
+    """Processes of one run, numbered from 0; what each says is in its file."""
+
+    def __init__(self, lab, workdir: pathlib.Path, count: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self._lab, self._workdir, self._count = lab, workdir, count
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(
+        self, number: int, *overrides: str, join_seconds: float = SECONDS, folder: pathlib.Path | None = None
+    ) -> None:
+        where = [f"--coordinator=127.0.0.1:{self.port}", f"--num_processes={self._count}", f"--process_id={number}"]
+        command = [*self._lab.command(self._workdir, *overrides), *where, f"--join_seconds={join_seconds}"]
+        with open(self._file(number), "w") as out:
+            self.processes[number] = subprocess.Popen(
+                command, env=self._lab.environment(), cwd=folder or self._lab.root, stdout=out, stderr=subprocess.STDOUT
+            )
+
+    def _file(self, number: int) -> pathlib.Path:
+        return self._workdir.with_name(f"{self._workdir.name}-{number}.out")
+
+    def said(self, number: int) -> str:
+        return self._file(number).read_text()
+
+    def wait(self) -> list[int]:
+        """Returns the exit codes, in the order of the numbers."""
+        return [self.processes[number].wait(timeout=SECONDS) for number in sorted(self.processes)]
+
+
+@contextlib.contextmanager
+def group(lab, workdir, count, *overrides):
+    """Yields `count` running processes of the run in `workdir`; kills what is left of them."""
+    made = Group(lab, workdir, count)
+    try:
+        for number in range(count):
+            made.start(number, one_micro_batch_each(count), *overrides)
+        yield made
+    finally:
+        for process in made.processes.values():
+            process.kill()
+            process.wait()
+
+
+def train(lab, workdir, count, *overrides):
+    """Runs `count` processes to their end."""
+    with group(lab, workdir, count, *overrides) as made:
+        codes = made.wait()
+        assert codes == [0] * count, "\n".join(made.said(number) for number in range(count))
+        return [made.said(number) for number in range(count)]
+
+
+def assert_near(workdir, twin, steps):
+    """Asserts that the losses of these steps are there once each, and near the twin's."""
+    found, expected = runs.losses(workdir), runs.losses(twin)
+    assert list(found) == list(steps)
+    for step in steps:
+        assert float.fromhex(found[step]) == pytest.approx(float.fromhex(expected[step]), rel=1e-6), step
+
+
+@pytest.fixture
+def two(lab):
+    """The work directory of a finished run of two processes that nothing has disturbed, made once for all tests."""
+    workdir = lab.root / "two"
+    with open(lab.root / "two-lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (lab.root / "two-done").exists():
+            train(lab, workdir, 2)
+            (lab.root / "two-done").touch()
+    return workdir
+
+
+def test_losses_are_those_of_one_process_and_only_the_first_writes(twin, two):
+    first, second = (two.with_name(f"two-{number}.out").read_text() for number in range(2))
+    assert_near(two, twin, range(1, 17))
+    assert "2 process(es)" in first
+    assert "step 16/16" in first
+    assert [line for line in second.splitlines() if "[Gloo]" not in line] == [second.splitlines()[0]]
+    assert "joining the others" in second.splitlines()[0]
+    assert len(list((two / "tensorboard").glob("events*"))) == 1
+
+
+def test_what_two_saved_goes_on_in_one_and_in_four(lab, twin, tmp_path):
+    train(lab, tmp_path / "four", 2, "train.num_steps=8")
+    lab.train(tmp_path / "one", "train.num_steps=8")
+    train(lab, tmp_path / "one", 2, "train.num_steps=12")
+    lab.train(tmp_path / "one")
+    assert_near(tmp_path / "one", twin, range(1, 17))
+    [first, *_] = train(lab, tmp_path / "four", 4)
+    assert "resumed from step 8" in first
+    assert_near(tmp_path / "four", twin, range(1, 17))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_t3_sigterm_to_one_has_all_save_the_same_step(lab, tmp_path, victim):
+    workdir = tmp_path / "run"
+    with group(lab, workdir, 2, "checkpoint.save_every=1000", "train.num_steps=100000", "train.eval_every=0") as made:
+        runs.wait_for(lambda: runs.last_step(workdir) >= 5, made.processes[0])
+        made.processes[victim].send_signal(signal.SIGTERM)
+        assert made.wait() == [runs.PREEMPTED] * 2, made.said(0) + made.said(1)
+        assert "SIGTERM: saving a checkpoint after this step" in made.said(victim)
+        said = [re.search(r"preempted at step (\d+)", made.said(number)) for number in range(2)]
+    [step] = runs.checkpoint_steps(workdir)
+    assert [match and int(match[1]) for match in said] == [step, step]
+    assert runs.last_step(workdir) == step
+
+
+def test_t3_sigterm_in_an_evaluation(lab, tmp_path):
+    workdir = tmp_path / "run"
+    overrides = ("train.eval_every=4", "train.eval_batches=0", "train.num_steps=100000", "checkpoint.save_every=1000")
+    with group(lab, workdir, 2, *overrides) as made:
+        runs.wait_for(lambda: runs.last_step(workdir) >= 4, made.processes[0])
+        made.processes[1].send_signal(signal.SIGTERM)
+        assert made.wait() == [runs.PREEMPTED] * 2, made.said(0) + made.said(1)
+    assert len(runs.checkpoint_steps(workdir)) == 1
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_p1_when_one_is_killed_the_other_leaves_and_a_restart_is_bit_equal(lab, two, tmp_path, victim):
+    workdir = tmp_path / "run"
+    with group(lab, workdir, 2) as made:
+        runs.wait_for(lambda: runs.last_step(workdir) >= 6, made.processes[0])
+        made.processes[victim].kill()
+        begin = time.monotonic()
+        code = made.processes[1 - victim].wait(timeout=SECONDS)
+        assert time.monotonic() - begin < SECONDS
+        said = made.said(1 - victim)
+    assert code == UNAVAILABLE, said
+    assert "error: another process is gone: " in said
+    assert "Traceback" not in said
+    train(lab, workdir, 2)
+    assert runs.losses(workdir) == runs.losses(two)
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (0, "waiting for process 1 to come to 127.0.0.1:"),
+        (1, "waiting for process 0, which does not answer at 127.0.0.1:"),
+    ],
+)
+def test_p3_one_that_is_alone_says_whom_it_waits_for_and_ends(lab, tmp_path, number, message):
+    made = Group(lab, tmp_path / "run", 2)
+    made.start(number, join_seconds=4)
+    try:
+        assert made.wait() == [UNAVAILABLE]
+    finally:
+        made.processes[number].kill()
+    assert f"process {number} of 2 on host" in made.said(number)
+    assert f"error: process {number} of 2: {message}" in made.said(number)
+
+
+def refused(made, message):
+    """Asserts that both processes end with code 69 and tell the difference."""
+    try:
+        assert made.wait() == [UNAVAILABLE] * 2, made.said(0) + made.said(1)
+    finally:
+        for process in made.processes.values():
+            process.kill()
+    for number in range(2):
+        assert f"error: {message}" in made.said(number)
+
+
+def test_hosts_with_different_configs_are_refused(lab, tmp_path):
+    made = Group(lab, tmp_path / "run", 2)
+    made.start(0)
+    made.start(1, "optim.peak_lr=0.5")
+    refused(made, "config: process 1 has optim.peak_lr=0.5, process 0 0.002")
+    assert runs.checkpoint_steps(tmp_path / "run") == []
+
+
+def test_hosts_with_different_data_are_refused(lab, tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("Another text. " * 500)
+    (tmp_path / "text" / "b.txt").write_text("And one to validate on. " * 500)
+    source, tokenizer = f"text:{tmp_path / 'text'}", load_tokenizer("bytes")
+    prepare(source=source, tokenizer=tokenizer, out=str(tmp_path / "data"), log=lambda line: None, val_fraction=0.5)
+    made = Group(lab, tmp_path / "run", 2)
+    made.start(0, "data.path=data")
+    made.start(1, "data.path=data", folder=tmp_path)
+    refused(made, "data: process 1 has fingerprint=")
