@@ -270,10 +270,11 @@ def analytic_seconds(setting: estimate.Setting, topology: Topology) -> float:
 
 
 def rank(config: Config, topology: Topology) -> list[tuple[float, estimate.Setting]]:
-    """Returns (seconds a step by the formulas, setting) of all that should fit, the fastest first."""
+    """Returns (seconds a step by the formulas, setting) of all that should fit: the fastest, of the fewest micro-steps."""
     room = FULL * topology.chip.memory_bytes
     found = [s for s in candidates(config, topology, shapes_by_path(param_tree(config))) if analytic_bytes(s) < room]
-    return sorted(((analytic_seconds(s, topology), s) for s in found), key=lambda pair: pair[0])
+    timed = ((analytic_seconds(s, topology), s) for s in found)
+    return sorted(timed, key=lambda pair: (pair[0], pair[1].shape.micro_steps))
 
 
 def overrides(setting: estimate.Setting) -> str:

@@ -341,7 +341,8 @@ def lock_workdir(directory: str) -> Iterator[None]:
 def fault_point(name: str) -> None:
     """Does nothing, unless GPTJAX_FAULT=NAME:COUNT:ACTION asks for a fault at the COUNT-th passage of this point.
 
-    ACTION: kill (SIGKILL), term (SIGTERM), int (SIGINT), hang (for ever). For tests: a run without the variable never gets further.
+    ACTION: kill (SIGKILL), term (SIGTERM), int (SIGINT), hang (for ever). For tests: without the variable a run never
+    gets further.
     """
     wanted = os.environ.get("GPTJAX_FAULT")
     if not wanted:

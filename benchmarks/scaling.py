@@ -1,0 +1,79 @@
+"""Weak scaling on paper: the plan of a step on 8 to 2,048 chips, as the tables of docs/scaling.md.
+
+    python benchmarks/scaling.py [--configs=gpt2_small,gpt2_xl] [--kind=v5p] [--per_chip=8]
+
+Needs the extra `plan`; no TPU. The batch grows with the chips. For each slice the fastest mesh, micro-batch and remat
+are chosen as `gptjax.plan --search` does, by formulas, and compiled; the figures of the row are of that program.
+"""
+
+import argparse
+import dataclasses
+import logging
+import os
+import pathlib
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from gptjax import config as config_module
+from gptjax import plan
+from gptjax.chips import GIB, SLICES, parse_topology
+from gptjax.errors import PlanError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FEWEST = 8
+COLUMNS = (
+    "chips", "slice", "data x fsdp x tensor", "micro-steps x sequences", "remat", "GiB", "sent, MB", "of the least",
+    "matrix units, ms", "links, ms", "bound", "best MFU", "best tokens/s a chip",
+)  # fmt: skip
+
+
+def best(name: str, topology: Any, per_chip: int) -> dict[str, Any] | None:
+    """Returns the report of the fastest setting that fits, None if none does."""
+    path = str(ROOT / "configs" / f"{name}.py")
+    config = config_module.load(path, {})
+    data = dataclasses.replace(config.data, global_batch_size=per_chip * topology.devices)
+    config = dataclasses.replace(config, data=data)
+    args = argparse.Namespace(config=path, target_tokens=0, price_per_chip_hour=0)
+    for _, setting in plan.rank(config, topology):
+        try:
+            return plan.plan(setting.config, topology, args, remedy=False)
+        except PlanError:
+            continue
+    return None
+
+
+def row(topology: Any, r: dict[str, Any]) -> tuple[object, ...]:
+    seconds = r["seconds"]
+    least = r["minimum_traffic_bytes"]
+    return (
+        f"{topology.devices:,}", topology.shape, " x ".join(map(str, r["mesh"].values())),
+        f"{r['micro_steps']} x {r['micro_batch']}", r["remat"], f"{r['memory_bytes']['peak'] / GIB:.1f}",
+        f"{r['traffic_bytes'] / 1e6:,.0f}", f"{r['traffic_bytes'] / least:.2f}" if least else "",
+        f"{1e3 * seconds['matrix_units']:.1f}", f"{1e3 * seconds['links']:.1f}", r["bound"].replace("_", " "),
+        f"{100 * r['best_case_mfu']:.0f} %", f"{r['best_case_tokens_per_second'] / topology.devices:,.0f}",
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", default="gpt2_small,gpt2_xl")
+    parser.add_argument("--kind", default="v5p", choices=SLICES)
+    parser.add_argument("--per_chip", type=int, default=8, help="sequences of a step, a chip")
+    args = parser.parse_args()
+    logging.getLogger("gptjax").setLevel(logging.WARNING)
+    os.environ.update({name: os.environ.get(name, value) for name, value in plan.ENVIRONMENT.items()})
+    for name in args.configs.split(","):
+        print(f"\n### {name} on {args.kind}, {args.per_chip} sequences a chip\n")
+        print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
+        for shape in SLICES[args.kind]:
+            topology = parse_topology(f"{args.kind}:{shape}", 1)
+            if topology.devices < FEWEST:
+                continue
+            report = best(name, topology, args.per_chip)
+            cells = row(topology, report) if report else (f"{topology.devices:,}", shape, "nothing fits")
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
