@@ -270,7 +270,7 @@ def analytic_seconds(setting: estimate.Setting, topology: Topology) -> float:
 
 
 def rank(config: Config, topology: Topology) -> list[tuple[float, estimate.Setting]]:
-    """Returns (seconds a step by the formulas, setting) of all that should fit: the fastest, of the fewest micro-steps."""
+    """Returns (seconds a step by the formulas, setting) of all that should fit: fastest first, fewest micro-steps."""
     room = FULL * topology.chip.memory_bytes
     found = [s for s in candidates(config, topology, shapes_by_path(param_tree(config))) if analytic_bytes(s) < room]
     timed = ((analytic_seconds(s, topology), s) for s in found)

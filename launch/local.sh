@@ -34,14 +34,14 @@ send() { for pid in "${pids[@]}"; do kill "-$1" -- "-$pid" 2>/dev/null || true; 
 rank() { # of an exit code: 0, ended by a signal of ours, preempted, failed
     if (($1 == 0)); then rank=0; elif (($1 > 128 && ending)); then rank=1; elif (($1 == 75)); then rank=2; else rank=3; fi
 }
+forward() { if ((started)); then ending=1 && send "$1"; else asked=$1; fi; }
 
-ending=0 code=0 worst=0 deadline='' pids=()
-trap 'ending=1; send TERM' TERM HUP
-trap 'ending=1; send INT' INT
+started=0 asked='' ending=0 code=0 worst=0 deadline='' pids=()
+trap 'forward TERM' TERM HUP && trap 'forward INT' INT
 trap '' PIPE # nobody may be reading any more
 set -m # every process a group of its own, out of reach of the terminal's Ctrl-C: a second signal would end it unsaved
-for ((i = 0; i < count && !ending; i++)); do start "$i" "$@" & pids+=($!); done
-set +m
+for ((i = 0; i < count && !${#asked}; i++)); do start "$i" "$@" & pids+=($!); done
+set +m && started=1 && if [[ $asked ]]; then forward "$asked"; fi
 if ((i < count)); then code=75 worst=2; fi
 while ((${#pids[@]})); do
     sleep 0.2 || true # Ctrl-C ends it
