@@ -145,7 +145,7 @@ def test_the_signal_before_the_limit_reaches_each_process_once_and_what_it_saves
 
 def test_a_job_that_its_user_cancels_is_not_queued_again(job):
     process = job.start(75, hold=True)
-    runs.wait_for((job.folder / "task-1").exists, process)
+    runs.wait_for(lambda: all((job.folder / f"task-{i}").exists() for i in range(2)), process)
     for name in ("task-0", "task-1"):
         os.kill(int(job.read(name)[0]), signal.SIGTERM)
     process.send_signal(signal.SIGTERM)  # scancel sends it to all that there is, the script included
