@@ -1,6 +1,8 @@
 """Weak scaling on paper: the plan of a step on 8 to 2,048 chips, as the tables of docs/scaling.md.
 
-    python benchmarks/scaling.py [--configs=gpt2_small,gpt2_xl] [--kind=v5p] [--per_chip=8]
+    python benchmarks/scaling.py --out=docs/scaling.md [--configs=gpt2_small,gpt2_xl] [--kind=v5p] [--per_chip=8,1]
+
+With --out, the tables replace those that stand after MARK in the file.
 
 Needs the extra `plan`; no TPU. The batch grows with the chips. For each slice the fastest mesh, micro-batch and remat
 are chosen as `gptjax.plan --search` does, by formulas, and compiled; the figures of the row are of that program.
@@ -8,9 +10,11 @@ are chosen as `gptjax.plan --search` does, by formulas, and compiled; the figure
 
 import argparse
 import dataclasses
+import itertools
 import logging
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -22,6 +26,7 @@ from gptjax.errors import PlanError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FEWEST = 8
+MARK = "<!-- from here on: python benchmarks/scaling.py --out=docs/scaling.md -->"
 COLUMNS = (
     "chips", "slice", "data x fsdp x tensor", "micro-steps x sequences", "remat", "GiB", "sent, MB", "of the least",
     "matrix units, ms", "links, ms", "bound", "best MFU", "best tokens/s a chip",
@@ -55,24 +60,35 @@ def row(topology: Any, r: dict[str, Any]) -> tuple[object, ...]:
     )  # fmt: skip
 
 
+def tables(configs: list[str], kind: str, per_chip: list[int]) -> Iterator[str]:
+    """Yields the lines of all tables."""
+    for name, sequences in itertools.product(configs, per_chip):
+        yield f"\n### {name} on {kind}, {sequences} sequence(s) a chip\n"
+        yield "| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|"
+        for shape in SLICES[kind]:
+            topology = parse_topology(f"{kind}:{shape}", 1)
+            if topology.devices >= FEWEST:
+                report = best(name, topology, sequences)
+                cells = row(topology, report) if report else (f"{topology.devices:,}", shape, "nothing fits")
+                yield "| " + " | ".join(map(str, cells)) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", default="gpt2_small,gpt2_xl")
     parser.add_argument("--kind", default="v5p", choices=SLICES)
-    parser.add_argument("--per_chip", type=int, default=8, help="sequences of a step, a chip")
+    parser.add_argument("--per_chip", default="8,1", help="sequences of a step, a chip")
+    parser.add_argument("--out", default="", metavar="FILE", help="put the tables there")
     args = parser.parse_args()
     logging.getLogger("gptjax").setLevel(logging.WARNING)
     os.environ.update({name: os.environ.get(name, value) for name, value in plan.ENVIRONMENT.items()})
-    for name in args.configs.split(","):
-        print(f"\n### {name} on {args.kind}, {args.per_chip} sequences a chip\n")
-        print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
-        for shape in SLICES[args.kind]:
-            topology = parse_topology(f"{args.kind}:{shape}", 1)
-            if topology.devices < FEWEST:
-                continue
-            report = best(name, topology, args.per_chip)
-            cells = row(topology, report) if report else (f"{topology.devices:,}", shape, "nothing fits")
-            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    lines = []
+    for line in tables(args.configs.split(","), args.kind, [int(n) for n in args.per_chip.split(",")]):
+        print(line, flush=True)
+        lines.append(line)
+    if args.out:
+        file = pathlib.Path(args.out)
+        file.write_text(file.read_text().split(MARK)[0] + MARK + "\n" + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

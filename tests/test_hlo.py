@@ -144,10 +144,10 @@ def test_what_a_slice_sends_to_another():
 
 
 def test_each_slice_has_its_own_part_of_the_mesh():
-    text = PROGRAM.replace("{{0,4},{1,5},{2,6},{3,7}}", "{{0,4},{1,5},{2,6},{3,7}}")
-    axes = {c.kind: c.axes for c in read_collectives(text, MESH | {"data": 4}, slices=2)}
-    assert axes["all-reduce"] == ("data",)
-    assert axes["all-gather"] == ("fsdp",)
+    text = PROGRAM.replace("replica_groups={{0,4},{1,5},{2,6},{3,7}}", "replica_groups={}")
+    found = {c.kind: c for c in read_collectives(text, MESH | {"data": 4}, slices=2)}
+    assert (found["all-reduce"].axes, found["all-reduce"].bytes) == (("data", "fsdp"), 2 * 16 * 7 / 8)
+    assert found["all-gather"].axes == ("fsdp",)
 
 
 def test_the_compilers_own_count_of_a_loop_comes_first():

@@ -166,6 +166,7 @@ class TestCompiled:
         assert (code, err) == (0, "")
         report = json.loads(file.read_text())
         assert report["source"].startswith("compiled with libtpu")
+        assert report["attention"] == "splash", "the kernel compiles"
         memory = report["memory_bytes"]
         assert 0.5 * 2**30 < memory["peak"] < report["memory_available_bytes"]
         assert memory["peak"] == pytest.approx(sum(memory.values()) - memory["peak"])

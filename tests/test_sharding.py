@@ -23,6 +23,7 @@ from gptjax.sharding import (
     PARAM_SPECS,
     bytes_per_device,
     data_parallel_size,
+    gather_layer,
     make_mesh,
     nest,
     on_each_shard,
@@ -30,6 +31,7 @@ from gptjax.sharding import (
     param_spec,
     param_specs,
     path_name,
+    shard_index,
     state_shardings,
     sum_gradients,
 )
@@ -297,6 +299,23 @@ def test_a_sum_in_two_stages_is_the_same_sum():
     for kind in ("all-gather", "reduce-scatter"):
         assert in_two[kind, ("fsdp",)][0] == 2 * in_one[kind, ("fsdp",)][0] > 0
     np.testing.assert_allclose(two, one, rtol=1e-5)
+
+
+@pytest.mark.parametrize("two_stages", [False, True])
+def test_what_is_gathered_is_in_order_and_so_is_what_is_scattered(two_stages):
+    kernel = jnp.arange(4 * 16 * 24, dtype=jnp.float32).reshape(4, 16, 24)
+    layer = {"mlp": {"c_fc": {"kernel": kernel[0]}, "c_proj": {"kernel": kernel[0].T}}}
+    how = {"dtype": jnp.float32, "reduce_dtype": jnp.float32, "two_stages": two_stages}
+
+    def there_and_back(layer):
+        whole, scatter = jax.vjp(lambda layer: gather_layer(layer, **how), layer)
+        return whole, *scatter(jax.tree.map(lambda x: x * (1 + shard_index()), whole))
+
+    cut = {"mlp": {"c_fc": {"kernel": P("fsdp")}, "c_proj": {"kernel": P(None, "fsdp")}}}
+    with jax.set_mesh(mesh_of(fsdp=8)):
+        whole, part = jax.jit(on_each_shard(there_and_back, in_specs=(cut,), out_specs=(P(), cut)))(layer)
+    jax.tree.map(np.testing.assert_array_equal, whole, layer)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b * sum(range(1, 9))), part, layer)
 
 
 def test_weights_are_gathered_forward_and_backward_and_tables_once():
