@@ -92,7 +92,9 @@ def find_devices(topology: Topology) -> list[Any]:
     """
     from jax.experimental import topologies
 
-    options = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if topology.devices == topology.slices:
+        options["chips_per_host_bounds"] = (1, 1, 1)  # of a host that has one chip; others have 2 x 2
     name = f"{topology.kind}:{topology.shape}"
     try:
         with quiet_compiler():

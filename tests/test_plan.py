@@ -204,8 +204,15 @@ class TestCompiled:
         assert rows.get("collective-permute", 0) < 1e-3 * least
         assert ("all-reduce (network)" in rows) == ("--slices=2" in flags)
 
-    def test_what_does_not_fit(self):
-        code, line = refused("--config=configs/gpt2_xl.py", "--topology=v5e:2x2", "--config.mesh.data=4")
+    @pytest.mark.parametrize(
+        ("topology", "remedy"),
+        [
+            ("v5e:2x2", "this fits (compiled): --config.mesh.data=1 --config.mesh.fsdp=4 "),
+            ("v5e:1x1", "nothing was found that fits: take more chips"),
+        ],
+    )
+    def test_what_does_not_fit(self, topology, remedy):
+        code, line = refused("--config=configs/gpt2_xl.py", f"--topology={topology}")
         assert code == 3
         assert re.search(r"needs [\d.]+ GiB a device, 1[56][\d.]* are there, [\d.]+ too few", line)
-        assert "nothing was found that fits: take more chips" in line
+        assert remedy in line

@@ -39,7 +39,8 @@ class Folder:
     def start(self, *, stdin: int | None = None, **variables: str) -> subprocess.Popen[str]:
         """Starts it; with `stdin`, a terminal, as its foreground job."""
         environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(self.path / "python"), "PORT": "12345", **variables}
-        terminal = [] if stdin is None else ["setsid", "--ctty", "--wait"]
+        terminal = ["env", "--default-signal=HUP,INT,TERM"]  # whatever started the tests may have ignored them
+        terminal += [] if stdin is None else ["setsid", "--ctty", "--wait"]
         return subprocess.Popen(
             [*terminal, LOCAL, str(self.count), "--config=x.py", "--config.train.sample_prompt=a b"],
             stdin=stdin,
