@@ -1,6 +1,6 @@
 """Weak scaling on paper: the plan of a step on 8 to 2,048 chips, as the tables of docs/scaling.md.
 
-    python benchmarks/scaling.py --out=docs/scaling.md [--configs=gpt2_small,gpt2_xl] [--kind=v5p] [--per_chip=8,1]
+    python benchmarks/scaling.py --out=docs/scaling.md [--configs=gpt2_small,gpt2_xl] [--kind=v5p] [--per_chip=8]
 
 With --out, the tables replace those that stand after MARK in the file.
 
@@ -26,7 +26,7 @@ from gptjax.errors import PlanError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FEWEST = 8
-MARK = "<!-- from here on: python benchmarks/scaling.py --out=docs/scaling.md -->"
+MARK = "<!-- from here on: python benchmarks/scaling.py --out=docs/scaling.md --per_chip=8 -->"
 COLUMNS = (
     "chips", "slice", "data x fsdp x tensor", "micro-steps x sequences", "remat", "GiB", "sent, MB", "of the least",
     "matrix units, ms", "links, ms", "bound", "best MFU", "best tokens/s a chip",
@@ -63,7 +63,7 @@ def row(topology: Any, r: dict[str, Any]) -> tuple[object, ...]:
 def tables(configs: list[str], kind: str, per_chip: list[int]) -> Iterator[str]:
     """Yields the lines of all tables."""
     for name, sequences in itertools.product(configs, per_chip):
-        yield f"\n### {name} on {kind}, {sequences} sequence(s) a chip\n"
+        yield f"\n### {name} on {kind}, {sequences} sequences a chip\n"
         yield "| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|"
         for shape in SLICES[kind]:
             topology = parse_topology(f"{kind}:{shape}", 1)
@@ -77,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", default="gpt2_small,gpt2_xl")
     parser.add_argument("--kind", default="v5p", choices=SLICES)
-    parser.add_argument("--per_chip", default="8,1", help="sequences of a step, a chip")
+    parser.add_argument("--per_chip", default="8", help="sequences of a step, a chip: one table for each")
     parser.add_argument("--out", default="", metavar="FILE", help="put the tables there")
     args = parser.parse_args()
     logging.getLogger("gptjax").setLevel(logging.WARNING)
