@@ -81,7 +81,7 @@ def ending_without_the_others() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):  # too large is told as what it is
             raise
         message = f"another process is gone: {str(error).splitlines()[0]}; start the same command again on all"
         print(f"error: {message}", file=sys.stderr, flush=True)

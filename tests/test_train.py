@@ -4,6 +4,7 @@ import dataclasses
 import math
 import threading
 
+import jax
 import pytest
 
 from gptjax import run as run_module
@@ -225,3 +226,11 @@ def test_the_stopwatch_goes_on_from_what_was_spent():
     watch.add("evaluation")
     assert 10 < watch.spent["step"] < 11
     assert watch.spent.keys() == {"step", "evaluation"}
+
+
+@pytest.mark.parametrize(("count", "message"), [(1, "INTERNAL: Gloo failed"), (2, "RESOURCE_EXHAUSTED: out of memory")])
+def test_only_the_loss_of_another_process_is_told_as_that(monkeypatch, count, message):
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    monkeypatch.setattr(train_module.os, "_exit", lambda code: pytest.fail(f"left with {code}"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message), train_module.ending_without_the_others():
+        raise jax.errors.JaxRuntimeError(message)
