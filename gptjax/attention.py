@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from gptjax.errors import ConfigError
-from gptjax.sharding import BATCH_AXES, shard_index
+from gptjax.parallel import keep_mask
+from gptjax.sharding import BATCH_AXES
 
 SPLASH_HEAD_WIDTH = 128  # TPU lanes: narrower heads are padded with zeros
 SPLASH_BLOCK = 128
@@ -105,19 +106,9 @@ def masked_attention(
     scores_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=jnp.float32) * scale
     weights_BNTS = jax.nn.softmax(jnp.where(mask, scores_BNTS, jnp.finfo(jnp.float32).min), axis=-1)
     if dropout_key is not None and dropout:
-        keep = keep_rows(dropout_key, dropout, weights_BNTS.shape)
+        keep = keep_mask(dropout_key, dropout, weights_BNTS.shape)
         weights_BNTS = jnp.where(keep, weights_BNTS / (1 - dropout), 0.0)
     return jnp.swapaxes(jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS.astype(v_BNSH.dtype), v_BNSH), 1, 2)
-
-
-def keep_rows(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
-    """Returns bool `shape`, each False with probability `rate`: dim 0 are sequences, each with a key of its own.
-
-    So a sequence is treated alike in whichever shard of the batch it lies.
-    """
-    row_B = shard_index() * shape[0] + jnp.arange(shape[0])
-    key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
-    return jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape[1:]))(key_B)
 
 
 def _splash(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, segments_BT: jax.Array | None) -> jax.Array:

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from gptjax.parallel import gather_positions, own_positions, sum_of_logs, sum_positions, tensor_index, tensor_parts
+
 
 class LossSums(NamedTuple):
     """Sums over tokens, float32 scalars: divide by `tokens` once, at the very end."""
@@ -19,30 +21,22 @@ def cross_entropy(
 ) -> LossSums:
     """Returns the summed cross-entropy of `targets_BT` under the logits x @ head.
 
-    targets_BT: int32; a negative target has weight 0. vocab_size: columns of head_DV from there on are padding.
-    chunk: positions per chunk, a divisor of T; 0 means all at once. In the backward pass each chunk's logits are
-    computed again, so that at most B * chunk * V of them exist.
+    x_BTD: of a step cut by hand over `tensor`, this device's positions; the head is then its part of the vocabulary.
+    targets_BT: int32, of all positions; a negative target has weight 0. vocab_size: columns of the whole head from
+    there on are padding. chunk: positions per chunk, a divisor of T; 0 means all at once. In the backward pass each
+    chunk's logits are computed again, so that at most B * chunk * V of them exist.
     """
-    if chunk == 0 or chunk == x_BTD.shape[1]:
-        return _sums(x_BTD, head_DV, targets_BT, vocab_size)
-    chunks = x_BTD.shape[1] // chunk
-    split = lambda a: jnp.moveaxis(a.reshape(a.shape[0], chunks, chunk, *a.shape[2:]), 1, 0)  # noqa: E731
-    body = jax.checkpoint(lambda x, targets: _sums(x, head_DV, targets, vocab_size), prevent_cse=False)
-
-    def add(total: LossSums, part: tuple[jax.Array, jax.Array]) -> tuple[LossSums, None]:
-        return jax.tree.map(jnp.add, total, body(*part)), None
-
-    zero = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(add, LossSums(zero, zero, zero), (split(x_BTD), split(targets_BT)))[0]
-
-
-def _sums(x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, vocab_size: int) -> LossSums:
-    logits_BTV = masked_logits(x_BTD, head_DV, vocab_size)
-    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    # A comparison with iota, not a gather: it fuses into the same pass over the logits.
-    column_V = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)
-    label_BT = jnp.sum(jnp.where(column_V == targets_BT[..., None], logits_BTV, 0.0), axis=-1)
-    weight_BT = (targets_BT >= 0).astype(jnp.float32)
+    x_BTD = gather_positions(x_BTD)
+    B, T = targets_BT.shape
+    if chunk in (0, T):
+        log_z_BT, label_BT = _log_z_and_label(x_BTD, head_DV, targets_BT, vocab_size)
+    else:
+        split = lambda a: jnp.moveaxis(a.reshape(B, T // chunk, chunk, *a.shape[2:]), 1, 0)  # noqa: E731
+        body = jax.checkpoint(lambda part: _log_z_and_label(part[0], head_DV, part[1], vocab_size), prevent_cse=False)
+        found = jax.lax.map(body, (split(x_BTD), split(targets_BT)))
+        log_z_BT, label_BT = (jnp.moveaxis(part, 0, 1).reshape(B, T) for part in found)
+    log_z_BT, label_BT = sum_of_logs(log_z_BT), sum_positions(label_BT)
+    weight_BT = (own_positions(targets_BT) >= 0).astype(jnp.float32)
     return LossSums(
         loss=jnp.sum((log_z_BT - label_BT) * weight_BT),
         z_loss=jnp.sum(jnp.square(log_z_BT) * weight_BT),
@@ -50,10 +44,26 @@ def _sums(x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, vocab_siz
     )
 
 
+def _log_z_and_label(
+    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the log of the sum of exponentials, and the target's logit, 0 for one that is not among the columns."""
+    logits_BTV = masked_logits(x_BTD, head_DV, vocab_size)
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    # A comparison with iota, not a gather: it fuses into the same pass over the logits.
+    label_BT = jnp.sum(jnp.where(_columns(logits_BTV) == targets_BT[..., None], logits_BTV, 0.0), axis=-1)
+    return log_z_BT, label_BT
+
+
 def masked_logits(x_BTD: jax.Array, head_DV: jax.Array, vocab_size: int) -> jax.Array:
     """Returns x @ head in float32 [B, T, V], the padded columns at the lowest finite value."""
     logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, head_DV.astype(x_BTD.dtype)).astype(jnp.float32)
-    if head_DV.shape[1] == vocab_size:
+    if head_DV.shape[1] * tensor_parts() == vocab_size:
         return logits_BTV
+    return jnp.where(_columns(logits_BTV) < vocab_size, logits_BTV, jnp.finfo(jnp.float32).min)
+
+
+def _columns(logits_BTV: jax.Array) -> jax.Array:
+    """Returns the token id of each logit."""
     column_V = jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)
-    return jnp.where(column_V < vocab_size, logits_BTV, jnp.finfo(jnp.float32).min)
+    return column_V + tensor_index() * logits_BTV.shape[2] if tensor_parts() > 1 else column_V

@@ -17,11 +17,22 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gptjax.attention import causal_attention, choose_backend, keep_rows, masked_attention
+from gptjax.attention import causal_attention, choose_backend, masked_attention
 from gptjax.config import Config, GPTConfig, nearest_divisors
 from gptjax.errors import ConfigError
 from gptjax.loss import masked_logits
-from gptjax.sharding import BATCH_AXES, constrain, gather_layer, gathers
+from gptjax.parallel import (
+    gather_layer,
+    gather_positions,
+    gathers,
+    keep_mask,
+    own_positions,
+    sum_positions,
+    summed_product,
+    tensor_index,
+    tensor_parts,
+)
+from gptjax.sharding import BATCH_AXES, constrain
 
 __all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "Compute", "GPTConfig"]
 
@@ -68,10 +79,12 @@ def resolve_compute(config: Config, mesh: Mesh) -> Compute:
         head_width=model.n_embd // model.n_head,
         block_size=model.block_size,
     )
-    if model.n_head % mesh.shape["tensor"]:
-        near = ", ".join(map(str, nearest_divisors(model.n_head, mesh.shape["tensor"])))
+    cut, both = mesh.shape["tensor"], math.gcd(model.n_head, model.block_size)
+    if both % cut:
+        near = ", ".join(map(str, nearest_divisors(both, cut)))
         raise ConfigError(
-            f"mesh.tensor={mesh.shape['tensor']}: must divide model.n_head={model.n_head}; nearest: {near}"
+            f"mesh.tensor={cut}: must divide model.n_head={model.n_head} and model.block_size={model.block_size}; "
+            f"nearest: {near}"
         )
     if reason:
         log.info("attention: xla, because %s", reason)
@@ -89,16 +102,21 @@ def _default_dtype(device: Any) -> str:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention over earlier positions; `x` is [B, T, D], or [B*T, D] with `batch` = B."""
+    """Multi-head attention over earlier positions; `x` is [B, T, D], or [B*T, D] with `batch` = B.
+
+    Where `tensor` cuts the step, `x` has this device's positions, and the parameters are those of its heads.
+    """
 
     config: GPTConfig
     compute: Compute
 
     @nn.compact
     def __call__(self, x: jax.Array, batch: int, segments_BT: jax.Array | None, cache: Any) -> tuple[jax.Array, Any]:
-        c = self.config
-        qkv = nn.DenseGeneral((3, c.n_embd), kernel_init=_normal(), **_linear(c, self.compute), name="c_attn")(x)
-        heads = (batch, -1, c.n_head, c.n_embd // c.n_head)
+        c, parts = self.config, tensor_parts()
+        x = gather_positions(x)
+        width = (3, c.n_embd // parts)
+        qkv = nn.DenseGeneral(width, kernel_init=_normal(), **_linear(c, self.compute), name="c_attn")(x)
+        heads = (batch, -1, c.n_head // parts, c.n_embd // c.n_head)
         q_BTNH, k_BTNH, v_BTNH = (qkv[..., i, :].reshape(heads) for i in range(3))
         if cache is None:
             key = self.make_rng("dropout") if c.dropout and self.has_rng("dropout") else None
@@ -109,9 +127,7 @@ class CausalSelfAttention(nn.Module):
         else:
             cache, mask = extend_cache(cache, k_BTNH, v_BTNH)
             y_BTNH = masked_attention(q_BTNH, cache.k_BSNH, cache.v_BSNH, mask)
-        y = nn.Dense(c.n_embd, kernel_init=_residual_normal(c), **_linear(c, self.compute), name="c_proj")(
-            y_BTNH.reshape(x.shape)
-        )
+        y = _summed_linear(c, self.compute)(y_BTNH.reshape(*x.shape[:-1], -1))
         return _dropout(self, y, batch, c.dropout), cache
 
 
@@ -122,9 +138,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, batch: int) -> jax.Array:
         c = self.config
-        x = nn.Dense(4 * c.n_embd, kernel_init=_normal(), **_linear(c, self.compute), name="c_fc")(x)
-        x = jax.nn.gelu(x, approximate=True)
-        x = nn.Dense(c.n_embd, kernel_init=_residual_normal(c), **_linear(c, self.compute), name="c_proj")(x)
+        width = 4 * c.n_embd // tensor_parts()
+        x = nn.Dense(width, kernel_init=_normal(), **_linear(c, self.compute), name="c_fc")(gather_positions(x))
+        x = _summed_linear(c, self.compute)(jax.nn.gelu(x, approximate=True))
         return _dropout(self, x, batch, c.dropout)
 
 
@@ -161,7 +177,7 @@ class GPT(nn.Module):
     def setup(self) -> None:
         c = self.config
         width = {"features": c.n_embd, "embedding_init": _normal(), "param_dtype": jnp.float32}
-        self.wte = nn.Embed(padded_vocab_size(c), **width)
+        self.wte = nn.Embed(padded_vocab_size(c) // tensor_parts(), **width)
         self.wpe = nn.Embed(c.block_size, **width)
         self.h = scanned_blocks(c, self.compute)
         self.ln_f = _layer_norm(c, self.compute, None)
@@ -177,7 +193,7 @@ class GPT(nn.Module):
         return masked_logits(x_BTD, head_DV, self.config.vocab_size)[..., : self.config.vocab_size]
 
     def hidden(self, tokens_BT: jax.Array, starts_BT: jax.Array | None = None) -> jax.Array:
-        """Returns x_BTD after the last LayerNorm, what the loss takes.
+        """Returns x_BTD after the last LayerNorm, what the loss takes; of a step cut over `tensor`, its own positions.
 
         starts_BT: bool, True where a document starts: attention and positions restart there. None: one document a row.
         """
@@ -190,8 +206,18 @@ class GPT(nn.Module):
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Returns token plus position embedding; looked up in float32, so that their gradient is summed in float32."""
-        x_BTD = self.wte.embedding[tokens_BT] + self.wpe.embedding[positions_BT]
+        x_BTD = self.look_up(tokens_BT) + self.wpe.embedding[own_positions(positions_BT)]
         return constrain(x_BTD.astype(self.compute.dtype), P(BATCH_AXES, None, None))
+
+    def look_up(self, tokens_BT: jax.Array) -> jax.Array:
+        """Returns the tokens' rows; where `tensor` cuts the vocabulary they come from one device each, and travel."""
+        table_VD = self.wte.embedding
+        if tensor_parts() == 1:
+            return table_VD[tokens_BT]
+        row_BT = tokens_BT - tensor_index() * len(table_VD)
+        here_BT = (row_BT >= 0) & (row_BT < len(table_VD))
+        x_BTD = jnp.where(here_BT[..., None], table_VD[jnp.where(here_BT, row_BT, 0)], 0.0)
+        return sum_positions(x_BTD.astype(self.compute.dtype)).astype(jnp.float32)  # exact: gathered in this dtype
 
     def final_norm(self, x: jax.Array) -> jax.Array:
         return self.ln_f(x)
@@ -279,6 +305,14 @@ def _linear(config: GPTConfig, compute: Compute) -> dict[str, Any]:
     return {"use_bias": config.bias, "dtype": compute.dtype, "param_dtype": jnp.float32}
 
 
+def _summed_linear(config: GPTConfig, compute: Compute) -> nn.Dense:
+    """Returns the projection back to the residual stream; `tensor` cuts its kernel by rows."""
+    init = _residual_normal(config)
+    return nn.Dense(
+        config.n_embd, kernel_init=init, dot_general=summed_product, **_linear(config, compute), name="c_proj"
+    )
+
+
 def _layer_norm(config: GPTConfig, compute: Compute, name: str | None) -> nn.LayerNorm:
     # The two-pass variance: real GPT-2 weights make activations whose squares cancel badly in one pass.
     return nn.LayerNorm(
@@ -289,7 +323,8 @@ def _layer_norm(config: GPTConfig, compute: Compute, name: str | None) -> nn.Lay
 def _dropout(module: nn.Module, x: jax.Array, batch: int, rate: float) -> jax.Array:
     if not rate or not module.has_rng("dropout"):
         return x
-    keep = keep_rows(module.make_rng("dropout"), rate, (batch, x.size // batch)).reshape(x.shape)
+    keep = keep_mask(module.make_rng("dropout"), rate, (batch, x.size // batch // x.shape[-1], x.shape[-1]))
+    keep = keep.reshape(x.shape)
     return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
 
 

@@ -2,11 +2,10 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -18,7 +17,6 @@ from gptjax.errors import ConfigError
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 TABLES = ("wte/embedding", "wpe/embedding", "lm_head/kernel")
-LANES = 128  # of a TPU's tile
 BATCH_SPEC = P(None, BATCH_AXES, None)  # tokens [A, B, T+1]
 
 # Parameter path -> placement. `fsdp` cuts the model width, `tensor` the heads, the MLP width and the vocabulary.
@@ -144,131 +142,6 @@ def constrain(x: jax.Array, spec: P) -> jax.Array:
     """Returns `x` with its placement fixed where a mesh is set (inside a step) that the compiler cuts by itself."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty or mesh.manual_axes else jax.lax.with_sharding_constraint(x, spec)
-
-
-# Where `tensor` is 1 the step is cut by hand: each shard of the batch computes on its own sequences, gathers weights
-# where it needs them, and sums gradients when, and in the dtype, that it is told. With `tensor` the compiler cuts it.
-
-
-def on_each_shard(function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """Returns `function` run by each shard of the batch on its own parts; just `function` where nothing is cut so."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or mesh.shape["tensor"] > 1:
-        return function
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-
-
-def param_specs(params: Any) -> Any:
-    """Returns the PartitionSpec of each parameter, outside of a mesh that of none."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return P()
-    return jax.tree.map_with_path(lambda path, _: param_spec(path_name(path)), params)
-
-
-def _cut() -> tuple[str, ...]:
-    """Returns along which of BATCH_AXES the code that runs here is one shard of several; () outside of a step."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return tuple(axis for axis in BATCH_AXES if axis in mesh.manual_axes and mesh.shape[axis] > 1)
-
-
-def shard_index() -> jax.typing.ArrayLike:
-    """Returns which shard of the batch this is, in the order of its sequences; 0 where it is not cut by hand."""
-    return jax.lax.axis_index(_cut()) if _cut() else 0
-
-
-def gathers() -> bool:
-    """Returns whether weights are cut here and must be gathered."""
-    return "fsdp" in _cut()
-
-
-def gather_tables(params: Any, *, dtype: Any, two_stages: bool) -> Any:
-    """Returns parameters with the tables whole along the model width: they travel in `dtype` and stay float32.
-
-    Backward, what lookup and head gave as a table's gradient has been summed, and is reduced in float32.
-    """
-    how = {"dtype": dtype, "out_dtype": jnp.float32, "reduce_dtype": jnp.float32, "two_stages": two_stages}
-    gather = _gather if gathers() else _place_whole
-
-    def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        name = path_name(path)
-        return gather(leaf, param_spec(name), **how) if name in TABLES else leaf
-
-    mesh = jax.sharding.get_abstract_mesh()
-    return params if mesh.empty or mesh.size == 1 else jax.tree.map_with_path(whole, params)
-
-
-def gather_layer(layer: Any, *, dtype: Any, reduce_dtype: Any, two_stages: bool) -> Any:
-    """Returns one layer's parameters with the weights whole along the model width, in `dtype`.
-
-    Backward, their gradients are summed over the shards in `reduce_dtype`, and each shard keeps its part.
-    """
-    how = {"dtype": dtype, "out_dtype": dtype, "reduce_dtype": reduce_dtype, "two_stages": two_stages}
-
-    def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        spec = P(*param_spec(f"h/{path_name(path)}")[1:])  # a layer has no leading L
-        return _gather(leaf, spec, **how) if "fsdp" in spec else leaf
-
-    return jax.tree.map_with_path(whole, layer)
-
-
-def _gather(x: jax.Array, spec: P, *, dtype: Any, out_dtype: Any, reduce_dtype: Any, two_stages: bool) -> jax.Array:
-    dim, count = spec.index("fsdp"), jax.sharding.get_abstract_mesh().shape["fsdp"]
-    leading = (x.shape[dim], *x.shape[:dim], *x.shape[dim + 1 :])
-    # What travels is cut along a dim that no tile of memory spans: else XLA makes sums of twice the bytes of it.
-    tiles, stages = (-1, math.gcd(x.size, LANES)), _stages(count) if two_stages else [None]
-
-    def whole(_: None, x: jax.Array) -> jax.Array:
-        parts = jnp.moveaxis(x.astype(dtype), dim, 0).reshape(1, *tiles)
-        for groups in reversed(stages):
-            parts = jax.lax.all_gather(parts, "fsdp", tiled=True, axis_index_groups=groups)
-        return jnp.moveaxis(parts.reshape(-1, *leading[1:]), 0, dim).astype(out_dtype)
-
-    def scatter(_: None, g: jax.Array) -> jax.Array:
-        parts = jnp.moveaxis(g.astype(reduce_dtype), dim, 0).reshape(count, *tiles)
-        for groups in stages:
-            parts = jax.lax.psum_scatter(parts, "fsdp", tiled=True, axis_index_groups=groups)
-        return jnp.moveaxis(parts.reshape(leading), 0, dim).astype(x.dtype)
-
-    return jax.custom_derivatives.linear_call(whole, scatter, None, x)
-
-
-def _stages(count: int) -> list[list[list[int]] | None]:
-    """Returns the groups in which so many devices scatter a sum in two stages: across a grid's rows, then along.
-
-    To gather, the other way round.
-    """
-    rows = next((n for n in (4, 2, 3, 5, 7) if count % n == 0 and count > n), 1)
-    grid = np.arange(count).reshape(rows, -1)
-    return [grid.T.tolist(), grid.tolist()] if rows > 1 else [None]
-
-
-def _place_whole(x: jax.Array, spec: P, *, dtype: Any, out_dtype: Any, **_: Any) -> jax.Array:
-    """The same as _gather, asked of the compiler by placements, of value and gradient."""
-
-    def whole(_: None, x: jax.Array) -> jax.Array:
-        return constrain(x.astype(dtype), P(*(None if axis == "fsdp" else axis for axis in spec))).astype(out_dtype)
-
-    return jax.custom_derivatives.linear_call(whole, lambda _, g: constrain(g, spec), None, x)
-
-
-def sum_gradients(grads: Any, *, reduce_dtype: Any) -> Any:
-    """Returns the shards' gradients summed: what fsdp cuts over `data` alone, since gathering has summed it over fsdp.
-
-    Of tables in float32.
-    """
-
-    def total(path: tuple[Any, ...], g: jax.Array) -> jax.Array:
-        name = path_name(path)
-        axes = tuple(axis for axis in _cut() if axis not in param_spec(name))
-        dtype = jnp.float32 if name in TABLES else reduce_dtype
-        return jax.lax.psum(g.astype(dtype), axes).astype(g.dtype) if axes else g
-
-    return jax.tree.map_with_path(total, grads) if _cut() else grads
-
-
-def sum_over_shards(tree: Any) -> Any:
-    """Returns the sum of each leaf over the shards of the batch."""
-    return jax.lax.psum(tree, _cut()) if _cut() else tree
 
 
 def data_parallel_size(mesh: Mesh) -> int:

@@ -12,7 +12,15 @@ from gptjax.config import Config
 from gptjax.loss import LossSums, cross_entropy
 from gptjax.model import GPT, Compute, document_starts, head
 from gptjax.optim import Schedule
-from gptjax.sharding import BATCH_SPEC, gather_tables, on_each_shard, param_specs, sum_gradients, sum_over_shards
+from gptjax.parallel import (
+    gather_tables,
+    on_each_shard,
+    own_positions,
+    param_specs,
+    sum_gradients,
+    sum_over_shards,
+)
+from gptjax.sharding import BATCH_SPEC
 from gptjax.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -137,7 +145,7 @@ def make_eval_step(loss_fn: Callable[..., LossSums], *, compute: Compute) -> Cal
         whole = with_tables(params, compute)
 
         def micro_step(_: jax.typing.ArrayLike, tokens: jax.Array) -> tuple[LossSums, jax.Array]:
-            targets_BT = tokens[:, 1:]
+            targets_BT = own_positions(tokens[:, 1:])
             size_BT = jnp.where(targets_BT >= 0, token_bytes_V[jnp.maximum(targets_BT, 0)], 0)
             return loss_fn(whole, tokens, None), jnp.sum(size_BT, dtype=jnp.float32)
 

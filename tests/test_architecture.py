@@ -28,6 +28,7 @@ LAYERS = """
     state  optim  data.dataset  data.sources  estimate
     model  data.tokens
     attention  loss  data.tokenizer
+    parallel
     sharding
     config  runtime  workdir  convert.hub  chips
     convert.files  hlo
@@ -36,7 +37,7 @@ LAYERS = """
 # Where a process starts, and its loop: only these use the runtime.
 ENTRIES = {"main", "train", "sample", "evaluate", "convert.__main__", "data.prepare", "plan"}
 # Whatever computes, so that it runs anywhere those libraries do.
-COMPUTING = {"model", "attention", "loss", "sharding", "optim", "state", "step"}
+COMPUTING = {"model", "attention", "loss", "parallel", "sharding", "optim", "state", "step"}
 NUMERICAL = {"jax", "flax", "optax", "numpy"}
 # Data know nothing of models, and models nothing of data.
 DATA_MAY_IMPORT = {"config", "errors", "runtime"}
