@@ -10,7 +10,7 @@ from gptjax.chips import Chip
 from gptjax.config import Config
 from gptjax.hlo import NETWORK
 from gptjax.model import Compute, activation_bytes_per_sequence, train_flops_per_token
-from gptjax.sharding import TABLES, param_spec
+from gptjax.sharding import AXES, TABLES, param_spec
 
 OPTIMIZER_BYTES = 8  # float32 moments of AdamW a parameter, the most that an optimizer here keeps
 UPDATE_BYTES = 28  # read and written of memory by an AdamW update: parameter, two moments twice, gradient once
@@ -87,14 +87,15 @@ def minimum_traffic(setting: Setting) -> Traffic:
             times = (1, 1) if path in TABLES else (2 * shape.micro_steps, shape.micro_steps)
             add("all-gather", ("fsdp",), times[0] * local * width * (fsdp - 1) / fsdp)
             add("reduce-scatter", ("fsdp",), times[1] * reduced * (fsdp - 1) / fsdp)
-            add_sum(("data",), reduced / fsdp)
-        else:
-            add_sum(("data", "fsdp"), reduced)
+            reduced /= fsdp
+        add_sum(tuple(axis for axis in AXES if axis not in spec), reduced)
     model = config.model
-    activations = shape.micro_batch * model.block_size * model.n_embd * width
-    again = 2 if compute.remat == "full" else 0
-    times = (4 + again) * model.n_layer + 2  # two sums a layer, forward and backward; the lookup's, the head's
-    add("all-reduce", ("tensor",), shape.micro_steps * times * 2 * activations * (tensor - 1) / tensor)
+    activations = shape.micro_steps * shape.micro_batch * model.block_size * model.n_embd * width
+    # Positions are gathered before attention and MLP, their sums scattered after, and backward the other way round;
+    # likewise what is looked up, and what the head takes. Remat does all of it again, but for the MLP's sum.
+    gathered, scattered = (6, 5) if compute.remat != "none" else (4, 4)
+    for kind, times in (("all-gather", gathered), ("reduce-scatter", scattered)):
+        add(kind, ("tensor",), (times * model.n_layer + 2) * activations * (tensor - 1) / tensor)
     return traffic
 
 

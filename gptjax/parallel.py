@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.random import threefry_2x32
 from jax.sharding import PartitionSpec as P
 
 from gptjax.sharding import AXES, BATCH_AXES, TABLES, param_spec, path_name
@@ -174,12 +175,14 @@ def sum_over_shards(tree: Any) -> Any:
 
 
 def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
-    """Returns bool `shape`, each False with probability `rate`, for dropout, the same however the batch is cut.
+    """Returns bool `shape`, each False with probability `rate`, for dropout, the same however the step is cut.
 
-    Each sequence, dim 0, has a key of its own, and in it each index of dim 1, which `tensor` cuts: positions or heads.
+    Each entry is a hash of the key, its sequence, dim 0, and its place in that, of which `tensor` cuts dim 1: positions
+    or heads. `key` is a threefry key.
     """
-    row_B = shard_index() * shape[0] + jnp.arange(shape[0])
-    index_K = tensor_index() * shape[1] + jnp.arange(shape[1])
-    fold = lambda key, numbers: jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)  # noqa: E731
-    keep = jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape[2:])))
-    return keep(jax.vmap(fold, (0, None))(fold(key, row_B), index_K))
+    entries = (shape[0], shape[1], math.prod(shape[2:]))
+    row, index, place = (jax.lax.broadcasted_iota(jnp.uint32, entries, dim) for dim in range(3))
+    row += jnp.uint32(shard_index() * shape[0])
+    index += jnp.uint32(tensor_index() * shape[1])
+    high, low = threefry_2x32(jax.random.key_data(key), jnp.stack([row, index * entries[2] + place]))
+    return ((high ^ low) < np.uint32((1 - rate) * 2**32)).reshape(shape)

@@ -227,7 +227,7 @@ def analytic_bytes(setting: estimate.Setting) -> float:
 
 def candidates(config: Config, topology: Topology, params: dict[str, tuple[int, ...]]) -> Iterator[estimate.Setting]:
     """Yields `config` with every mesh, micro-batch and remat that divides, within limits."""
-    count, heads = topology.devices, config.model.n_head
+    count, cut = topology.devices, math.gcd(config.model.n_head, config.model.block_size)
     device = np.array([AbsentDevice(0, topology.chip.kind, "tpu" if topology.is_tpu else "gpu")], object)
     one = jax.sharding.Mesh(device.reshape(1, 1, 1), sharding.AXES)
     remats = {remat: with_remat(config, remat) for remat in ("none", "full")}
@@ -236,7 +236,7 @@ def candidates(config: Config, topology: Topology, params: dict[str, tuple[int, 
         data, parts = count // (fsdp * tensor), count // tensor
         mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
         share, rest = divmod(config.data.global_batch_size, parts)
-        if count % (fsdp * tensor) or rest or not share or heads % tensor or data % topology.slices:
+        if count % (fsdp * tensor) or rest or not share or cut % tensor or data % topology.slices:
             continue
         if not sharding.divides(params, mesh):
             continue

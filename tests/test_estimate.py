@@ -70,12 +70,23 @@ def test_between_slices_each_part_is_summed_once():
     assert sum(traffic.values()) == pytest.approx(sum(flat.values())), "in all the same as by one ring"
 
 
-def test_tensor_parallelism_sums_activations():
-    alone = minimum_traffic(setting_of(tensor=4))
-    activations = 2 * T * D * 2
-    assert alone["all-reduce", ("tensor",)] == (4 * L + 2) * 2 * activations * 3 / 4
-    again = minimum_traffic(setting_of(tensor=4, remat="full"))
-    assert again["all-reduce", ("tensor",)] == (6 * L + 2) * 2 * activations * 3 / 4
+def test_tensor_parallelism_gathers_positions_and_scatters_sums():
+    """Twice a layer forward and twice backward, once for lookup and head each way; what lies whole is summed."""
+    alone = minimum_traffic(setting_of(tensor=4, micro_steps=3))
+    sent = 3 * 2 * T * D * 2 * 3 / 4
+    assert alone["all-gather", ("tensor",)] == alone["reduce-scatter", ("tensor",)] == (4 * L + 2) * sent
+    whole = 2 * (L * 6 * D + 2 * D) + 4 * T * D  # two LayerNorms and two biases a layer, the last norm; positions
+    assert alone["all-reduce", ("tensor",)] == pytest.approx(2 * whole * 3 / 4)
+    again = minimum_traffic(setting_of(tensor=4, micro_steps=3, remat="full"))
+    assert again["all-gather", ("tensor",)] == (6 * L + 2) * sent
+    assert again["reduce-scatter", ("tensor",)] == (5 * L + 2) * sent
+
+
+def test_what_tensor_does_not_cut_is_summed_over_it():
+    traffic = minimum_traffic(setting_of(data=2, fsdp=2, tensor=2))
+    assert traffic["all-reduce", ("data", "tensor")] == pytest.approx(2 * 4 * T * D / 2 * 3 / 4), "positions"
+    assert traffic["all-reduce", ("data", "fsdp", "tensor")] == pytest.approx(2 * 2 * (L * 6 * D + 2 * D) * 7 / 8)
+    assert traffic["all-reduce", ("data", "fsdp")] == pytest.approx(2 * 2 * L * 7 * D / 2 * 3 / 4), "cut biases"
 
 
 def test_memory_is_cut_by_the_mesh():

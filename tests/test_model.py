@@ -442,5 +442,7 @@ def test_compute_is_resolved_from_the_devices_of_the_mesh():
 
 def test_heads_that_the_mesh_does_not_divide_are_refused_with_the_nearest():
     config = from_dict({"model": {"n_head": 25, "n_embd": 100}})
-    with pytest.raises(ConfigError, match=r"mesh.tensor=2: must divide model.n_head=25; nearest: 1, 5"):
+    with pytest.raises(
+        ConfigError, match=r"mesh.tensor=2: must divide model.n_head=25 and model.block_size=1024; nearest: 1"
+    ):
         resolve_compute(config, make_mesh(MeshConfig(4, 1, 2)))
