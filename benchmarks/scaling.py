@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--out", default="", metavar="FILE", help="put the tables there")
     args = parser.parse_args()
     logging.getLogger("gptjax").setLevel(logging.WARNING)
-    os.environ.update({name: os.environ.get(name, value) for name, value in plan.ENVIRONMENT.items()})
+    os.environ.update({name: os.environ.get(name, value) for name, value in plan.LIBTPU.items()})
     lines = []
     for line in tables(args.configs.split(","), args.kind, [int(n) for n in args.per_chip.split(",")]):
         print(line, flush=True)

@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--out", default="", help="write each report there as JSON")
     args = parser.parse_args()
     logging.getLogger("gptjax").setLevel(logging.WARNING)
-    os.environ.update({name: os.environ.get(name, value) for name, value in plan.ENVIRONMENT.items()})
+    os.environ.update({name: os.environ.get(name, value) for name, value in plan.LIBTPU.items()})
     print(f"{'config':<12} {'topology':<13} {'mesh':<14} {'MB':>8} {'least':>8} {'ratio':>6} {'GiB':>6} {'s':>4}")
     over = 0
     for name, text in itertools.product(args.configs.split(","), args.topologies.split(",")):

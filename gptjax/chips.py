@@ -44,6 +44,42 @@ def find_chip(device_kind: str) -> Chip | None:
     return next((chip for chip in CHIPS if device_kind.startswith(chip.kind)), None)
 
 
+# What XLA must know of a GPU to compile for it, from NVIDIA's data sheets and the CUDA programming guide's table of
+# compute capabilities: capability, multiprocessors, float32 lanes and KiB of shared memory of each, MiB of L2, GHz.
+TARGETS = {
+    "NVIDIA A100": ((8, 0), 108, 64, 164, 40, 1.41),
+    "NVIDIA H100": ((9, 0), 132, 128, 228, 50, 1.98),
+    "NVIDIA H200": ((9, 0), 132, 128, 228, 50, 1.98),
+    "NVIDIA B200": ((10, 0), 148, 128, 228, 126, 1.965),
+}
+
+
+def gpu_target(chip: Chip) -> str:
+    """Returns XLA's description of a GPU (a GpuTargetConfigProto, as text), to compile for without one."""
+    (major, minor), cores, lanes, shared, cache, clock = TARGETS[chip.kind]
+    feature = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+    return f"""
+        platform_name: "CUDA"
+        device_description_str: "{chip.kind}"
+        dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+        gpu_device_info {{
+            name: "{chip.kind}"
+            device_vendor: "NVIDIA Corporation"
+            cuda_compute_capability {{ major: {major} minor: {minor} {feature} }}
+            driver_version: "13.0.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0"
+            dnn_version: "9.10.0"
+            core_count: {cores} fpus_per_core: {lanes} clock_rate_ghz: {clock}
+            threads_per_core_limit: 2048 threads_per_block_limit: 1024 threads_per_warp: 32
+            thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+            block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+            registers_per_core_limit: 65536 registers_per_block_limit: 65536
+            shared_memory_per_core: {shared * 1024} shared_memory_per_block: {48 * 1024}
+            shared_memory_per_block_optin: {(shared - 1) * 1024}
+            l2_cache_size: {cache * 2**20} device_address_bits: 64 ecc_enabled: true
+            device_memory_size: {int(chip.memory_bytes)} memory_bandwidth: {int(chip.memory_bandwidth)}
+        }}"""
+
+
 TPUS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
 GPUS = {"a100": "NVIDIA A100", "h100": "NVIDIA H100", "h200": "NVIDIA H200", "b200": "NVIDIA B200"}
 # Slices that Google Cloud offers (its documentation of each version, read on 2026-11-24); of 3D ones the larger are
@@ -68,7 +104,11 @@ class Topology:
 
     @property
     def is_tpu(self) -> bool:
-        return self.kind in TPUS
+        return self.chip.kind.startswith("TPU")
+
+    @property
+    def is_local(self) -> bool:
+        return self.kind == "local"
 
     def __str__(self) -> str:
         return f"{self.slices} x {self.kind}:{self.shape}" if self.slices > 1 else f"{self.kind}:{self.shape}"
@@ -97,3 +137,8 @@ def parse_topology(text: str, slices: int) -> Topology:
         near = ", ".join(f"{kind}:{s}" for s in by_distance[:3])
         raise ConfigError(f"--topology={text}: no such slice; nearest: {near}")
     return Topology(kind, shape, slices, chip)
+
+
+def local_topology(chip: Chip, devices: int, slices: int) -> Topology:
+    """Returns the topology of so many devices that are here, of one kind."""
+    return Topology("local", str(devices // slices), slices, chip)

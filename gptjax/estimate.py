@@ -60,9 +60,8 @@ def minimum_traffic(setting: Setting) -> Traffic:
     """Returns the bytes that a device must send in a step, by rings, whatever the compiler does.
 
     Weights are gathered twice a micro-step, forward and backward, and their gradients scattered; tables once a step.
-    Weights and gradients travel in the compute and reduce dtypes, gradients of tables in float32. Between slices, sums
-    take the way that is the same in all: scattered within, summed across, gathered within. Source of the costs of a
-    ring: Patarasuk and Yuan 2009, "Bandwidth Optimal All-reduce Algorithms", section 3.
+    Weights and gradients travel in the compute and reduce dtypes, gradients of tables in float32. Source of the costs
+    of a ring: Patarasuk and Yuan 2009, "Bandwidth Optimal All-reduce Algorithms", section 3.
     """
     config, compute, shape = setting.config, setting.compute, setting.shape
     fsdp, tensor = shape.mesh["fsdp"], shape.mesh["tensor"]
@@ -73,12 +72,6 @@ def minimum_traffic(setting: Setting) -> Traffic:
         if amount:
             traffic[kind, axes] = traffic.get((kind, axes), 0.0) + amount
 
-    def add_sum(axes: tuple[str, ...], amount: float) -> None:
-        near = math.prod(shape.mesh[axis] for axis in axes) // shape.slices
-        axes = tuple(a for a in axes if shape.mesh[a] // (shape.slices if a == "data" else 1) > 1)
-        add("all-reduce", axes, 2 * amount * (near - 1) / near)
-        add(NETWORK, ("data",), 2 * amount / near * (shape.slices - 1) / shape.slices)
-
     for path, sizes in setting.params.items():
         spec = param_spec(path)
         local = math.prod(sizes) / (tensor if "tensor" in spec else 1)
@@ -88,7 +81,8 @@ def minimum_traffic(setting: Setting) -> Traffic:
             add("all-gather", ("fsdp",), times[0] * local * width * (fsdp - 1) / fsdp)
             add("reduce-scatter", ("fsdp",), times[1] * reduced * (fsdp - 1) / fsdp)
             reduced /= fsdp
-        add_sum(tuple(axis for axis in AXES if axis not in spec), reduced)
+        for key, sent in split_sum(shape, tuple(axis for axis in AXES if axis not in spec), reduced).items():
+            add(*key, sent)
     model = config.model
     activations = shape.micro_steps * shape.micro_batch * model.block_size * model.n_embd * width
     # Positions are gathered before attention and MLP, their sums scattered after, and backward the other way round;
@@ -97,6 +91,19 @@ def minimum_traffic(setting: Setting) -> Traffic:
     for kind, times in (("all-gather", gathered), ("reduce-scatter", scattered)):
         add(kind, ("tensor",), (times * model.n_layer + 2) * activations * (tensor - 1) / tensor)
     return traffic
+
+
+def split_sum(shape: Shape, axes: tuple[str, ...], amount: float) -> Traffic:
+    """Returns what a device sends for the sum of so many bytes over `axes`, `data` among them.
+
+    Between slices it takes the way that is the same in all: scattered within, summed across, gathered within.
+    """
+    near = math.prod(shape.mesh[axis] for axis in axes) // shape.slices
+    within = tuple(a for a in axes if shape.mesh[a] // (shape.slices if a == "data" else 1) > 1)
+    return {
+        ("all-reduce", within): 2 * amount * (near - 1) / near,
+        (NETWORK, ("data",)): 2 * amount / near * (shape.slices - 1) / shape.slices,
+    }
 
 
 def estimate_memory(setting: Setting) -> dict[str, float]:

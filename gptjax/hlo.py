@@ -198,13 +198,12 @@ def _read_collective(
     scattered = kind == "all-reduce" and computation.startswith(SCATTERED)
     groups = read_groups(instruction.text, math.prod(mesh_shape.values()), kind)
     size = max(map(len, groups))
-    arrays = array_bytes(instruction.shape)
+    result = sum(array_bytes(result_shape(instruction)))
     moved = {
-        "all-gather": lambda: _result(instruction, arrays) * (size - 1) / size,
-        "all-reduce": lambda: (1 if scattered else 2) * sum(arrays) * (size - 1) / size,
-        "reduce-scatter": lambda: _result(instruction, arrays) * (size - 1),
-        "collective-permute": lambda: arrays[0],
-    }.get(kind, lambda: sum(arrays) * (size - 1) / size)()
+        "all-reduce": (1 if scattered else 2) * result * (size - 1) / size,
+        "reduce-scatter": result * (size - 1),
+        "collective-permute": result,
+    }.get(kind, result * (size - 1) / size)
     window, name = WINDOWED.search(computation), "reduce-scatter" if scattered else kind
     scope = re.search(r'op_name="([^"]*)"', instruction.text)
     axes = permuted_axes(groups, mesh_shape) if kind == "collective-permute" else group_axes(groups, mesh_shape)
@@ -236,18 +235,22 @@ def _read_send(instruction: Instruction, count: int, slices: int) -> Collective:
     )
 
 
-def _result(instruction: Instruction, arrays: list[float]) -> float:
-    """Returns the bytes of the result: of an asynchronous start, whose shape has operands too, the larger half."""
-    if not instruction.opcode.endswith("-start"):
-        return sum(arrays)
-    half = sum(arrays) / 2 if len(arrays) % 2 == 0 else 0.0
-    return (
-        max(half, max(arrays))
-        if len(arrays) > 2
-        else max(arrays)
-        if instruction.opcode.startswith("all")
-        else min(arrays)
-    )
+def result_shape(instruction: Instruction) -> str:
+    """Returns the shape of what a collective gives: one that only starts has its operands before that."""
+    started = instruction.opcode.endswith("-start") and not instruction.opcode.startswith("all-reduce")
+    return _elements(instruction.shape)[1] if started else instruction.shape
+
+
+def _elements(shape: str) -> list[str]:
+    """Returns the elements of a tuple's shape, '(f32[2], (s32[], u32[]))' -> ['f32[2]', '(s32[], u32[])']."""
+    found, depth = [""], 0
+    for letter in shape[1:-1]:
+        depth += (letter in "({[") - (letter in ")}]")
+        if letter == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += letter
+    return [element.strip() for element in found]
 
 
 def array_bytes(shape: str) -> list[float]:

@@ -4,7 +4,8 @@
     python -m gptjax.plan --config=configs/gpt2_small.py --topology=v5p:4x4x4 --search
 
 The real train step is compiled by the real TPU compiler (pip install 'gptjax[plan]'); no TPU is needed. For GPUs, as
---topology=h100:8 --slices=4 for four nodes of eight, the figures come from formulas and say so.
+--topology=h100:8 --slices=4 for four nodes of eight, it is compiled where 'gptjax[cuda]' is installed, no GPU needed
+either; else the figures come from formulas and say so. --topology=local plans for the devices of this machine.
 """
 
 from __future__ import annotations  # Config in a signature would need nothing, but jax's types would load it
@@ -18,7 +19,6 @@ import logging
 import math
 import os
 import pathlib
-import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -29,18 +29,18 @@ from gptjax import config as config_module
 from gptjax import runtime
 from gptjax.chips import GIB, Topology, parse_topology
 from gptjax.config import Config
-from gptjax.errors import ConfigError, PlanError, UnavailableError
+from gptjax.errors import ConfigError, PlanError
 
 with epy.lazy_imports():  # so that a wrong flag exits before anything large loads
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from gptjax import estimate, optim, report, run, sharding, state
+    from gptjax import aot, estimate, report, run, sharding
     from gptjax import model as gpt
 
 log = logging.getLogger("gptjax")
-ENVIRONMENT = {  # for libtpu on a machine without TPUs, else it asks a server for what it is
+LIBTPU = {  # on a machine without TPUs, else it asks a server for what it is
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -57,7 +57,7 @@ def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
     """Returns the command line and the config, checked as far as that needs no compiler."""
     parser = runtime.Parser(__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="for example configs/gpt2_small.py")
-    parser.add_argument("--topology", required=True, metavar="KIND:SHAPE", help="v5e:4x4, v5p:4x4x4, h100:8, ...")
+    parser.add_argument("--topology", required=True, metavar="KIND:SHAPE", help="v5e:4x4, v5p:4x4x4, h100:8, or local")
     parser.add_argument("--slices", type=int, default=1, help="TPU slices, or GPU nodes, joined by the network")
     parser.add_argument("--target_tokens", type=float, default=0, help="to train on; by default the config's steps")
     parser.add_argument("--price_per_chip_hour", type=float, default=0, help="in your currency, for the cost")
@@ -69,41 +69,6 @@ def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
         if not (math.isfinite(value) and value >= (name == "slices")):
             raise ConfigError(f"--{name}={value}: must be a positive number")
     return args, config_module.load(args.config, runtime.parse_overrides(parser, rest))
-
-
-@contextlib.contextmanager
-def quiet_compiler() -> Iterator[None]:
-    """Keeps libtpu's notices on a machine that has no TPU from standard error; it writes there by itself."""
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
-
-
-def find_devices(topology: Topology) -> list[Any]:
-    """Returns the devices of a TPU topology, to compile for.
-
-    Raises:
-        UnavailableError: libtpu is missing.
-    """
-    from jax.experimental import topologies
-
-    options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    if topology.devices == topology.slices:
-        options["chips_per_host_bounds"] = (1, 1, 1)  # of a host that has one chip; others have 2 x 2
-    name = f"{topology.kind}:{topology.shape}"
-    try:
-        with quiet_compiler():
-            found: Any = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    except (RuntimeError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UnavailableError(f"--topology={topology}: the TPU compiler is missing or refuses: {reason}; "
-                               "pip install 'gptjax[plan]'") from error  # fmt: skip
-    return list(found.devices)
 
 
 def make_setting(config: Config, topology: Topology, mesh: Any) -> estimate.Setting:
@@ -123,91 +88,23 @@ def make_setting(config: Config, topology: Topology, mesh: Any) -> estimate.Sett
     return estimate.Setting(config, compute, shape, params)
 
 
-def compile_step(setting: estimate.Setting, mesh: Any) -> Any:
-    """Returns the compiled train step.
-
-    Raises:
-        PlanError: the compiler found that it does not fit.
-    """
-    config, shape = setting.config, setting.shape
-    model, optimizer = gpt.GPT(config.model, setting.compute), optim.make_optimizer(config.optim)
-    abstract, _ = state.make_init(model, optimizer, mesh=mesh, seed=0)
-    ends = {"eot_id": config.model.vocab_size - 1, "eot_position": "last"}  # of no matter to what it costs
-    step: Any = run.jit_steps(model, optimizer, config, abstract, **ends)[0]
-    size = (shape.micro_steps, config.data.global_batch_size // shape.micro_steps, config.model.block_size + 1)
-    if config.train.steps_per_dispatch > 1:
-        size = (config.train.steps_per_dispatch, *size)
-    spec = jax.sharding.PartitionSpec(*[None] * (len(size) - 3), *sharding.BATCH_SPEC)
-    tokens = jax.ShapeDtypeStruct(size, jnp.int32, sharding=jax.NamedSharding(mesh, spec))
-    with jax.set_mesh(mesh), quiet_compiler():
-        try:
-            return step.lower(abstract, tokens).compile()
-        except jax.errors.JaxRuntimeError as error:
-            overflow = read_overflow(str(error))
-            if overflow is None:
-                raise
-            raise too_large("does not fit", *overflow) from error
-
-
-def read_overflow(message: str) -> tuple[float, float] | None:
-    """Returns (bytes needed, bytes there) of what the TPU compiler says when a program is too large, else None."""
-    size = r"([\d.]+)([MG])"
-    found = re.search(
-        rf"Used {size} of {size} hbm|HLO temporaries \({size}\) exceeds available HBM \({size}\)", message
-    )
-    if "RESOURCE_EXHAUSTED" not in message or found is None:
-        return None
-    need, need_unit, have, have_unit = (part for part in found.groups() if part)
-    unit = {"M": 2**20, "G": 2**30}
-    return float(need) * unit[need_unit], float(have) * unit[have_unit]
-
-
-def too_large(what: str, need: float, have: float) -> PlanError:
-    return PlanError(f"{what}: needs {need / GIB:.2f} GiB a device, {have / GIB:.2f} are there, "
-                     f"{(need - have) / GIB:.2f} too few")  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class AbsentDevice:
-    """A chip that no compiler is here for: enough of a device to resolve a config on it."""
-
-    id: int
-    device_kind: str
-    platform: str = "gpu"
-
-    def memory_stats(self) -> dict[str, int]:
-        return {}
-
-
-def make_mesh(config: Config, topology: Topology) -> Any:
-    """Returns the mesh of a topology: of the TPU compiler's devices, or of GPUs that are absent."""
-    if topology.is_tpu:
-        devices = find_devices(topology)
-        if len(devices) != topology.devices:  # libtpu describes v4 by cores, of which a chip has two
-            raise ConfigError(f"--topology={topology}: the compiler describes {len(devices)} devices for it")
-        return sharding.make_mesh(config.mesh, devices)
-    sizes = sharding.mesh_sizes(config.mesh, topology.devices, topology.slices)
-    devices = [AbsentDevice(number, topology.chip.kind) for number in range(topology.devices)]
-    return jax.sharding.Mesh(np.array(devices, object).reshape(sizes), sharding.AXES)
-
-
 def plan(config: Config, topology: Topology, args: argparse.Namespace, *, remedy: bool = True) -> dict[str, Any]:
     """Returns the report of one config on one topology.
 
     Raises:
         PlanError: it does not fit; the message says by how much and, with `remedy`, names a setting that does.
     """
-    mesh = make_mesh(config, topology)
+    mesh = aot.make_mesh(config, topology)
     setting = make_setting(config, topology, mesh)
     start = time.perf_counter()
     try:
-        if not topology.is_tpu:
+        if not aot.has_compiler(topology):
             need, have = analytic_bytes(setting), topology.chip.memory_bytes
             if need > have:
-                raise too_large("does not fit, by the formulas", need, have)
+                raise aot.too_large("does not fit, by the formulas", need, have)
             return make_report(setting, topology, None, args)
         log.info("compiling %s for %s ...", args.config, topology)
-        compiled = compile_step(setting, mesh)
+        compiled = aot.compile_step(setting, mesh, memory_bytes=topology.chip.memory_bytes)
     except PlanError as error:
         if not remedy:
             raise
@@ -228,7 +125,7 @@ def analytic_bytes(setting: estimate.Setting) -> float:
 def candidates(config: Config, topology: Topology, params: dict[str, tuple[int, ...]]) -> Iterator[estimate.Setting]:
     """Yields `config` with every mesh, micro-batch and remat that divides, within limits."""
     count, cut = topology.devices, math.gcd(config.model.n_head, config.model.block_size)
-    device = np.array([AbsentDevice(0, topology.chip.kind, "tpu" if topology.is_tpu else "gpu")], object)
+    device = np.array([aot.AbsentDevice(0, topology.chip.kind, "tpu" if topology.is_tpu else "gpu")], object)
     one = jax.sharding.Mesh(device.reshape(1, 1, 1), sharding.AXES)
     remats = {remat: with_remat(config, remat) for remat in ("none", "full")}
     computes = {remat: gpt.resolve_compute(changed, one) for remat, changed in remats.items()}
@@ -300,10 +197,10 @@ def nearest_that_fits(config: Config, topology: Topology) -> str:
     by_distance = sorted((setting for _, setting in rank(config, topology)), key=distance)
     smallest = sorted(by_distance, key=analytic_bytes)[:1]  # the last resort: what compiles is larger than formulas
     for setting in by_distance[:COMPILED] + smallest:
-        if not topology.is_tpu:
+        if not aot.has_compiler(topology):
             return f"by the formulas this fits: {overrides(setting)}"
         with contextlib.suppress(PlanError):
-            compile_step(setting, make_mesh(setting.config, topology))
+            aot.compile_step(setting, aot.make_mesh(setting.config, topology), memory_bytes=topology.chip.memory_bytes)
             return f"this fits (compiled): {overrides(setting)}"
     return "nothing was found that fits: take more chips, or a smaller data.global_batch_size"
 
@@ -326,7 +223,7 @@ def search(config: Config, topology: Topology, args: argparse.Namespace) -> dict
             reports.append(plan(setting.config, topology, args, remedy=False) | {"overrides": overrides(setting)})
         except PlanError as error:
             log.info("  %s: %s", overrides(setting), error)
-        if reports and not topology.is_tpu:
+        if reports and not aot.has_compiler(topology):
             break
     if not reports:
         raise PlanError(f"{args.config} on {topology}: {nearest_that_fits(config, topology)}")
@@ -341,9 +238,12 @@ def command(found: dict[str, Any], args: argparse.Namespace) -> str:
 
 def main(arguments: list[str]) -> None:
     args, config = parse_flags(arguments)
-    topology = parse_topology(args.topology, args.slices)
-    os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
-    os.environ["JAX_PLATFORMS"] = "cpu"  # the chips of the plan are elsewhere, and those here are not taken
+    if args.topology == "local":
+        topology = aot.find_local()
+    else:
+        topology = parse_topology(args.topology, args.slices)
+        os.environ.update({name: os.environ.get(name, value) for name, value in LIBTPU.items()})
+        os.environ["JAX_PLATFORMS"] = "cpu"  # the chips of the plan are elsewhere, and those here are not taken
     found = search(config, topology, args) if args.search else plan(config, topology, args)
     for line in report.describe(found):
         print(line)

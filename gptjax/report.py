@@ -1,13 +1,14 @@
 """What a plan tells, as a dict and as lines: memory, communication beside the least that would do, time, cost."""
 
-import contextlib
 import dataclasses
 import importlib.metadata
+import math
 from typing import Any
 
+from gptjax.aot import peak_bytes
 from gptjax.chips import GIB, Topology
-from gptjax.estimate import Setting, estimate_memory, minimum_traffic, roofline, step_flops
-from gptjax.hlo import read_collectives, sum_traffic
+from gptjax.estimate import Setting, Shape, estimate_memory, minimum_traffic, roofline, split_sum, step_flops
+from gptjax.hlo import Collective, read_collectives, sum_traffic
 from gptjax.model import count_params
 
 
@@ -17,12 +18,12 @@ def make_report(
     """Returns all figures of a plan, as --json writes them; `compiled` is None where there are formulas only."""
     config, shape, chip = setting.config, setting.shape, topology.chip
     minimum = minimum_traffic(setting)
-    collectives = read_collectives(compiled.as_text(), shape.mesh, shape.slices) if compiled else []
+    collectives = read_traffic(compiled, shape, topology) if compiled else []
     traffic = sum_traffic(collectives) if compiled else minimum
     roof = roofline(setting, chip, traffic)
     memory = estimate_memory(setting)
     if compiled:
-        memory = measured_memory(memory, compiled.memory_analysis())
+        memory = measured_memory(memory, peak_bytes(compiled))
     tokens_per_step = config.data.global_batch_size * config.model.block_size
     target = target_tokens or config.train.num_steps * tokens_per_step
     flops, hours = step_flops(config), target / tokens_per_step * roof.seconds / 3600
@@ -30,7 +31,7 @@ def make_report(
         "topology": str(topology),
         "chips": topology.devices,
         "device_kind": chip.kind,
-        "source": compiler_version() if compiled else "analytic: formulas only, nothing was compiled",
+        "source": compiler_version(topology) if compiled else "analytic: formulas only, nothing was compiled",
         "mesh": dict(shape.mesh),
         "slices": shape.slices,
         "parameters": count_params(config.model),
@@ -56,16 +57,30 @@ def make_report(
     }
 
 
-def compiler_version() -> str:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return f"compiled with libtpu {importlib.metadata.version('libtpu')}"
-    return "compiled"
+def compiler_version(topology: Topology) -> str:
+    package = "libtpu" if topology.is_tpu else "jaxlib"
+    return f"compiled with {package} {importlib.metadata.version(package)}"
 
 
-def measured_memory(memory: dict[str, float], stats: Any) -> dict[str, float]:
+def read_traffic(compiled: Any, shape: Shape, topology: Topology) -> list[Collective]:
+    """Returns the collectives of a compiled step, what goes between slices or nodes apart."""
+    if topology.is_tpu:
+        return read_collectives(compiled.as_text(), shape.mesh, shape.slices)
+    found = []
+    for c in read_collectives(compiled.as_text(), shape.mesh):
+        if shape.slices == 1 or "data" not in c.axes or c.kind != "all-reduce":
+            found.append(c)
+            continue
+        # One sum over all nodes, which NCCL does as well as it can: within each, and one part of it across.
+        devices = math.prod(shape.mesh[axis] for axis in c.axes)
+        parts = split_sum(shape, c.axes, c.bytes / 2 * devices / (devices - 1))
+        found += [dataclasses.replace(c, kind=kind, axes=axes, bytes=sent) for (kind, axes), sent in parts.items()]
+    return found
+
+
+def measured_memory(memory: dict[str, float], peak: float) -> dict[str, float]:
     """Returns the bytes of one device by kind as the compiler laid them out; `memory` has those of the state."""
     state = {name: memory[name] for name in ("parameters", "optimizer")}
-    peak = stats.peak_memory_in_bytes + stats.generated_code_size_in_bytes
     rest = peak - sum(state.values())
     return state | {"gradients and activations": rest, "peak": peak}
 

@@ -18,7 +18,9 @@ LAYERS = """
     main
     train
     sample  evaluate  convert.__main__  plan
-    run  convert.formats  report
+    report
+    aot
+    run  convert.formats
     convert.msgpack
     convert.huggingface  convert.nanogpt  convert.llmc  convert.native
     convert.card  convert.torch_file

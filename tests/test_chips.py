@@ -2,7 +2,7 @@
 
 import pytest
 
-from gptjax.chips import CHIPS, GPUS, SLICES, TPUS, find_chip, parse_topology
+from gptjax.chips import CHIPS, GPUS, SLICES, TPUS, find_chip, gpu_target, local_topology, parse_topology
 from gptjax.errors import ConfigError
 
 
@@ -60,6 +60,21 @@ def test_topologies(text, slices, devices):
 def test_what_there_is_not(text, message):
     with pytest.raises(ConfigError, match=message):
         parse_topology(text, 1)
+
+
+def test_every_gpu_can_be_described_to_the_compiler():
+    for kind in GPUS.values():
+        chip = find_chip(kind)
+        text = gpu_target(chip)
+        assert f"device_memory_size: {int(chip.memory_bytes)} memory_bandwidth: {int(chip.memory_bandwidth)}" in text
+        assert text.count("{") == text.count("}")
+    assert "major: 8 minor: 0  }" in gpu_target(find_chip("NVIDIA A100")), "no features of a later architecture"
+
+
+def test_what_is_here_is_named_so():
+    topology = local_topology(find_chip("TPU v5 lite"), 8, 2)
+    assert (topology.devices, topology.is_local, topology.is_tpu) == (8, True, True)
+    assert str(topology) == "2 x local:4"
 
 
 def test_slices_are_named_by_their_chips():

@@ -84,6 +84,24 @@ def test_loops_and_windowed_products_are_counted():
     assert (reduce.kind, reduce.axes, reduce.count, reduce.bytes) == ("all-reduce", ("data",), 1, 2 * 16 / 2)
 
 
+@pytest.mark.parametrize(
+    ("instruction", "sent"),
+    [
+        ("(f32[4], f32[16]) all-gather-start(%x)", 64 * 3 / 4),
+        ("((f32[4], bf16[2,4]), (f32[16], bf16[8,4]{1,0})) all-gather-start(%x, %y)", (64 + 64) * 3 / 4),
+        ("((f32[16], f32[8]), (f32[4], f32[2])) reduce-scatter-start(%x, %y)", (16 + 8) * 3),
+        ("(f32[16]{0:T(8,128)}, f32[4]{0:T(8,128)}) reduce-scatter-start(%x)", 16 * 3),
+        ("(f32[16], f32[8]) all-reduce-start(%x, %y)", 2 * (64 + 32) * 3 / 4),
+        ("f32[16] all-reduce-start(%x)", 2 * 64 * 3 / 4),
+        ("(f32[4], f32[8]) all-to-all(%x, %y)", (16 + 32) * 3 / 4),
+    ],
+)
+def test_what_starts_has_its_operands_in_its_shape(instruction, sent):
+    text = f"ENTRY %main (x: f32[4]) -> f32[] {{\n  %s = {instruction}, replica_groups=[2,4]<=[8]\n}}\n"
+    [found] = read_collectives(text, MESH)
+    assert found.bytes == sent
+
+
 PIECES = """
 %fused_computation.1 (x: f32[4]) -> (f32[16], u32[]) {
   %x = f32[4]{0} parameter(0)

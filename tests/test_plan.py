@@ -10,9 +10,10 @@ import sys
 
 import pytest
 
+from gptjax.aot import has_compiler, read_overflow
 from gptjax.chips import parse_topology
 from gptjax.config import load
-from gptjax.plan import candidates, param_tree, read_overflow, shapes_by_path
+from gptjax.plan import candidates, param_tree, shapes_by_path
 
 ROOT = pathlib.Path(__file__).parent.parent
 SMALL = "--config=configs/gpt2_small.py"
@@ -34,9 +35,12 @@ def refused(*flags):
     return code, err
 
 
-# GPUs: formulas
+# GPUs: formulas, where there is no compiler for them
+
+by_formulas = pytest.mark.skipif(has_compiler(parse_topology("h100:8", 1)), reason="jax[cuda] is here")
 
 
+@by_formulas
 def test_gpu_report_is_labelled_analytic_and_adds_up(tmp_path):
     file = tmp_path / "plan.json"
     code, out, err = plan(SMALL, "--topology=h100:8", "--slices=4", "--price_per_chip_hour=2", "--target_tokens=300e9",
@@ -71,6 +75,7 @@ def test_search_ranks_what_fits_and_ends_with_the_command():
     assert found[0] == 0, "the command that a search ends with is one that a plan accepts"
 
 
+@by_formulas
 def test_what_does_not_fit_tells_by_how_much_and_what_does():
     large = ("--config=configs/gpt2_xl.py", "--topology=h100:8", "--config.mesh.data=8",
              "--config.train.micro_batch_size=64", "--config.compute.remat=none")  # fmt: skip
@@ -117,6 +122,12 @@ def test_a_mistake_is_found_before_anything_large_loads():
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "False\n"
 
 
+def test_a_machine_without_accelerators_says_so():
+    code, line = refused(SMALL, "--topology=local")
+    assert code == 2
+    assert re.search(r"--topology=local: \d+ x cpu are here, of which the table of chips has no figures", line)
+
+
 def test_candidates_divide_whatever_they_cut():
     config = load(str(ROOT / "configs" / "gpt2_xl.py"), {})
     topology = parse_topology("h100:8", 2)
@@ -152,6 +163,43 @@ def test_without_the_compiler_it_says_what_to_install():
     code, line = refused(SMALL, "--topology=v5e:4x4")
     assert code == 69
     assert "pip install 'gptjax[plan]'" in line
+
+
+@pytest.mark.plan
+@pytest.mark.skipif(not has_compiler(parse_topology("h100:8", 1)), reason="needs jax[cuda], several GB")
+class TestCompiledForGpus:
+    """With the GPU compiler (jax[cuda]), and no GPU."""
+
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            ("h200:8", "data=8"),
+            ("h100:8", "data=1", "fsdp=8"),
+            ("b200:8", "data=2", "fsdp=2", "tensor=2"),
+            ("a100:8", "data=4", "fsdp=4", "--slices=2"),
+        ],
+        ids=lambda flags: "-".join(flags),
+    )
+    def test_the_step_sends_what_it_must(self, tmp_path, flags):
+        file, (topology, *rest) = tmp_path / "plan.json", flags
+        mesh = [flag if flag.startswith("--") else f"--config.mesh.{flag}" for flag in rest]
+        code, out, err = plan(SMALL, f"--topology={topology}", *mesh, f"--json={file}")
+        assert (code, err) == (0, "")
+        report = json.loads(file.read_text())
+        assert report["source"].startswith("compiled with jaxlib")
+        assert report["attention"] == "cudnn"
+        least, sent = report["minimum_traffic_bytes"], report["traffic_bytes"]
+        assert 0.99 * least < sent < 1.01 * least, out
+        assert {row["kind"] for row in report["collectives"]} <= {
+            "all-gather", "reduce-scatter", "all-reduce", "all-reduce (network)"
+        }  # fmt: skip
+
+    def test_what_does_not_fit(self):
+        code, line = refused(SMALL, "--topology=a100:1", "--config.train.micro_batch_size=512")
+        assert code == 3
+        assert re.search(r"needs [\d.]+ GiB a device, 74.51 are there", line)
+        near = re.search(r"this fits \(compiled\): (.*)", line)[1].split()
+        assert plan(SMALL, "--topology=a100:1", *near)[0] == 0
 
 
 @pytest.mark.plan
@@ -207,6 +255,11 @@ class TestCompiled:
         # XLA's own reduce-scatter hands its neighbour what fills its last tile.
         assert rows.get("collective-permute", 0) < 1e-3 * least
         assert ("all-reduce (network)" in rows) == ("--slices=2" in flags)
+
+    def test_the_two_cores_of_a_v4_chip_are_one_device(self):
+        code, out, err = plan(SMALL, "--topology=v4:2x2x1")
+        assert (code, err) == (0, "")
+        assert "4 x TPU v4 as data 4" in out
 
     @pytest.mark.parametrize(
         ("topology", "remedy"),
