@@ -88,6 +88,7 @@ class TrainConfig:
     seed: int = 0  # of initialisation and dropout
     nan_policy: str = "stop"  # stop | skip
     nan_limit: int = 10  # skip: so many non-finite steps in a row end the run
+    barrier_seconds: float = 600.0  # for which processes wait for each other before data, restore and saves
     watchdog_seconds: float = 3600.0  # without a step or a batch of an evaluation that ended, leave; 0 means never
     z_loss: float = 0.0  # weight of the squared log-partition
     profile_step: int = -1  # write a profiler trace of this step; -1 means never
@@ -167,6 +168,7 @@ AT_LEAST = {
     "train.sample_every": 0,
     "train.seed": 0,
     "train.nan_limit": 1,
+    "train.barrier_seconds": 1,
     "train.watchdog_seconds": 0,
     "train.z_loss": 0,
     "train.profile_step": -1,

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -112,7 +113,7 @@ def make_run(config: Config, *, tokenizer: Tokenizer | None = None) -> Run:
         train_data=datasets[0],
         validation_data=datasets[1],
         tokenizer=tokenizer,
-        token_bytes_V=jax.device_put(jnp.asarray(tokenizer.token_bytes()), NamedSharding(mesh, P())),
+        token_bytes_V=on_each_device(np.asarray(tokenizer.token_bytes()), mesh),
         num_micro_steps=num_micro_steps,
         batch_sharding=NamedSharding(mesh, BATCH_SPEC),
         data_identity={
@@ -122,6 +123,11 @@ def make_run(config: Config, *, tokenizer: Tokenizer | None = None) -> Run:
             "model.block_size": config.model.block_size,
         },
     )
+
+
+def on_each_device(x: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Returns `x`, whole on each device; jax.device_put would have all processes compare theirs, and wait."""
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, P()), lambda index: x[index])
 
 
 def jit_steps(

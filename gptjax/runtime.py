@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -24,6 +25,7 @@ from gptjax.errors import ConfigError, UnavailableError, UserError, WorkdirError
 log = logging.getLogger("gptjax")
 OVERRIDE = "--config."
 WAITING_SECONDS = 10.0  # between two lines of a process that waits for others
+LAST_WORDS_SECONDS = 3.0  # of process 0, at which the others read why one has left
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,9 +58,15 @@ def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         code = error.exit_code
+        _leave_the_others(code, str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = errors.PREEMPTED
+    except Exception as error:
+        if _service() is not None:
+            traceback.print_exc()
+            _leave_the_others(1, repr(error))
+        raise
     sys.exit(code)
 
 
@@ -118,25 +126,89 @@ def start_jax(
             jax.distributed.initialize(*given, initialization_timeout=math.ceil(join_seconds) + 60)
         if jax.process_index():
             log.setLevel(logging.WARNING)
+        meet("start", join_seconds)
     _check_devices()
 
 
+def meet(name: str, seconds: float) -> None:
+    """Returns when all processes have come to the point `name`, which each passes once; of one process at once.
+
+    Who is not there in time is named, with its host, and so is one that has left, with its reason; then this process
+    ends with code 69, like one whose peer is gone.
+    """
+    service = _service()
+    if service is None:
+        return
+    import jax
+
+    mine, point = jax.process_index(), f"gptjax/meet/{name}"
+    service.key_value_set(f"gptjax/host/{mine}", socket.gethostname(), allow_overwrite=True)
+    service.key_value_set(f"{point}/{mine}", "here")
+
+    def read(directory: str) -> dict[int, str]:
+        return {int(key.rsplit("/", 1)[1]): value for key, value in service.key_value_dir_get(f"{directory}/")}
+
+    def missing() -> str:
+        hosts, here, left = read("gptjax/host"), read(point), read("gptjax/left")
+        absent = [number for number in range(jax.process_count()) if number not in here]
+        named = [f"process {n}" + (f" on host {hosts[n]}" if n in hosts else "") for n in absent]
+        gone = [f"; process {n} has left: {left[n]}" for n in absent if n in left]
+        return f"{name}: waiting for {', '.join(named) or 'an answer'}{''.join(gone)}"
+
+    with _ending_after(seconds, missing, over=lambda: bool(read("gptjax/left"))):
+        try:
+            service.wait_at_barrier(point, math.ceil(1000 * (seconds + 60)))
+        except jax.errors.JaxRuntimeError as error:
+            print(f"error: {name}: another process is gone: {str(error).splitlines()[0]}; start the same command again "
+                  "on all", file=sys.stderr, flush=True)  # fmt: skip
+            os._exit(errors.UNAVAILABLE)
+    service.key_value_delete(f"{point}/{mine}")
+
+
+def _service() -> Any:
+    """Returns JAX's client of the service that joins several processes, None where there is one process."""
+    if "jax" not in sys.modules:
+        return None
+    from jax._src import distributed  # the only way to it: Orbax goes it, too
+
+    state = distributed.global_state
+    return state.client if state.client is not None and (state.num_processes or 1) > 1 else None
+
+
+def _leave_the_others(code: int, reason: str) -> None:
+    """Ends this process with `code` and tells the others why, where there are others: an orderly end waits for them."""
+    service = _service()
+    if service is None:
+        return
+    import jax
+
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        service.key_value_set(f"gptjax/left/{jax.process_index()}", reason.splitlines()[0], allow_overwrite=True)
+    if jax.process_index() == 0:
+        time.sleep(LAST_WORDS_SECONDS)  # the service ends with it
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 @contextlib.contextmanager
-def _ending_after(seconds: float, describe: Callable[[], str]) -> Iterator[None]:
-    """Ends this process with code 69 if what runs inside takes longer, saying every now and then what it waits for.
+def _ending_after(
+    seconds: float, describe: Callable[[], str], *, over: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Ends this process with code 69 if what runs inside takes longer, or is `over`; says now and then what it awaits.
 
     A thread must: JAX waits in C++, and there it aborts at its own limit.
     """
-    done = threading.Event()
+    done, start = threading.Event(), time.monotonic()
 
     def watch() -> None:
-        waited = 0.0
-        while waited < seconds:
-            pause = min(WAITING_SECONDS, seconds - waited)
-            if done.wait(pause):
+        said = start
+        while (now := time.monotonic()) < start + seconds and not over():
+            if now >= said + WAITING_SECONDS:
+                log.warning("%s (%.0f of %.0f s)", describe(), now - start, seconds)
+                said = now
+            if done.wait(min(1.0, start + seconds - now)):
                 return
-            waited += pause
-            log.warning("%s (%.0f of %.0f s)", describe(), waited, seconds)
         print(f"error: {describe()}; start it, or start all of them again", file=sys.stderr, flush=True)
         os._exit(errors.UNAVAILABLE)
 

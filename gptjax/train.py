@@ -22,7 +22,7 @@ from gptjax.evaluate import COMPRESSED_BYTES, compare, evaluate
 from gptjax.metrics import Reporter, duration, peak_flops
 from gptjax.optim import role_table
 from gptjax.run import Run, describe_run, make_run
-from gptjax.runtime import Consensus, Preemption, Watchdog, check_agreement, fault_point, lock_workdir
+from gptjax.runtime import Consensus, Preemption, Watchdog, check_agreement, fault_point, lock_workdir, meet
 from gptjax.sample import generate
 from gptjax.sharding import path_name
 from gptjax.state import TrainState
@@ -49,10 +49,12 @@ def train(config: Config, workdir: str) -> int:
         preemption = stack.enter_context(Preemption())
         check_agreement("config", flatten(config) | {"workdir": workdir} | versions())
         run = make_run(config)
+        meet("data", config.train.barrier_seconds)
         check_agreement("data", run.data_identity)
         stack.enter_context(jax.set_mesh(run.mesh))
         checkpointer = stack.enter_context(contextlib.closing(Checkpointer(workdir, keep=config.checkpoint.keep)))
         state, history = start_state(run, checkpointer)
+        meet("restore", config.train.barrier_seconds)
         step = int(state.step)
         if step >= config.train.num_steps and not evaluation_is_missing(config, step, history):
             log.info("%s: finished at step %d of %d; nothing to do", workdir, step, config.train.num_steps)
@@ -352,6 +354,7 @@ def save(
     result: dict[str, float],
 ) -> None:
     reporter.sync()
+    meet(f"save of step {step}", run.config.train.barrier_seconds)
     history = history | {"seconds": dict(reporter.watch.spent)}
     checkpointer.save(state, step, config=run.config, history=history, data=run.data_identity, metrics=result or None)
     store_logs(reporter.directory, str(checkpointer.directory.parent))

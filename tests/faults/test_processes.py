@@ -11,9 +11,9 @@ import time
 
 import pytest
 
+from gptjax import errors
 from gptjax.data.prepare import prepare
 from gptjax.data.tokenizer import load_tokenizer
-from gptjax.errors import UNAVAILABLE
 from tests import runs
 
 pytestmark = pytest.mark.faults
@@ -32,17 +32,26 @@ class Group:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self._lab, self._workdir, self._count = lab, workdir, count
+        self._lab, self._workdir, self.count = lab, workdir, count
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
 
     def start(
-        self, number: int, *overrides: str, join_seconds: float = SECONDS, folder: pathlib.Path | None = None
+        self,
+        number: int,
+        *overrides: str,
+        join_seconds: float = SECONDS,
+        folder: pathlib.Path | None = None,
+        **environment: str,
     ) -> None:
-        where = [f"--coordinator=127.0.0.1:{self.port}", f"--num_processes={self._count}", f"--process_id={number}"]
+        where = [f"--coordinator=127.0.0.1:{self.port}", f"--num_processes={self.count}", f"--process_id={number}"]
         command = [*self._lab.command(self._workdir, *overrides), *where, f"--join_seconds={join_seconds}"]
         with open(self._file(number), "w") as out:
             self.processes[number] = subprocess.Popen(
-                command, env=self._lab.environment(), cwd=folder or self._lab.root, stdout=out, stderr=subprocess.STDOUT
+                command,
+                env=self._lab.environment(**environment),
+                cwd=folder or self._lab.root,
+                stdout=out,
+                stderr=subprocess.STDOUT,
             )
 
     def _file(self, number: int) -> pathlib.Path:
@@ -153,7 +162,7 @@ def test_p1_when_one_is_killed_the_other_leaves_and_a_restart_is_bit_equal(lab, 
         code = made.processes[1 - victim].wait(timeout=SECONDS)
         assert time.monotonic() - begin < SECONDS
         said = made.said(1 - victim)
-    assert code == UNAVAILABLE, said
+    assert code == errors.UNAVAILABLE, said
     assert "error: another process is gone: " in said
     assert "Traceback" not in said
     train(lab, workdir, 2)
@@ -171,17 +180,49 @@ def test_p3_one_that_is_alone_says_whom_it_waits_for_and_ends(lab, tmp_path, num
     made = Group(lab, tmp_path / "run", 2)
     made.start(number, join_seconds=4)
     try:
-        assert made.wait() == [UNAVAILABLE]
+        assert made.wait() == [errors.UNAVAILABLE]
     finally:
         made.processes[number].kill()
     assert f"process {number} of 2 on host" in made.said(number)
     assert f"error: process {number} of 2: {message}" in made.said(number)
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_without_its_data_leaves_with_2_and_the_other_says_why(lab, tmp_path, victim):
+    (tmp_path / "elsewhere").mkdir()
+    made = Group(lab, tmp_path / "run", 2)
+    for number in range(2):
+        folder = tmp_path / "elsewhere" if number == victim else lab.root
+        made.start(number, "data.path=data", folder=folder)
+    begin = time.monotonic()
+    try:
+        codes = made.wait()
+    finally:
+        for process in made.processes.values():
+            process.kill()
+    assert codes[victim] == errors.BAD_CONFIG, made.said(victim)
+    other, said = 1 - victim, made.said(1 - victim)
+    assert codes[other] == errors.UNAVAILABLE, said
+    host = socket.gethostname()
+    assert f"error: data: waiting for process {victim} on host {host}; process {victim} has left: data.path=" in said
+    assert time.monotonic() - begin < 60, "at once, not at the end of a timeout"
+
+
+def test_who_does_not_come_to_a_save_is_named(lab, tmp_path):
+    with group(lab, tmp_path / "run", 0) as made:
+        made.count = 2
+        overrides = (one_micro_batch_each(2), "train.barrier_seconds=5", "train.eval_every=0")
+        made.start(0, *overrides)
+        made.start(1, *overrides, GPTJAX_FAULT="step:4:hang")
+        assert made.processes[0].wait(timeout=SECONDS) == errors.UNAVAILABLE, made.said(0)
+    assert f"error: save of step 4: waiting for process 1 on host {socket.gethostname()}; start it" in made.said(0)
+    assert runs.checkpoint_steps(tmp_path / "run") == []
+
+
 def refused(made, message):
     """Asserts that both processes end with code 69 and tell the difference."""
     try:
-        assert made.wait() == [UNAVAILABLE] * 2, made.said(0) + made.said(1)
+        assert made.wait() == [errors.UNAVAILABLE] * 2, made.said(0) + made.said(1)
     finally:
         for process in made.processes.values():
             process.kill()
