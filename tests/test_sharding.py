@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.config import CHOICES, GPTConfig, MeshConfig, OptimConfig, from_dict
 from gptjax.errors import ConfigError
-from gptjax.hlo import read_collectives
+from gptjax.hlo import array_bytes, parse, read_collectives
 from gptjax.model import GPT, resolve_compute
 from gptjax.optim import make_optimizer, make_schedule
 from gptjax.parallel import gather_layer, on_each_shard, param_specs, shard_index, sum_gradients
@@ -281,6 +281,23 @@ def test_losses_agree_between_meshes(name):
     assert ("all-gather" in text) == (name != "8x1x1"), "data alone has nothing to gather"
     assert alone[-1, 0] < alone[0, 0] - 0.05, "nothing was learnt"
     np.testing.assert_allclose(metrics, alone, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_no_device_has_logits_or_state_of_others(name):
+    text, mesh = train(name)[1], mesh_of(*MESHES[name])
+    config = from_dict({"model": MODEL})
+    abstract, _ = make_init(GPT(config.model), make_optimizer(config.optim), mesh=mesh, seed=0)
+    entry = list(parse(text).values())[-1]
+    arguments = sum(sum(array_bytes(i.shape)) for i in entry if i.opcode == "parameter")
+    tokens = 16 * 17 * 4 // data_parallel_size(mesh)
+    assert arguments == bytes_per_device(abstract) + tokens, "what a step takes is cut as the table of specs says"
+    columns = 256 // mesh.shape["tensor"]
+    shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
+    positions = OPTIONS.get(name, {}).get("loss_chunk", 16)
+    sequences = (8 if name in OPTIONS else 16) // data_parallel_size(mesh)
+    largest = max(math.prod(dims) for dims in shapes if dims[-1] == columns)
+    assert largest == max(sequences * positions, MODEL["n_embd"]) * columns, "its own logits, or its head"
 
 
 @pytest.mark.parametrize("name", ["8x1x1", "2x4x1", "2x2x2", "1x2x4"])
