@@ -32,6 +32,7 @@ from gptjax.parallel import (
     tensor_index,
     tensor_parts,
 )
+from gptjax.pointwise import gelu, layer_norm
 from gptjax.sharding import BATCH_AXES, constrain
 
 __all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "Compute", "GPTConfig"]
@@ -131,6 +132,18 @@ class CausalSelfAttention(nn.Module):
         return _dropout(self, y, batch, c.dropout), cache
 
 
+class LayerNorm(nn.Module):
+    """Layer normalisation along the last dimension, in the dtype of its input; parameters float32 [D]."""
+
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale_D = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        bias_D = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32) if self.use_bias else None
+        return layer_norm(x, scale_D, bias_D, LAYER_NORM_EPSILON)
+
+
 class MLP(nn.Module):
     config: GPTConfig
     compute: Compute
@@ -140,7 +153,7 @@ class MLP(nn.Module):
         c = self.config
         width = 4 * c.n_embd // tensor_parts()
         x = nn.Dense(width, kernel_init=_normal(), **_linear(c, self.compute), name="c_fc")(gather_positions(x))
-        x = _summed_linear(c, self.compute)(jax.nn.gelu(x, approximate=True))
+        x = _summed_linear(c, self.compute)(gelu(x))
         return _dropout(self, x, batch, c.dropout)
 
 
@@ -155,11 +168,11 @@ class Block(nn.Module):
         self, x: jax.Array, batch: int, segments_BT: jax.Array | None = None, cache: Any = None
     ) -> tuple[jax.Array, Any]:
         with jax.named_scope("attention"):
-            normed = _layer_norm(self.config, self.compute, "ln_1")(x)
+            normed = LayerNorm(self.config.bias, name="ln_1")(x)
             y, cache = CausalSelfAttention(self.config, self.compute, name="attn")(normed, batch, segments_BT, cache)
             x = x + y
         with jax.named_scope("mlp"):
-            normed = _layer_norm(self.config, self.compute, "ln_2")(x)
+            normed = LayerNorm(self.config.bias, name="ln_2")(x)
             x = x + MLP(self.config, self.compute, name="mlp")(normed, batch)
         return constrain(x, P(BATCH_AXES, *[None] * (x.ndim - 1))), cache
 
@@ -180,7 +193,7 @@ class GPT(nn.Module):
         self.wte = nn.Embed(padded_vocab_size(c) // tensor_parts(), **width)
         self.wpe = nn.Embed(c.block_size, **width)
         self.h = scanned_blocks(c, self.compute)
-        self.ln_f = _layer_norm(c, self.compute, None)
+        self.ln_f = LayerNorm(c.bias)
         if not c.tie_embeddings:
             self.lm_head = nn.Dense(padded_vocab_size(c), use_bias=False, kernel_init=_normal(), dtype=jnp.float32)
 
@@ -310,13 +323,6 @@ def _summed_linear(config: GPTConfig, compute: Compute) -> nn.Dense:
     init = _residual_normal(config)
     return nn.Dense(
         config.n_embd, kernel_init=init, dot_general=summed_product, **_linear(config, compute), name="c_proj"
-    )
-
-
-def _layer_norm(config: GPTConfig, compute: Compute, name: str | None) -> nn.LayerNorm:
-    # The two-pass variance: real GPT-2 weights make activations whose squares cancel badly in one pass.
-    return nn.LayerNorm(
-        LAYER_NORM_EPSILON, use_bias=config.bias, dtype=compute.dtype, use_fast_variance=False, name=name
     )
 
 

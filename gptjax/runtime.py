@@ -169,10 +169,13 @@ def _service() -> Any:
     """Returns JAX's client of the service that joins several processes, None where there is one process."""
     if "jax" not in sys.modules:
         return None
-    from jax._src import distributed  # the only way to it: Orbax goes it, too
+    import jax
 
-    state = distributed.global_state
-    return state.client if state.client is not None and (state.num_processes or 1) > 1 else None
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return None
+    from orbax.checkpoint import multihost  # JAX itself has no public way to it
+
+    return multihost.get_jax_distributed_client()
 
 
 def _leave_the_others(code: int, reason: str) -> None:

@@ -29,7 +29,7 @@ LAYERS = """
     checkpoint  metrics  step  data.prepare
     state  optim  data.dataset  data.sources  estimate
     model  data.tokens
-    attention  loss  data.tokenizer
+    attention  loss  pointwise  data.tokenizer
     parallel
     sharding
     config  runtime  workdir  convert.hub  chips
@@ -39,7 +39,7 @@ LAYERS = """
 # Where a process starts, and its loop: only these use the runtime.
 ENTRIES = {"main", "train", "sample", "evaluate", "convert.__main__", "data.prepare", "plan"}
 # Whatever computes, so that it runs anywhere those libraries do.
-COMPUTING = {"model", "attention", "loss", "parallel", "sharding", "optim", "state", "step"}
+COMPUTING = {"model", "attention", "loss", "pointwise", "parallel", "sharding", "optim", "state", "step"}
 NUMERICAL = {"jax", "flax", "optax", "numpy"}
 # Data know nothing of models, and models nothing of data.
 DATA_MAY_IMPORT = {"config", "errors", "runtime"}
