@@ -114,11 +114,13 @@ def estimate_memory(setting: Setting) -> dict[str, float]:
         axes = [axis for axis in param_spec(path) if axis is not None]
         stored += math.prod(sizes) / math.prod(shape.mesh[axis] for axis in axes)
     tables = sum(math.prod(sizes) for path, sizes in setting.params.items() if path in TABLES) / shape.mesh["tensor"]
-    sequence = activation_bytes_per_sequence(config.model, compute, config.compute.loss_chunk) / shape.mesh["tensor"]
+    tensor = shape.mesh["tensor"]
+    sequence = activation_bytes_per_sequence(config.model, compute, config.compute.loss_chunk, tensor)
+    accumulated = 2 if shape.micro_steps > 1 else 1  # what has been summed, and a micro-step's
     return {
         "parameters": 4 * stored,
         "optimizer": OPTIMIZER_BYTES * stored,
-        "gradients": 4 * stored + 8 * tables,  # and the tables, whole, with their gradient
+        "gradients": 4 * stored * accumulated + 8 * tables,  # and the tables, whole, with their gradient
         "activations": shape.micro_batch * sequence,
     }
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gptjax.attention import causal_attention, choose_backend, masked_attention
+from gptjax.attention import SPLASH_HEAD_WIDTH, causal_attention, choose_backend, masked_attention
 from gptjax.config import Config, GPTConfig, nearest_divisors
 from gptjax.errors import ConfigError
 from gptjax.loss import masked_logits
@@ -362,18 +362,22 @@ def train_flops_per_token(config: GPTConfig) -> int:
     return 6 * matrices + 12 * L * D * T
 
 
-def activation_bytes_per_sequence(config: GPTConfig, compute: Compute, loss_chunk: int) -> int:
-    """Returns about how many bytes one sequence keeps for the backward pass.
+def activation_bytes_per_sequence(config: GPTConfig, compute: Compute, loss_chunk: int, tensor: int = 1) -> float:
+    """Returns about how many bytes one sequence keeps on a device for the backward pass.
 
-    Counted per token and layer as in Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer
-    Models", section 4.1, for float activations: 2 LayerNorm inputs, qkv, attention output, two GELU sides of 4 D and
-    their input, in all 16 D; plain attention adds its score matrices; full remat keeps only each layer's input.
-    The logits are held in float32 and once more as their gradient.
+    Per token and layer, in arrays of width D: the layer's input, both LayerNorms' outputs, q, k, v and attention's
+    output, the residual stream between, and the two sides of GELU, 4 each: 17, all but the LayerNorms' outputs cut by
+    `tensor`. Splash keeps q, k, v and its output padded; plain attention adds its scores, in float32 and in the compute
+    dtype. Remat by dots keeps the products, 9 with the input; full remat the input, and one layer's 17 at a time.
+    The logits are counted twice, with their gradient. Counted by reading what XLA's GPU and TPU compilers laid out.
     """
     D, L, T = config.n_embd, config.n_layer, config.block_size
     size = jnp.dtype(compute.dtype).itemsize
+    head_width = D // config.n_head
+    padded = max(0, SPLASH_HEAD_WIDTH / head_width - 1) if compute.attention == "splash" else 0
     scores = T * config.n_head * (4 + size) if compute.attention == "xla" else 0
-    layer = {"none": 16 * D * size + scores, "full": 0, "dots": 11 * D * size + scores, "dots_no_batch": 10 * D * size}
-    working = (16 * D * size + scores) if compute.remat != "none" else 0
-    logits = (loss_chunk or T) * padded_vocab_size(config) * (4 + 4 + size)
-    return T * (L * (layer[compute.remat] + D * size) + working) + logits
+    whole = (2 + (15 + 4 * padded) / tensor) * D * size + scores / tensor
+    kept = {"none": whole, "full": D * size / tensor}.get(compute.remat, 9 * D * size / tensor + scores / tensor)
+    working = whole if compute.remat != "none" else 0
+    logits = (loss_chunk or T) * padded_vocab_size(config) / tensor * 2 * size
+    return T * (L * kept + working) + logits

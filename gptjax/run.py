@@ -37,6 +37,7 @@ from gptjax.state import TrainState, make_init
 from gptjax.step import StepFn, make_eval_step, make_loss_fn, make_multi_step, make_train_step
 
 log = logging.getLogger("gptjax")
+STATE_AND_GRADIENTS = 5 / 3  # of AdamW's state: gradients twice, those summed so far and a micro-step's
 MEMORY_SHARE = 0.8  # of a device's free memory, for activations
 CPU_MEMORY_SHARE = 0.25  # of the machine's memory, for everything: others live there too
 
@@ -183,8 +184,10 @@ def choose_micro_steps(config: Config, compute: Compute, mesh: Mesh, *, state_by
         )
     if wanted:
         return share // wanted
-    sequence = activation_bytes_per_sequence(config.model, compute, config.compute.loss_chunk)
-    fits = max(1, int((memory_budget(mesh.devices.flat[0]) - 1.5 * state_bytes) / sequence))
+    sequence = activation_bytes_per_sequence(
+        config.model, compute, config.compute.loss_chunk, tensor=mesh.shape["tensor"]
+    )
+    fits = max(1, int((memory_budget(mesh.devices.flat[0]) - STATE_AND_GRADIENTS * state_bytes) / sequence))
     return share // max(d for d in range(1, share + 1) if share % d == 0 and d <= fits)
 
 
@@ -211,7 +214,8 @@ def describe_run(run: Run) -> list[str]:
     made_with = versions()
     shape = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
     micro = config.data.global_batch_size // run.num_micro_steps // data_parallel_size(run.mesh)
-    activations = micro * activation_bytes_per_sequence(model, run.compute, config.compute.loss_chunk)
+    sequence = activation_bytes_per_sequence(model, run.compute, config.compute.loss_chunk, run.mesh.shape["tensor"])
+    activations = micro * sequence
     state = bytes_per_device(run.abstract_state)
     train_tokens, validation_tokens = run.train_data.split.tokens, run.validation_data.split.tokens
     ours, others = made_with.pop("gptjax"), ", ".join(f"{name} {version}" for name, version in made_with.items())

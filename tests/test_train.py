@@ -37,7 +37,7 @@ def micro_steps(*, batch, wanted=0, parts=1, fits=None, monkeypatch=None):
     compute = Compute()
     if fits is not None:
         sequence = run_module.activation_bytes_per_sequence(MODEL, compute, 0)
-        monkeypatch.setattr(run_module, "memory_budget", lambda device: 1.5 * 1000 + (fits + 0.5) * sequence)
+        monkeypatch.setattr(run_module, "memory_budget", lambda device: 5 / 3 * 1000 + (fits + 0.5) * sequence)
     return choose_micro_steps(config, compute, mesh, state_bytes=1000)
 
 
