@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from gptjax import checkpoint, config, errors, plan, run, runtime, train
+from gptjax import aot, checkpoint, config, errors, run, runtime, train
 from gptjax.chips import GIB
 from gptjax.config import Config, GPTConfig, MeshConfig
 from gptjax.data.prepare import ensure_prepared
@@ -125,7 +125,7 @@ def not_finite() -> None:
 
 
 def too_large() -> None:
-    raise plan.too_large("configs/gpt2_xl.py on v5e:4x4: does not fit", 42.39 * GIB, 15.75 * GIB)
+    raise aot.too_large("configs/gpt2_xl.py on v5e:4x4: does not fit", 42.39 * GIB, 15.75 * GIB)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,186 @@
+"""How fast a train step is: tokens a second, MFU, memory, compile time; beside PyTorch's in the same run if asked.
+
+    python benchmarks/train_step.py --cases=toy,char [--vs=torch] [--unroll=1,0] [--remat=none,full] [--batch=8,16]
+    python benchmarks/train_step.py --cases=small --batch=32,64 --attention=cudnn,xla
+
+Each case is a shape; of lists of settings every combination is measured. The step is the one that trains: AdamW,
+clipping, dropout 0, random tokens. MFU counts attention in full (12 L D T a token) against the chip's dense bfloat16
+peak, where the table of chips has one. `--vs=torch`: transformers' GPT2LMHeadModel with SDPA, fused AdamW, the same
+shapes, dtype and padded vocabulary, eager and by torch.compile, taking turns with ours; ratios are of medians.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import bench
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.chips import find_chip
+from gptjax.config import Config, from_dict
+from gptjax.model import GPT, padded_vocab_size, resolve_compute, train_flops_per_token
+from gptjax.optim import make_optimizer
+from gptjax.run import jit_steps
+from gptjax.sharding import make_mesh
+from gptjax.state import make_init
+
+CASES = {  # layers, heads, width, positions, batch, vocabulary
+    "toy": (4, 4, 128, 64, 12, 65),  # nanoGPT's CPU config
+    "char": (6, 6, 384, 256, 16, 65),  # nanoGPT's character model
+    "small-cpu": (12, 12, 768, 256, 4, 50257),
+    "small": (12, 12, 768, 1024, 32, 50257),
+    "medium": (24, 16, 1024, 1024, 16, 50257),
+    "large": (36, 20, 1280, 1024, 16, 50257),
+    "xl": (48, 25, 1600, 1024, 16, 50257),
+}
+MANY = 1000  # steps: the schedule never ends
+
+
+def make_config(case: str, batch: int, settings: dict[str, Any]) -> Config:
+    layers, heads, width, positions, default, vocabulary = CASES[case]
+    size = batch or default
+    model = {"n_layer": layers, "n_head": heads, "n_embd": width, "block_size": positions, "vocab_size": vocabulary}
+    train = {"num_steps": MANY, "steps_per_dispatch": settings.pop("steps_per_dispatch"), "micro_batch_size": size}
+    every = {"log_every": MANY, "eval_every": 0, "sample_every": 0}
+    return from_dict(
+        {
+            "model": model,
+            "compute": settings,
+            "train": train | every,
+            "data": {"global_batch_size": size},
+            "checkpoint": {"save_every": MANY},
+        }
+    )
+
+
+def random_tokens(config: Config) -> np.ndarray:
+    shape = (1, config.data.global_batch_size, config.model.block_size + 1)
+    return np.random.default_rng(0).integers(config.model.vocab_size, size=shape, dtype=np.int32)
+
+
+@dataclasses.dataclass
+class Ours:
+    """Our step, compiled; each call is one dispatch, which has ended when it returns."""
+
+    config: Config
+    step: Any
+    state: Any
+    tokens: jax.Array
+    compile_seconds: float
+
+    def __call__(self) -> None:
+        self.state, metrics = self.step(self.state, self.tokens)
+        jax.block_until_ready(metrics)
+
+
+def make_ours(config: Config) -> Ours:
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    compute = resolve_compute(config, mesh)
+    model, optimizer = GPT(config.model, compute), make_optimizer(config.optim)
+    abstract, init = make_init(model, optimizer, mesh=mesh, seed=0)
+    step: Any = jit_steps(model, optimizer, config, abstract, eot_id=0, eot_position="last")[0]
+    tokens = jnp.asarray(random_tokens(config))
+    if config.train.steps_per_dispatch > 1:
+        tokens = jnp.broadcast_to(tokens, (config.train.steps_per_dispatch, *tokens.shape))
+    start = time.perf_counter()
+    compiled = step.lower(abstract, tokens).compile()
+    return Ours(config, compiled, init(), tokens, time.perf_counter() - start)
+
+
+def make_torch(config: Config, *, compiled: bool) -> Callable[[], None]:
+    """Returns one step of transformers' GPT-2: forward, backward, clipping, fused AdamW."""
+    import torch
+    import transformers
+
+    c = config.model
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    theirs = transformers.GPT2Config(
+        vocab_size=padded_vocab_size(c), n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
+        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, attn_implementation="sdpa", use_cache=False,
+    )  # fmt: skip
+    model: Any = transformers.GPT2LMHeadModel(theirs).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens = torch.from_numpy(random_tokens(config)[0, :, :-1].astype(np.int64)).to(device)
+
+    def loss() -> Any:
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            return model(tokens, labels=tokens).loss
+
+    run = torch.compile(loss) if compiled else loss
+
+    def step() -> None:
+        run().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def measure(case: str, batch: int, settings: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns a row for our step, and one for each of the peer's."""
+    shown = {name: value for name, value in settings.items() if value not in ("auto", 0, "")}
+    config = make_config(case, batch, dict(settings))
+    ours = make_ours(config)
+    runs: dict[str, Callable[[], Any]] = {"gptjax": ours}
+    if args.vs == "torch":
+        runs |= {"torch eager": make_torch(config, compiled=False), "torch compiled": make_torch(config, compiled=True)}
+    for run in runs.values():
+        run()
+        run()
+    times = bench.interleave(runs, seconds=args.seconds)
+    times["gptjax"] = [one / config.train.steps_per_dispatch for one in times["gptjax"]]
+    chip, tokens = find_chip(jax.devices()[0].device_kind), config.data.global_batch_size * config.model.block_size
+    memory = ours.step.memory_analysis()
+    rows = []
+    for name, seconds in times.items():
+        step = bench.median(seconds)
+        row = {"case": case, "batch": config.data.global_batch_size, "who": name}
+        row |= {"settings": " ".join(f"{k}={v}" for k, v in shown.items()) if name == "gptjax" else ""}
+        row |= {"ms": 1e3 * step, "tokens/s": tokens / step, "steps": len(seconds)}
+        row["MFU %"] = 100 * tokens * train_flops_per_token(config.model) / step / chip.peak_flops if chip else ""
+        row["gptjax is x faster"] = step / bench.median(times["gptjax"])
+        row["GiB"] = (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 2**30 if name == "gptjax" else ""
+        row["compile s"] = ours.compile_seconds if name == "gptjax" else ""
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="toy", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--batch", default="0", help="sequences; 0: the case's own")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--remat", default="none")
+    parser.add_argument("--unroll", default="0", help="layers; 0: all")
+    parser.add_argument("--loss_chunk", default="0")
+    parser.add_argument("--steps_per_dispatch", default="1")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--vs", default="", choices=("", "torch"))
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="for each combination, all that take turns together"
+    )
+    parser.add_argument("--out", default="", help="directory of the JSON file; default benchmarks/results")
+    args = parser.parse_args()
+    numbers = ("batch", "unroll", "loss_chunk", "steps_per_dispatch")
+    names = ("attention", "remat", "dtype", *numbers)
+    lists = [[int(v) if name in numbers else v for v in getattr(args, name).split(",")] for name in names]
+    rows: list[dict[str, Any]] = []
+    for case, *values in itertools.product(args.cases.split(","), *lists):
+        settings = dict(zip(names, values, strict=True))
+        rows += measure(case, settings.pop("batch"), settings, args)
+        print(bench.table(rows[-3 if args.vs else -1 :]), flush=True)
+    print(bench.table(rows))
+    print(bench.write("train_step", rows, args.out))
+
+
+if __name__ == "__main__":
+    main()
