@@ -100,11 +100,13 @@ def make_torch(config: Config, *, compiled: bool) -> Callable[[], None]:
     c = config.model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    theirs = transformers.GPT2Config(
+    library: Any = transformers
+    theirs = library.GPT2Config(
         vocab_size=padded_vocab_size(c), n_positions=c.block_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
         resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, attn_implementation="sdpa", use_cache=False,
+        bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    model: Any = transformers.GPT2LMHeadModel(theirs).to(device).train()
+    model = library.GPT2LMHeadModel(theirs).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     tokens = torch.from_numpy(random_tokens(config)[0, :, :-1].astype(np.int64)).to(device)
 
@@ -170,8 +172,8 @@ def main() -> None:
     )
     parser.add_argument("--out", default="", help="directory of the JSON file; default benchmarks/results")
     args = parser.parse_args()
-    numbers = ("batch", "unroll", "loss_chunk", "steps_per_dispatch")
-    names = ("attention", "remat", "dtype", *numbers)
+    numbers = ["batch", "unroll", "loss_chunk", "steps_per_dispatch"]
+    names: list[str] = ["attention", "remat", "dtype", *numbers]
     lists = [[int(v) if name in numbers else v for v in getattr(args, name).split(",")] for name in names]
     rows: list[dict[str, Any]] = []
     for case, *values in itertools.product(args.cases.split(","), *lists):
