@@ -14,6 +14,8 @@ from gptjax.sharding import BATCH_AXES
 
 SPLASH_HEAD_WIDTH = 128  # TPU lanes: narrower heads are padded with zeros
 SPLASH_BLOCK = 128
+QUERY_BLOCKS = 4
+SHORTEST_IN_BLOCKS = 128
 
 
 def why_not_cudnn(*, platform: str, dtype: jnp.dtype, dropout: float, document_mask: bool, head_width: int) -> str:
@@ -83,32 +85,52 @@ def causal_attention(
         return jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, is_causal=True, implementation="cudnn")
     if backend == "splash":
         return _splash(q_BTNH, k_BTNH, v_BTNH, segments_BT)
+    dropping = dropout if dropout_key is not None else 0.0
     T = q_BTNH.shape[1]
-    mask = jnp.tril(jnp.ones((T, T), bool))[None, None]
-    if segments_BT is not None:
-        mask &= segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
-    return masked_attention(q_BTNH, k_BTNH, v_BTNH, mask, dropout=dropout, dropout_key=dropout_key)
+    # In blocks of queries, each over the keys up to its end: of four, 5/8 of all scores, and 3/8 are masked anyway.
+    size = T // query_blocks(T, dropping)
+    q_BNTH, k_BNTH, v_BNTH = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BTNH, v_BTNH))
+    parts = []
+    for end in range(size, T + 1, size):
+        mask = jnp.tril(jnp.ones((size, end), bool), end - size)[None, None]
+        if segments_BT is not None:
+            mask &= segments_BT[:, None, end - size : end, None] == segments_BT[:, None, None, :end]
+        q = q_BNTH[:, :, end - size : end]
+        parts.append(_attend(q, k_BNTH[:, :, :end], v_BNTH[:, :, :end], mask, dropping, dropout_key))
+    return jnp.swapaxes(jnp.concatenate(parts, axis=2), 1, 2)
 
 
-def masked_attention(
-    q_BTNH: jax.Array,
-    k_BSNH: jax.Array,
-    v_BSNH: jax.Array,
+def query_blocks(positions: int, dropout: float) -> int:
+    """Returns in how many blocks of queries plain attention is computed."""
+    whole = dropout or positions % QUERY_BLOCKS or positions < SHORTEST_IN_BLOCKS
+    return 1 if whole else QUERY_BLOCKS
+
+
+def masked_attention(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns attention [B, T, N, H] in plain XLA; mask [B or 1, 1, T, S] is True for seen keys."""
+    y_BNTH = _attend(*(jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSNH, v_BSNH)), mask)
+    return jnp.swapaxes(y_BNTH, 1, 2)
+
+
+def _attend(
+    q_BNTH: jax.Array,
+    k_BNSH: jax.Array,
+    v_BNSH: jax.Array,
     mask: jax.Array,
-    *,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns attention [B, T, N, H] in plain XLA, softmax in float32; mask [B or 1, 1, T, S] is True for seen keys."""
-    scale = 1 / math.sqrt(q_BTNH.shape[-1])
-    # Heads first, by hand: the CPU's products of matrices in a batch are twice as fast, and elsewhere nothing changes.
-    q_BNTH, k_BNSH, v_BNSH = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
+    """Returns attention [B, N, T, H], softmax in float32, heads first.
+
+    The CPU's products of matrices in a batch are twice as fast so, and elsewhere nothing changes.
+    """
+    scale = 1 / math.sqrt(q_BNTH.shape[-1])
     scores_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=jnp.float32) * scale
     weights_BNTS = jax.nn.softmax(jnp.where(mask, scores_BNTS, jnp.finfo(jnp.float32).min), axis=-1)
-    if dropout_key is not None and dropout:
+    if dropout and dropout_key is not None:
         keep = keep_mask(dropout_key, dropout, weights_BNTS.shape)
         weights_BNTS = jnp.where(keep, weights_BNTS / (1 - dropout), 0.0)
-    return jnp.swapaxes(jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS.astype(v_BNSH.dtype), v_BNSH), 1, 2)
+    return jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS.astype(v_BNSH.dtype), v_BNSH)
 
 
 def _splash(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, segments_BT: jax.Array | None) -> jax.Array:

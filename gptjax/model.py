@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gptjax.attention import SPLASH_HEAD_WIDTH, causal_attention, choose_backend, masked_attention
+from gptjax.attention import SPLASH_HEAD_WIDTH, causal_attention, choose_backend, masked_attention, query_blocks
 from gptjax.config import Config, GPTConfig, nearest_divisors
 from gptjax.errors import ConfigError
 from gptjax.loss import masked_logits
@@ -367,15 +367,16 @@ def activation_bytes_per_sequence(config: GPTConfig, compute: Compute, loss_chun
 
     Per token and layer, in arrays of width D: the layer's input, both LayerNorms' outputs, q, k, v and attention's
     output, the residual stream between, and the two sides of GELU, 4 each: 17, all but the LayerNorms' outputs cut by
-    `tensor`. Splash keeps q, k, v and its output padded; plain attention adds its scores, in float32 and in the compute
-    dtype. Remat by dots keeps the products, 9 with the input; full remat the input, and one layer's 17 at a time.
+    `tensor`. Splash keeps q, k, v and its output padded; plain attention adds the scores of its blocks, in float32
+    and in the compute dtype. Remat by dots keeps the products, 9 with the input; full remat the input, and one layer's 17 at a time.
     The logits are counted twice, with their gradient. Counted by reading what XLA's GPU and TPU compilers laid out.
     """
     D, L, T = config.n_embd, config.n_layer, config.block_size
     size = jnp.dtype(compute.dtype).itemsize
     head_width = D // config.n_head
     padded = max(0, SPLASH_HEAD_WIDTH / head_width - 1) if compute.attention == "splash" else 0
-    scores = T * config.n_head * (4 + size) if compute.attention == "xla" else 0
+    blocks = query_blocks(T, config.dropout)
+    scores = T * config.n_head * (4 + size) * (blocks + 1) / (2 * blocks) if compute.attention == "xla" else 0
     whole = (2 + (15 + 4 * padded) / tensor) * D * size + scores / tensor
     kept = {"none": whole, "full": D * size / tensor}.get(compute.remat, 9 * D * size / tensor + scores / tensor)
     working = whole if compute.remat != "none" else 0

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from gptjax import attention
-from gptjax.attention import causal_attention, choose_backend, masked_attention, splash_on_one_device
+from gptjax.attention import (
+    SHORTEST_IN_BLOCKS,
+    causal_attention,
+    choose_backend,
+    masked_attention,
+    query_blocks,
+    splash_on_one_device,
+)
 from gptjax.config import MeshConfig
 from gptjax.errors import ConfigError
 from gptjax.sharding import make_mesh
@@ -40,6 +47,19 @@ def test_xla_equals_a_naive_softmax(documents):
     expected_BTNH = naive_attention(q_BTNH, k_BTNH, v_BTNH, segments_BT)
     assert documents == (not np.allclose(expected_BTNH, naive_attention(q_BTNH, k_BTNH, v_BTNH)))
     np.testing.assert_allclose(y_BTNH, expected_BTNH, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_blocks_of_queries_equal_a_naive_softmax(documents):
+    B, T = 2, SHORTEST_IN_BLOCKS
+    assert (query_blocks(T, 0.0), query_blocks(T, 0.1), query_blocks(T + 1, 0.0), query_blocks(T // 2, 0.0)) == (
+        4, 1, 1, 1
+    )  # fmt: skip
+    q_BTNH, k_BTNH, v_BTNH = make_qkv(B, T, 2, 4)
+    segments_BT = np.repeat(np.arange(8, dtype=np.int32), T // 8)[None].repeat(B, 0) // (2 if documents else 8)
+    attended = causal_attention(q_BTNH, k_BTNH, v_BTNH, backend="xla", segments_BT=segments_BT if documents else None)
+    expected = naive_attention(q_BTNH, k_BTNH, v_BTNH, segments_BT if documents else None)
+    np.testing.assert_allclose(attended, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_softmax_is_computed_in_float32():
