@@ -368,8 +368,9 @@ def activation_bytes_per_sequence(config: GPTConfig, compute: Compute, loss_chun
     Per token and layer, in arrays of width D: the layer's input, both LayerNorms' outputs, q, k, v and attention's
     output, the residual stream between, and the two sides of GELU, 4 each: 17, all but the LayerNorms' outputs cut by
     `tensor`. Splash keeps q, k, v and its output padded; plain attention adds the scores of its blocks, in float32
-    and in the compute dtype. Remat by dots keeps the products, 9 with the input; full remat the input, and one layer's 17 at a time.
-    The logits are counted twice, with their gradient. Counted by reading what XLA's GPU and TPU compilers laid out.
+    and in the compute dtype. Remat by dots keeps the products, 9 with the input; full remat the input, and one layer's
+    17 at a time. The logits are counted twice, with their gradient. Counted by reading what XLA's GPU and TPU
+    compilers laid out.
     """
     D, L, T = config.n_embd, config.n_layer, config.block_size
     size = jnp.dtype(compute.dtype).itemsize
