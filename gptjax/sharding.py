@@ -113,9 +113,8 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
     """
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        spec = param_spec(path_name(path))
-        _check_divides(path_name(path), leaf.shape, spec, mesh)
-        return NamedSharding(mesh, spec)
+        _check_divides(path_name(path), leaf.shape, mesh)
+        return NamedSharding(mesh, param_spec(path_name(path)))
 
     return jax.tree.map_with_path(place, params)
 
@@ -167,22 +166,23 @@ def _kept_spec(shape: tuple[int, ...], full: tuple[int, ...], spec: P, *, from_e
 
 def divides(shapes: Mapping[str, tuple[int, ...]], mesh_shape: Mapping[str, int]) -> bool:
     """Returns whether every dimension of the parameters, shapes by path, divides by its axis of the mesh."""
-    return all(
-        axis is None or size % mesh_shape[axis] == 0
-        for path, shape in shapes.items()
-        for size, axis in zip(shape, param_spec(path), strict=False)
-    )
+    return not any(_undivided(path, shape, mesh_shape) for path, shape in shapes.items())
 
 
-def _check_divides(name: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:
-    for size, axis in zip(shape, spec, strict=False):
-        if axis is not None and size % mesh.shape[axis]:
-            fits = [n for n in range(1, mesh.size + 1) if size % n == 0 and mesh.size % n == 0]
-            near = sorted(sorted(fits, key=lambda n: abs(n - mesh.shape[axis]))[:2])
-            raise ConfigError(
-                f"mesh.{axis}={mesh.shape[axis]}: does not divide {name} of shape {'x'.join(map(str, shape))}; "
-                f"nearest valid: {', '.join(map(str, near))}"
-            )
+def _undivided(path: str, shape: tuple[int, ...], mesh_shape: Mapping[str, int]) -> list[tuple[int, str]]:
+    """Returns (size, axis) of each dimension that its axis of the mesh does not divide."""
+    pairs = zip(shape, param_spec(path), strict=False)
+    return [(size, axis) for size, axis in pairs if axis is not None and size % mesh_shape[axis]]
+
+
+def _check_divides(path: str, shape: tuple[int, ...], mesh: Mesh) -> None:
+    for size, axis in _undivided(path, shape, mesh.shape):
+        fits = [n for n in range(1, mesh.size + 1) if size % n == 0 and mesh.size % n == 0]
+        near = sorted(sorted(fits, key=lambda n: abs(n - mesh.shape[axis]))[:2])
+        raise ConfigError(
+            f"mesh.{axis}={mesh.shape[axis]}: does not divide {path} of shape {'x'.join(map(str, shape))}; "
+            f"nearest valid: {', '.join(map(str, near))}"
+        )
 
 
 def bytes_per_device(tree: Any) -> int:
