@@ -16,10 +16,11 @@ PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "trans
 
 
 def machine() -> dict[str, Any]:
-    """Returns what figures depend on: processor, cores, accelerator, versions, date, and the load at the start."""
+    """Returns what figures depend on: processor, cores, accelerator, versions, date, and the load now: ask first."""
     import jax
 
-    found = {"date": datetime.date.today().isoformat(), "python": platform.python_version()}
+    now = datetime.datetime.now(datetime.UTC)
+    found = {"date": f"{now:%Y-%m-%d}", "time": f"{now:%H%M%S}", "python": platform.python_version()}
     found |= {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 2)}
     device = jax.devices()[0]
     found["device"] = f"{jax.device_count()} x {device.device_kind}"
@@ -77,11 +78,10 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def write(name: str, rows: Sequence[Mapping[str, Any]], directory: str) -> pathlib.Path:
-    """Writes rows and machine to DIRECTORY/NAME-DATE-DEVICE.json, unless DIRECTORY is '', and returns the path."""
-    found = machine()
+def write(name: str, rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any], directory: str) -> pathlib.Path:
+    """Writes rows and the machine `found` to DIRECTORY/NAME-DATE-TIME-DEVICE.json, and returns the path."""
     kind = found["device"].split(" x ")[1].lower().replace(" ", "-")
-    path = pathlib.Path(directory or RESULTS) / f"{name}-{found['date']}-{kind}.json"
+    path = pathlib.Path(directory or RESULTS) / f"{name}-{found['date']}-{found['time']}-{kind}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"benchmark": name, "machine": found, "rows": list(rows)}, indent=2) + "\n")
     return path

@@ -96,10 +96,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--out", default="", help="directory of the JSON file; default benchmarks/results")
     args = parser.parse_args()
+    machine = bench.machine()
     sizes = [[int(v) for v in text.split(",")] for text in (args.batch, args.prompt)]
     rows = [row for batch, prompt in itertools.product(*sizes) for row in measure(batch, prompt, args)]
     print(bench.table(rows))
-    print(bench.write("sample", rows, args.out))
+    print(bench.write("sample", rows, machine, args.out))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def meshes(config: Config, topology: Topology) -> dict[str, tuple[int, MeshConfi
     """Returns {name: (slices, mesh)}; fsdp and tensor as large as the widths divide."""
     count, width = topology.devices, config.model.n_embd
     fsdp = max(n for n in range(1, count + 1) if count % n == 0 and width % n == 0)
-    tensor = next(n for n in (4, 2, 5, 1) if config.model.n_head % n == 0 and count % n == 0)
+    tensor = next(n for n in (4, 2, 1) if config.model.n_head % n == 0 and count % n == 0)
     rest = max(n for n in range(1, count // tensor + 1) if count // tensor % n == 0 and width % n == 0)
     found = {
         "data": (1, MeshConfig(count, 1, 1)),

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax.aot import peak_bytes
 from gptjax.chips import find_chip
 from gptjax.config import Config, from_dict
 from gptjax.model import GPT, padded_vocab_size, resolve_compute, train_flops_per_token
@@ -141,7 +142,6 @@ def measure(case: str, batch: int, settings: dict[str, Any], args: argparse.Name
     times = bench.interleave(runs, seconds=args.seconds)
     times["gptjax"] = [one / config.train.steps_per_dispatch for one in times["gptjax"]]
     chip, tokens = find_chip(jax.devices()[0].device_kind), config.data.global_batch_size * config.model.block_size
-    memory = ours.step.memory_analysis()
     rows = []
     for name, seconds in times.items():
         step = bench.median(seconds)
@@ -150,7 +150,7 @@ def measure(case: str, batch: int, settings: dict[str, Any], args: argparse.Name
         row |= {"ms": 1e3 * step, "tokens/s": tokens / step, "steps": len(seconds)}
         row["MFU %"] = 100 * tokens * train_flops_per_token(config.model) / step / chip.peak_flops if chip else ""
         row["gptjax is x faster"] = step / bench.median(times["gptjax"])
-        row["GiB"] = (memory.temp_size_in_bytes + memory.argument_size_in_bytes) / 2**30 if name == "gptjax" else ""
+        row["GiB"] = peak_bytes(ours.step) / 2**30 if name == "gptjax" else ""
         row["compile s"] = ours.compile_seconds if name == "gptjax" else ""
         rows.append(row)
     return rows
@@ -172,6 +172,7 @@ def main() -> None:
     )
     parser.add_argument("--out", default="", help="directory of the JSON file; default benchmarks/results")
     args = parser.parse_args()
+    machine = bench.machine()
     numbers = ["batch", "unroll", "loss_chunk", "steps_per_dispatch"]
     names: list[str] = ["attention", "remat", "dtype", *numbers]
     lists = [[int(v) if name in numbers else v for v in getattr(args, name).split(",")] for name in names]
@@ -181,7 +182,7 @@ def main() -> None:
         rows += measure(case, settings.pop("batch"), settings, args)
         print(bench.table(rows[-3 if args.vs else -1 :]), flush=True)
     print(bench.table(rows))
-    print(bench.write("train_step", rows, args.out))
+    print(bench.write("train_step", rows, machine, args.out))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from gptjax.errors import ConfigError, PlanError, UnavailableError
 from gptjax.estimate import Setting
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer
-from gptjax.run import jit_steps
+from gptjax.run import device_memory, jit_steps
 from gptjax.state import make_init
 
 
@@ -66,6 +66,7 @@ def find_local() -> Topology:
     if chip is None:
         raise ConfigError(f"--topology=local: {len(devices)} x {kind} are here, of which the table of chips has no "
                           "figures; name what you plan for, as in v5e:4x4 or h100:8")  # fmt: skip
+    chip = dataclasses.replace(chip, memory_bytes=device_memory(devices[0]))
     return local_topology(chip, len(devices), len({getattr(one, "slice_index", 0) for one in devices}))
 
 

@@ -25,13 +25,14 @@ class Chip:
 # Sources. TPU: Google Cloud's documentation, "System architecture" of v4, v5e, v5p and v6e, read on 2026-11-24; a
 # chip's bidirectional ICI bandwidth there is 2 x links x link_bandwidth. Data center network: v5p says 50 Gbit/s a
 # chip, v5e and v6e 6.4 and 25.6 Tbit/s for 256 chips; v4 says nothing, v5p's is taken. GPU: NVIDIA's data sheets of
-# A100 80 GB, H100 SXM, H200, B200 (NVLink, one direction); the network is taken as one port of 400 Gbit/s a GPU (A100:
-# 200), as in DGX systems.
+# A100 40 and 80 GB, H100 SXM, H200, B200 (NVLink, one direction); the network is taken as one port of 400 Gbit/s a GPU
+# (A100: 200), as in DGX systems.
 CHIPS = (
     Chip("TPU v4", 275e12, 32 * GIB, 1228 * GB, 50 * GB, 6, 6.25 * GB),
     Chip("TPU v5 lite", 197e12, 16 * GIB, 819 * GB, 50 * GB, 4, 3.125 * GB),
     Chip("TPU v5", 459e12, 95 * GIB, 2765 * GB, 100 * GB, 6, 6.25 * GB),  # v5p
     Chip("TPU v6 lite", 918e12, 32 * GIB, 1638 * GB, 100 * GB, 4, 12.5 * GB),
+    Chip("NVIDIA A100-SXM4-40GB", 312e12, 40 * GB, 1555 * GB, 300 * GB, 1, 25 * GB),
     Chip("NVIDIA A100", 312e12, 80 * GB, 2039 * GB, 300 * GB, 1, 25 * GB),
     Chip("NVIDIA H100", 989e12, 80 * GB, 3350 * GB, 450 * GB, 1, 50 * GB),
     Chip("NVIDIA H200", 989e12, 141 * GB, 4800 * GB, 450 * GB, 1, 50 * GB),

@@ -100,10 +100,11 @@ def split_sum(shape: Shape, axes: tuple[str, ...], amount: float) -> Traffic:
     """
     near = math.prod(shape.mesh[axis] for axis in axes) // shape.slices
     within = tuple(a for a in axes if shape.mesh[a] // (shape.slices if a == "data" else 1) > 1)
-    return {
+    sent = {
         ("all-reduce", within): 2 * amount * (near - 1) / near,
         (NETWORK, ("data",)): 2 * amount / near * (shape.slices - 1) / shape.slices,
     }
+    return {key: moved for key, moved in sent.items() if moved}
 
 
 def estimate_memory(setting: Setting) -> dict[str, float]:

@@ -21,7 +21,9 @@ def cross_entropy(
 ) -> LossSums:
     """Returns the summed cross-entropy of `targets_BT` under the logits x @ head.
 
-    x_BTD: of a step cut by hand over `tensor`, this device's positions; the head is then its part of the vocabulary.
+    Of a step cut by hand over `tensor` x_BTD has this device's positions and head_DV its part of the vocabulary, and
+    the sums are over those positions.
+
     targets_BT: int32, of all positions; a negative target has weight 0. vocab_size: columns of the whole head from
     there on are padding. chunk: positions per chunk, a divisor of T; 0 means all at once. In the backward pass each
     chunk's logits are computed again, so that at most B * chunk * V of them exist.

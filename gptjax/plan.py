@@ -199,8 +199,10 @@ def nearest_that_fits(config: Config, topology: Topology) -> str:
     for setting in by_distance[:COMPILED] + smallest:
         if not aot.has_compiler(topology):
             return f"by the formulas this fits: {overrides(setting)}"
+        mesh = aot.make_mesh(setting.config, topology)
         with contextlib.suppress(PlanError):
-            aot.compile_step(setting, aot.make_mesh(setting.config, topology), memory_bytes=topology.chip.memory_bytes)
+            as_it_trains = make_setting(setting.config, topology, mesh)
+            aot.compile_step(as_it_trains, mesh, memory_bytes=topology.chip.memory_bytes)
             return f"this fits (compiled): {overrides(setting)}"
     return "nothing was found that fits: take more chips, or a smaller data.global_batch_size"
 
@@ -239,6 +241,8 @@ def command(found: dict[str, Any], args: argparse.Namespace) -> str:
 def main(arguments: list[str]) -> None:
     args, config = parse_flags(arguments)
     if args.topology == "local":
+        if args.slices > 1:
+            raise ConfigError(f"--slices={args.slices}: --topology=local finds its slices itself; leave it out")
         topology = aot.find_local()
     else:
         topology = parse_topology(args.topology, args.slices)

@@ -148,7 +148,7 @@ def jit_steps(
         step = make_multi_step(step)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), jax.jit(
-        make_eval_step(loss_fn, compute=model.compute)
+        make_eval_step(loss_fn, config, compute=model.compute, eot_id=eot_id, eot_position=eot_position)
     )
 
 

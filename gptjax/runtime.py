@@ -25,7 +25,8 @@ from gptjax.errors import ConfigError, UnavailableError, UserError, WorkdirError
 log = logging.getLogger("gptjax")
 OVERRIDE = "--config."
 WAITING_SECONDS = 10.0  # between two lines of a process that waits for others
-LAST_WORDS_SECONDS = 3.0  # of process 0, at which the others read why one has left
+LAST_WORDS_SECONDS = 60.0  # for which process 0, and the service with it, stays at most until all know why it leaves
+_joined: list[int] = []  # how many processes there are, once they are joined
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,6 +63,7 @@ def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = errors.PREEMPTED
+        _leave_the_others(code, "interrupted")
     except Exception as error:
         if _service() is not None:
             traceback.print_exc()
@@ -124,6 +126,8 @@ def start_jax(
         log.info("%s on host %s, joining the others; run the same command on every worker", whom, socket.gethostname())
         with _ending_after(join_seconds, lambda: f"{whom}: {_missing(coordinator, num_processes, process_id)}"):
             jax.distributed.initialize(*given, initialization_timeout=math.ceil(join_seconds) + 60)
+        _check_devices()
+        _joined.append(jax.process_count())
         if jax.process_index():
             log.setLevel(logging.WARNING)
         meet("start", join_seconds)
@@ -155,7 +159,10 @@ def meet(name: str, seconds: float) -> None:
         gone = [f"; process {n} has left: {left[n]}" for n in absent if n in left]
         return f"{name}: waiting for {', '.join(named) or 'an answer'}{''.join(gone)}"
 
-    with _ending_after(seconds, missing, over=lambda: bool(read("gptjax/left"))):
+    def leave() -> None:
+        service.key_value_set(f"gptjax/left/{mine}", "it waited for another", allow_overwrite=True)
+
+    with _ending_after(seconds, missing, over=lambda: bool(read("gptjax/left")), leave=leave):
         try:
             service.wait_at_barrier(point, math.ceil(1000 * (seconds + 60)))
         except jax.errors.JaxRuntimeError as error:
@@ -167,11 +174,7 @@ def meet(name: str, seconds: float) -> None:
 
 def _service() -> Any:
     """Returns JAX's client of the service that joins several processes, None where there is one process."""
-    if "jax" not in sys.modules:
-        return None
-    import jax
-
-    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    if max(_joined, default=1) == 1:
         return None
     from orbax.checkpoint import multihost  # JAX itself has no public way to it
 
@@ -185,10 +188,11 @@ def _leave_the_others(code: int, reason: str) -> None:
         return
     import jax
 
+    deadline = time.monotonic() + (LAST_WORDS_SECONDS if jax.process_index() == 0 else 0)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         service.key_value_set(f"gptjax/left/{jax.process_index()}", reason.splitlines()[0], allow_overwrite=True)
-    if jax.process_index() == 0:
-        time.sleep(LAST_WORDS_SECONDS)  # the service ends with it
+        while time.monotonic() < deadline and len(service.key_value_dir_get("gptjax/left/")) < jax.process_count():
+            time.sleep(0.2)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -196,30 +200,45 @@ def _leave_the_others(code: int, reason: str) -> None:
 
 @contextlib.contextmanager
 def _ending_after(
-    seconds: float, describe: Callable[[], str], *, over: Callable[[], bool] = lambda: False
+    seconds: float,
+    describe: Callable[[], str],
+    *,
+    over: Callable[[], bool] = lambda: False,
+    leave: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Ends this process with code 69 if what runs inside takes longer, or is `over`; says now and then what it awaits.
 
     A thread must: JAX waits in C++, and there it aborts at its own limit.
     """
-    done, start = threading.Event(), time.monotonic()
+    done, ending, start = threading.Event(), threading.Lock(), time.monotonic()
 
     def watch() -> None:
         said = start
-        while (now := time.monotonic()) < start + seconds and not over():
-            if now >= said + WAITING_SECONDS:
-                log.warning("%s (%.0f of %.0f s)", describe(), now - start, seconds)
-                said = now
-            if done.wait(min(1.0, start + seconds - now)):
-                return
-        print(f"error: {describe()}; start it, or start all of them again", file=sys.stderr, flush=True)
-        os._exit(errors.UNAVAILABLE)
+        while not done.wait(max(0.0, min(1.0, start + seconds - time.monotonic()))):
+            waited = time.monotonic() - start
+            try:
+                end = waited >= seconds or over()
+                what = describe()
+            except Exception as error:  # whatever the service answers that has gone with its process
+                end, what = True, f"the other processes do not answer: {str(error).splitlines()[0]}"
+            with ending:  # so that what has come to its end is not ended here
+                if done.is_set():
+                    return
+                if end:
+                    print(f"error: {what}; start it, or start all of them again", file=sys.stderr, flush=True)
+                    with contextlib.suppress(Exception):
+                        leave()
+                    os._exit(errors.UNAVAILABLE)
+            if start + waited >= said + WAITING_SECONDS:
+                log.warning("%s (%.0f of %.0f s)", what, waited, seconds)
+                said = start + waited
 
     threading.Thread(target=watch, daemon=True, name="joining").start()
     try:
         yield
     finally:
-        done.set()
+        with ending:
+            done.set()
 
 
 def _missing(coordinator: str, num_processes: int, process_id: int) -> str:

@@ -1,7 +1,7 @@
 """The train and evaluation steps: pure functions, which train.py jits with shardings ("pjit")."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,20 +27,33 @@ Metrics = dict[str, jax.Array]
 StepFn = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
 
 
-def make_loss_fn(model: GPT, config: Config, *, eot_id: int, eot_position: str) -> Callable[..., LossSums]:
-    """Returns loss_fn(params, tokens [B, T+1], dropout_key or None) -> sums over the B*T predictions.
+class Examples(NamedTuple):
+    """What a batch [B, T+1] asks for: inputs, where documents start (or None), and targets, -1 where none counts."""
 
-    A negative target has weight 0. With data.document_mask attention and positions restart at each document, and a
-    prediction across documents (from a trailing end-of-text) has weight 0 too.
+    inputs_BT: jax.Array
+    starts_BT: jax.Array | None
+    targets_BT: jax.Array
+
+
+def make_examples(tokens: jax.Array, config: Config, *, eot_id: int, eot_position: str) -> Examples:
+    """Returns the examples in `tokens` [B, T+1], of which negative ones count as nothing.
+
+    With data.document_mask attention and positions restart at each document, and a prediction across documents (from
+    a trailing end-of-text) does not count either.
     """
+    inputs_BT, targets_BT, starts_BT = jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:], None
+    if config.data.document_mask:
+        starts_BT = document_starts(inputs_BT, eot_id=eot_id, eot_position=eot_position)
+        if eot_position == "last":
+            targets_BT = jnp.where(inputs_BT == eot_id, -1, targets_BT)
+    return Examples(inputs_BT, starts_BT, targets_BT)
+
+
+def make_loss_fn(model: GPT, config: Config, *, eot_id: int, eot_position: str) -> Callable[..., LossSums]:
+    """Returns loss_fn(params, tokens [B, T+1], dropout_key or None) -> sums over the predictions that count."""
 
     def loss_fn(params: Any, tokens: jax.Array, dropout_key: jax.Array | None) -> LossSums:
-        inputs_BT, targets_BT = jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:]
-        starts_BT = None
-        if config.data.document_mask:
-            starts_BT = document_starts(inputs_BT, eot_id=eot_id, eot_position=eot_position)
-            if eot_position == "last":
-                targets_BT = jnp.where(inputs_BT == eot_id, -1, targets_BT)
+        inputs_BT, starts_BT, targets_BT = make_examples(tokens, config, eot_id=eot_id, eot_position=eot_position)
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         x_BTD: Any = model.apply({"params": params}, inputs_BT, starts_BT, rngs=rngs, method="hidden")
         with jax.named_scope("loss"):
@@ -138,14 +151,17 @@ def make_multi_step(train_step: StepFn) -> StepFn:
     return lambda state, batches: jax.lax.scan(train_step, state, batches)
 
 
-def make_eval_step(loss_fn: Callable[..., LossSums], *, compute: Compute) -> Callable[..., tuple[LossSums, jax.Array]]:
+def make_eval_step(
+    loss_fn: Callable[..., LossSums], config: Config, *, compute: Compute, eot_id: int, eot_position: str
+) -> Callable[..., tuple[LossSums, jax.Array]]:
     """Returns eval_step(params, tokens_ABT, token_bytes_V) -> (summed loss, summed bytes of the counted targets)."""
 
     def eval_step(params: Any, tokens_ABT: jax.Array, token_bytes_V: jax.Array) -> tuple[LossSums, jax.Array]:
         whole = with_tables(params, compute)
 
         def micro_step(_: jax.typing.ArrayLike, tokens: jax.Array) -> tuple[LossSums, jax.Array]:
-            targets_BT = own_positions(tokens[:, 1:])
+            examples = make_examples(tokens, config, eot_id=eot_id, eot_position=eot_position)
+            targets_BT = own_positions(examples.targets_BT)
             size_BT = jnp.where(targets_BT >= 0, token_bytes_V[jnp.maximum(targets_BT, 0)], 0)
             return loss_fn(whole, tokens, None), jnp.sum(size_BT, dtype=jnp.float32)
 

@@ -47,14 +47,19 @@ def train(config: Config, workdir: str) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(lock_workdir(local))
         preemption = stack.enter_context(Preemption())
-        check_agreement("config", flatten(config) | {"workdir": workdir} | versions())
-        run = make_run(config)
-        meet("data", config.train.barrier_seconds)
-        check_agreement("data", run.data_identity)
+        with ending_without_the_others():
+            check_agreement("config", flatten(config) | {"workdir": workdir} | versions())
+            run = make_run(config)
+            meet("data", config.train.barrier_seconds)
+            check_agreement("data", run.data_identity)
         stack.enter_context(jax.set_mesh(run.mesh))
         checkpointer = stack.enter_context(contextlib.closing(Checkpointer(workdir, keep=config.checkpoint.keep)))
-        state, history = start_state(run, checkpointer)
-        meet("restore", config.train.barrier_seconds)
+        watchdog = stack.enter_context(Watchdog(config.train.watchdog_seconds))
+        with ending_without_the_others():
+            meet("restore", config.train.barrier_seconds)
+            state, history = start_state(run, checkpointer)
+            meet("first step", config.train.barrier_seconds)
+        watchdog.beat()
         step = int(state.step)
         if step >= config.train.num_steps and not evaluation_is_missing(config, step, history):
             log.info("%s: finished at step %d of %d; nothing to do", workdir, step, config.train.num_steps)
@@ -73,7 +78,7 @@ def train(config: Config, workdir: str) -> int:
                 reporter=reporter,
                 prefetcher=prefetcher,
                 consensus=Consensus(preemption, run.mesh),
-                watchdog=stack.enter_context(Watchdog(config.train.watchdog_seconds)),
+                watchdog=watchdog,
             )
 
 

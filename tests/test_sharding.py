@@ -32,7 +32,7 @@ from gptjax.sharding import (
     state_shardings,
 )
 from gptjax.state import TrainState, make_init
-from gptjax.step import make_loss_fn, make_train_step
+from gptjax.step import make_eval_step, make_loss_fn, make_train_step
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -283,6 +283,42 @@ def test_losses_agree_between_meshes(name):
     np.testing.assert_allclose(metrics, alone, rtol=1e-5)
 
 
+@functools.cache
+def with_every_option(name):
+    """Returns loss, gradient norm, tokens of a train step, and evaluation's sums, with options that change the loss."""
+    config = from_dict(
+        {
+            "model": MODEL | {"tie_embeddings": False, "bias": False},
+            "data": {"document_mask": True},
+            "train": {"z_loss": 1e-2},
+            "optim": {"warmup_steps": 0},
+        }
+    )
+    mesh = mesh_of(*MESHES[name])
+    model, optimizer = GPT(config.model, resolve_compute(config, mesh)), make_optimizer(config.optim)
+    _, init = make_init(model, optimizer, mesh=mesh, seed=0)
+    ends = {"eot_id": 3, "eot_position": "last"}
+    loss_fn, schedule = make_loss_fn(model, config, **ends), make_schedule(config.optim, 100)
+    step = make_train_step(loss_fn, optimizer, schedule, config=config, compute=model.compute)
+    evaluate = make_eval_step(loss_fn, config, compute=model.compute, **ends)
+    tokens_ABT = np.random.default_rng(0).integers(20, size=(1, 16, 17)).astype(np.int32)
+    tokens_ABT[0, ::3, 9:] = -1  # what is not there counts for nothing
+    batch = jax.device_put(tokens_ABT, NamedSharding(mesh, BATCH_SPEC))
+    with jax.set_mesh(mesh):
+        state = jit(init)()
+        _, metrics = jit(step)(state, batch)
+        sums, size = jit(evaluate)(state.params, batch, jnp.arange(200, dtype=jnp.int32))
+    return [float(metrics[m]) for m in ("loss", "grad_norm", "tokens")], [float(x) for x in (*sums, size)]
+
+
+@pytest.mark.parametrize("name", ["8x1x1", "2x2x2", "1x2x4"])
+def test_every_option_of_the_loss_agrees_between_meshes_and_in_evaluation(name):
+    alone, found = with_every_option("1"), with_every_option(name)
+    np.testing.assert_allclose(found[0], alone[0], rtol=1e-5)
+    np.testing.assert_allclose(found[1], alone[1], rtol=1e-5)
+    assert 100 < alone[1][2] == alone[0][2] < 16 * 16 - 40, "documents' ends and what is not there are left out"
+
+
 @pytest.mark.parametrize("name", MESHES)
 def test_no_device_has_logits_or_state_of_others(name):
     text, mesh = train(name)[1], mesh_of(*MESHES[name])
@@ -293,9 +329,11 @@ def test_no_device_has_logits_or_state_of_others(name):
     tokens = 16 * 17 * 4 // data_parallel_size(mesh)
     assert arguments == bytes_per_device(abstract) + tokens, "what a step takes is cut as the table of specs says"
     columns = 256 // mesh.shape["tensor"]
-    shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
+    shapes = [tuple(map(int, dims.split(","))) for dims in re.findall(r"f\d+\[([\d,]+)\]", text)]
     positions = OPTIONS.get(name, {}).get("loss_chunk", 16)
     sequences = (8 if name in OPTIONS else 16) // data_parallel_size(mesh)
+    whole = [dims for dims in shapes if dims[-1] == 256 and math.prod(dims[:-1]) == sequences * positions]
+    assert columns == 256 or not whole, "no device gathers logits over the whole vocabulary"
     largest = max(math.prod(dims) for dims in shapes if dims[-1] == columns)
     assert largest == max(sequences * positions, MODEL["n_embd"]) * columns, "its own logits, or its head"
 

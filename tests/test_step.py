@@ -340,7 +340,7 @@ def test_many_steps_at_once_equal_single_steps():
 def eval_step(document_mask=False, eot_position="last"):
     config = make_config(data={"document_mask": document_mask})
     loss_fn = make_loss_fn(GPT(config.model), config, eot_id=EOT, eot_position=eot_position)
-    return jit(make_eval_step(loss_fn, compute=Compute()))
+    return jit(make_eval_step(loss_fn, config, compute=Compute(), eot_id=EOT, eot_position=eot_position))
 
 
 def test_evaluation_sums_losses_tokens_and_bytes():
@@ -378,8 +378,10 @@ def test_documents_are_predicted_apart(eot_position, counts):
     assert abs(float(unmasked.loss - whole.loss)) > 1e-2
 
 
-def test_bytes_and_losses_count_the_same_targets():
+@pytest.mark.parametrize(("document_mask", "targets"), [(False, 2), (True, 1)])
+def test_bytes_and_losses_count_the_same_targets(document_mask, targets):
     """Bits per byte divides one by the other."""
-    tokens_ABT = jnp.full((1, 1, 9), -1, jnp.int32).at[0, 0, :3].set(jnp.asarray([1, 2, 4]))
-    sums, size = eval_step()(gpt_params(), jnp.broadcast_to(tokens_ABT, (4, 2, 9)), jnp.full(20, 7))
-    assert float(size) == 7 * float(sums.tokens) == 7 * 2 * 8
+    tokens_ABT = jnp.full((1, 1, 9), -1, jnp.int32).at[0, 0, :3].set(jnp.asarray([1, EOT, 4]))
+    evaluate = eval_step(document_mask)
+    sums, size = evaluate(gpt_params(), jnp.broadcast_to(tokens_ABT, (4, 2, 9)), jnp.full(20, 7))
+    assert float(size) == 7 * float(sums.tokens) == 7 * targets * 8

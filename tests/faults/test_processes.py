@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import pytest
@@ -206,6 +207,62 @@ def test_one_without_its_data_leaves_with_2_and_the_other_says_why(lab, tmp_path
     host = socket.gethostname()
     assert f"error: data: waiting for process {victim} on host {host}; process {victim} has left: data.path=" in said
     assert time.monotonic() - begin < 60, "at once, not at the end of a timeout"
+
+
+MEETING = """
+import os, sys, time
+from gptjax import errors, runtime
+
+def main(arguments):
+    where, number, what = arguments[0], int(arguments[1]), arguments[2]
+    runtime.start_jax(coordinator=where, num_processes=2, process_id=number, join_seconds=60)
+    if what == "late" and number == 1:
+        time.sleep(6)
+    if what != "late" or number == 1:
+        runtime.meet("data", 60)
+    if number == 0:
+        raise errors.ConfigError("the data is elsewhere")
+    time.sleep(3)  # past the meeting, whatever becomes of the other
+    print("went on", flush=True)
+    os._exit(0)
+
+runtime.run_cli(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "message"),
+    [
+        (
+            "late",
+            errors.UNAVAILABLE,
+            "data: waiting for process 0 on host HOST; process 0 has left: the data is elsewhere",
+        ),
+        ("gone after", errors.OK, "went on"),
+    ],
+)
+def test_whoever_leaves_is_heard_by_those_that_come_late_and_ends_none_that_is_past(lab, tmp_path, what, code, message):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    processes = []
+    for number in range(2):
+        with open(tmp_path / f"{number}.out", "w") as out:
+            command = [sys.executable, "-c", MEETING, where, str(number), what]
+            processes.append(
+                subprocess.Popen(command, env=lab.environment(), cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT)
+            )
+    try:
+        second = processes[1].wait(timeout=SECONDS)
+        said = (tmp_path / "1.out").read_text()
+        assert second == code, said
+        assert message.replace("HOST", socket.gethostname()) in said
+        if what == "late":
+            assert processes[0].wait(timeout=SECONDS) == errors.BAD_CONFIG
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def test_who_does_not_come_to_a_save_is_named(lab, tmp_path):
