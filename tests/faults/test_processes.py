@@ -268,7 +268,7 @@ def test_whoever_leaves_is_heard_by_those_that_come_late_and_ends_none_that_is_p
 def test_who_does_not_come_to_a_save_is_named(lab, tmp_path):
     with group(lab, tmp_path / "run", 0) as made:
         made.count = 2
-        overrides = (one_micro_batch_each(2), "train.barrier_seconds=5", "train.eval_every=0")
+        overrides = (one_micro_batch_each(2), "train.barrier_seconds=25", "train.eval_every=0")
         made.start(0, *overrides)
         made.start(1, *overrides, GPTJAX_FAULT="step:4:hang")
         assert made.processes[0].wait(timeout=SECONDS) == errors.UNAVAILABLE, made.said(0)
