@@ -194,12 +194,21 @@ class TestCompiledForGpus:
             "all-gather", "reduce-scatter", "all-reduce", "all-reduce (network)"
         }  # fmt: skip
 
-    def test_what_does_not_fit(self):
-        code, line = refused(SMALL, "--topology=a100:1", "--config.train.micro_batch_size=512")
+    @pytest.mark.parametrize(
+        "flags",
+        [
+            (SMALL, "--topology=a100:1", "--config.train.micro_batch_size=512"),
+            ("--config=configs/gpt2_large.py", "--topology=h100:8", "--config.train.micro_batch_size=128",
+             "--config.mesh.data=4", "--config.mesh.tensor=2"),
+        ],
+        ids=["one", "tensor"],
+    )  # fmt: skip
+    def test_what_does_not_fit(self, flags):
+        code, line = refused(*flags)
         assert code == 3
         assert re.search(r"needs [\d.]+ GiB a device, 74.51 are there", line)
         near = re.search(r"this fits \(compiled\): (.*)", line)[1].split()
-        assert plan(SMALL, "--topology=a100:1", *near)[0] == 0
+        assert plan(*flags[:2], *near)[0] == 0
 
 
 @pytest.mark.plan
