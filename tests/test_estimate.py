@@ -7,7 +7,7 @@ import pytest
 
 from gptjax.chips import parse_topology
 from gptjax.config import from_dict
-from gptjax.estimate import Setting, Shape, estimate_memory, minimum_traffic, roofline, step_flops
+from gptjax.estimate import Setting, Shape, estimate_memory, minimum_traffic, roofline, split_sum, step_flops
 from gptjax.model import Compute, train_flops_per_token
 from gptjax.plan import param_tree, shapes_by_path
 
@@ -68,6 +68,12 @@ def test_between_slices_each_part_is_summed_once():
     assert traffic["all-reduce (network)", ("data",)] == pytest.approx(reduced / 2 / 2 + 2 * VECTORS / 4)
     flat = minimum_traffic(setting_of(data=4, fsdp=2))
     assert sum(traffic.values()) == pytest.approx(sum(flat.values())), "in all the same as by one ring"
+
+
+def test_one_device_of_each_slice_has_nothing_to_sum_within():
+    shape = Shape({"data": 2, "fsdp": 4, "tensor": 1}, 1, 1, slices=2)
+    assert split_sum(shape, ("data",), 100.0) == {("all-reduce (network)", ("data",)): 100.0}
+    assert split_sum(dataclasses.replace(shape, slices=1), ("data",), 100.0) == {("all-reduce", ("data",)): 100.0}
 
 
 def test_tensor_parallelism_gathers_positions_and_scatters_sums():

@@ -1,5 +1,6 @@
 import os
 import signal
+import threading
 
 import pytest
 
@@ -68,3 +69,20 @@ def test_a_fault_happens_at_the_passage_that_was_asked_for(monkeypatch: pytest.M
     runtime.fault_point("step")
     runtime.fault_point("step")
     assert sent == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_what_has_come_to_its_end_is_not_ended_by_its_watcher(monkeypatch):
+    exits, asked, past = [], threading.Event(), threading.Event()
+    monkeypatch.setattr(runtime.os, "_exit", exits.append)
+
+    def over():
+        asked.set()
+        return past.wait(5)
+
+    with runtime._ending_after(60, lambda: "waiting", over=over):
+        assert asked.wait(5)
+    past.set()
+    for thread in threading.enumerate():
+        if thread.name == "joining":
+            thread.join(5)
+    assert exits == []
