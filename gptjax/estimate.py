@@ -114,8 +114,8 @@ def estimate_memory(setting: Setting) -> dict[str, float]:
     for path, sizes in setting.params.items():
         axes = [axis for axis in param_spec(path) if axis is not None]
         stored += math.prod(sizes) / math.prod(shape.mesh[axis] for axis in axes)
-    tables = sum(math.prod(sizes) for path, sizes in setting.params.items() if path in TABLES) / shape.mesh["tensor"]
     tensor = shape.mesh["tensor"]
+    tables = sum(math.prod(sizes) for path, sizes in setting.params.items() if path in TABLES) / tensor
     sequence = activation_bytes_per_sequence(config.model, compute, config.compute.loss_chunk, tensor)
     accumulated = 2 if shape.micro_steps > 1 else 1  # what has been summed, and a micro-step's
     return {

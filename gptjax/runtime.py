@@ -120,18 +120,19 @@ def start_jax(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if coordinator and not 0 <= process_id < num_processes:
         raise ConfigError(f"--process_id={process_id} --num_processes={num_processes}: expected 0 <= id < number")
-    if coordinator or is_cluster(os.environ):
+    several = bool(coordinator) or is_cluster(os.environ)
+    if several:
         given = (coordinator, num_processes, process_id) if coordinator else (None, None, None)
         whom = f"process {process_id} of {num_processes}" if coordinator else "one process of a cluster"
         log.info("%s on host %s, joining the others; run the same command on every worker", whom, socket.gethostname())
         with _ending_after(join_seconds, lambda: f"{whom}: {_missing(coordinator, num_processes, process_id)}"):
             jax.distributed.initialize(*given, initialization_timeout=math.ceil(join_seconds) + 60)
-        _check_devices()
+    _check_devices()
+    if several:
         _joined.append(jax.process_count())
         if jax.process_index():
             log.setLevel(logging.WARNING)
         meet("start", join_seconds)
-    _check_devices()
 
 
 def meet(name: str, seconds: float) -> None:
@@ -166,10 +167,14 @@ def meet(name: str, seconds: float) -> None:
         try:
             service.wait_at_barrier(point, math.ceil(1000 * (seconds + 60)))
         except jax.errors.JaxRuntimeError as error:
-            print(f"error: {name}: another process is gone: {str(error).splitlines()[0]}; start the same command again "
+            print(f"error: {name}: another process is gone: {first_line(error)}; start the same command again "
                   "on all", file=sys.stderr, flush=True)  # fmt: skip
             os._exit(errors.UNAVAILABLE)
     service.key_value_delete(f"{point}/{mine}")
+
+
+def first_line(what: object) -> str:
+    return str(what).partition("\n")[0]
 
 
 def _service() -> Any:
@@ -190,7 +195,7 @@ def _leave_the_others(code: int, reason: str) -> None:
 
     deadline = time.monotonic() + (LAST_WORDS_SECONDS if jax.process_index() == 0 else 0)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        service.key_value_set(f"gptjax/left/{jax.process_index()}", reason.splitlines()[0], allow_overwrite=True)
+        service.key_value_set(f"gptjax/left/{jax.process_index()}", first_line(reason), allow_overwrite=True)
         while time.monotonic() < deadline and len(service.key_value_dir_get("gptjax/left/")) < jax.process_count():
             time.sleep(0.2)
     sys.stdout.flush()
@@ -220,7 +225,7 @@ def _ending_after(
                 end = waited >= seconds or over()
                 what = describe()
             except Exception as error:  # whatever the service answers that has gone with its process
-                end, what = True, f"the other processes do not answer: {str(error).splitlines()[0]}"
+                end, what = True, f"the other processes do not answer: {first_line(error)}"
             with ending:  # so that what has come to its end is not ended here
                 if done.is_set():
                     return
