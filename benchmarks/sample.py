@@ -39,8 +39,8 @@ def make_ours(config: Config, prompts: list[list[int]]) -> Generate:
 
 
 def make_torch(config: GPTConfig, dtype: str, prompts: list[list[int]]) -> Generate:
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]  # an extra
+    import transformers  # pyright: ignore[reportMissingImports]  # an extra
 
     library: Any = transformers
     device = "cuda" if torch.cuda.is_available() else "cpu"

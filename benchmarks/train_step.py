@@ -95,8 +95,8 @@ def make_ours(config: Config) -> Ours:
 
 def make_torch(config: Config, *, compiled: bool) -> Callable[[], None]:
     """Returns one step of transformers' GPT-2: forward, backward, clipping, fused AdamW."""
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]  # an extra
+    import transformers  # pyright: ignore[reportMissingImports]  # an extra
 
     c = config.model
     device = "cuda" if torch.cuda.is_available() else "cpu"
