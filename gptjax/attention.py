@@ -106,11 +106,9 @@ def query_blocks(positions: int, dropout: float) -> int:
     return 1 if whole else QUERY_BLOCKS
 
 
-def masked_attention(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_attention(q_BTNH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns attention [B, T, N, H] in plain XLA; mask [B or 1, 1, T, S] is True for seen keys."""
-    q_BNTH, k_BNSH, v_BNSH = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSNH, v_BSNH))
-    y_BNTH = _attend(q_BNTH, k_BNSH, v_BNSH, mask)
-    return jnp.swapaxes(y_BNTH, 1, 2)
+    return jnp.swapaxes(_attend(jnp.swapaxes(q_BTNH, 1, 2), k_BNSH, v_BNSH, mask), 1, 2)
 
 
 def _attend(

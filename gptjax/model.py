@@ -127,7 +127,7 @@ class CausalSelfAttention(nn.Module):
             )  # fmt: skip
         else:
             cache, mask = extend_cache(cache, k_BTNH, v_BTNH)
-            y_BTNH = masked_attention(q_BTNH, cache.k_BSNH, cache.v_BSNH, mask)
+            y_BTNH = masked_attention(q_BTNH, cache.k_BNSH, cache.v_BNSH, mask)
         y = _summed_linear(c, self.compute)(y_BTNH.reshape(*x.shape[:-1], -1))
         return _dropout(self, y, batch, c.dropout), cache
 
@@ -262,10 +262,10 @@ def scanned_blocks(config: GPTConfig, compute: Compute) -> nn.Module:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """One layer's keys and values so far, and the positions at which the next ones go."""
+    """One layer's keys and values so far, heads first as attention reads them, and where the next ones go."""
 
-    k_BSNH: jax.Array
-    v_BSNH: jax.Array
+    k_BNSH: jax.Array
+    v_BNSH: jax.Array
     positions_BT: jax.Array
 
 
@@ -274,13 +274,16 @@ def extend_cache(cache: Cache, k_BTNH: jax.Array, v_BTNH: jax.Array) -> tuple[Ca
 
     Positions beyond the cache are dropped. A slot above a query's position may hold leftovers: the mask hides it.
     """
-    rows = jnp.arange(k_BTNH.shape[0])[:, None]
-    at = (rows, cache.positions_BT)
-    k_BSNH = cache.k_BSNH.at[at].set(k_BTNH, mode="drop")
-    v_BSNH = cache.v_BSNH.at[at].set(v_BTNH, mode="drop")
-    slots_S = jnp.arange(k_BSNH.shape[1])
+    B, _, N, _ = k_BTNH.shape
+    # With a slice for the heads the compiler would transpose the whole cache at each token.
+    at = (jnp.arange(B)[:, None, None], jnp.arange(N)[:, None], cache.positions_BT[:, None, :])
+    k_BNSH, v_BNSH = (
+        whole.at[at].set(jnp.swapaxes(new, 1, 2), mode="drop")
+        for whole, new in ((cache.k_BNSH, k_BTNH), (cache.v_BNSH, v_BTNH))
+    )
+    slots_S = jnp.arange(k_BNSH.shape[2])
     mask = slots_S[None, None, None, :] <= cache.positions_BT[:, None, :, None]
-    return Cache(k_BSNH, v_BSNH, cache.positions_BT), mask
+    return Cache(k_BNSH, v_BNSH, cache.positions_BT), mask
 
 
 def head(params: Any) -> jax.Array:

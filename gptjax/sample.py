@@ -2,9 +2,10 @@
 
 Or from weights in any form that gptjax.convert reads: `--model=hf:DIR`, `--model=hf:OWNER/NAME`.
 
-Generation keeps every layer's keys and values in a cache of block_size positions, and runs one jitted step in two
-shapes: C prompt tokens at a time, and one token at a time, the sampling inside. When a row's context outgrows
-block_size it is cut to its last block_size // 2 tokens, the cache is filled again from those, and generation goes on.
+Generation keeps every layer's keys and values in a cache, which grows to block_size positions as they are needed, and
+runs one jitted step in two shapes: C prompt tokens at a time, and one token at a time, the sampling inside; on an
+accelerator many of the latter in one dispatch. When a row's context outgrows block_size it is cut to its last
+block_size // 2 tokens, the cache is filled again from those, and generation goes on.
 """
 
 from __future__ import annotations  # jax.Array in a signature would import JAX
@@ -26,7 +27,7 @@ import numpy as np
 from etils import epy
 
 from gptjax import runtime, workdir
-from gptjax.config import LARGEST_SEED, Config, GPTConfig, MeshConfig
+from gptjax.config import LARGEST_SEED, Config, MeshConfig
 from gptjax.errors import ConfigError
 
 with epy.lazy_imports():  # imported at their first use, so that a wrong flag exits before JAX loads
@@ -40,7 +41,12 @@ with epy.lazy_imports():  # imported at their first use, so that a wrong flag ex
 
 log = logging.getLogger("gptjax")
 PROMPT_CHUNK = 64  # C: prompt tokens per step
-MAX_ROWS = 16  # rows generated at the same time: bounds the memory of the caches
+MAX_ROWS = 256  # rows generated at the same time, if their caches have room
+CACHE_BYTES = {"cpu": 2 * 2**30}  # of each device
+ACCELERATOR_CACHE_BYTES = 12 * 2**30
+SMALLEST_CONTEXT = 128  # positions of the caches at first: a token reads all that there are
+BURST = 16  # tokens of each row in one dispatch, where the host could not dispatch them as fast as they are made
+FEW_ROWS = 8  # up to here a GPU is kept from computing products as sums
 TOKENIZER_FILE = "tokenizer.json"
 SEPARATOR = "-" * 15
 PROMPT_HELP = "a text to go on from; may be repeated; without any, the model starts a document"
@@ -116,11 +122,13 @@ def generate(
     mesh = mesh_of(params)
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         weights = split_layers(model, params)
-        size = padded_rows(min(len(rows), MAX_ROWS), mesh)
+        size = padded_rows(min(len(rows), rows_at_once(model, params)), mesh)
+        steps = make_steps(model, params, size)
         for first in range(0, len(rows), size):
             _generate_rows(
-                model, weights, rows[first : first + size], state=empty_state(model, params, size), knobs=knobs,
-                eot_id=eot_id, max_new_tokens=max_new_tokens, on_token=on_token or (lambda row, token: None),
+                model, weights, rows[first : first + size], state=empty_state(model, params, size), steps=steps,
+                knobs=knobs, eot_id=eot_id, max_new_tokens=max_new_tokens,
+                on_token=on_token or (lambda row, token: None),
             )  # fmt: skip
     return [row.new for row in rows]
 
@@ -131,37 +139,41 @@ def _generate_rows(
     rows: list[Row],
     *,
     state: tuple[Any, jax.Array],
+    steps: tuple[Callable[..., Any], int],
     knobs: Knobs,
     eot_id: int,
     max_new_tokens: int,
     on_token: Callable[[int, int], None],
 ) -> None:
-    """Fills `new` of these rows, together; ids are read one step late, while the device computes the next."""
-    block_size, size = model.config.block_size, len(state[1])
+    """Fills `new` of these rows, together; ids are read one dispatch late, while the device computes the next."""
+    (caches, ids_B), (step, burst), block_size = state, steps, model.config.block_size
+    size, n, new_KB, unread = len(ids_B), 0, None, None
     row_B = np.array([row.index for row in rows] + [0] * (size - len(rows)), np.int32)
     fill_B = np.full(size, block_size, np.int32)  # tokens in each row's cache; a full one is filled from its context
-    step = functools.partial(make_step(typing.cast(Any, model)), weights, row_B=row_B, knobs=knobs)
-    unread: Any = None
-    for n in range(max_new_tokens):
+    step = functools.partial(step, weights, row_B=row_B, knobs=knobs)
+    while n < max_new_tokens:
         if unread is not None and _full(rows, fill_B, block_size):  # their contexts lack the newest id
             _read(rows, unread, eot_id, on_token)
             unread = None
         if all(row.done for row in rows):
             return
-        full = _full(rows, fill_B, block_size)
-        last_B = np.where(fill_B < block_size, 0, -1).astype(np.int32)
-        if (last_B == 0).any():
+        contexts = {b: cut_context(rows[b], block_size) for b in _full(rows, fill_B, block_size)}
+        going_B = fill_B < block_size
+        fits = not contexts and n + burst <= max_new_tokens and fill_B[going_B].max() + burst <= block_size
+        count = burst if fits else 1
+        caches = grow(caches, max([*(fill_B[going_B] + count), *map(len, contexts.values())]), block_size)
+        if going_B.any():
+            last_B = np.where(going_B, 0, -1).astype(np.int32)
             positions_B1 = fill_B[:, None].copy()  # the device may read a NumPy array after this call
-            state = step(*state, None, positions_B1, last_B, n=np.int32(n))
-            fill_B += last_B == 0
-        if full:
-            contexts = {b: cut_context(rows[b], block_size) for b in full}
-            fill_B[full] = [len(context) for context in contexts.values()]
+            caches, ids_B, new_KB = step(caches, ids_B, None, positions_B1, last_B, n=np.int32(n), count=count)
+            fill_B += count * going_B
+        if contexts:
+            fill_B[list(contexts)] = [len(context) for context in contexts.values()]
             for chunk in prompt_chunks(contexts, size, block_size):
-                state = step(*state, *chunk, n=np.int32(n))
+                caches, ids_B, new_KB = step(caches, ids_B, *chunk, n=np.int32(n), count=1)
         if unread is not None:
             _read(rows, unread, eot_id, on_token)
-        unread = state[1]
+        n, unread = n + count, new_KB
     _read(rows, unread, eot_id, on_token)
 
 
@@ -169,14 +181,15 @@ def _full(rows: list[Row], fill_B: np.ndarray, block_size: int) -> list[int]:
     return [b for b, row in enumerate(rows) if not row.done and fill_B[b] >= block_size]
 
 
-def _read(rows: list[Row], ids_B: Any, eot_id: int, on_token: Callable[[int, int], None]) -> None:
+def _read(rows: list[Row], new_KB: Any, eot_id: int, on_token: Callable[[int, int], None]) -> None:
     """Waits for the newest ids and gives each to its row, ending those at end-of-text."""
-    for row, token in zip(rows, np.asarray(ids_B).tolist(), strict=False):
-        row.done |= token == eot_id
-        if not row.done:
-            row.context.append(token)
-            row.new.append(token)
-            on_token(row.index, token)
+    for ids_B in np.asarray(new_KB).tolist():
+        for row, token in zip(rows, ids_B, strict=False):
+            row.done |= token == eot_id
+            if not row.done:
+                row.context.append(token)
+                row.new.append(token)
+                on_token(row.index, token)
 
 
 def cut_context(row: Row, block_size: int) -> list[int]:
@@ -208,20 +221,30 @@ def prompt_chunks(
         yield tokens_BT[:, here], positions_BT[:, here], last_B
 
 
+def make_steps(model: gpt.GPT, params: Any, size: int) -> tuple[Callable[..., Any], int]:
+    """Returns the step for so many rows where the parameters lie, and how many tokens a dispatch of it should make."""
+    platform = platform_of(params)
+    # As sums, GPT-2 small on H200 would read 653 MB for a token instead of 291 (compiled, 1 row).
+    options = (("xla_disable_hlo_passes", "dot-strength-reduction"),) if platform == "gpu" and size <= FEW_ROWS else ()
+    return make_step(typing.cast(Any, model), options), 1 if platform == "cpu" else BURST
+
+
 @functools.lru_cache(maxsize=8)
-def make_step(model: Any) -> Callable[..., tuple[Any, jax.Array]]:
-    """Returns, for a GPT, the jitted step(weights, caches, ids_B, tokens_BC, positions_BC, last_B, *, row_B, n, knobs)
-    -> (caches, ids_B), which consumes the caches.
+def make_step(model: Any, options: tuple[tuple[str, Any], ...] = ()) -> Callable[..., Any]:
+    """Returns, for a GPT, the jitted step(weights, caches, ids_B, tokens_BC, positions_BC, last_B, *, row_B, n, count,
+    knobs) -> (caches, ids_B, new_KB), which consumes the caches; `options` are the compiler's.
 
     Feeds the chunk and samples the n-th new id of each row from the logits at its index last_B; a row whose last_B is
-    negative keeps its id. tokens_BC: None feeds the ids of the step before, with C = 1.
+    negative keeps its id. tokens_BC: None feeds the ids of the step before, with C = 1, `count` times in a loop on the
+    device: new_KB has the ids of each.
     """
     extend = make_extend(model)
 
-    def step(
-        weights: Any, caches: Any, ids_B: Any, tokens_BC: Any, positions_BC: Any, last_B: Any, *,
+    def feed(
+        weights: Any, state: tuple[Any, jax.Array], tokens_BC: Any, positions_BC: Any, last_B: Any, *,
         row_B: Any, n: Any, knobs: Knobs,
     ) -> tuple[Any, jax.Array]:  # fmt: skip
+        caches, ids_B = state
         tokens_BC = ids_B[:, None] if tokens_BC is None else tokens_BC
         caches, logits_BV = extend(weights, caches, tokens_BC, positions_BC, jnp.maximum(last_B, 0))
         column_V = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, 1)
@@ -230,14 +253,29 @@ def make_step(model: Any) -> Callable[..., tuple[Any, jax.Array]]:
         new_B = sample_token(logits_BV, key_B, knobs.temperature, knobs.top_k, knobs.top_p, knobs.min_p)
         return caches, sharding.constrain(jnp.where(last_B >= 0, new_B, ids_B), jax.sharding.PartitionSpec())
 
-    return jax.jit(step, donate_argnums=1)
+    def step(
+        weights: Any, caches: Any, ids_B: Any, tokens_BC: Any, positions_BC: Any, last_B: Any, *,
+        row_B: Any, n: Any, count: int, knobs: Knobs,
+    ) -> tuple[Any, jax.Array, jax.Array]:  # fmt: skip
+        def one(state: Any, i: Any) -> tuple[Any, jax.Array]:
+            at_BC = positions_BC + i * (last_B >= 0)[:, None]
+            state = feed(weights, state, tokens_BC, at_BC, last_B, row_B=row_B, n=n + i, knobs=knobs)
+            return state, state[1]
+
+        if count == 1:
+            state, new_B = one((caches, ids_B), 0)
+            return *state, new_B[None]
+        state, new_KB = jax.lax.scan(one, (caches, ids_B), jnp.arange(count))
+        return *state, new_KB
+
+    return jax.jit(step, donate_argnums=1, static_argnames="count", compiler_options=dict(options) or None)
 
 
 def make_extend(model: gpt.GPT) -> Callable[..., tuple[Any, jax.Array]]:
     """Returns extend(weights, caches, tokens_BC, positions_BC, last_B) -> (caches, logits_BV).
 
     Computes C more tokens of each row at their positions, and the float32 logits of the true vocabulary after the
-    token at index last_B. weights: from `split_layers`. caches: (k_BSNH, v_BSNH) per layer. A cache slot above a
+    token at index last_B. weights: from `split_layers`. caches: (k_BNSH, v_BNSH) per layer. A cache slot above a
     token's position is hidden from it; a position of block_size or more is not kept.
     """
     config, compute = model.config, model.compute
@@ -247,33 +285,35 @@ def make_extend(model: gpt.GPT) -> Callable[..., tuple[Any, jax.Array]]:
         x_BCD: Any = model.apply({"params": weights["tables"]}, tokens_BC, positions_BC, method="embed")
         x = x_BCD.reshape(-1, config.n_embd) if compute.flat else x_BCD
         new_caches = []
-        for layer, (k_BSNH, v_BSNH) in zip(weights["layers"], caches, strict=True):
-            cache = gpt.Cache(k_BSNH, v_BSNH, positions_BC)
+        for layer, (k_BNSH, v_BNSH) in zip(weights["layers"], caches, strict=True):
+            cache = gpt.Cache(k_BNSH, v_BNSH, positions_BC)
             x, cache = typing.cast(Any, block.apply({"params": layer}, x, tokens_BC.shape[0], None, cache))
-            spec = cache_spec(config)
-            new_caches.append(tuple(sharding.constrain(a, spec) for a in (cache.k_BSNH, cache.v_BSNH)))
+            spec = cache_spec(config.n_head)
+            new_caches.append(tuple(sharding.constrain(a, spec) for a in (cache.k_BNSH, cache.v_BNSH)))
         x_B1D: Any = jnp.take_along_axis(x.reshape(x_BCD.shape), last_B[:, None, None], axis=1)
         x_B1D = model.apply({"params": weights["tables"]}, x_B1D, method="final_norm")
-        logits_B1V = loss.masked_logits(x_B1D, gpt.head(weights["tables"]), config.vocab_size)
+        logits_B1V = loss.masked_logits(x_B1D, weights["head_DV"], config.vocab_size)
         return new_caches, logits_B1V[:, 0, : config.vocab_size]
 
     return extend
 
 
 def split_layers(model: gpt.GPT, params: Any) -> Any:
-    """Returns {"tables": everything but the layers, "layers": [one tree per layer]}.
+    """Returns {"tables": everything but the layers, "layers": [one tree per layer], "head_DV": the output head}.
 
-    Matrices of the layers are in the dtype of the products: reading them is most of a token's time.
+    Matrices are in the dtype of the products, the head also in their layout: reading them is most of a token's time.
     """
     tables = {name: tree for name, tree in params.items() if name != "h"}
-    return {"tables": tables, "layers": _make_split(model.config.n_layer, model.compute.dtype)(params["h"])}
+    return {"tables": tables, **_make_split(model.config.n_layer, model.compute.dtype)(params)}
 
 
 @functools.lru_cache(maxsize=8)
-def _make_split(n_layer: int, dtype: Any) -> Callable[[Any], list[Any]]:
-    def split(stacked: Any) -> list[Any]:
+def _make_split(n_layer: int, dtype: Any) -> Callable[[Any], dict[str, Any]]:
+    def split(params: Any) -> dict[str, Any]:
+        stacked = params["h"]
         matrices = jax.tree.map(lambda a: a.astype(dtype), {name: stacked[name] for name in ("attn", "mlp")})
-        return [jax.tree.map(lambda a, i=i: a[i], stacked | matrices) for i in range(n_layer)]
+        layers = [jax.tree.map(lambda a, i=i: a[i], stacked | matrices) for i in range(n_layer)]
+        return {"layers": layers, "head_DV": gpt.head(params).astype(dtype)}
 
     return jax.jit(split)
 
@@ -284,22 +324,53 @@ def empty_state(model: gpt.GPT, params: Any, size: int) -> tuple[Any, jax.Array]
     placed = lambda spec: (  # noqa: E731
         jax.sharding.NamedSharding(mesh, spec) if mesh else getattr(jax.tree.leaves(params)[0], "sharding", None)
     )
-    shape = (size, c.block_size, c.n_head, c.n_embd // c.n_head)
-    zeros = lambda: jnp.zeros(shape, model.compute.dtype, device=placed(cache_spec(c)))  # noqa: E731
+    shape = (size, c.n_head, min(SMALLEST_CONTEXT, c.block_size), c.n_embd // c.n_head)
+    zeros = lambda: jnp.zeros(shape, model.compute.dtype, device=placed(cache_spec(c.n_head)))  # noqa: E731
     ids_B = jnp.zeros(size, jnp.int32, device=placed(jax.sharding.PartitionSpec()))
     return [(zeros(), zeros()) for _ in range(c.n_layer)], ids_B
 
 
-def cache_spec(config: GPTConfig) -> Any:
-    """Returns the placement of keys and values BSNH: rows over the data axes, heads over `tensor` if they fit."""
+def grow(caches: Any, positions: int, block_size: int) -> Any:
+    """Returns the caches with room for so many positions: doubled until they have it, block_size at most."""
+    size = caches[0][0].shape[2]
+    while size < positions:
+        size = min(2 * size, block_size)
+    return caches if size == caches[0][0].shape[2] else _make_grow(size)(caches)
+
+
+@functools.lru_cache(maxsize=16)
+def _make_grow(size: int) -> Callable[[Any], Any]:
+    def pad(cache_BNSH: Any) -> Any:
+        wider = jnp.pad(cache_BNSH, ((0, 0), (0, 0), (0, size - cache_BNSH.shape[2]), (0, 0)))
+        return sharding.constrain(wider, cache_spec(cache_BNSH.shape[1]))
+
+    return jax.jit(lambda caches: jax.tree.map(pad, caches))
+
+
+def cache_spec(n_head: int) -> Any:
+    """Returns the placement of keys and values BNSH: rows over the data axes, heads over `tensor` if they fit."""
     tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
-    return jax.sharding.PartitionSpec(sharding.BATCH_AXES, None, None if config.n_head % tensor else "tensor", None)
+    return jax.sharding.PartitionSpec(sharding.BATCH_AXES, None if n_head % tensor else "tensor", None, None)
 
 
 def mesh_of(params: Any) -> Any:
     """Returns the mesh on which `params` lie, or None."""
     placed = getattr(jax.tree.leaves(params)[0], "sharding", None)
     return placed.mesh if isinstance(placed, jax.sharding.NamedSharding) else None
+
+
+def platform_of(params: Any) -> str:
+    """Returns the platform of the devices on which `params` lie, or will."""
+    placed = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    return next(iter(placed.device_set)).platform if placed else jax.devices()[0].platform
+
+
+def rows_at_once(model: gpt.GPT, params: Any) -> int:
+    """Returns how many rows' caches may be in memory at the same time."""
+    c, mesh = model.config, mesh_of(params)
+    row_bytes = 2 * c.n_layer * c.block_size * c.n_embd * jnp.dtype(model.compute.dtype).itemsize
+    room = CACHE_BYTES.get(platform_of(params), ACCELERATOR_CACHE_BYTES) * (mesh.size if mesh else 1)
+    return max(1, min(MAX_ROWS, room // row_bytes))
 
 
 def padded_rows(count: int, mesh: Any) -> int:
@@ -322,8 +393,12 @@ def sample_token(logits_BV: Any, key_B: Any, temperature: Any, top_k: Any, top_p
         lambda x: x,
         scaled_BV,
     )
-    drawn_B = jax.vmap(jax.random.categorical)(key_B, filtered_BV)
-    return jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+    return jax.lax.cond(
+        temperature > 0,
+        lambda x: jax.vmap(jax.random.categorical)(key_B, x),
+        lambda _: jnp.argmax(logits_BV, axis=-1),
+        filtered_BV,
+    ).astype(jnp.int32)
 
 
 def filter_logits(logits_BV: Any, top_k: Any, top_p: Any, min_p: Any) -> jax.Array:

@@ -78,8 +78,9 @@ def test_a_masked_key_has_no_weight_however_large():
     q_BTNH, k_BTNH, v_BTNH = make_qkv(1, 3, 1, 4)
     loud_BTNH = k_BTNH.at[:, 1:].multiply(1e6)
     mask = jnp.asarray([True, False, False])[None, None, None]
-    quiet = masked_attention(q_BTNH, k_BTNH, v_BTNH, mask)
-    np.testing.assert_array_equal(masked_attention(q_BTNH, loud_BTNH, v_BTNH, mask), quiet)
+    k_BNSH, loud_BNSH, v_BNSH = (jnp.swapaxes(x, 1, 2) for x in (k_BTNH, loud_BTNH, v_BTNH))
+    quiet = masked_attention(q_BTNH, k_BNSH, v_BNSH, mask)
+    np.testing.assert_array_equal(masked_attention(q_BTNH, loud_BNSH, v_BNSH, mask), quiet)
     np.testing.assert_allclose(quiet, jnp.broadcast_to(v_BTNH[:, :1], quiet.shape), rtol=1e-6)
 
 

@@ -301,11 +301,11 @@ def test_cached_attention_equals_uncached(rows):
     x_BTD = jnp.asarray(np.random.default_rng(2).standard_normal((B, T, 16)), jnp.float32)
     block = Block(config, Compute())
     whole_BTD = jit(lambda x_BTD: block.apply({"params": params}, x_BTD, B)[0])(x_BTD)
-    leftovers_BSNH = jnp.full((B, T, 2, 8), 7.0)
-    cache = Cache(leftovers_BSNH, leftovers_BSNH, jnp.zeros((B, T), jnp.int32))
+    leftovers_BNSH = jnp.full((B, 2, T, 8), 7.0)
+    cache = Cache(leftovers_BNSH, leftovers_BNSH, jnp.zeros((B, T), jnp.int32))
     read = jit(lambda x_BCD, cache: block.apply({"params": params}, x_BCD, B, None, cache))
     if rows == "all at once":
-        y_BTD, cache = read(x_BTD, Cache(cache.k_BSNH, cache.v_BSNH, positions((B, T), None)))
+        y_BTD, cache = read(x_BTD, Cache(cache.k_BNSH, cache.v_BNSH, positions((B, T), None)))
         assert_near(y_BTD, whole_BTD)
         return
     done_B, size = np.array([0, 3]), 4
@@ -316,8 +316,8 @@ def test_cached_attention_equals_uncached(rows):
         if done_B[0] == 0:  # the second row's first three tokens are read before, with the first row out of range
             first_BC = np.stack([np.full(size, T), np.arange(size)])
             early_BCD = np.broadcast_to(np.asarray(x_BTD)[1:, :size], x_BCD.shape)
-            _, cache = read(early_BCD, Cache(cache.k_BSNH, cache.v_BSNH, jnp.asarray(first_BC)))
-        y_BCD, cache = read(x_BCD, Cache(cache.k_BSNH, cache.v_BSNH, jnp.asarray(at_BC)))
+            _, cache = read(early_BCD, Cache(cache.k_BNSH, cache.v_BNSH, jnp.asarray(first_BC)))
+        y_BCD, cache = read(x_BCD, Cache(cache.k_BNSH, cache.v_BNSH, jnp.asarray(at_BC)))
         for row in range(B):
             for i, t in enumerate(at_BC[row]):
                 if t < T:

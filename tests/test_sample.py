@@ -243,6 +243,49 @@ def test_each_token_has_its_own_noise_also_after_a_cut():
     assert not repeats
 
 
+@pytest.mark.parametrize("smallest", [1, 3, 16])
+def test_caches_grow_as_they_are_needed_and_change_nothing(monkeypatch, smallest):
+    sizes = []
+    original = sample.make_extend
+    monkeypatch.setattr(
+        sample, "make_extend", lambda m: lambda *a: sizes.append(a[1][0][0].shape[2]) or original(m)(*a)
+    )
+    monkeypatch.setattr(sample, "SMALLEST_CONTEXT", smallest)
+    sample.make_step.cache_clear()
+    prompts = [[8], [6] * 3]
+    assert generate(prompts, 40) == [naive_greedy(prompt, 40) for prompt in prompts]
+    assert set(sizes) == {1: {4, 8, 16}, 3: {3, 6, 12, 16}, 16: {16}}[smallest]
+    sample.make_step.cache_clear()
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 40])
+def test_bursts_of_tokens_are_those_of_one_at_a_time(monkeypatch, count):
+    prompts = [*PROMPTS, [], [6] * BLOCK]
+    said, options = [], {"temperature": 1.0, "top_k": 5, "seed": 3}
+    expected = generate(prompts, count, **options)
+    monkeypatch.setattr(sample, "platform_of", lambda params: "tpu")
+    monkeypatch.setattr(sample, "BURST", 4)
+    counts = []
+    original = sample.make_step
+    monkeypatch.setattr(
+        sample, "make_step", lambda *m: lambda *a, **k: counts.append(k["count"]) or original(*m)(*a, **k)
+    )
+    assert generate(prompts, count, on_token=lambda row, token: said.append((row, token)), **options) == expected
+    assert [[token for row, token in said if row == b] for b in range(len(prompts))] == expected
+    assert (4 in counts) == (count == 40)
+    free = generate(PROMPTS, count)  # without the empty prompt, which starts from the end-of-text that changes here
+    assert generate(PROMPTS, count, eot_id=free[0][0]) == [until(new, free[0][0]) for new in free]
+
+
+def test_caches_take_no_more_memory_than_there_is(monkeypatch):
+    monkeypatch.setattr(sample, "CACHE_BYTES", {"cpu": 7 * 2 * 2 * BLOCK * 16 * 4})
+    assert sample.rows_at_once(MODEL, make_params()) == 7
+    monkeypatch.setattr(sample, "CACHE_BYTES", {"cpu": 1})
+    assert sample.rows_at_once(MODEL, make_params()) == 1
+    monkeypatch.setattr(sample, "platform_of", lambda params: "gpu")
+    assert sample.rows_at_once(MODEL, make_params()) == sample.MAX_ROWS
+
+
 def test_generation_stops_at_end_of_text_row_by_row():
     free = [naive_greedy(prompt, 30) for prompt in PROMPTS]
     eot_id = free[0][4]
@@ -258,7 +301,7 @@ def test_generation_stops_at_end_of_text_row_by_row():
 def test_generation_ends_early_when_all_rows_have(monkeypatch):
     steps = []
     original = sample.make_step
-    monkeypatch.setattr(sample, "make_step", lambda m: lambda *a, **k: steps.append(1) or original(m)(*a, **k))
+    monkeypatch.setattr(sample, "make_step", lambda *m: lambda *a, **k: steps.append(1) or original(*m)(*a, **k))
     eot_id = naive_greedy(PROMPTS[0], 1)[0]
     assert generate([PROMPTS[0]], 1000, rows=1, eot_id=eot_id) == [[]]
     assert len(steps) < 4
