@@ -26,9 +26,9 @@ from gptjax.chips import find_chip
 from gptjax.config import Config, from_dict
 from gptjax.model import GPT, padded_vocab_size, resolve_compute, train_flops_per_token
 from gptjax.optim import make_optimizer
-from gptjax.run import jit_steps
 from gptjax.sharding import make_mesh
 from gptjax.state import make_init
+from gptjax.step import jit_steps
 
 CASES = {  # layers, heads, width, positions, batch, vocabulary
     "toy": (4, 4, 128, 64, 12, 65),  # nanoGPT's CPU config

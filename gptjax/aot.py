@@ -14,14 +14,14 @@ import numpy as np
 from jax.experimental import topologies
 
 from gptjax import sharding
-from gptjax.chips import GIB, Topology, find_chip, gpu_target, local_topology
+from gptjax.chips import GIB, Topology, device_memory, find_chip, gpu_target, local_topology
 from gptjax.config import Config
 from gptjax.errors import ConfigError, PlanError, UnavailableError
 from gptjax.estimate import Setting
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer
-from gptjax.run import device_memory, jit_steps
 from gptjax.state import make_init
+from gptjax.step import jit_steps
 
 
 @contextlib.contextmanager

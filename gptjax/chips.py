@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from typing import Any
 
 from gptjax.errors import ConfigError
 
@@ -43,6 +44,16 @@ CHIPS = (
 def find_chip(device_kind: str) -> Chip | None:
     """Returns the chip of JAX's device_kind, None if the table has none."""
     return next((chip for chip in CHIPS if device_kind.startswith(chip.kind)), None)
+
+
+def device_memory(device: Any) -> float:
+    """Returns the bytes of an accelerator's memory: what it says itself, or the table for one that is not there."""
+    try:
+        stats = device.memory_stats() or {}
+    except RuntimeError:  # of a topology: gptjax.plan compiles for chips that are elsewhere
+        stats = {}
+    chip = find_chip(getattr(device, "device_kind", ""))
+    return stats.get("bytes_limit", chip.memory_bytes if chip else math.inf)
 
 
 # What XLA must know of a GPU to compile for it, from NVIDIA's data sheets and the CUDA programming guide's table of

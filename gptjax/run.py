@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import logging
-import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.checkpoint import versions
-from gptjax.chips import find_chip
+from gptjax.chips import device_memory
 from gptjax.config import Config, nearest_divisors
 from gptjax.data.dataset import Dataset
 from gptjax.data.prepare import ensure_prepared
@@ -31,10 +29,10 @@ from gptjax.model import (
     resolve_compute,
     train_flops_per_token,
 )
-from gptjax.optim import make_optimizer, make_schedule
+from gptjax.optim import make_optimizer
 from gptjax.sharding import BATCH_SPEC, bytes_per_device, data_parallel_size, make_mesh
 from gptjax.state import TrainState, make_init
-from gptjax.step import StepFn, make_eval_step, make_loss_fn, make_multi_step, make_train_step
+from gptjax.step import StepFn, jit_steps
 
 log = logging.getLogger("gptjax")
 STATE_AND_GRADIENTS = 5 / 3  # of AdamW's state: gradients twice, those summed so far and a micro-step's
@@ -131,27 +129,6 @@ def on_each_device(x: np.ndarray, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(x.shape, NamedSharding(mesh, P()), lambda index: x[index])
 
 
-def jit_steps(
-    model: GPT,
-    optimizer: optax.GradientTransformation,
-    config: Config,
-    abstract: TrainState,
-    *,
-    eot_id: int,
-    eot_position: str,
-) -> tuple[StepFn, Callable[..., Any]]:
-    """Returns (train_step, eval_step), jitted; the train step gives its state back where it found it."""
-    loss_fn = make_loss_fn(model, config, eot_id=eot_id, eot_position=eot_position)
-    schedule = make_schedule(config.optim, config.train.num_steps)
-    step = make_train_step(loss_fn, optimizer, schedule, config=config, compute=model.compute)
-    if config.train.steps_per_dispatch > 1:
-        step = make_multi_step(step)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), jax.jit(
-        make_eval_step(loss_fn, config, compute=model.compute, eot_id=eot_id, eot_position=eot_position)
-    )
-
-
 def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
     """Raises ConfigError unless the model's vocabulary is the tokenizer's; one that was imported may be larger."""
     if config.init_from and config.model.vocab_size > tokenizer.vocab_size:
@@ -196,16 +173,6 @@ def memory_budget(device: Any) -> float:
     if device.platform != "cpu":
         return MEMORY_SHARE * device_memory(device)
     return CPU_MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
-
-
-def device_memory(device: Any) -> float:
-    """Returns the bytes of an accelerator's memory: what it says itself, or the table for one that is not there."""
-    try:
-        stats = device.memory_stats() or {}
-    except jax.errors.JaxRuntimeError:  # of a topology: gptjax.plan compiles for chips that are elsewhere
-        stats = {}
-    chip = find_chip(getattr(device, "device_kind", ""))
-    return stats.get("bytes_limit", chip.memory_bytes if chip else math.inf)
 
 
 def describe_run(run: Run) -> list[str]:

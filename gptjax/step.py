@@ -1,4 +1,4 @@
-"""The train and evaluation steps: pure functions, which train.py jits with shardings ("pjit")."""
+"""The train and evaluation steps: pure functions, and how they are jitted with shardings ("pjit")."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from gptjax.config import Config
 from gptjax.loss import LossSums, cross_entropy
 from gptjax.model import GPT, Compute, document_starts, head
-from gptjax.optim import Schedule
+from gptjax.optim import Schedule, make_schedule
 from gptjax.parallel import (
     gather_tables,
     on_each_shard,
@@ -172,3 +172,24 @@ def make_eval_step(
         return run(params, tokens_ABT, token_bytes_V)
 
     return split
+
+
+def jit_steps(
+    model: GPT,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    abstract: TrainState,
+    *,
+    eot_id: int,
+    eot_position: str,
+) -> tuple[StepFn, Callable[..., Any]]:
+    """Returns (train_step, eval_step), jitted; the train step gives its state back where it found it."""
+    loss_fn = make_loss_fn(model, config, eot_id=eot_id, eot_position=eot_position)
+    schedule = make_schedule(config.optim, config.train.num_steps)
+    step = make_train_step(loss_fn, optimizer, schedule, config=config, compute=model.compute)
+    if config.train.steps_per_dispatch > 1:
+        step = make_multi_step(step)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), jax.jit(
+        make_eval_step(loss_fn, config, compute=model.compute, eot_id=eot_id, eot_position=eot_position)
+    )
