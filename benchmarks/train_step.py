@@ -2,31 +2,36 @@
 
     python benchmarks/train_step.py --cases=toy,char [--vs=torch] [--unroll=1,0] [--remat=none,full] [--batch=8,16]
     python benchmarks/train_step.py --cases=small --batch=32,64 --attention=cudnn,xla
+    python benchmarks/train_step.py --cases=small --xla=';xla_gpu_enable_latency_hiding_scheduler=true'
+    python benchmarks/train_step.py --cases=toy --steps_per_dispatch=100 --devices=2
 
 Each case is a shape; of lists of settings every combination is measured. The step is the one that trains: AdamW,
 clipping, dropout 0, random tokens. MFU counts attention in full (12 L D T a token) against the chip's dense bfloat16
 peak, where the table of chips has one. `--vs=torch`: transformers' GPT2LMHeadModel with SDPA, fused AdamW, the same
 shapes, dtype and padded vocabulary, eager and by torch.compile, taking turns with ours; ratios are of medians.
+`--xla`: options for the compiler, sets of them separated by `;`; one that it does not know is told and left out.
+`--devices`: so many, data-parallel; of a CPU, parts of it. `--trace=DIR`: a profile of three steps, for Perfetto.
 """
 
 import argparse
 import dataclasses
 import itertools
+import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 import bench
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.aot import peak_bytes
 from gptjax.chips import find_chip
 from gptjax.config import Config, from_dict
 from gptjax.model import GPT, padded_vocab_size, resolve_compute, train_flops_per_token
 from gptjax.optim import make_optimizer
-from gptjax.sharding import make_mesh
+from gptjax.sharding import BATCH_SPEC, make_mesh
 from gptjax.state import make_init
 from gptjax.step import jit_steps
 
@@ -79,17 +84,20 @@ class Ours:
         jax.block_until_ready(metrics)
 
 
-def make_ours(config: Config) -> Ours:
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
+def make_ours(config: Config, *, devices: int = 1, options: dict[str, Any] | None = None) -> Ours:
+    mesh = make_mesh(config.mesh, jax.devices()[:devices])
+    jax.set_mesh(mesh)
     compute = resolve_compute(config, mesh)
     model, optimizer = GPT(config.model, compute), make_optimizer(config.optim)
     abstract, init = make_init(model, optimizer, mesh=mesh, seed=0)
     step: Any = jit_steps(model, optimizer, config, abstract, eot_id=0, eot_position="last")[0]
-    tokens = jnp.asarray(random_tokens(config))
+    tokens, spec = random_tokens(config), BATCH_SPEC
     if config.train.steps_per_dispatch > 1:
-        tokens = jnp.broadcast_to(tokens, (config.train.steps_per_dispatch, *tokens.shape))
+        tokens = np.broadcast_to(tokens, (config.train.steps_per_dispatch, *tokens.shape))
+        spec = PartitionSpec(None, *spec)
+    tokens = jax.device_put(tokens, NamedSharding(mesh, spec))
     start = time.perf_counter()
-    compiled = step.lower(abstract, tokens).compile()
+    compiled = step.lower(abstract, tokens).compile(compiler_options=options)
     return Ours(config, compiled, init(), tokens, time.perf_counter() - start)
 
 
@@ -128,17 +136,33 @@ def make_torch(config: Config, *, compiled: bool) -> Callable[[], None]:
     return step
 
 
+def parse_options(text: str) -> dict[str, Any] | None:
+    """Returns the compiler's options of `a=1,b=true`."""
+    words = {"true": True, "false": False}
+    pairs = [part.split("=", 1) for part in text.split(",") if part]
+    return {name: words.get(value, int(value) if value.isdigit() else value) for name, value in pairs} or None
+
+
 def measure(case: str, batch: int, settings: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns a row for our step, and one for each of the peer's."""
     shown = {name: value for name, value in settings.items() if value not in ("auto", 0, "")}
+    options = parse_options(settings.pop("xla"))
     config = make_config(case, batch, dict(settings))
-    ours = make_ours(config)
+    try:
+        ours = make_ours(config, devices=args.devices, options=options)
+    except jax.errors.JaxRuntimeError as error:
+        print(f"{case} {shown}: left out: {str(error).splitlines()[0][:150]}")
+        return []
     runs: dict[str, Callable[[], Any]] = {"gptjax": ours}
     if args.vs == "torch":
         runs |= {"torch eager": make_torch(config, compiled=False), "torch compiled": make_torch(config, compiled=True)}
     for run in runs.values():
         run()
         run()
+    if args.trace:
+        with jax.profiler.trace(args.trace):
+            for _ in range(3):
+                ours()
     times = bench.interleave(runs, seconds=args.seconds)
     times["gptjax"] = [one / config.train.steps_per_dispatch for one in times["gptjax"]]
     chip, tokens = find_chip(jax.devices()[0].device_kind), config.data.global_batch_size * config.model.block_size
@@ -166,21 +190,32 @@ def main() -> None:
     parser.add_argument("--loss_chunk", default="0")
     parser.add_argument("--steps_per_dispatch", default="1")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--xla", default="", help="sets of compiler options, separated by ';'")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--trace", default="", help="directory of a profile")
     parser.add_argument("--vs", default="", choices=("", "torch"))
     parser.add_argument(
         "--seconds", type=float, default=20.0, help="for each combination, all that take turns together"
     )
     parser.add_argument("--out", default="", help="directory of the JSON file; default benchmarks/results")
     args = parser.parse_args()
+    if args.devices > 1:  # has a meaning for CPUs only
+        flags = f"--xla_force_host_platform_device_count={args.devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     machine = bench.machine()
     numbers = ["batch", "unroll", "loss_chunk", "steps_per_dispatch"]
     names: list[str] = ["attention", "remat", "dtype", *numbers]
     lists = [[int(v) if name in numbers else v for v in getattr(args, name).split(",")] for name in names]
+    names, lists = [*names, "xla"], [*lists, args.xla.split(";")]
     rows: list[dict[str, Any]] = []
     for case, *values in itertools.product(args.cases.split(","), *lists):
         settings = dict(zip(names, values, strict=True))
-        rows += measure(case, settings.pop("batch"), settings, args)
-        print(bench.table(rows[-3 if args.vs else -1 :]), flush=True)
+        found = measure(case, settings.pop("batch"), settings, args)
+        rows += found
+        if found:
+            print(bench.table(found), flush=True)
+    if not rows:
+        raise SystemExit("error: nothing could be measured")
     print(bench.table(rows))
     print(bench.write("train_step", rows, machine, args.out))
 
