@@ -24,6 +24,7 @@ from gptjax.train import (
     settle_dispatch,
     train,
 )
+from tests.runs import make_run_on
 
 MODEL = GPTConfig(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
 
@@ -190,6 +191,26 @@ def test_resume_never_refuses_what_is_there_before_anything_else(tmp_path, monke
     with pytest.raises(ConfigError, match="is not empty; choose another"):
         train(Config(checkpoint=CheckpointConfig(resume="never")), str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_host_dispatches_the_next_step_before_it_reads_the_metrics_of_one(lab, tmp_path, monkeypatch):
+    """And what a step takes is on the device already."""
+    run, events = make_run_on(lab.config()), []
+    read = train_module.settle_dispatch
+
+    def train_step(state, tokens):
+        events.append("dispatch")
+        with jax.transfer_guard("disallow"):
+            return run.train_step(state, tokens)
+
+    monkeypatch.setattr(train_module, "settle_dispatch", lambda *a, **k: events.append("read") or read(*a, **k))
+    config = lab.config(train={"num_steps": 5, "eval_every": 0})
+    replaced = dataclasses.replace(run, config=config, train_step=train_step)
+    monkeypatch.setattr(train_module, "make_run", lambda _: replaced)
+    assert train(config, str(tmp_path / "run")) == 0
+    # Before a save, too, all is read: a state that is not finite is never saved.
+    assert config.checkpoint.save_every == 4
+    assert events == ["dispatch", *["dispatch", "read"] * 3, "read", "dispatch", "read"]
 
 
 def test_no_thread_outlives_a_run_that_fails(tmp_path, monkeypatch):
