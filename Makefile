@@ -10,6 +10,8 @@ lint:
 	ruff check . && ruff format --check . && basedpyright
 
 bench:
+	python benchmarks/train_step.py --cases=toy --steps_per_dispatch=1,100
+	python benchmarks/sample.py --batch=1 --prompt=32
 	python benchmarks/startup.py
 	python benchmarks/data.py
 	python benchmarks/checkpoint.py
