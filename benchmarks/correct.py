@@ -87,9 +87,8 @@ def check_sampling(case: str, params: Any, tokens: jax.Array) -> dict[str, Any]:
     model, exact = make_model(make_config(case)), make_model(make_config(case, dtype="float32"))
     count = min(64, model.config.block_size // 2)
     prompt = np.asarray(tokens[0, : model.config.block_size // 4]).tolist()
-    new = generate(model, params, [prompt], max_new_tokens=count, eot_id=model.config.vocab_size - 1, temperature=0.0)[
-        0
-    ]
+    eot_id = model.config.vocab_size - 1
+    new = generate(model, params, [prompt], max_new_tokens=count, eot_id=eot_id, temperature=0.0)[0]
     whole = jnp.asarray([prompt + new])
     with jax.default_matmul_precision("highest"):
         logits_TV = jax.jit(lambda p: exact.apply({"params": p}, whole))(params)[0][len(prompt) - 1 : -1]

@@ -48,7 +48,7 @@ else
     part 'train 1558M' 80 python benchmarks/train_step.py --cases=xl --batch=16 --seconds=8 --out="$out"
     part sampling 70 python benchmarks/sample.py --batch=1,256 --prompt=32 --seconds=8 --dtype=bfloat16 --out="$out" "${vs[@]}"
     part 'compiler options' 50 python benchmarks/train_step.py --cases=small --batch=32 --seconds=3 --out="$out" \
-        --xla='xla_gpu_enable_latency_hiding_scheduler=true;xla_gpu_enable_triton_gemm=false;xla_gpu_enable_command_buffer='
+        --xla=';xla_gpu_enable_latency_hiding_scheduler=true;xla_gpu_enable_triton_gemm=false;xla_gpu_enable_command_buffer='
     part trace 25 python benchmarks/train_step.py --cases=small --batch=32 --seconds=1 --trace="$out/trace" --out="$out"
 fi
 printf '\n=== all of it (%s)\n' "$(date +%T)"

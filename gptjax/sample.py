@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epy
 
-from gptjax import runtime, workdir
+from gptjax import chips, runtime, workdir
 from gptjax.config import LARGEST_SEED, Config, MeshConfig
 from gptjax.errors import ConfigError
 
@@ -42,8 +42,8 @@ with epy.lazy_imports():  # imported at their first use, so that a wrong flag ex
 log = logging.getLogger("gptjax")
 PROMPT_CHUNK = 64  # C: prompt tokens per step
 MAX_ROWS = 256  # rows generated at the same time, if their caches have room
-CACHE_BYTES = {"cpu": 2 * 2**30}  # of each device
-ACCELERATOR_CACHE_BYTES = 12 * 2**30
+CACHE_SHARE = 0.25  # of an accelerator's memory, for those caches
+CPU_CACHE_BYTES = 2 * 2**30
 SMALLEST_CONTEXT = 128  # positions of the caches at first: a token reads all that there are
 BURST = 16  # tokens of each row in one dispatch, where the host could not dispatch them as fast as they are made
 FEW_ROWS = 8  # up to here a GPU is kept from computing products as sums
@@ -223,8 +223,8 @@ def prompt_chunks(
 
 def make_steps(model: gpt.GPT, params: Any, size: int) -> tuple[Callable[..., Any], int]:
     """Returns the step for so many rows where the parameters lie, and how many tokens a dispatch of it should make."""
-    platform = platform_of(params)
-    # As sums, GPT-2 small on H200 would read 653 MB for a token instead of 291 (compiled, 1 row).
+    platform = device_of(params).platform
+    # XLA would write a product of few rows as a sum.
     options = (("xla_disable_hlo_passes", "dot-strength-reduction"),) if platform == "gpu" and size <= FEW_ROWS else ()
     return make_step(typing.cast(Any, model), options), 1 if platform == "cpu" else BURST
 
@@ -359,18 +359,18 @@ def mesh_of(params: Any) -> Any:
     return placed.mesh if isinstance(placed, jax.sharding.NamedSharding) else None
 
 
-def platform_of(params: Any) -> str:
-    """Returns the platform of the devices on which `params` lie, or will."""
+def device_of(params: Any) -> Any:
+    """Returns one of the devices on which `params` lie, or will."""
     placed = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    return next(iter(placed.device_set)).platform if placed else jax.devices()[0].platform
+    return next(iter(placed.device_set)) if placed else jax.devices()[0]
 
 
 def rows_at_once(model: gpt.GPT, params: Any) -> int:
     """Returns how many rows' caches may be in memory at the same time."""
-    c, mesh = model.config, mesh_of(params)
+    c, mesh, device = model.config, mesh_of(params), device_of(params)
     row_bytes = 2 * c.n_layer * c.block_size * c.n_embd * jnp.dtype(model.compute.dtype).itemsize
-    room = CACHE_BYTES.get(platform_of(params), ACCELERATOR_CACHE_BYTES) * (mesh.size if mesh else 1)
-    return max(1, min(MAX_ROWS, room // row_bytes))
+    room = CPU_CACHE_BYTES if device.platform == "cpu" else CACHE_SHARE * chips.device_memory(device)
+    return int(max(1, min(MAX_ROWS, room * (mesh.size if mesh else 1) // row_bytes)))
 
 
 def padded_rows(count: int, mesh: Any) -> int:

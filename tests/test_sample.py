@@ -1,6 +1,7 @@
 """Generation: the cache against computing everything again, the choice of tokens against NumPy, the command line."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import subprocess
@@ -258,12 +259,22 @@ def test_caches_grow_as_they_are_needed_and_change_nothing(monkeypatch, smallest
     sample.make_step.cache_clear()
 
 
+@dataclasses.dataclass
+class SmallDevice:
+    memory: int = 2**30
+    platform: str = "tpu"
+    device_kind: str = "of the tests"
+
+    def memory_stats(self):
+        return {"bytes_limit": self.memory}
+
+
 @pytest.mark.parametrize("count", [1, 4, 5, 40])
 def test_bursts_of_tokens_are_those_of_one_at_a_time(monkeypatch, count):
     prompts = [*PROMPTS, [], [6] * BLOCK]
     said, options = [], {"temperature": 1.0, "top_k": 5, "seed": 3}
     expected = generate(prompts, count, **options)
-    monkeypatch.setattr(sample, "platform_of", lambda params: "tpu")
+    monkeypatch.setattr(sample, "device_of", lambda params: SmallDevice())
     monkeypatch.setattr(sample, "BURST", 4)
     counts = []
     original = sample.make_step
@@ -278,12 +289,12 @@ def test_bursts_of_tokens_are_those_of_one_at_a_time(monkeypatch, count):
 
 
 def test_caches_take_no_more_memory_than_there_is(monkeypatch):
-    monkeypatch.setattr(sample, "CACHE_BYTES", {"cpu": 7 * 2 * 2 * BLOCK * 16 * 4})
-    assert sample.rows_at_once(MODEL, make_params()) == 7
-    monkeypatch.setattr(sample, "CACHE_BYTES", {"cpu": 1})
-    assert sample.rows_at_once(MODEL, make_params()) == 1
-    monkeypatch.setattr(sample, "platform_of", lambda params: "gpu")
-    assert sample.rows_at_once(MODEL, make_params()) == sample.MAX_ROWS
+    row_bytes = 2 * 2 * BLOCK * 16 * 4  # keys and values, layers, positions, width, float32
+    for room, rows in ((7 * row_bytes, 7), (1, 1), (10**9, sample.MAX_ROWS)):
+        monkeypatch.setattr(sample, "CPU_CACHE_BYTES", room)
+        assert sample.rows_at_once(MODEL, make_params()) == rows
+    monkeypatch.setattr(sample, "device_of", lambda params: SmallDevice(4 * 5 * row_bytes))
+    assert sample.rows_at_once(MODEL, make_params()) == 5
 
 
 def test_generation_stops_at_end_of_text_row_by_row():
