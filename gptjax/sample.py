@@ -332,6 +332,7 @@ def empty_state(model: gpt.GPT, params: Any, size: int) -> tuple[Any, jax.Array]
 
 def grow(caches: Any, positions: int, block_size: int) -> Any:
     """Returns the caches with room for so many positions: doubled until they have it, block_size at most."""
+    assert positions <= block_size, positions
     size = caches[0][0].shape[2]
     while size < positions:
         size = min(2 * size, block_size)

@@ -253,7 +253,7 @@ def test_caches_grow_as_they_are_needed_and_change_nothing(monkeypatch, smallest
     )
     monkeypatch.setattr(sample, "SMALLEST_CONTEXT", smallest)
     sample.make_step.cache_clear()
-    prompts = [[8], [6] * 3]
+    prompts = [[token, 2, 6] for token in range(1, ROWS)]  # as long as each other: each is at the end when it grows
     assert generate(prompts, 40) == [naive_greedy(prompt, 40) for prompt in prompts]
     assert set(sizes) == {1: {4, 8, 16}, 3: {3, 6, 12, 16}, 16: {16}}[smallest]
     sample.make_step.cache_clear()
