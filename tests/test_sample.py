@@ -297,6 +297,20 @@ def test_caches_take_no_more_memory_than_there_is(monkeypatch):
     assert sample.rows_at_once(MODEL, make_params()) == 5
 
 
+def test_only_one_row_on_a_gpu_has_options_for_the_compiler(monkeypatch):
+    monkeypatch.setattr(sample, "make_step", lambda model, options: options)
+    chosen = {}
+    for platform in ("cpu", "gpu", "tpu"):
+        monkeypatch.setattr(sample, "device_of", lambda params, p=platform: SmallDevice(platform=p))
+        for size in (1, 2):
+            options, burst = sample.make_steps(MODEL, make_params(), size)
+            assert burst == (1 if platform == "cpu" else sample.BURST)
+            chosen[platform, size] = dict(options)
+    one_row = chosen.pop(("gpu", 1))
+    assert one_row == {"xla_disable_hlo_passes": "dot-strength-reduction"}
+    assert not any(chosen.values())
+
+
 def test_generation_stops_at_end_of_text_row_by_row():
     free = [naive_greedy(prompt, 30) for prompt in PROMPTS]
     eot_id = free[0][4]
