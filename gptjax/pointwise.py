@@ -14,6 +14,16 @@ SCALE = math.sqrt(2 / math.pi)
 CUBIC = 0.044715
 
 
+def _as_given(kept: Any) -> Any:
+    """Returns `kept`, of which XLA's GPU compiler may not see where it comes from.
+
+    Else it keeps GELU's tanh, which forward and backward both compute, in float32: twice the bytes of x; and computes
+    LayerNorm's mean again, which hinders it from summing over rows in the same pass. On a TPU this would cut products
+    from the sums that XLA computes with them.
+    """
+    return jax.lax.platform_dependent(kept, cuda=jax.lax.optimization_barrier, default=lambda kept: kept)
+
+
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
     """Returns GELU by its tanh form. Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", section 2."""
@@ -21,6 +31,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    x, g = _as_given((x, g))
     wide = x.astype(jnp.float32)
     tanh = jnp.tanh(SCALE * (wide + CUBIC * wide**3))
     slope = 0.5 * (1 + tanh) + 0.5 * wide * (1 - tanh**2) * SCALE * (1 + 3 * CUBIC * wide**2)
@@ -50,6 +61,7 @@ def _normalize(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, epsil
 
 def _layer_norm_backward(epsilon: float, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     x, mean, inverse, scale_D, bias_D = kept
+    x, mean, inverse, g = _as_given((x, mean, inverse, g))
     wide, normed = g.astype(jnp.float32), (x.astype(jnp.float32) - mean) * inverse
     scaled, rows = wide * _last(scale_D, x), tuple(range(x.ndim - 1))
     along = jnp.mean(scaled * normed, axis=-1, keepdims=True)
