@@ -1,9 +1,9 @@
-"""Reads what a compiled program moves between devices: every collective, how often it runs, along which mesh axes."""
+"""Reads compiled programs: their computations and loops, and every collective, how often it runs, along which axes."""
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -27,6 +27,7 @@ _CALLED = re.compile(
 )
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_LAID_OUT = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +118,12 @@ def _split_shape(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def count_runs(computations: Mapping[str, list[Instruction]]) -> dict[str, int]:
-    """Returns how often each computation runs in one run of the entry; of branches each is counted."""
-    order, calls = list(computations), {name: list(_calls(name, computations)) for name in computations}
+def count_runs(computations: Mapping[str, list[Instruction]], through: Container[str] | None = None) -> dict[str, int]:
+    """Returns how often each computation runs in one run of the entry; of branches each is counted.
+
+    through: only what instructions of these opcodes run; None: of all.
+    """
+    order, calls = list(computations), {name: list(_calls(name, computations, through)) for name in computations}
     counts = dict.fromkeys(order, 0)
     pending = [(order[-1], 1)]
     while pending:
@@ -129,16 +133,25 @@ def count_runs(computations: Mapping[str, list[Instruction]]) -> dict[str, int]:
     return counts
 
 
-def _calls(name: str, computations: Mapping[str, list[Instruction]]) -> Iterator[tuple[str, int]]:
+def called(instruction: Instruction) -> list[str]:
+    """Returns the names of the computations that an instruction runs."""
+    names = _CALLED.findall(instruction.text)
+    for branches in _BRANCHES.findall(instruction.text):
+        names += [branch.strip().removeprefix("%") for branch in branches.split(",")]
+    return names
+
+
+def _calls(
+    name: str, computations: Mapping[str, list[Instruction]], through: Container[str] | None
+) -> Iterator[tuple[str, int]]:
     """Yields (computation, runs) of whatever one run of `name` runs."""
     for instruction in computations[name]:
-        called = _CALLED.findall(instruction.text)
-        for branches in _BRANCHES.findall(instruction.text):
-            called += [branch.strip().removeprefix("%") for branch in branches.split(",")]
+        if through is not None and instruction.opcode not in through:
+            continue
         repeated = 1
         if instruction.opcode == "while":
             repeated = trip_count(instruction, computations)
-        yield from ((other, repeated) for other in called if other in computations)
+        yield from ((other, repeated) for other in called(instruction) if other in computations)
 
 
 def trip_count(loop: Instruction, computations: Mapping[str, list[Instruction]]) -> int:
@@ -155,7 +168,7 @@ def trip_count(loop: Instruction, computations: Mapping[str, list[Instruction]])
     assert body is not None, loop.text[:200]
     test = {i.name: i for i in computations[condition[1]]}
     compare = next((i for i in test.values() if i.opcode == "compare" and "direction=LT" in i.text), None)
-    counter, limit = (test.get(name) for name in _operands(compare)) if compare else (None, None)
+    counter, limit = (test.get(name) for name in operands(compare)) if compare else (None, None)
     index = re.search(r"get-tuple-element\(.*\), index=(\d+)", counter.text) if counter else None
     if index and limit and limit.opcode == "constant":
         step = _step(int(index[1]), {i.name: i for i in computations[body[1]]})
@@ -167,16 +180,16 @@ def trip_count(loop: Instruction, computations: Mapping[str, list[Instruction]])
 def _step(index: int, body: Mapping[str, Instruction]) -> int:
     """Returns the constant that is added to entry `index` of the loop's tuple, 0 if there is no such thing."""
     root = list(body.values())[-1]
-    value = body.get(_operands(root)[index]) if root.opcode == "tuple" else None
+    value = body.get(operands(root)[index]) if root.opcode == "tuple" else None
     while value is not None and value.opcode in ("copy", "bitcast"):
-        value = body.get(_operands(value)[0])
+        value = body.get(operands(value)[0])
     if value is None or value.opcode != "add":
         return 0
-    added = [body.get(name) for name in _operands(value)]
+    added = [body.get(name) for name in operands(value)]
     return next((_constant(i) for i in added if i is not None and i.opcode == "constant"), 0)
 
 
-def _operands(instruction: Instruction) -> list[str]:
+def operands(instruction: Instruction) -> list[str]:
     """Returns the names of an instruction's operands."""
     rest = instruction.text[len(instruction.shape) + 1 + len(instruction.opcode) :]
     depth = 0
@@ -251,6 +264,41 @@ def _elements(shape: str) -> list[str]:
         else:
             found[-1] += letter
     return [element.strip() for element in found]
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of a shape, as it lies in memory."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    tiles: str = ""  # how a TPU lays it out, and where: T(8,128)(2,1)S(1)
+    order: tuple[int, ...] = ()  # of the dims, the innermost first
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> float:
+        """What it takes of memory: a TPU fills its last tiles up."""
+        dims, tile = [self.dims[d] for d in self.order], re.match(r"T\(([\d,]+)\)", self.tiles)
+        for at, part in enumerate(reversed(tile[1].split(",")) if tile else ()):
+            if at < len(dims):
+                dims[at] = -(-dims[at] // int(part)) * int(part)
+        return DTYPE_BYTES[self.dtype] * (math.prod(dims) if dims else self.size)
+
+    @property
+    def is_in_memory(self) -> bool:
+        """False of what the compiler keeps within the chip, or on the host."""
+        return re.search(r"S\([1-9]\d*\)", self.tiles) is None
+
+
+def arrays(shape: str) -> list[Array]:
+    """Returns the arrays of a shape such as '(f32[2,3]{1,0:T(8,128)}, bf16[4])'."""
+    numbers = lambda text: tuple(int(n) for n in text.split(",") if n)  # noqa: E731
+    found = _LAID_OUT.findall(shape)
+    return [Array(d, numbers(dims), tiles, numbers(order)) for d, dims, order, tiles in found if d in DTYPE_BYTES]
 
 
 def array_bytes(shape: str) -> list[float]:

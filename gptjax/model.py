@@ -144,6 +144,20 @@ class LayerNorm(nn.Module):
         return layer_norm(x, scale_D, bias_D, LAYER_NORM_EPSILON)
 
 
+class Product(nn.Module):
+    """A linear layer that gives its bias beside the product, for what comes next to add."""
+
+    features: int
+    use_bias: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        kernel = self.param("kernel", _normal(), (x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32) if self.use_bias else None
+        return x.astype(self.dtype) @ kernel.astype(self.dtype), bias
+
+
 class MLP(nn.Module):
     config: GPTConfig
     compute: Compute
@@ -152,8 +166,8 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array, batch: int) -> jax.Array:
         c = self.config
         width = 4 * c.n_embd // tensor_parts()
-        x = nn.Dense(width, kernel_init=_normal(), **_linear(c, self.compute), name="c_fc")(gather_positions(x))
-        x = _summed_linear(c, self.compute)(gelu(x))
+        x, bias_F = Product(width, c.bias, self.compute.dtype, name="c_fc")(gather_positions(x))
+        x = _summed_linear(c, self.compute)(gelu(x, bias_F))
         return _dropout(self, x, batch, c.dropout)
 
 

@@ -33,6 +33,7 @@ LAYERS = """
     parallel
     sharding
     config  runtime  workdir  convert.hub  chips
+    costs
     convert.files  hlo
     errors
 """

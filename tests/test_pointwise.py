@@ -1,0 +1,64 @@
+"""LayerNorm and GELU with their own backward passes, beside what JAX derives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.pointwise import gelu, layer_norm
+
+
+def arrays(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, g = (jax.random.normal(key, (6, 5, 16)).astype(dtype) for key in keys[:2])
+    return x, *(jax.random.normal(key, (16,)) for key in keys[2:]), g
+
+
+def plain_gelu(x, bias_F):
+    return jax.nn.gelu(x + (0 if bias_F is None else bias_F[None, None]), approximate=True)
+
+
+def plain_layer_norm(x, scale_D, bias_D):
+    mean, var = jnp.mean(x, -1, keepdims=True), jnp.var(x, -1, keepdims=True)
+    y = (x - mean) / jnp.sqrt(var + 1e-5) * scale_D[None, None]
+    return y if bias_D is None else y + bias_D[None, None]
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_gelu_and_its_gradients(biased):
+    x, bias_F, _, g = arrays()
+    given = (x, bias_F if biased else None)
+    (y, back), (expected, plain_back) = jax.vjp(gelu, *given), jax.vjp(plain_gelu, *given)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(jax.tree.leaves(back(g)), jax.tree.leaves(plain_back(g)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_gelu_adds_its_bias_as_the_product_would():
+    x, bias_F, _, g = arrays(jnp.bfloat16)
+    (y, back) = jax.vjp(gelu, x, bias_F)
+    (separate, back_separate) = jax.vjp(lambda x, b: gelu(x + b.astype(x.dtype)[None, None]), x, bias_F)
+    np.testing.assert_array_equal(y, separate)
+    for ours, theirs in zip(back(g), back_separate(g), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert [one.dtype for one in back(g)] == [jnp.bfloat16, jnp.float32]
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_layer_norm_and_its_gradients(biased):
+    x, scale_D, bias_D, g = arrays()
+    given = (x, scale_D, bias_D if biased else None)
+    (y, back) = jax.vjp(lambda *a: layer_norm(*a, 1e-5), *given)
+    (expected, plain_back) = jax.vjp(plain_layer_norm, *given)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(back(g)), jax.tree.leaves(plain_back(g)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", [gelu, lambda x, b: layer_norm(x, b, b, 1e-5)], ids=["gelu", "layer_norm"])
+def test_what_is_kept_goes_through_a_barrier_on_a_gpu_only(function):
+    x, bias_F, _, _ = arrays()
+    gradient = jax.jit(jax.grad(lambda x, b: jnp.sum(function(x, b)), argnums=(0, 1)))
+    lowered = {name: gradient.trace(x, bias_F).lower(lowering_platforms=(name,)).as_text() for name in ("cuda", "tpu")}
+    assert "optimization_barrier" in lowered["cuda"]
+    assert "optimization_barrier" not in lowered["tpu"]
