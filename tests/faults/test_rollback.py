@@ -1,0 +1,350 @@
+"""G3, G4: a spike goes back to the last good step without the data that led to it, the same way every time."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import train as train_module
+from gptjax.checkpoint import Checkpointer
+from gptjax.data.dataset import Dataset
+from gptjax.data.tokenizer import load_tokenizer
+from gptjax.data.tokens import HEADER_BYTES, open_split
+from gptjax.errors import DivergedError
+from gptjax.start import new_history
+from tests.faults.test_processes import group
+from tests.runs import checkpoint_steps, event_steps, losses, restored_bytes, rows, state_bytes, validations
+
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("quick_compiler")]
+LONG = {"num_steps": 100, "eval_every": 0, "nan_policy": "rollback"}
+SAVES = {"save_every": 20, "keep": 9}
+
+
+@pytest.fixture
+def spiking_at(tiny_run):
+    """spiking_at(90) is a train step whose metrics, and parameters, are off where it is given batch 90 of the data."""
+    place = {"sharding": tiny_run.batch_sharding, "num_micro_steps": tiny_run.num_micro_steps}
+
+    def make(*indices, value=50.0, name="loss"):
+        bad = [np.asarray(tiny_run.train_data.batch(index, **place)) for index in indices]
+
+        def train_step(state, tokens):
+            state, metrics = tiny_run.train_step(state, tokens)
+            if any(np.array_equal(tokens, batch) for batch in bad):
+                state = dataclasses.replace(state, params=jax.tree.map(lambda x: x + 1.0, state.params))
+                metrics = metrics | {name: metrics[name] + value}
+            return state, metrics
+
+        return {"train_step": train_step}
+
+    return make
+
+
+def without(tiny_run, *, steps, jumps):
+    """Returns (bits of the state, losses) after so many steps; jumps {80: 11} leaves 11 batches out from step 80 on."""
+    place = {"sharding": tiny_run.batch_sharding, "num_micro_steps": tiny_run.num_micro_steps}
+    found, index = {}, -1
+    with jax.set_mesh(tiny_run.mesh):
+        state = tiny_run.init()
+        for step in range(steps):
+            index += 1 + jumps.get(step, 0)
+            state, metrics = tiny_run.train_step(state, tiny_run.train_data.batch(index, **place))
+            found[step + 1] = float(metrics["loss"]).hex()
+    return state_bytes(state), found
+
+
+def history_of(workdir, step):
+    return Checkpointer(str(workdir)).read_record(step).history
+
+
+def ranges_of(workdir, step):
+    return [
+        (part["rollback"], part["step"], part["batches"], part["spike"])
+        for part in history_of(workdir, step)["skipped_ranges"]
+    ]
+
+
+def test_g3_goes_back_and_leaves_the_data_out(train_here, tiny_run, spiking_at, said, tmp_path):
+    workdir = tmp_path / "run"
+    assert train_here(workdir, train=LONG, checkpoint=SAVES, parts=spiking_at(90)) == 0
+    told = [line for line in said if "rollback 1 of at most 3" in line]
+    assert len(told) == 1
+    assert told[0].startswith("step 91: loss 5")
+    assert "is more than 6 sigma above its last 90: mean " in told[0]
+    assert "back to step 80, without batches 80 to 90 of the data" in told[0]
+    assert any(line.endswith(f"--workdir={workdir} --step=91 --rollbacks=0") for line in said)
+
+    state, expected = without(tiny_run, steps=100, jumps={80: 11})
+    assert losses(workdir) == expected
+    assert restored_bytes(workdir, tiny_run.abstract_state) == (100, state)
+    assert expected[81] != without(tiny_run, steps=81, jumps={})[1][81], "data that make no difference test nothing"
+    assert event_steps(workdir, "loss") == list(range(1, 101))
+    assert [row.get("rollbacks", 0) for row in rows(workdir) if "loss" in row] == [0] * 80 + [1] * 20
+    assert ranges_of(workdir, 80) == []
+    assert ranges_of(workdir, 100) == [(1, 80, 11, 91)]
+
+
+def test_g3_no_checkpoint_is_newer_than_the_step_gone_back_to(train_here, tiny_run, spiking_at, tmp_path, monkeypatch):
+    """Also where the step that is about to be saved is the one that spiked."""
+    workdir, seen = tmp_path / "run", []
+    restore = train_module.restore
+
+    def watched(run, checkpointer):
+        seen.append((checkpointer.steps(), checkpointer._pending))
+        return restore(run, checkpointer)
+
+    monkeypatch.setattr(train_module, "restore", watched)
+    assert train_here(workdir, train=LONG, checkpoint=SAVES, parts=spiking_at(79)) == 0
+    assert seen == [([20, 40, 60], None)]
+    assert ranges_of(workdir, 100) == [(1, 60, 20, 80)]
+
+
+def test_g3_the_save_that_runs_is_waited_for(train_here, spiking_at, tmp_path, monkeypatch):
+    """The spike comes one step after the save of step 80, which is then the one gone back to."""
+    workdir, seen = tmp_path / "run", []
+    finish = Checkpointer.finish_save
+    monkeypatch.setattr(
+        Checkpointer, "finish_save", lambda self: (seen.append(self._pending is not None), finish(self))[1]
+    )
+    assert train_here(workdir, train=LONG, checkpoint=SAVES, parts=spiking_at(80)) == 0
+    assert ranges_of(workdir, 100) == [(1, 80, 1, 81)]
+    assert seen[4] is True, "at the rollback, after the four saves"
+
+
+def test_g3_from_the_initial_state_where_nothing_is_saved_yet(train_here, tiny_run, spiking_at, tmp_path):
+    workdir = tmp_path / "run"
+    saves = SAVES | {"save_every": 100}
+    assert train_here(workdir, train=LONG, checkpoint=saves, parts=spiking_at(70)) == 0
+    state, expected = without(tiny_run, steps=100, jumps={0: 71})
+    assert losses(workdir) == expected
+    assert restored_bytes(workdir, tiny_run.abstract_state) == (100, state)
+
+
+def test_g3_several_times_then_the_run_ends(train_here, tiny_run, spiking_at, said, tmp_path):
+    """Batches 90, 95 and 100: twice back to step 80, and the third time it is enough."""
+    workdir = tmp_path / "run"
+    with pytest.raises(DivergedError) as caught:
+        train_here(workdir, train=LONG | {"max_rollbacks": 2}, checkpoint=SAVES, parts=spiking_at(90, 95, 100))
+    assert caught.value.exit_code == 70
+    first, second, third = str(caught.value).splitlines()
+    assert first.startswith("step 85: loss 5")
+    assert ": train.max_rollbacks=2, and there have been so many; its batch starts with windows " in first
+    assert str(tiny_run.train_data.row_ids(100).tolist()) in first
+    assert second.startswith("the last good checkpoint is of step 80, and the same command goes on from there: lower ")
+    assert third == f"to look at that step: python -m gptjax.replay --workdir={workdir} --step=85"
+    told = [line.partition(" (rollback ")[0].partition("without ")[2] for line in said if "(rollback " in line]
+    assert told == ["batches 80 to 90 of the data", "batches 91 to 95 of the data"]
+    assert checkpoint_steps(workdir) == [20, 40, 60, 80]
+
+    assert train_here(workdir, train=LONG, checkpoint=SAVES, parts=spiking_at(90, 95, 100)) == 0
+    state, _ = without(tiny_run, steps=100, jumps={80: 21})
+    assert restored_bytes(workdir, tiny_run.abstract_state) == (100, state), "and one more was enough"
+
+
+def test_g3_rollbacks_count_over_restarts(train_here, spiking_at, tmp_path):
+    workdir, parts = tmp_path / "run", spiking_at(70, 105)
+    policy = LONG | {"max_rollbacks": 1}
+    train_here(workdir, train=policy | {"num_steps": 80}, checkpoint=SAVES, parts=parts)
+    assert ranges_of(workdir, 80) == [(1, 60, 11, 71)]
+    with pytest.raises(DivergedError, match=r"^step 95: loss .*: train.max_rollbacks=1, and there have been so many"):
+        train_here(workdir, train=policy, checkpoint=SAVES, parts=parts)
+
+
+def test_g3_none_at_all_is_stop_on_spikes(train_here, spiking_at, tmp_path):
+    policy = LONG | {"max_rollbacks": 0}
+    with pytest.raises(DivergedError, match=r"^step 91: loss .*: train.max_rollbacks=0, and"):
+        train_here(tmp_path / "run", train=policy, checkpoint=SAVES, parts=spiking_at(90))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("grad_norm", 100.0), ("loss", float("nan")), ("update_norm", float("inf"))]
+)
+def test_g3_other_causes(train_here, tiny_run, spiking_at, tmp_path, name, value):
+    workdir = tmp_path / "run"
+    parts = spiking_at(90, value=value, name=name)
+    if name == "update_norm":
+        step = parts["train_step"]
+
+        def train_step(state, tokens):
+            state, metrics = step(state, tokens)
+            return state, metrics | {"finite": metrics["finite"] * (metrics["update_norm"] < 1e30)}
+
+        parts = {"train_step": train_step}
+    assert train_here(workdir, train=LONG, checkpoint=SAVES, parts=parts) == 0
+    assert losses(workdir) == without(tiny_run, steps=100, jumps={80: 11})[1]
+
+
+def test_g3_in_the_middle_of_a_dispatch(train_here, tiny_run, spiking_at, tmp_path):
+    """Of four steps, the third spikes; the fourth and the dispatch after it have been taken by then."""
+    workdir, one = tmp_path / "run", spiking_at(90)["train_step"]
+
+    def train_step(state, batches):
+        found = []
+        for tokens in batches:
+            state, metrics = one(state, tokens)
+            found.append(metrics)
+        return state, jax.tree.map(lambda *values: np.stack(values), *found)
+
+    policy = LONG | {"steps_per_dispatch": 4, "log_every": 4}
+    assert train_here(workdir, train=policy, checkpoint=SAVES, parts={"train_step": train_step}) == 0
+    assert ranges_of(workdir, 100) == [(1, 80, 11, 91)]
+    state, expected = without(tiny_run, steps=100, jumps={80: 11})
+    assert losses(workdir) == {step: loss for step, loss in expected.items() if step % 4 == 0}
+    assert restored_bytes(workdir, tiny_run.abstract_state) == (100, state)
+
+
+def test_g3_a_damaged_checkpoint_is_passed_over_and_saved_again(
+    train_here, tiny_run, spiking_at, tmp_path, monkeypatch
+):
+    """Step 80's is damaged when it is wanted: from 60 on without what was read since, and step 80 is saved anew."""
+    workdir, restore = tmp_path / "run", train_module.restore
+
+    def damaging(run, checkpointer):
+        for file in (workdir / "checkpoints" / "80" / "params").rglob("d/*"):
+            file.write_bytes(b"")
+        return restore(run, checkpointer)
+
+    monkeypatch.setattr(train_module, "restore", damaging)
+    assert train_here(workdir, train=LONG, checkpoint=SAVES, parts=spiking_at(90)) == 0
+    assert checkpoint_steps(workdir) == [20, 40, 60, 80, 100]
+    assert ranges_of(workdir, 80) == [(1, 60, 31, 91)]
+    state, _ = without(tiny_run, steps=100, jumps={60: 31})
+    assert restored_bytes(workdir, tiny_run.abstract_state) == (100, state)
+
+
+def test_g3_the_state_that_spiked_is_let_go_first(train_here, spiking_at, tmp_path, monkeypatch):
+    """Both at once might not fit the devices' memory."""
+    alive, restore = [], train_module.restore
+
+    def watched(run, checkpointer):
+        alive.append(sum(leaf.nbytes for leaf in jax.live_arrays() if leaf.ndim == 4 and not leaf.is_deleted()))
+        return restore(run, checkpointer)
+
+    monkeypatch.setattr(train_module, "restore", watched)
+    before = sum(leaf.nbytes for leaf in jax.live_arrays() if leaf.ndim == 4 and not leaf.is_deleted())
+    train_here(tmp_path / "run", train=LONG, checkpoint=SAVES, parts=spiking_at(90))
+    assert alive == [before]
+
+
+def test_g4_no_false_alarm_in_a_run_of_its_own(train_here, said, tmp_path):
+    """Where the loss falls from 5.5 to 3 in 100 steps, and under a constant loss, which has no sigma."""
+    assert train_here(tmp_path / "run", train=LONG, checkpoint=SAVES) == 0
+    assert not any("rollback" in line for line in said)
+
+
+def test_g4_a_constant_loss(train_here, tiny_run, said, tmp_path):
+    def train_step(state, tokens):
+        state, metrics = tiny_run.train_step(state, tokens)
+        return state, metrics | {"loss": metrics["loss"] * 0 + 3.0, "grad_norm": metrics["loss"] * 0}
+
+    assert train_here(tmp_path / "run", train=LONG, checkpoint=SAVES, parts={"train_step": train_step}) == 0
+    assert not any("rollback" in line for line in said)
+
+
+def test_g4_fewer_than_64_steps(train_here, spiking_at, said, tmp_path):
+    """The 64th step has 63 before it."""
+    assert train_here(tmp_path / "run", train=LONG, checkpoint=SAVES, parts=spiking_at(63)) == 0
+    assert not any("rollback" in line for line in said)
+
+
+# Real processes, and data in which one batch is of one byte that is nowhere else
+
+REAL = ("train.num_steps=100", "train.eval_every=50", "train.nan_policy=rollback", "checkpoint.save_every=20")
+
+
+@pytest.fixture(scope="session")
+def spiky_data(lab, tmp_path_factory):
+    """The lab's data with the windows of batch 90 overwritten."""
+    tiny, target = lab.config(), tmp_path_factory.mktemp("spiky") / "data"
+    shutil.copytree(lab.data, target)
+    split = open_split(str(lab.data), "train", tokenizer=load_tokenizer("bytes"))
+    data = Dataset(split, tiny.model.block_size, tiny.data.global_batch_size, tiny.data.seed)
+    assert data.num_windows > 120 * tiny.data.global_batch_size, "no batch may come twice"
+    meta = json.loads((target / "meta.json").read_text())
+    for window in data.row_ids(90).tolist():
+        shard, start = data.find(window)
+        about = meta["splits"]["train"]["shards"][shard]
+        content = bytearray((target / about["file"]).read_bytes())
+        first = HEADER_BYTES + 2 * start
+        content[first : first + 2 * 33] = np.full(33, 200, "<u2").tobytes()
+        (target / about["file"]).write_bytes(content)
+        about["sha256"] = hashlib.sha256(content).hexdigest()
+    (target / "meta.json").write_text(json.dumps(meta))
+    return target
+
+
+@pytest.fixture(scope="session")
+def rolled(lab, spiky_data, tmp_path_factory):
+    """The work directory of a finished run that has rolled back once."""
+    workdir = tmp_path_factory.mktemp("rolled") / "run"
+    done = lab.train(workdir, *REAL, f"data.path={spiky_data}")
+    assert "step 91: gradient norm" in done.stdout
+    assert "back to step 80, without batches 80 to 90 of the data (rollback 1 of at most 3)" in done.stdout
+    return workdir
+
+
+def assert_equal(workdir, twin, abstract):
+    assert losses(workdir) == losses(twin)
+    assert validations(workdir) == validations(twin)
+    assert list(losses(workdir)) == list(range(1, 101))
+    assert [row.get("rollbacks") for row in rows(workdir)] == [row.get("rollbacks") for row in rows(twin)]
+    assert event_steps(workdir, "loss") == list(range(1, 101))
+    assert restored_bytes(workdir, abstract) == restored_bytes(twin, abstract)
+    assert ranges_of(workdir, 100) == ranges_of(twin, 100) == [(1, 80, 11, 91)]
+    assert history_of(workdir, 100)["recent"] == history_of(twin, 100)["recent"]
+
+
+def test_g3_a_twin_ends_the_same(lab, rolled, spiky_data, tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    lab.train(workdir, *REAL, f"data.path={spiky_data}")
+    assert_equal(workdir, rolled, tiny_run.abstract_state)
+
+
+@pytest.mark.parametrize("fault", ["rollback:1:kill", "step:100:kill", "step:118:kill"])
+def test_g3_killed_right_after_the_rollback_before_and_after_the_next_save(
+    lab, rolled, spiky_data, tiny_run, tmp_path, fault
+):
+    """92 dispatches come before the rollback, which goes back to 80: the others are of steps 88 and 106 - 1, say."""
+    workdir = tmp_path / "run"
+    with lab.start(workdir, *REAL, "train.num_steps=120", f"data.path={spiky_data}", GPTJAX_FAULT=fault) as process:
+        assert process.wait(timeout=120) == -9
+    assert checkpoint_steps(workdir)[-1] == (100 if fault == "step:118:kill" else 80)
+    again = lab.train(workdir, *REAL, f"data.path={spiky_data}")
+    assert ("rollback 1 of" in again.stdout) == (fault != "step:118:kill")
+    assert_equal(workdir, rolled, tiny_run.abstract_state)
+
+
+def test_g3_two_processes_decide_alike(lab, rolled, spiky_data, tmp_path):
+    workdir = tmp_path / "two"
+    with group(lab, workdir, 2, *REAL, f"data.path={spiky_data}") as made:
+        assert made.wait() == [0, 0], made.said(0) + made.said(1)
+        assert all("rollback 1 of at most 3" in made.said(number) for number in range(2))
+    found, expected = losses(workdir), losses(rolled)
+    assert list(found) == list(range(1, 101))
+    assert float.fromhex(found[100]) == pytest.approx(float.fromhex(expected[100]), rel=1e-4)
+    assert ranges_of(workdir, 100) == [(1, 80, 11, 91)]
+
+
+def test_goodput_is_told_kept_and_counts_lost_work(lab, rolled, spiky_data, tmp_path):
+    """Of the rolled back run, and of one that is killed and started again."""
+    row = rows(rolled)[-2]
+    assert row["step"] == 100
+    assert row["seconds/lost"] > 0
+    assert row["seconds/rollback"] > 0
+    assert 0 < row["goodput"] < 1
+    assert event_steps(rolled, "goodput") == list(range(20, 101, 20))
+    workdir = tmp_path / "run"
+    with lab.start(workdir, *REAL, f"data.path={spiky_data}", GPTJAX_FAULT="step:55:kill") as process:
+        assert process.wait(timeout=120) == -9
+    again = lab.train(workdir, *REAL, f"data.path={spiky_data}")
+    said = again.stdout.splitlines()
+    at = next(number for number, line in enumerate(said) if line.startswith("goodput "))
+    kinds = {line[:13].strip(): line for line in said[at + 1 :]}
+    assert {"start", "restart", "compile", "down", "lost", "step", "rollback"} <= kinds.keys()
+    history = history_of(workdir, 100)
+    assert history["started_at"] + sum(history["seconds"].values()) == pytest.approx(history["saved_at"], abs=0.5)
+    assert new_history().keys() <= history.keys()
