@@ -53,6 +53,12 @@ def test_g4_a_constant_loss_never_alarms(value):
     assert find_spike(kept, ROW | {"loss": 1.07 * value + 0.01, "grad_norm": value}) != ""
 
 
+def test_g4_a_loss_that_has_come_to_0_may_leave_it_a_little():
+    kept = recent(128, loss=lambda n: 1e-6, norm=lambda n: 1e-6)
+    assert find_spike(kept, ROW | {"loss": 0.006, "grad_norm": 0.006}) == ""
+    assert find_spike(kept, ROW | {"loss": 0.0061, "grad_norm": 0.0}) != ""
+
+
 def test_g4_a_noisy_loss_that_falls_never_alarms():
     rng, kept = random.Random(0), {}
     for n in range(5000):

@@ -5,11 +5,13 @@ import json
 import math
 import re
 import shutil
+import types
 
 import pytest
 
 from gptjax import replay
 from gptjax.checkpoint import Record
+from gptjax.config import Config, TrainConfig
 from gptjax.errors import ConfigError
 from tests.runs import losses, make_twin, rows
 
@@ -196,3 +198,19 @@ def test_what_was_skipped_is_as_the_newest_checkpoint_knows_it():
     assert replay.skipped_ranges({}, -1) == []
     with pytest.raises(ConfigError, match="--rollbacks=3: the newest checkpoint knows of 2"):
         replay.skipped_ranges(records, 3)
+
+
+def test_a_long_way_is_told(said, monkeypatch):
+    """Whole dispatches only: from step 4 by twos, as near to step 9 as that comes."""
+    taken = []
+    run = types.SimpleNamespace(
+        config=Config(train=TrainConfig(steps_per_dispatch=2)),
+        batch=lambda step, skipped: (step, skipped),
+        train_step=lambda state, batch: (taken.append(batch) or types.SimpleNamespace(step=state.step + 2), 0.0),
+    )
+    state, at = replay.advance(run, types.SimpleNamespace(step=4), 9, ["ranges"])
+    assert (state.step, at, said) == (8, 8, [])
+    assert taken == [(4, ["ranges"]), (6, ["ranges"])]
+    monkeypatch.setattr(replay, "PROGRESS_SECONDS", -1.0)
+    replay.advance(run, types.SimpleNamespace(step=4), 9, [])
+    assert said == ["replay: step 6 of 9, from 4", "replay: step 8 of 9, from 4"]

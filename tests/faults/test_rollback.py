@@ -1,8 +1,10 @@
 """G3, G4: a spike goes back to the last good step without the data that led to it, the same way every time."""
 
 import dataclasses
+import fcntl
 import hashlib
 import json
+import re
 import shutil
 
 import jax
@@ -16,8 +18,19 @@ from gptjax.data.tokenizer import load_tokenizer
 from gptjax.data.tokens import HEADER_BYTES, open_split
 from gptjax.errors import DivergedError
 from gptjax.start import new_history
-from tests.faults.test_processes import group
-from tests.runs import checkpoint_steps, event_steps, losses, restored_bytes, rows, state_bytes, validations
+from tests.faults.test_processes import SECONDS, group
+from tests.runs import (
+    checkpoint_steps,
+    event_steps,
+    kill,
+    losses,
+    make_twin,
+    restored_bytes,
+    rows,
+    state_bytes,
+    validations,
+    wait_for,
+)
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("quick_compiler")]
 LONG = {"num_steps": 100, "eval_every": 0, "nan_policy": "rollback"}
@@ -257,15 +270,24 @@ REAL = ("train.num_steps=100", "train.eval_every=50", "train.nan_policy=rollback
 
 
 @pytest.fixture(scope="session")
-def spiky_data(lab, tmp_path_factory):
-    """The lab's data with the windows of batch 90 overwritten."""
-    tiny, target = lab.config(), tmp_path_factory.mktemp("spiky") / "data"
-    shutil.copytree(lab.data, target)
-    split = open_split(str(lab.data), "train", tokenizer=load_tokenizer("bytes"))
-    data = Dataset(split, tiny.model.block_size, tiny.data.global_batch_size, tiny.data.seed)
-    assert data.num_windows > 120 * tiny.data.global_batch_size, "no batch may come twice"
+def spiky_data(lab):
+    """The lab's data with the windows of batch 90 overwritten, made once for all tests."""
+    target = lab.root / "spiky"
+    with open(lab.root / "spiky-lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (lab.root / "spiky-done").exists():
+            shutil.copytree(lab.data, target)
+            overwrite_batch(lab.config(), lab.data, target, 90)
+            (lab.root / "spiky-done").touch()
+    return target
+
+
+def overwrite_batch(config, source, target, index):
+    split = open_split(str(source), "train", tokenizer=load_tokenizer("bytes"))
+    data = Dataset(split, config.model.block_size, config.data.global_batch_size, config.data.seed)
+    assert data.num_windows > 130 * config.data.global_batch_size, "no batch may come twice"
     meta = json.loads((target / "meta.json").read_text())
-    for window in data.row_ids(90).tolist():
+    for window in data.row_ids(index).tolist():
         shard, start = data.find(window)
         about = meta["splits"]["train"]["shards"][shard]
         content = bytearray((target / about["file"]).read_bytes())
@@ -274,17 +296,12 @@ def spiky_data(lab, tmp_path_factory):
         (target / about["file"]).write_bytes(content)
         about["sha256"] = hashlib.sha256(content).hexdigest()
     (target / "meta.json").write_text(json.dumps(meta))
-    return target
 
 
 @pytest.fixture(scope="session")
-def rolled(lab, spiky_data, tmp_path_factory):
+def rolled(lab, spiky_data):
     """The work directory of a finished run that has rolled back once."""
-    workdir = tmp_path_factory.mktemp("rolled") / "run"
-    done = lab.train(workdir, *REAL, f"data.path={spiky_data}")
-    assert "step 91: gradient norm" in done.stdout
-    assert "back to step 80, without batches 80 to 90 of the data (rollback 1 of at most 3)" in done.stdout
-    return workdir
+    return make_twin(lab, "rolled", *REAL, f"data.path={spiky_data}")
 
 
 def assert_equal(workdir, twin, abstract):
@@ -300,22 +317,44 @@ def assert_equal(workdir, twin, abstract):
 
 def test_g3_a_twin_ends_the_same(lab, rolled, spiky_data, tiny_run, tmp_path):
     workdir = tmp_path / "run"
-    lab.train(workdir, *REAL, f"data.path={spiky_data}")
+    done = lab.train(workdir, *REAL, f"data.path={spiky_data}")
+    assert "step 91: gradient norm" in done.stdout
+    assert "back to step 80, without batches 80 to 90 of the data (rollback 1 of at most 3)" in done.stdout
     assert_equal(workdir, rolled, tiny_run.abstract_state)
 
 
-@pytest.mark.parametrize("fault", ["rollback:1:kill", "step:100:kill", "step:118:kill"])
+@pytest.mark.parametrize(("fault", "newest"), [("rollback:1:kill", 80), ("step:100:kill", 80), ("step:118:hang", 100)])
 def test_g3_killed_right_after_the_rollback_before_and_after_the_next_save(
-    lab, rolled, spiky_data, tiny_run, tmp_path, fault
+    lab, rolled, spiky_data, tiny_run, tmp_path, fault, newest
 ):
-    """92 dispatches come before the rollback, which goes back to 80: the others are of steps 88 and 106 - 1, say."""
+    """92 dispatches come before the rollback, which goes back to 80: the others are those of steps 88 and 106."""
     workdir = tmp_path / "run"
     with lab.start(workdir, *REAL, "train.num_steps=120", f"data.path={spiky_data}", GPTJAX_FAULT=fault) as process:
-        assert process.wait(timeout=120) == -9
-    assert checkpoint_steps(workdir)[-1] == (100 if fault == "step:118:kill" else 80)
+        if fault.endswith("hang"):
+            wait_for(lambda: newest in checkpoint_steps(workdir), process)
+            kill(process)
+        assert process.wait(timeout=SECONDS) == -9
+    assert checkpoint_steps(workdir)[-1] == newest
     again = lab.train(workdir, *REAL, f"data.path={spiky_data}")
-    assert ("rollback 1 of" in again.stdout) == (fault != "step:118:kill")
+    assert ("rollback 1 of" in again.stdout) == (newest == 80)
     assert_equal(workdir, rolled, tiny_run.abstract_state)
+
+
+def test_g3_what_was_undone_can_be_replayed_and_so_can_what_stands(lab, rolled, tmp_path):
+    module = [*lab.command(rolled)[:2], "gptjax.replay", f"--workdir={rolled}", f"--out={tmp_path}/page.html"]
+    stands = lab.call([*module, "--step=91"]).stdout
+    assert "from the checkpoint of step 80 and the 10 steps between" in stands
+    assert "batch 101 of the data, after 1 rollback(s)" in stands
+    assert "equal to metrics.jsonl, bit for bit" in stands
+    undone = lab.call([*module, "--step=91", "--rollbacks=0"]).stdout
+    assert "from the checkpoint of step 80 and the 10 steps between" in undone
+    assert "batch 90 of the data\n" in undone
+    assert "metrics.jsonl has this step after 1 rollback(s): not compared" in undone
+    [part] = history_of(rolled, 100)["skipped_ranges"]
+    norm = re.fullmatch(r"gradient norm (\S+) is more than 6 sigma .*", part["why"])[1]
+    assert f"grad_norm {norm} " in undone, "the spike itself"
+    later = lab.call([*module, "--step=99", "--rollbacks=0"]).stdout
+    assert "from the checkpoint of step 80 and the 18 steps between" in later
 
 
 def test_g3_two_processes_decide_alike(lab, rolled, spiky_data, tmp_path):
@@ -339,7 +378,7 @@ def test_goodput_is_told_kept_and_counts_lost_work(lab, rolled, spiky_data, tmp_
     assert event_steps(rolled, "goodput") == list(range(20, 101, 20))
     workdir = tmp_path / "run"
     with lab.start(workdir, *REAL, f"data.path={spiky_data}", GPTJAX_FAULT="step:55:kill") as process:
-        assert process.wait(timeout=120) == -9
+        assert process.wait(timeout=SECONDS) == -9
     again = lab.train(workdir, *REAL, f"data.path={spiky_data}")
     said = again.stdout.splitlines()
     at = next(number for number, line in enumerate(said) if line.startswith("goodput "))
