@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,8 +43,9 @@ def find_spike(recent: Mapping[str, Sequence[float]], row: Mapping[str, float], 
         values = recent.get(name, [])
         if len(values) < LEAST:
             continue
-        mean = statistics.fmean(values)
-        sigma = max(statistics.pstdev(values, mean), RELATIVE_FLOOR * abs(mean), ABSOLUTE_FLOOR)
+        mean = math.fsum(values) / len(values)
+        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
+        sigma = max(deviation, RELATIVE_FLOOR * abs(mean), ABSOLUTE_FLOOR)
         if row[name] > mean + SIGMAS * sigma:
             what = f"{name.replace('grad_norm', 'gradient norm')} {row[name]:.6g}"
             return (
