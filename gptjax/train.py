@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 import os
 import sys
 import time
@@ -342,6 +343,8 @@ def note_nonfinite(
     history["skipped_steps"] += 1
     history["nonfinite_in_a_row"] += 1
     what = f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}"
+    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+        what += f", update norm {row['update_norm']}"
     if train.nan_policy == "skip" and history["nonfinite_in_a_row"] < train.nan_limit:
         log.warning("%s: update skipped (%d so far)", what, history["skipped_steps"])
         return

@@ -128,7 +128,7 @@ def test_a_run_of_more_devices_comes_back_on_one(lab, tmp_path):
 
 def test_a_step_within_a_dispatch(lab, tmp_path):
     workdir = make_twin(lab, "four", "train.steps_per_dispatch=4", "train.log_every=4")
-    for step in (8, 7, 5):
+    for step in (8, 7):
         said = look(lab, workdir, step, f"--out={tmp_path}/p.html").stdout
         assert "from the checkpoint of step 4" in said
         assert ("equal to metrics.jsonl, bit for bit" in said) == (step == 8)
@@ -136,7 +136,7 @@ def test_a_step_within_a_dispatch(lab, tmp_path):
 
 def test_a_step_that_diverged_by_the_command_that_the_run_prints(lab, tmp_path):
     workdir = tmp_path / "run"
-    ended = lab.train(workdir, "optim.peak_lr=1e30", "optim.grad_clip=0", "checkpoint.save_every=1", expect=70)
+    ended = lab.train(workdir, "optim.peak_lr=1e17", "optim.grad_clip=0", "checkpoint.save_every=1", expect=70)
     number, command = re.search(
         r"^error: to look at that step: python -m (.*--step=(\d+))$", ended.stderr, re.M
     ).groups()[::-1]

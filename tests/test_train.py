@@ -170,6 +170,12 @@ def test_non_finite_steps_end_the_run_at_the_limit():
     )
 
 
+def test_an_update_that_is_not_finite_is_named_where_loss_and_gradient_are():
+    run, row = FakeRun(Config()), {"loss": 3.0, "grad_norm": 1.0, "update_norm": math.inf}
+    with pytest.raises(DivergedError, match=r"^step 7: loss 3.0, gradient norm 1.0, update norm inf: train.nan_policy"):
+        note_nonfinite(run, history(), 7, row, last_saved=5, workdir="runs/x")
+
+
 # What a restart accepts
 
 
