@@ -18,7 +18,7 @@ LAYERS = """
     main
     train
     sample  evaluate  convert.__main__  plan  replay
-    start
+    start  page
     report
     aot
     run  convert.formats

@@ -118,14 +118,24 @@ def test_g3_no_checkpoint_is_newer_than_the_step_gone_back_to(train_here, tiny_r
 
 def test_g3_the_save_that_runs_is_waited_for(train_here, spiking_at, tmp_path, monkeypatch):
     """The spike comes one step after the save of step 80, which is then the one gone back to."""
-    workdir, seen = tmp_path / "run", []
-    finish = Checkpointer.finish_save
-    monkeypatch.setattr(
-        Checkpointer, "finish_save", lambda self: (seen.append(self._pending is not None), finish(self))[1]
-    )
+    workdir, seen, pending = tmp_path / "run", [], []
+    finish, restore = Checkpointer.finish_save, train_module.restore
+
+    def finishing(checkpointer):
+        pending.append(checkpointer._pending)
+        finish(checkpointer)
+
+    def restoring(run, checkpointer):
+        seen.append((pending[-1], checkpointer._pending))
+        return restore(run, checkpointer)
+
+    monkeypatch.setattr(Checkpointer, "finish_save", finishing)
+    monkeypatch.setattr(train_module, "restore", restoring)
     assert train_here(workdir, train=LONG, checkpoint=SAVES, parts=spiking_at(80)) == 0
+    [(before, after)] = seen
+    assert before is not None, "a save was running"
+    assert after is None
     assert ranges_of(workdir, 100) == [(1, 80, 1, 81)]
-    assert seen[4] is True, "at the rollback, after the four saves"
 
 
 def test_g3_from_the_initial_state_where_nothing_is_saved_yet(train_here, tiny_run, spiking_at, tmp_path):
@@ -217,8 +227,7 @@ def test_g3_a_damaged_checkpoint_is_passed_over_and_saved_again(
     workdir, restore = tmp_path / "run", train_module.restore
 
     def damaging(run, checkpointer):
-        for file in (workdir / "checkpoints" / "80" / "params").rglob("d/*"):
-            file.write_bytes(b"")
+        (workdir / "checkpoints" / "80" / "_CHECKPOINT_METADATA").write_text("{}")
         return restore(run, checkpointer)
 
     monkeypatch.setattr(train_module, "restore", damaging)
@@ -250,11 +259,15 @@ def test_g4_no_false_alarm_in_a_run_of_its_own(train_here, said, tmp_path):
 
 
 def test_g4_a_constant_loss(train_here, tiny_run, said, tmp_path):
+    """But for one step that is off by a rounding of bfloat16."""
+
     def train_step(state, tokens):
+        off = 2**-8 if int(state.step) == 90 else 0.0
         state, metrics = tiny_run.train_step(state, tokens)
-        return state, metrics | {"loss": metrics["loss"] * 0 + 3.0, "grad_norm": metrics["loss"] * 0}
+        return state, metrics | {"loss": np.float32(3.0 + 3.0 * off), "grad_norm": np.float32(1.0 + off)}
 
     assert train_here(tmp_path / "run", train=LONG, checkpoint=SAVES, parts={"train_step": train_step}) == 0
+    assert {row["loss"] for row in rows(tmp_path / "run") if "loss" in row} == {3.0, 3.0 + 3 * 2**-8}
     assert not any("rollback" in line for line in said)
 
 
