@@ -130,12 +130,15 @@ def test_a_run_of_more_devices_comes_back_on_one(lab, tmp_path):
     assert shown_loss(said) == pytest.approx(float.fromhex(losses(workdir)[6]), rel=1e-5), "with the same dropout"
 
 
-def test_a_step_within_a_dispatch(lab, tmp_path):
+def test_a_step_within_a_dispatch(lab, twin, tmp_path):
     workdir = make_twin(lab, "four", "train.steps_per_dispatch=4", "train.log_every=4")
     for step in (8, 7):
         said = look(lab, workdir, step, f"--out={tmp_path}/p.html").stdout
         assert "from the checkpoint of step 4" in said
         assert ("equal to metrics.jsonl, bit for bit" in said) == (step == 8)
+        found = [float(loss) for loss in re.findall(r'title="loss ([\d.]+), ', (tmp_path / "p.html").read_text())]
+        assert sum(found) / len(found) == pytest.approx(shown_loss(said), abs=1e-4), "of the state before that step"
+        assert shown_loss(said) == pytest.approx(float.fromhex(losses(twin)[step]), rel=1e-4)
 
 
 def test_a_step_that_diverged_by_the_command_that_the_run_prints(lab, tmp_path):
@@ -191,6 +194,12 @@ def test_the_config_is_that_of_the_first_checkpoint_from_there_on(tmp_path):
     assert replay.find_config(str(tmp_path), 4, records, {"data.seed": "5", "init_from": "x"}).data.seed == 5
     (tmp_path / "config.json").write_text('{"da')
     assert replay.find_config(str(tmp_path), 10, records, {}).data.seed == 9
+
+
+def test_what_is_known_of_a_step_is_in_the_first_checkpoint_from_there_on():
+    records = {9: record(9, machine="9"), 6: record(6, machine="6"), 3: record(3, machine="3")}
+    assert [replay.history_of(records, step)["machine"] for step in (3, 4, 9, 10)] == ["3", "6", "9", "9"]
+    assert replay.history_of({}, 4) == {}
 
 
 def test_what_was_skipped_is_as_the_newest_checkpoint_knows_it():
