@@ -102,7 +102,7 @@ class Checkpointer:
             SaveError: saves have failed several times in a row.
             DivergedError: a value is not finite; such a state is never saved.
         """
-        self._finish_pending(MAX_FAILED_SAVES)
+        self.finish_save()
         if self._orbax is None:
             self._orbax = self._open()
         trees = {"params": state.params, "opt_state": state.opt_state}
@@ -117,6 +117,10 @@ class Checkpointer:
         except OSError as error:
             self._save_failed(error, MAX_FAILED_SAVES)
 
+    def finish_save(self) -> None:
+        """Returns when no save runs any more; one that failed counts as in `save`."""
+        self._finish_pending(MAX_FAILED_SAVES)
+
     def wait(self) -> None:
         """Returns when the last save is on disk.
 
@@ -129,9 +133,12 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            if self._orbax is not None:
-                self._orbax.close()
-                self._orbax = None
+            self._close_orbax()
+
+    def _close_orbax(self) -> None:
+        if self._orbax is not None:
+            self._orbax.close()
+            self._orbax = None
 
     def _finish_pending(self, allowed: int) -> None:
         pending, self._pending = self._pending, None
@@ -168,13 +175,10 @@ class Checkpointer:
                 record = self.read_record(step)
                 self._refuse_bare(record)
                 check(record)
-                trees = self.load(step, {"params": abstract.params, "opt_state": abstract.opt_state}, record)
+                return self.restore(record, abstract), record
             except Damaged as damage:
                 refused.append(f"step {step}: {damage}")
                 self._quarantine(step, damage)
-                continue
-            placed = NamedSharding(abstract.step.sharding.mesh, P())
-            return TrainState(jax.device_put(jnp.asarray(step, jnp.int32), placed), **trees), record
         refused += [path.name for path in quarantined]
         if refused:
             raise CheckpointError(
@@ -182,6 +186,12 @@ class Checkpointer:
                 "to start afresh, choose another --workdir or remove that directory"
             )
         return None
+
+    def restore(self, record: Record, abstract: TrainState) -> TrainState:
+        """Returns the state of one checkpoint, as `load` does."""
+        trees = self.load(record.step, {"params": abstract.params, "opt_state": abstract.opt_state}, record)
+        placed = NamedSharding(abstract.step.sharding.mesh, P())
+        return TrainState(jax.device_put(jnp.asarray(record.step, jnp.int32), placed), **trees)
 
     def _refuse_bare(self, record: Record) -> None:
         if not any(name.startswith("opt_state") for name in record.fingerprints):
@@ -245,6 +255,7 @@ class Checkpointer:
         while target.exists():  # the same step was refused for the same reason before
             target, count = self.directory / f"{step}.corrupt-{reason}-{count}", count + 1
         log.warning("checkpoint %s/%d refused: %s; renamed to %s", self.directory, step, damage, target.name)
+        self._close_orbax()  # it knows this step, and would not save it again
         if jax.process_index() == 0:
             (self.directory / str(step)).rename(target)
 

@@ -86,8 +86,9 @@ class TrainConfig:
     sample_every: int = 0  # 0 means never
     sample_prompt: str = ""
     seed: int = 0  # of initialisation and dropout
-    nan_policy: str = "stop"  # stop | skip
+    nan_policy: str = "stop"  # of a step that is not finite: stop | skip | rollback, which a spike sets off, too
     nan_limit: int = 10  # skip: so many non-finite steps in a row end the run
+    max_rollbacks: int = 3  # rollback: one more ends the run
     barrier_seconds: float = 600.0  # for which processes wait for each other before data, restore and saves
     watchdog_seconds: float = 3600.0  # without a step or a batch of an evaluation that ended, leave; 0 means never
     z_loss: float = 0.0  # weight of the squared log-partition
@@ -133,7 +134,7 @@ CHOICES = {
     "optim.name": ("adamw", "lion", "adafactor", "muon"),
     "optim.schedule": ("cosine", "wsd", "constant"),
     "data.eot_position": ("auto", "first", "last"),
-    "train.nan_policy": ("stop", "skip"),
+    "train.nan_policy": ("stop", "skip", "rollback"),
     "checkpoint.resume": ("auto", "require", "never"),
 }
 
@@ -168,6 +169,7 @@ AT_LEAST = {
     "train.sample_every": 0,
     "train.seed": 0,
     "train.nan_limit": 1,
+    "train.max_rollbacks": 0,
     "train.barrier_seconds": 1,
     "train.watchdog_seconds": 0,
     "train.z_loss": 0,

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from gptjax.parallel import gather_positions, own_positions, sum_of_logs, sum_positions, tensor_index, tensor_parts
 
+NOT_COUNTED = -1.0  # as the loss of a token that has none: a real one is not below 0
+
 
 class LossSums(NamedTuple):
     """Sums over tokens, float32 scalars: divide by `tokens` once, at the very end."""
@@ -28,6 +30,30 @@ def cross_entropy(
     there on are padding. chunk: positions per chunk, a divisor of T; 0 means all at once. In the backward pass each
     chunk's logits are computed again, so that at most B * chunk * V of them exist.
     """
+    log_z_BT, label_BT = _in_chunks(x_BTD, head_DV, targets_BT, vocab_size, chunk)
+    weight_BT = (own_positions(targets_BT) >= 0).astype(jnp.float32)
+    return LossSums(
+        loss=jnp.sum((log_z_BT - label_BT) * weight_BT),
+        z_loss=jnp.sum(jnp.square(log_z_BT) * weight_BT),
+        tokens=jnp.sum(weight_BT),
+    )
+
+
+def token_losses(
+    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, vocab_size: int, chunk: int = 0
+) -> jax.Array:
+    """Returns what cross_entropy sums, token by token, in nats, and NOT_COUNTED for a negative target: float32 [B, T].
+
+    Of a step cut by hand over `tensor` those of this device's positions.
+    """
+    log_z_BT, label_BT = _in_chunks(x_BTD, head_DV, targets_BT, vocab_size, chunk)
+    return jnp.where(own_positions(targets_BT) >= 0, log_z_BT - label_BT, NOT_COUNTED)
+
+
+def _in_chunks(
+    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, vocab_size: int, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the log of the sum of exponentials and the target's logit of each of this device's positions."""
     x_BTD = gather_positions(x_BTD)
     B, T = targets_BT.shape
     if chunk in (0, T):
@@ -37,13 +63,7 @@ def cross_entropy(
         body = jax.checkpoint(lambda part: _log_z_and_label(part[0], head_DV, part[1], vocab_size), prevent_cse=False)
         found = jax.lax.map(body, (split(x_BTD), split(targets_BT)))
         log_z_BT, label_BT = (jnp.moveaxis(part, 0, 1).reshape(B, T) for part in found)
-    log_z_BT, label_BT = sum_of_logs(log_z_BT), sum_positions(label_BT)
-    weight_BT = (own_positions(targets_BT) >= 0).astype(jnp.float32)
-    return LossSums(
-        loss=jnp.sum((log_z_BT - label_BT) * weight_BT),
-        z_loss=jnp.sum(jnp.square(log_z_BT) * weight_BT),
-        tokens=jnp.sum(weight_BT),
-    )
+    return sum_of_logs(log_z_BT), sum_positions(label_BT)
 
 
 def _log_z_and_label(

@@ -4,11 +4,13 @@ Start the same command again to go on after an interruption. What a config can s
 """
 
 import pathlib
+import time
 
 from gptjax import config, runtime
 
 
 def main(arguments: list[str]) -> int:
+    started = time.time()
     parser = runtime.Parser(__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="for example configs/quickstart.py")
     parser.add_argument("--workdir", default="", metavar="DIR", help="where the run lives: runs/<config name>")
@@ -26,7 +28,8 @@ def main(arguments: list[str]) -> int:
     )
     from gptjax.train import train  # after the checks above: it takes seconds to import
 
-    return train(settings, args.workdir or f"runs/{pathlib.Path(args.config).stem}")
+    workdir = args.workdir or f"runs/{pathlib.Path(args.config).stem}"
+    return train(settings, workdir, started=started)
 
 
 def cli() -> None:

@@ -10,8 +10,10 @@ import sys
 import time
 from typing import Any
 
+from gptjax import goodput
 from gptjax.chips import find_chip
 from gptjax.config import Config
+from gptjax.goodput import Stopwatch, duration
 
 log = logging.getLogger("gptjax")
 
@@ -127,21 +129,6 @@ def _run_id(directory: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in os.path.abspath(directory))[-64:].strip("-")
 
 
-class Stopwatch:
-    """Seconds spent by kind (step, data_wait, evaluation, checkpoint, ...), for throughput and the final account."""
-
-    def __init__(self, spent: dict[str, float] | None = None) -> None:
-        self.spent = dict(spent or {})
-        self._since = time.perf_counter()
-
-    def add(self, kind: str) -> float:
-        """Books the time since the last call under `kind`, and returns it."""
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
-        self.spent[kind] = self.spent.get(kind, 0.0) + seconds
-        return seconds
-
-
 class Reporter:
     """Tells of a run's steps, validations and samples: in its log files, and on the screen; close it.
 
@@ -154,16 +141,26 @@ class Reporter:
         config: Config,
         *,
         resumed_from: int,
-        seconds: dict[str, float],
+        watch: Stopwatch,
+        compiled: bool,
+        started_at: float,
+        rollbacks: int,
         tokens_per_step: int,
         flops_per_step: float,
         peak_flops: float,
     ) -> None:
-        self.directory, self._train = directory, config.train
+        """Opens the logs, cut to step `resumed_from`.
+
+        compiled: whether the first dispatch will be one like the others. started_at: when the run was first started.
+        """
+        self.directory, self._train, self._save_every = directory, config.train, config.checkpoint.save_every
         self._log = RunLog(directory, config, resumed_from=resumed_from)
-        self.watch = Stopwatch(seconds)
+        self.watch, self._started_at, self._rollbacks = watch, started_at, rollbacks
+        self._accounted = resumed_from
         self._tokens, self._flops, self._peak = tokens_per_step, flops_per_step, peak_flops
-        self._since, self._spent = resumed_from + config.train.steps_per_dispatch, dict(self.watch.spent)
+        self._since, self._spent = resumed_from, dict(self.watch.spent)
+        if not compiled:
+            self._since += config.train.steps_per_dispatch
         self._live = _start_live()
 
     def report_step(self, step: int, row: dict[str, float], *, skipped: int) -> None:
@@ -182,8 +179,16 @@ class Reporter:
             "step_seconds": self._tokens / rate,
             "data_wait": waited / seconds if steps > 0 and seconds else math.nan,
         }
-        self._log.write(row | ({"skipped_steps": skipped} if skipped else {}))
+        counts = {"skipped_steps": skipped, "rollbacks": self._rollbacks}
+        self._log.write(row | {name: count for name, count in counts.items() if count} | self._account(step))
         self._show(step_line(row, self._train.num_steps))
+
+    def _account(self, step: int) -> dict[str, float]:
+        """Returns where the time has gone, about once a save and at the last step."""
+        if step - self._accounted < self._save_every and step != self._train.num_steps:
+            return {}
+        self._accounted = step
+        return goodput.scalars(self.watch.spent, time.time() - self._started_at)
 
     def report_validation(self, step: int, result: dict[str, float]) -> None:
         if step > self._log.last_validation:  # it is there already where a preemption came right after it
@@ -241,26 +246,6 @@ def _follow_stdout() -> None:
     for handler in log.handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stdout)
-
-
-def duration(seconds: float) -> str:
-    """Returns seconds as people write them.
-
-    >>> duration(59.6), duration(3700), duration(200000)
-    ('1m00s', '1h01m', '2d07h')
-    """
-    if not math.isfinite(seconds):
-        return "n/a"
-    whole = round(seconds)
-    if seconds < 1:
-        return f"{1e3 * seconds:.0f}ms"
-    if whole < 60:
-        return f"{whole}s" if whole >= 10 else f"{seconds:.1f}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
 def _percent(share: float | None) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from gptjax.checkpoint import versions
 from gptjax.chips import device_memory
 from gptjax.config import Config, nearest_divisors
-from gptjax.data.dataset import Dataset
+from gptjax.data.dataset import Dataset, data_index
 from gptjax.data.prepare import ensure_prepared
 from gptjax.data.tokenizer import Tokenizer, load_tokenizer
 from gptjax.data.tokens import open_split
@@ -68,11 +68,18 @@ class Run:
     def flops_per_step(self) -> float:
         return self.tokens_per_step * train_flops_per_token(self.config.model)
 
-    def batch(self, step: int) -> jax.Array:
-        """Returns the tokens of the dispatch that starts at `step`: [A, B, T+1], or [K, A, B, T+1] for K steps."""
+    @property
+    def machine(self) -> str:
+        return f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
+
+    def batch(self, step: int, skipped: Sequence[Mapping[str, Any]] = ()) -> jax.Array:
+        """Returns the tokens of the dispatch that starts at `step`: [A, B, T+1], or [K, A, B, T+1] for K steps.
+
+        skipped: as of data_index.
+        """
         count = self.config.train.steps_per_dispatch
         place = {"sharding": self.batch_sharding, "num_micro_steps": self.num_micro_steps}
-        batches = [self.train_data.batch(s, **place) for s in range(step, step + count)]
+        batches = [self.train_data.batch(data_index(s, skipped), **place) for s in range(step, step + count)]
         return batches[0] if count == 1 else jnp.stack(batches)
 
 
@@ -188,7 +195,7 @@ def describe_run(run: Run) -> list[str]:
     ours, others = made_with.pop("gptjax"), ", ".join(f"{name} {version}" for name, version in made_with.items())
     return [
         f"gptjax {ours} with {others}",
-        f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind} as {shape}, {jax.process_count()} process(es)",
+        f"{run.machine} as {shape}, {jax.process_count()} process(es)",
         f"model: {count_params(model):,} parameters, {run.compute.attention} attention, {run.compute.dtype}",
         f"data: {train_tokens:,} tokens to train on, {validation_tokens:,} to validate",
         f"step: {run.tokens_per_step:,} tokens, {run.flops_per_step:.3g} FLOP, {run.num_micro_steps} micro-step(s)",

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from gptjax.config import Config
-from gptjax.loss import LossSums, cross_entropy
+from gptjax.loss import LossSums, cross_entropy, token_losses
 from gptjax.model import GPT, Compute, document_starts, head
 from gptjax.optim import Schedule, make_schedule
 from gptjax.parallel import (
@@ -51,17 +51,77 @@ def make_examples(tokens: jax.Array, config: Config, *, eot_id: int, eot_positio
 
 def make_loss_fn(model: GPT, config: Config, *, eot_id: int, eot_position: str) -> Callable[..., LossSums]:
     """Returns loss_fn(params, tokens [B, T+1], dropout_key or None) -> sums over the predictions that count."""
+    return _make_loss(cross_entropy, model, config, eot_id=eot_id, eot_position=eot_position)
 
-    def loss_fn(params: Any, tokens: jax.Array, dropout_key: jax.Array | None) -> LossSums:
+
+def make_token_loss_fn(model: GPT, config: Config, *, eot_id: int, eot_position: str) -> Callable[..., jax.Array]:
+    """Returns token_loss_fn(params, tokens_ABT, step) -> loss of each prediction of an update: float32 [A, B, T].
+
+    They are what the update of `step` sums, dropout included, one micro-batch in memory at a time.
+    """
+    loss_fn = _make_loss(token_losses, model, config, eot_id=eot_id, eot_position=eot_position)
+
+    def losses(params: Any, tokens_ABT: jax.Array, step: jax.Array) -> jax.Array:
+        whole, key = with_tables(params, model.compute), micro_keys(config, step)
+        micro = lambda a: loss_fn(whole, a[1], key(a[0]))  # noqa: E731
+        return jax.lax.map(micro, (jnp.arange(tokens_ABT.shape[0]), tokens_ABT))
+
+    def split(params: Any, tokens_ABT: jax.Array, step: jax.Array) -> jax.Array:
+        cut, placed = param_specs(params), P(*BATCH_SPEC[:2], "tensor")
+        return on_each_shard(losses, in_specs=(cut, BATCH_SPEC, P()), out_specs=placed)(params, tokens_ABT, step)
+
+    return split
+
+
+def _make_loss(
+    reduce: Callable[..., Any], model: GPT, config: Config, *, eot_id: int, eot_position: str
+) -> Callable[..., Any]:
+    def loss_fn(params: Any, tokens: jax.Array, dropout_key: jax.Array | None) -> Any:
         inputs_BT, starts_BT, targets_BT = make_examples(tokens, config, eot_id=eot_id, eot_position=eot_position)
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         x_BTD: Any = model.apply({"params": params}, inputs_BT, starts_BT, rngs=rngs, method="hidden")
         with jax.named_scope("loss"):
-            return cross_entropy(
+            return reduce(
                 x_BTD, head(params), targets_BT, vocab_size=model.config.vocab_size, chunk=config.compute.loss_chunk
             )
 
     return loss_fn
+
+
+def micro_keys(config: Config, step: jax.Array) -> Callable[[jax.typing.ArrayLike], jax.Array | None]:
+    """Returns a micro-step's index -> the dropout key that it has in the update of `step`; None without dropout."""
+    step_key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+    return lambda index: jax.random.fold_in(step_key, index) if config.model.dropout else None
+
+
+def make_gradient_fn(
+    loss_fn: Callable[..., LossSums], *, config: Config, compute: Compute
+) -> Callable[..., tuple[Any, LossSums]]:
+    """Returns gradient_fn(params, tokens_ABT, step) -> (mean gradient over all tokens, not clipped, sums)."""
+    z_weight = config.train.z_loss
+
+    def summed(params: Any, tokens: jax.Array, key: jax.Array | None) -> tuple[jax.Array, LossSums]:
+        sums = loss_fn(params, tokens, key)
+        return sums.loss + z_weight * sums.z_loss if z_weight else sums.loss, sums
+
+    def gradients(params: Any, tokens_ABT: jax.Array, step: jax.Array) -> tuple[Any, LossSums]:
+        key = micro_keys(config, step)
+        whole, scatter = jax.vjp(lambda p: with_tables(p, compute), params)
+
+        def micro_step(index: jax.typing.ArrayLike, tokens: jax.Array) -> tuple[Any, LossSums]:
+            return jax.grad(summed, has_aux=True)(whole, tokens, key(index))
+
+        grads, sums = accumulate(micro_step, tokens_ABT)
+        return sum_gradients(*scatter(grads), reduce_dtype=compute.reduce_dtype), sum_over_shards(sums)
+
+    def gradient_fn(params: Any, tokens_ABT: jax.Array, step: jax.Array) -> tuple[Any, LossSums]:
+        cut = param_specs(params)
+        split = on_each_shard(gradients, in_specs=(cut, BATCH_SPEC, P()), out_specs=(cut, P()))
+        grads, sums = split(params, tokens_ABT, step)
+        with jax.named_scope("update"):
+            return jax.tree.map(lambda g: g / sums.tokens, grads), sums
+
+    return gradient_fn
 
 
 def make_train_step(
@@ -78,29 +138,11 @@ def make_train_step(
     params and optimizer state stay as they are and only `step` moves on. Metrics are float32 scalars: loss, grad_norm
     (before clipping), update_norm, lr, tokens, finite (1 or 0).
     """
-    z_weight, clip, dropout = config.train.z_loss, config.optim.grad_clip, config.model.dropout
-
-    def summed(params: Any, tokens: jax.Array, key: jax.Array | None) -> tuple[jax.Array, LossSums]:
-        sums = loss_fn(params, tokens, key)
-        return sums.loss + z_weight * sums.z_loss if z_weight else sums.loss, sums
-
-    def gradients(params: Any, tokens_ABT: jax.Array, step: jax.Array) -> tuple[Any, LossSums]:
-        step_key = jax.random.fold_in(jax.random.key(config.train.seed), step)
-        whole, scatter = jax.vjp(lambda p: with_tables(p, compute), params)
-
-        def micro_step(index: jax.typing.ArrayLike, tokens: jax.Array) -> tuple[Any, LossSums]:
-            key = jax.random.fold_in(step_key, index) if dropout else None
-            return jax.grad(summed, has_aux=True)(whole, tokens, key)
-
-        grads, sums = accumulate(micro_step, tokens_ABT)
-        return sum_gradients(*scatter(grads), reduce_dtype=compute.reduce_dtype), sum_over_shards(sums)
+    clip, gradient_fn = config.optim.grad_clip, make_gradient_fn(loss_fn, config=config, compute=compute)
 
     def train_step(state: TrainState, tokens_ABT: jax.Array) -> tuple[TrainState, Metrics]:
-        cut = param_specs(state.params)
-        split = on_each_shard(gradients, in_specs=(cut, BATCH_SPEC, P()), out_specs=(cut, P()))
-        grads, sums = split(state.params, tokens_ABT, state.step)
+        grads, sums = gradient_fn(state.params, tokens_ABT, state.step)
         with jax.named_scope("update"):
-            grads = jax.tree.map(lambda g: g / sums.tokens, grads)
             grad_norm = optax.tree.norm(grads)
             if clip:
                 grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / (grad_norm + 1e-6)), grads)

@@ -1,30 +1,33 @@
 """The training loop: the only place where time, files and devices meet."""
 
 import contextlib
+import functools
 import logging
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import errors
-from gptjax.checkpoint import Checkpointer, Record, compare_configs, versions
-from gptjax.config import Config, GPTConfig, flatten
-from gptjax.convert import formats
-from gptjax.data.dataset import Prefetcher
+from gptjax import errors, goodput
+from gptjax.checkpoint import Checkpointer, versions
+from gptjax.config import Config, flatten
+from gptjax.data.dataset import Prefetcher, data_index
+from gptjax.divergence import RollBackError, Spike, find_spike, history_after, remember
 from gptjax.errors import ConfigError, DivergedError
 from gptjax.evaluate import COMPRESSED_BYTES, compare, evaluate
-from gptjax.metrics import Reporter, duration, peak_flops
+from gptjax.goodput import Stopwatch, duration
+from gptjax.metrics import Reporter, peak_flops
 from gptjax.optim import role_table
 from gptjax.run import Run, describe_run, make_run
 from gptjax.runtime import Consensus, Preemption, Watchdog, check_agreement, fault_point, lock_workdir, meet
 from gptjax.sample import generate
-from gptjax.sharding import path_name
+from gptjax.start import initial_state, new_history, restore, start_state
 from gptjax.state import TrainState
 from gptjax.workdir import fetch_logs, local_directory, store_logs, write_json
 
@@ -35,13 +38,15 @@ SMALL_BATCH = 4  # sequences: what a CPU can be asked for
 CPU_EFFICIENCY = 0.5  # of a large matrix product, in a train step
 
 
-def train(config: Config, workdir: str) -> int:
+def train(config: Config, workdir: str, *, started: float | None = None) -> int:
     """Trains `config` in `workdir`, from its newest checkpoint if it has one, and returns the exit code.
+
+    started: when the command was, by time.time(); None means now.
 
     Raises:
         UserError: with the code and the message of everything foreseeable that ends a run early.
     """
-    local = local_directory(workdir, process=jax.process_index())
+    started, local = started or time.time(), local_directory(workdir, process=jax.process_index())
     if config.checkpoint.resume == "never" and os.path.isdir(local) and set(os.listdir(local)) - {".lock"}:
         raise ConfigError(f"checkpoint.resume='never': --workdir={workdir} is not empty; choose another")
     with contextlib.ExitStack() as stack:
@@ -64,22 +69,93 @@ def train(config: Config, workdir: str) -> int:
         if step >= config.train.num_steps and not evaluation_is_missing(config, step, history):
             log.info("%s: finished at step %d of %d; nothing to do", workdir, step, config.train.num_steps)
             return errors.OK
+        history["started_at"] = goodput.first_start(history, started)
+        spent = goodput.at_start(history, started=started, last_sign=last_sign(local), now=time.time())
+        watch, consensus = Stopwatch(spent), Consensus(preemption, run.mesh)
         fetch_logs(workdir, local)
         write_description(run, local)
-        reporter = stack.enter_context(contextlib.closing(make_reporter(run, local, step, history["seconds"])))
-        prefetcher = Prefetcher(run.batch, step, config.train.steps_per_dispatch)
-        stack.enter_context(contextlib.closing(prefetcher))
+        run_on = functools.partial(
+            run_until_spike,
+            run,
+            directory=local,
+            watch=watch,
+            checkpointer=checkpointer,
+            consensus=consensus,
+            watchdog=watchdog,
+        )
         with ending_without_the_others():
-            return run_loop(
-                run,
-                state,
-                history,
-                checkpointer=checkpointer,
-                reporter=reporter,
-                prefetcher=prefetcher,
-                consensus=Consensus(preemption, run.mesh),
-                watchdog=watchdog,
-            )
+            end = run_on(state, history, after="restart" if history["restarts"] else "start")
+            while isinstance(end, Spike):
+                state, history = roll_back(run, checkpointer, history, end, watch)
+                watchdog.beat()
+                end = run_on(state, history, after="rollback")
+        return end
+
+
+def run_until_spike(
+    run: Run,
+    state: TrainState,
+    history: dict[str, Any],
+    *,
+    directory: str,
+    watch: Stopwatch,
+    after: str,
+    **tools: Any,
+) -> int | Spike:
+    """Runs the loop, with its logs and batches, and returns its exit code, or the spike to be undone by a rollback.
+
+    directory: of the logs. after: what ends here, as a kind of time: start, restart or rollback.
+    """
+    step, compiled = int(state.step), after == "rollback"
+    batch = functools.partial(run.batch, skipped=tuple(history["skipped_ranges"]))
+    with contextlib.ExitStack() as stack:
+        reporter = stack.enter_context(
+            contextlib.closing(make_reporter(run, directory, step, history, watch, compiled))
+        )
+        prefetcher = Prefetcher(batch, step, run.config.train.steps_per_dispatch)
+        stack.enter_context(contextlib.closing(prefetcher))
+        stack.enter_context(ending_without_the_others())
+        watch.add(after)
+        try:
+            return run_loop(run, state, history, reporter=reporter, prefetcher=prefetcher, compiled=compiled, **tools)
+        except RollBackError as error:
+            return error.spike  # and with the error goes the loop's state, whose memory the restored one may need
+
+
+def roll_back(
+    run: Run, checkpointer: Checkpointer, history: dict[str, Any], spike: Spike, watch: Stopwatch
+) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the last good state and the history to go on with, in which the data from there to the spike are skipped.
+
+    There is no checkpoint after it: a save comes after the metrics of all steps before it were read.
+    """
+    checkpointer.finish_save()
+    number, seconds = history["rollbacks"] + 1, run.config.train.barrier_seconds
+    meet(f"rollback {number}", seconds)
+    state, past = restore(run, checkpointer) or (initial_state(run), new_history())
+    meet(f"step after rollback {number}", seconds)
+    step = int(state.step)
+    watch.spent = goodput.after_rollback(watch.spent, past["seconds"])
+    history = history_after(history, past, step, spike)
+    ranges, most = history["skipped_ranges"], run.config.train.max_rollbacks
+    last = data_index(step, ranges) - 1
+    first = last - ranges[-1]["batches"] + 1
+    where = f"back to step {step}, without batches {first} to {last} of the data"
+    log.warning("step %d: %s: %s (rollback %d of at most %d)", spike.step, spike.why, where, number, most)
+    command = replay_command(checkpointer.directory.parent, spike.step)
+    log.warning("to look at that step: %s --rollbacks=%d", command, number - 1)
+    fault_point("rollback")
+    return state, history
+
+
+def replay_command(workdir: Any, step: int) -> str:
+    return f"python -m gptjax.replay --workdir={workdir} --step={step}"
+
+
+def last_sign(directory: str) -> float:
+    """Returns when the process before was last seen to work, by its metrics; 0 where there are none."""
+    path = os.path.join(directory, "metrics.jsonl")
+    return os.path.getmtime(path) if os.path.exists(path) else 0.0
 
 
 @contextlib.contextmanager
@@ -95,87 +171,21 @@ def ending_without_the_others() -> Iterator[None]:
         os._exit(errors.UNAVAILABLE)
 
 
-def make_reporter(run: Run, workdir: str, step: int, seconds: dict[str, float]) -> Reporter:
+def make_reporter(
+    run: Run, directory: str, step: int, history: dict[str, Any], watch: Stopwatch, compiled: bool
+) -> Reporter:
     return Reporter(
-        workdir,
+        directory,
         run.config,
         resumed_from=step,
-        seconds=seconds,
+        watch=watch,
+        compiled=compiled,
+        started_at=history["started_at"],
+        rollbacks=history["rollbacks"],
         tokens_per_step=run.tokens_per_step,
         flops_per_step=run.flops_per_step,
         peak_flops=sum(peak_flops(device) for device in run.mesh.devices.flat),
     )
-
-
-def start_state(run: Run, checkpointer: Checkpointer) -> tuple[TrainState, dict[str, Any]]:
-    """Returns the state and the history to go on from: the newest intact checkpoint's, or fresh ones."""
-    config = run.config
-
-    def check(record: Record) -> None:
-        compare_configs(record.config, config)
-        compare_data(record.data, run.data_identity, allowed=config.data.allow_changed)
-
-    restored = checkpointer.restore_latest(run.abstract_state, check=check)
-    if restored is not None:
-        state, record = restored
-        log.info("resumed from step %d of %s", record.step, checkpointer.directory)
-        return state, {"validated": -1} | record.history | {"restarts": record.history.get("restarts", 0) + 1}
-    if config.checkpoint.resume == "require":
-        raise ConfigError(f"checkpoint.resume='require': {checkpointer.directory} has no checkpoint")
-    state = run.init()
-    if config.init_from:
-        state = TrainState(state.step, initial_params(run), state.opt_state)
-    return state, {"restarts": 0, "skipped_steps": 0, "nonfinite_in_a_row": 0, "validated": -1, "seconds": {}}
-
-
-def initial_params(run: Run) -> Any:
-    """Returns the parameters that init_from names, placed for this run, one read at a time.
-
-    Raises:
-        ConfigError: they are of another model.
-    """
-    text, model = run.config.init_from, run.config.model
-    place = formats.parse_place("init_from", text if ":" in text else f"gptjax:{text}", formats.READABLE)
-    weights = formats.open_weights(place, dropout=model.dropout)
-    compare_models(weights.config, model, text)
-    if weights.tokenizer is not None and weights.tokenizer.sha256 != run.tokenizer.sha256:
-        log.warning("init_from=%s: made with tokenizer %s, not with this run's", text, weights.tokenizer.name)
-    log.info("parameters from %s", weights.origin)
-    for note in weights.notes:
-        log.info("  %s", note)
-    abstract = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(run.abstract_state.params)}
-
-    def put(path: str, leaf: np.ndarray) -> jax.Array:
-        leaf = leaf[: model.block_size] if path == "wpe/embedding" else leaf
-        shape, sharding = abstract[path].shape, abstract[path].sharding
-        placed = jax.make_array_from_callback(shape, sharding, lambda index: leaf[index])
-        return jax.jit(jnp.copy, out_shardings=sharding)(placed)  # NumPy's memory could not be donated to a step
-
-    return formats.load_params(weights, put)
-
-
-def compare_models(found: GPTConfig, wanted: GPTConfig, source: str) -> None:
-    """Raises ConfigError unless the parameters of `found` are those of `wanted`, but for positions left out."""
-    names = ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "tie_embeddings")
-    changed = [n for n in names if getattr(found, n) != getattr(wanted, n)]
-    if found.block_size < wanted.block_size:
-        changed.append("block_size")
-    if changed:
-        lines = [f"it has {n}={getattr(found, n)}, this run model.{n}={getattr(wanted, n)}" for n in changed]
-        remedy = " ".join(f"--config.model.{n}={getattr(found, n)}" for n in changed)
-        raise ConfigError("\n".join(f"init_from={source}: {line}" for line in [*lines, f"to train it: {remedy}"]))
-    if found.block_size > wanted.block_size:
-        log.info("init_from=%s: positions from %d on are left out", source, wanted.block_size)
-
-
-def compare_data(old: dict[str, Any], new: dict[str, Any], *, allowed: bool) -> None:
-    """Raises ConfigError when the checkpoint was trained on other data, or in another order, unless `allowed`."""
-    changed = [f"{name} was {old.get(name)!r}, now {value!r}" for name, value in new.items() if old.get(name) != value]
-    if changed and not allowed:
-        lines = [f"the data changed since the checkpoint: {line}" for line in changed]
-        raise ConfigError("\n".join([*lines, "to go on all the same: --config.data.allow_changed=True"]))
-    for line in changed:
-        log.info("note: the data changed since the checkpoint: %s", line)
 
 
 def run_loop(
@@ -188,21 +198,27 @@ def run_loop(
     prefetcher: Prefetcher,
     consensus: Consensus,
     watchdog: Watchdog,
+    compiled: bool,
 ) -> int:
     """Takes `state` to the last step, or to the next one once preempted, and returns the exit code.
 
     The host runs one dispatch ahead: the metrics of one are read while the next one computes.
+
+    compiled: whether the first dispatch will be one like the others.
+
+    Raises:
+        RollBackError: a step spiked, and is to be undone.
     """
     config, watch, step = run.config, reporter.watch, int(state.step)
     pending: tuple[int, Any, Any] | None = None
-    first, num_steps = True, config.train.num_steps
+    first, num_steps, workdir = not compiled, config.train.num_steps, checkpointer.directory.parent
     saved = step if step else None
 
     def settle() -> None:
         nonlocal pending
         if pending is not None:
             (end, metrics, answer), pending = pending, None
-            settle_dispatch(run, reporter, history, end, metrics, last_saved=saved)
+            settle_dispatch(run, reporter, history, end, metrics, last_saved=saved, workdir=workdir)
             consensus.hear(answer)
             watchdog.beat()
 
@@ -253,10 +269,13 @@ def run_loop(
     watch.add("checkpoint")
     if step < num_steps or evaluation_is_missing(config, step, history):
         log.warning("preempted at step %d, checkpoint written: start the same command again", step)
+        log.info("%s", goodput.describe(watch.spent, time.time() - history["started_at"])[0])
         return errors.PREEMPTED
     if not config.train.eval_batches and run.validation_data.split.bytes <= COMPRESSED_BYTES:
         log.info("%s", compare(run.validation_data.split, run.tokenizer))
-    log.info("done: %d steps in %s", step, describe_seconds(watch.spent))
+    log.info("done: %d steps", step)
+    for line in goodput.describe(watch.spent, time.time() - history["started_at"]):
+        log.info("%s", line)
     return errors.OK
 
 
@@ -271,46 +290,81 @@ def is_due(step: int, every: int) -> bool:
 
 
 def settle_dispatch(
-    run: Run, reporter: Reporter, history: dict[str, Any], end: int, metrics: Any, *, last_saved: int | None
+    run: Run,
+    reporter: Reporter,
+    history: dict[str, Any],
+    end: int,
+    metrics: Any,
+    *,
+    last_saved: int | None,
+    workdir: Any,
 ) -> None:
-    """Reads the metrics of the dispatch that ended at step `end`, applies the policy on non-finite ones, reports.
+    """Reads the metrics of the dispatch that ended at step `end`, applies the policy on divergence, reports.
 
     Raises:
-        DivergedError: train.nan_policy is `stop`, or too many steps in a row were not finite.
+        RollBackError: a step spiked, and train.nan_policy is `rollback`.
+        DivergedError: train.nan_policy is `stop`, or too many steps in a row were not finite, or spiked.
     """
-    count = run.config.train.steps_per_dispatch
+    train = run.config.train
+    count = train.steps_per_dispatch
     host = {name: np.reshape(np.asarray(value), (count,)) for name, value in metrics.items()}
     reporter.watch.add("step")
     for index in range(count):
         step = end - count + index + 1
         row = {name: float(values[index]) for name, values in host.items()}
-        if row.pop("finite"):
+        finite = bool(row.pop("finite"))
+        if train.nan_policy == "rollback":
+            why = find_spike(history["recent"], row, finite=finite)
+            if why:
+                undo(run, history, Spike(step, why), last_saved=last_saved, workdir=workdir)
+        elif not finite:
+            note_nonfinite(run, history, step, row, last_saved=last_saved, workdir=workdir)
+        if finite:
             history["nonfinite_in_a_row"] = 0
-        else:
-            note_nonfinite(run, history, step, row, last_saved=last_saved)
+            remember(history["recent"], row)
         reporter.report_step(step, row, skipped=history["skipped_steps"])
 
 
+def undo(run: Run, history: dict[str, Any], spike: Spike, *, last_saved: int | None, workdir: Any) -> NoReturn:
+    """Ends the loop for a rollback, or the run where there have been enough."""
+    train = run.config.train
+    if history["rollbacks"] < train.max_rollbacks:
+        raise RollBackError(spike)
+    what = f"step {spike.step}: {spike.why}: train.max_rollbacks={train.max_rollbacks}, and there have been so many"
+    remedy = "lower optim.peak_lr, or raise train.max_rollbacks"
+    raise diverged(run, history, spike.step, what, remedy, last_saved=last_saved, workdir=workdir)
+
+
 def note_nonfinite(
-    run: Run, history: dict[str, Any], step: int, row: dict[str, float], *, last_saved: int | None
+    run: Run, history: dict[str, Any], step: int, row: dict[str, float], *, last_saved: int | None, workdir: Any
 ) -> None:
     """Counts a step that kept its parameters because it was not finite; raises DivergedError where policy says so."""
     train = run.config.train
     history["skipped_steps"] += 1
     history["nonfinite_in_a_row"] += 1
     what = f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}"
+    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+        what += f", update norm {row['update_norm']}"
     if train.nan_policy == "skip" and history["nonfinite_in_a_row"] < train.nan_limit:
         log.warning("%s: update skipped (%d so far)", what, history["skipped_steps"])
         return
-    windows = run.train_data.row_ids(step - 1)[:8].tolist()
     reason = f"{train.nan_limit} in a row" if train.nan_policy == "skip" else "train.nan_policy='stop'"
+    remedy = "add --config.train.nan_policy=skip to leave such updates out, or lower optim.peak_lr"
+    raise diverged(run, history, step, f"{what}: {reason}", remedy, last_saved=last_saved, workdir=workdir)
+
+
+def diverged(
+    run: Run, history: dict[str, Any], step: int, what: str, remedy: str, *, last_saved: int | None, workdir: Any
+) -> DivergedError:
+    """Returns the error that ends a run at `step`: what it met, where, from where it goes on, and how to look at it."""
+    windows = run.train_data.row_ids(data_index(step - 1, history.get("skipped_ranges", ())))[:8].tolist()
     stands = f"the last good checkpoint is of step {last_saved}, and the same command goes on from there"
     if last_saved is None:
         stands = "there is no checkpoint yet"
-    raise DivergedError(
-        f"{what}: {reason}; its batch starts with windows {windows} of the training data\n"
-        f"{stands}: "
-        "add --config.train.nan_policy=skip to leave such updates out, or lower optim.peak_lr"
+    return DivergedError(
+        f"{what}; its batch starts with windows {windows} of the training data\n"
+        f"{stands}: {remedy}\n"
+        f"to look at that step: {replay_command(workdir, step)}"
     )
 
 
@@ -360,7 +414,9 @@ def save(
 ) -> None:
     reporter.sync()
     meet(f"save of step {step}", run.config.train.barrier_seconds)
-    history = history | {"seconds": dict(reporter.watch.spent)}
+    reporter.watch.add("checkpoint")
+    how = {"machine": run.machine, "num_micro_steps": run.num_micro_steps}  # what bits depend on beside the config
+    history = history | how | {"seconds": dict(reporter.watch.spent), "saved_at": time.time()}
     checkpointer.save(state, step, config=run.config, history=history, data=run.data_identity, metrics=result or None)
     store_logs(reporter.directory, str(checkpointer.directory.parent))
     reporter.watch.add("checkpoint")
@@ -376,14 +432,6 @@ def profiled(wanted: bool, directory: str) -> Iterator[None]:
     with jax.profiler.trace(os.path.join(directory, "profile")):
         yield
     log.info("profile written to %s", os.path.join(directory, "profile"))
-
-
-def describe_seconds(spent: dict[str, float]) -> str:
-    total = sum(spent.values())
-    parts = ", ".join(
-        f"{kind.replace('_', ' ')} {duration(seconds)}" for kind, seconds in spent.items() if seconds > 0.05
-    )
-    return f"{duration(total)} ({parts})"
 
 
 def write_description(run: Run, workdir: str) -> None:

@@ -17,7 +17,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = """
     main
     train
-    sample  evaluate  convert.__main__  plan
+    sample  evaluate  convert.__main__  plan  replay
+    start  page
     report
     aot
     run  convert.formats
@@ -26,7 +27,7 @@ LAYERS = """
     convert.card  convert.torch_file
     convert.weights
     convert.names  convert.tokenizer_files
-    checkpoint  metrics  step  data.prepare
+    checkpoint  metrics  step  data.prepare  divergence
     state  optim  data.dataset  data.sources  estimate
     model  data.tokens
     attention  loss  pointwise  data.tokenizer
@@ -34,11 +35,11 @@ LAYERS = """
     sharding
     config  runtime  workdir  convert.hub  chips
     costs
-    convert.files  hlo
+    convert.files  hlo  goodput
     errors
 """
 # Where a process starts, and its loop: only these use the runtime.
-ENTRIES = {"main", "train", "sample", "evaluate", "convert.__main__", "data.prepare", "plan"}
+ENTRIES = {"main", "train", "sample", "evaluate", "convert.__main__", "data.prepare", "plan", "replay"}
 # Whatever computes, so that it runs anywhere those libraries do.
 COMPUTING = {"model", "attention", "loss", "pointwise", "parallel", "sharding", "optim", "state", "step"}
 NUMERICAL = {"jax", "flax", "optax", "numpy"}

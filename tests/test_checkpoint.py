@@ -1,5 +1,6 @@
 """Fingerprints, records, the way to disk and back of every optimizer's state, and saves that fail."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -226,6 +227,24 @@ def test_what_is_kept(tmp_path):
 
 
 # Parameters alone
+
+
+def test_a_step_that_was_found_damaged_can_be_saved_again(tmp_path):
+    """By the same Checkpointer, as after a rollback past it: Orbax would leave out a step that it knows."""
+    abstract, state = make_state()
+    with contextlib.closing(Checkpointer(str(tmp_path), keep=5)) as checkpointer:
+        for step in (1, 2):
+            save(checkpointer, step)
+        checkpointer.finish_save()
+        (tmp_path / "checkpoints" / "2" / "_CHECKPOINT_METADATA").write_text("{}")
+        restored = checkpointer.restore_latest(abstract)
+        assert restored is not None
+        assert restored[1].step == 1
+        save(checkpointer, 2)
+    assert checkpoint_steps(tmp_path) == [1, 2]
+    restored = Checkpointer(str(tmp_path)).restore_latest(abstract)
+    assert restored is not None
+    assert (restored[1].step, state_bytes(restored[0])) == (2, state_bytes(state))
 
 
 def test_load_params(tmp_path):

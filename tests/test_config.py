@@ -182,6 +182,15 @@ def test_periods_are_multiples_of_steps_per_dispatch(path):
     assert problems_of(values)[0].endswith("nearest valid: 20")
 
 
+def test_the_policies_on_divergence():
+    for policy in ("stop", "skip", "rollback"):
+        assert from_dict({"train": {"nan_policy": policy, "max_rollbacks": 0}}).train.nan_policy == policy
+    assert problems_of({"train": {"nan_policy": "back"}}) == [
+        "train.nan_policy='back': expected one of stop, skip, rollback"
+    ]
+    assert problems_of({"train": {"max_rollbacks": -1}}) == ["train.max_rollbacks=-1: must be at least 0"]
+
+
 def test_several_problems_are_listed_at_once():
     unparsable = {"model": {"n_layers": 2, "bias": "maybe"}, "optim": {"peak_lr": math.nan}, "tarin": {}, "mesh": 2}
     assert [problem.split(":")[0].split("=")[0] for problem in problems_of(unparsable)] == [

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.loss import cross_entropy, masked_logits
+from gptjax.loss import NOT_COUNTED, cross_entropy, masked_logits, token_losses
 
 B, T, D, V = 2, 8, 4, 6
 
@@ -140,3 +140,16 @@ def test_the_full_logits_never_exist_in_chunks():
     assert whole_bytes >= 4 * B * 64 * 512
     assert chunked <= B * 8 * 512
     assert chunked_bytes < whole_bytes / 2
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_token_losses_are_what_the_cross_entropy_sums(chunk):
+    x_BTD, head_DV, targets_BT = make_inputs()
+    sums = cross_entropy(x_BTD, head_DV, targets_BT, vocab_size=V)
+    losses_BT = token_losses(x_BTD, head_DV, targets_BT, vocab_size=V, chunk=chunk)
+    counted = np.asarray(targets_BT) >= 0
+    assert losses_BT.shape == (B, T)
+    assert set(np.asarray(losses_BT)[~counted].tolist()) == {NOT_COUNTED}
+    assert np.asarray(losses_BT)[counted].sum() == pytest.approx(float(sums.loss), rel=1e-6)
+    assert np.asarray(losses_BT)[counted].min() > 0
+    assert len(set(np.asarray(losses_BT)[counted].tolist())) == counted.sum()

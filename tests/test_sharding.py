@@ -32,7 +32,7 @@ from gptjax.sharding import (
     state_shardings,
 )
 from gptjax.state import TrainState, make_init
-from gptjax.step import make_eval_step, make_loss_fn, make_train_step
+from gptjax.step import make_eval_step, make_loss_fn, make_token_loss_fn, make_train_step
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -347,6 +347,30 @@ def test_dropout_is_of_the_sequence_not_of_the_shard(name):
     alone, metrics = (train(where, heads=heads, dropout=0.3)[0] for where in ("1", name))
     assert not np.allclose(alone, train("1", heads=heads)[0], rtol=1e-3), "nothing was dropped"
     np.testing.assert_allclose(metrics, alone, rtol=1e-5)
+
+
+@functools.cache
+def token_losses_on(name, heads):
+    """Returns the losses [A, B, T] of the tokens of two micro-batches, with dropout and document masks."""
+    values = {"model": MODEL | {"n_head": heads, "dropout": 0.3}, "data": {"document_mask": True}}
+    config, mesh = from_dict(values), mesh_of(*MESHES[name])
+    model = GPT(config.model, resolve_compute(config, mesh))
+    tokens_ABT = np.random.default_rng(0).integers(20, size=(2, 8, 17)).astype(np.int32)
+    batch = jax.device_put(tokens_ABT, NamedSharding(mesh, BATCH_SPEC))
+    with jax.set_mesh(mesh):
+        abstract, _ = make_init(model, optax.identity(), mesh=mesh, seed=0)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
+        params = jax.device_put(initial_params(), shardings)
+        losses = jit(make_token_loss_fn(model, config, eot_id=3, eot_position="last"))(params, batch, jnp.int32(5))
+    return np.asarray(losses)
+
+
+@pytest.mark.parametrize("name", ["2x2x2", "1x2x4"])
+def test_each_tokens_loss_agrees_between_meshes(name):
+    alone, found = (token_losses_on(where, HEADS.get(name, 2)) for where in ("1", name))
+    assert found.shape == (2, 8, 16)
+    assert len(np.unique(found)) > 200
+    np.testing.assert_allclose(found, alone, rtol=1e-5)
 
 
 def test_a_sum_in_two_stages_is_the_same_sum():

@@ -10,11 +10,18 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from gptjax.config import from_dict
-from gptjax.loss import LossSums
+from gptjax.loss import NOT_COUNTED, LossSums
 from gptjax.model import GPT, Compute
 from gptjax.optim import make_optimizer, make_schedule
 from gptjax.state import TrainState
-from gptjax.step import make_eval_step, make_loss_fn, make_multi_step, make_train_step
+from gptjax.step import (
+    make_eval_step,
+    make_gradient_fn,
+    make_loss_fn,
+    make_multi_step,
+    make_token_loss_fn,
+    make_train_step,
+)
 
 MODEL = {"block_size": 8, "vocab_size": 20, "n_layer": 2, "n_head": 2, "n_embd": 16}
 EOT = 3
@@ -385,3 +392,34 @@ def test_bytes_and_losses_count_the_same_targets(document_mask, targets):
     evaluate = eval_step(document_mask)
     sums, size = evaluate(gpt_params(), jnp.broadcast_to(tokens_ABT, (4, 2, 9)), jnp.full(20, 7))
     assert float(size) == 7 * float(sums.tokens) == 7 * targets * 8
+
+
+# The parts of the step that gptjax.replay looks at
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_token_losses_and_gradient_are_those_of_the_step(chunk):
+    """With another dropout mask in each micro-batch, tokens that do not count, at a step that is not the first."""
+    config = make_config(
+        model=MODEL | {"dropout": 0.3},
+        data={"document_mask": True},
+        compute={"loss_chunk": chunk},
+        train={"num_steps": 10, "log_every": 1, "z_loss": 0.0},
+    )
+    loss_fn, ends = gpt_loss_fn(config), {"eot_id": EOT, "eot_position": "last"}
+    tokens_ABT = jnp.asarray(np.concatenate([make_tokens(1, 4)] * 2))
+    state = make_state(config, gpt_params(), step=3, optimizer=optax.identity())
+    _, metrics = jit(make_step(config, loss_fn, optax.identity()))(state, tokens_ABT)
+    token_loss_fn = jit(make_token_loss_fn(GPT(config.model, Compute()), config, **ends))
+    losses_ABT = np.asarray(token_loss_fn(state.params, tokens_ABT, state.step))
+    counted = losses_ABT != NOT_COUNTED
+    assert 0 < (~counted).sum() == (np.asarray(tokens_ABT)[..., :-1] == EOT).sum()
+    assert counted.sum() == float(metrics["tokens"])
+    assert losses_ABT[counted].mean() == pytest.approx(float(metrics["loss"]), rel=1e-6)
+    assert not np.allclose(losses_ABT[0], losses_ABT[1], rtol=1e-2), "the same tokens with other masks"
+    elsewhere = np.asarray(token_loss_fn(state.params, tokens_ABT, jnp.int32(4)))
+    assert not np.allclose(elsewhere, losses_ABT, rtol=1e-2), "and at another step"
+
+    grads, sums = jit(make_gradient_fn(loss_fn, config=config, compute=Compute()))(state.params, tokens_ABT, state.step)
+    assert float(optax.tree.norm(grads)) == pytest.approx(float(metrics["grad_norm"]), rel=1e-6)
+    assert float(sums.loss / sums.tokens) == pytest.approx(float(metrics["loss"]), rel=1e-6)

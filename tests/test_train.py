@@ -14,10 +14,9 @@ from gptjax.errors import ConfigError, DivergedError
 from gptjax.metrics import Stopwatch
 from gptjax.model import Compute
 from gptjax.run import choose_micro_steps, memory_budget
+from gptjax.start import compare_data
 from gptjax.train import (
-    compare_data,
     describe_roles,
-    describe_seconds,
     evaluation_is_missing,
     is_due,
     note_nonfinite,
@@ -141,30 +140,41 @@ class FakeRun:
 
 
 def history():
-    return {"skipped_steps": 0, "nonfinite_in_a_row": 0}
+    return {"skipped_steps": 0, "nonfinite_in_a_row": 0, "recent": {}}
 
 
 def test_a_dispatch_of_several_steps_is_reported_step_by_step():
     run, reporter = FakeRun(Config(train=TrainConfig(steps_per_dispatch=3, nan_policy="skip"))), Recorder()
     metrics = {"loss": [3.0, math.nan, 2.0], "grad_norm": [1.0, 1.0, 1.0], "finite": [1.0, 0.0, 1.0]}
     kept = history()
-    settle_dispatch(run, reporter, kept, 9, metrics, last_saved=6)
+    settle_dispatch(run, reporter, kept, 9, metrics, last_saved=6, workdir="runs/x")
     assert [step for step, _, _ in reporter.steps] == [7, 8, 9]
     assert [skipped for _, _, skipped in reporter.steps] == [0, 1, 1]
-    assert kept == {"skipped_steps": 1, "nonfinite_in_a_row": 0}
+    recent = {"loss": [3.0, 2.0], "grad_norm": [1.0, 1.0]}
+    assert kept == {"skipped_steps": 1, "nonfinite_in_a_row": 0, "recent": recent}
 
 
 def test_non_finite_steps_end_the_run_at_the_limit():
     run, kept = FakeRun(Config(train=TrainConfig(nan_policy="skip", nan_limit=2))), history()
     row = {"loss": math.inf, "grad_norm": 1.0}
-    note_nonfinite(run, kept, 7, row, last_saved=5)
+    about = {"last_saved": 5, "workdir": "runs/x"}
+    note_nonfinite(run, kept, 7, row, **about)
     with pytest.raises(DivergedError) as caught:
-        note_nonfinite(run, kept, 8, row, last_saved=5)
+        note_nonfinite(run, kept, 8, row, **about)
     assert str(caught.value).splitlines()[0] == (
         "step 8: loss inf, gradient norm 1.0: 2 in a row; its batch starts with windows "
         "[700, 701, 702, 703, 704, 705, 706, 707] of the training data"
     ), "the batch of the update that made step 8 is batch(7)"
     assert "is of step 5, and the same command goes on from there" in str(caught.value)
+    assert str(caught.value).splitlines()[2] == (
+        "to look at that step: python -m gptjax.replay --workdir=runs/x --step=8"
+    )
+
+
+def test_an_update_that_is_not_finite_is_named_where_loss_and_gradient_are():
+    run, row = FakeRun(Config()), {"loss": 3.0, "grad_norm": 1.0, "update_norm": math.inf}
+    with pytest.raises(DivergedError, match=r"^step 7: loss 3.0, gradient norm 1.0, update norm inf: train.nan_policy"):
+        note_nonfinite(run, history(), 7, row, last_saved=5, workdir="runs/x")
 
 
 # What a restart accepts
@@ -228,11 +238,6 @@ def test_no_thread_outlives_a_run_that_fails(tmp_path, monkeypatch):
 
 
 # What it says
-
-
-def test_describe_seconds():
-    spent = {"step": 61.0, "data_wait": 0.01, "checkpoint": 2.5}
-    assert describe_seconds(spent) == "1m04s (step 1m01s, checkpoint 2.5s)"
 
 
 def test_describe_roles():

@@ -5,9 +5,9 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import jax
 import numpy as np
@@ -26,6 +26,14 @@ SHUFFLE_ROUNDS = 4
 VALIDATION_SEED = 20190214
 TEXT_TOKENS = 2**20  # decoded at a time
 NO_WINDOW = -1  # in the rows beyond the end of the validation split, whose tokens are all -1
+
+
+def data_index(step: int, skipped: Sequence[Mapping[str, Any]] = ()) -> int:
+    """Returns which batch of the data the update from `step` on takes: number `step`, or later where some are skipped.
+
+    skipped: {"step": c, "batches": k} each: from step c on, the data are k batches further on.
+    """
+    return step + sum(part["batches"] for part in skipped if part["step"] <= step)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,7 +79,7 @@ class Dataset:
             DataError: an id is not in the vocabulary; names the shard, the token's number and the id.
         """
         rows = np.full((len(window_ids), self.block_size + 1), -1, np.int32)
-        found = {row: self._find(window) for row, window in enumerate(window_ids.tolist()) if window != NO_WINDOW}
+        found = {row: self.find(window) for row, window in enumerate(window_ids.tolist()) if window != NO_WINDOW}
         for row, (shard, start) in found.items():
             rows[row] = self.split.shards[shard][start : start + self.block_size + 1]
         # Seen as unsigned, where an id of 2**31 and more has not become negative.
@@ -80,6 +88,12 @@ class Dataset:
         for shard in {shard for shard, _ in found.values()}:
             release(self.split.shards[shard])
         return rows
+
+    def find(self, window: int) -> tuple[int, int]:
+        """Returns the shard, and the token in it, at which the window starts."""
+        shard = bisect.bisect_right(self._ends, window)
+        before = self._ends[shard - 1] if shard else 0
+        return shard, (window - before) * self.block_size
 
     def batch(self, step: int, *, sharding: jax.sharding.Sharding, num_micro_steps: int) -> jax.Array:
         """Returns the batch of `step`, of which this process reads the rows of its own devices only.
@@ -117,12 +131,6 @@ class Dataset:
         last = self.num_windows - 1
         shuffled = (index_shuffle(index, max_index=last, seed=seed, rounds=SHUFFLE_ROUNDS) for index, seed in pairs)
         return np.fromiter(shuffled, np.int64)
-
-    def _find(self, window: int) -> tuple[int, int]:
-        """Returns the shard, and the token in it, at which the window starts."""
-        shard = bisect.bisect_right(self._ends, window)
-        before = self._ends[shard - 1] if shard else 0
-        return shard, (window - before) * self.block_size
 
     def _raise_bad_id(self, places: list[tuple[int, int]]) -> None:
         for shard, start in places:

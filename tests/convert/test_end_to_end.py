@@ -16,7 +16,7 @@ from gptjax.convert.tokenizer_files import write_tokenizer
 from gptjax.convert.weights import read_tensors
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.errors import ConfigError
-from gptjax.train import compare_models
+from gptjax.start import compare_models
 from tests.convert.models import make_tensors, write_hf, write_llmc
 from tests.runs import rows
 

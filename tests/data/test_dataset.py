@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptjax.data import dataset as dataset_module
-from gptjax.data.dataset import Dataset, Prefetcher, document_text
+from gptjax.data.dataset import Dataset, Prefetcher, data_index, document_text
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.data.tokens import Split, make_header, open_split, token_dtype
 from gptjax.errors import DataError
@@ -153,6 +153,17 @@ def test_validation_has_a_fixed_order_and_each_window_once() -> None:
     assert np.array_equal(rows[100:], np.full((12, 11), -1))
     beyond = datasets[0].validation_batch(7, sharding=one_device(), num_micro_steps=1)
     assert np.array_equal(beyond, np.full((1, 16, 11), -1))
+
+
+def test_a_step_takes_its_own_batch_or_a_later_one_where_some_are_skipped() -> None:
+    assert [data_index(step) for step in range(4)] == [0, 1, 2, 3]
+    skipped = [{"step": 2, "batches": 3}, {"step": 2, "batches": 1}, {"step": 5, "batches": 2}]
+    assert [data_index(step, skipped) for step in range(7)] == [0, 1, 6, 7, 8, 11, 12]
+
+
+def test_find_tells_where_a_window_starts() -> None:
+    dataset = make_dataset(31, 25)
+    assert [dataset.find(window) for window in range(5)] == [(0, 0), (0, 10), (0, 20), (1, 0), (1, 10)]
 
 
 def test_too_few_tokens_are_named() -> None:

@@ -102,6 +102,7 @@ def test_g2_stop_names_the_step_its_rows_and_the_way_on(train_here, tiny_run, br
     assert message.startswith("step 6: loss nan, gradient norm nan: train.nan_policy='stop'")
     assert str(tiny_run.train_data.row_ids(5).tolist()) in message
     assert "the last good checkpoint is of step 4, and the same command goes on from there" in message
+    assert message.endswith(f"\nto look at that step: python -m gptjax.replay --workdir={workdir} --step=6")
     assert checkpoint_steps(workdir) == [4]
     assert_finite_checkpoints(workdir, tiny_run.abstract_state)
     assert train_here(workdir, train=SHORT) == 0

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from gptjax import aot, checkpoint, config, errors, run, runtime, train
+from gptjax import aot, checkpoint, config, errors, run, runtime, start, train
 from gptjax.chips import GIB
 from gptjax.config import Config, GPTConfig, MeshConfig
 from gptjax.data.prepare import ensure_prepared
@@ -113,7 +113,7 @@ def other_model() -> None:
 
 
 def other_data() -> None:
-    train.compare_data({"data.seed": 0}, {"data.seed": 5}, allowed=False)
+    start.compare_data({"data.seed": 0}, {"data.seed": 5}, allowed=False)
 
 
 def not_finite() -> None:
@@ -121,7 +121,7 @@ def not_finite() -> None:
     about = types.SimpleNamespace(config=Config(), train_data=rows)
     nan = float("nan")
     history = {"skipped_steps": 0, "nonfinite_in_a_row": 0}
-    train.note_nonfinite(about, history, 1200, {"loss": nan, "grad_norm": nan}, last_saved=1000)
+    train.note_nonfinite(about, history, 1200, {"loss": nan, "grad_norm": nan}, last_saved=1000, workdir=BUCKET)
 
 
 def too_large() -> None:

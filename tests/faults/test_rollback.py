@@ -1,0 +1,404 @@
+"""G3, G4: a spike goes back to the last good step without the data that led to it, the same way every time."""
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from gptjax import train as train_module
+from gptjax.checkpoint import Checkpointer
+from gptjax.data.dataset import Dataset
+from gptjax.data.tokenizer import load_tokenizer
+from gptjax.data.tokens import HEADER_BYTES, open_split
+from gptjax.errors import DivergedError
+from gptjax.start import new_history
+from tests.faults.test_processes import SECONDS, group
+from tests.runs import (
+    checkpoint_steps,
+    event_steps,
+    kill,
+    losses,
+    make_twin,
+    restored_bytes,
+    rows,
+    state_bytes,
+    validations,
+    wait_for,
+)
+
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("quick_compiler")]
+LONG = {"num_steps": 100, "eval_every": 0, "nan_policy": "rollback"}
+SAVES = {"save_every": 20, "keep": 9}
+
+
+@pytest.fixture
+def spiking_at(tiny_run):
+    """spiking_at(90) is a train step whose metrics, and parameters, are off where it is given batch 90 of the data."""
+    place = {"sharding": tiny_run.batch_sharding, "num_micro_steps": tiny_run.num_micro_steps}
+
+    def make(*indices, value=50.0, name="loss"):
+        bad = [np.asarray(tiny_run.train_data.batch(index, **place)) for index in indices]
+
+        def train_step(state, tokens):
+            state, metrics = tiny_run.train_step(state, tokens)
+            if any(np.array_equal(tokens, batch) for batch in bad):
+                state = dataclasses.replace(state, params=jax.tree.map(lambda x: x + 1.0, state.params))
+                metrics = metrics | {name: metrics[name] + value}
+            return state, metrics
+
+        return {"train_step": train_step}
+
+    return make
+
+
+def without(tiny_run, *, steps, jumps):
+    """Returns (bits of the state, losses) after so many steps; jumps {80: 11} leaves 11 batches out from step 80 on."""
+    place = {"sharding": tiny_run.batch_sharding, "num_micro_steps": tiny_run.num_micro_steps}
+    found, index = {}, -1
+    with jax.set_mesh(tiny_run.mesh):
+        state = tiny_run.init()
+        for step in range(steps):
+            index += 1 + jumps.get(step, 0)
+            state, metrics = tiny_run.train_step(state, tiny_run.train_data.batch(index, **place))
+            found[step + 1] = float(metrics["loss"]).hex()
+    return state_bytes(state), found
+
+
+def history_of(workdir, step):
+    return Checkpointer(str(workdir)).read_record(step).history
+
+
+def ranges_of(workdir, step):
+    return [
+        (part["rollback"], part["step"], part["batches"], part["spike"])
+        for part in history_of(workdir, step)["skipped_ranges"]
+    ]
+
+
+def test_g3_goes_back_and_leaves_the_data_out(train_here, tiny_run, spiking_at, said, tmp_path):
+    workdir = tmp_path / "run"
+    assert train_here(workdir, train=LONG, checkpoint=SAVES, parts=spiking_at(90)) == 0
+    told = [line for line in said if "rollback 1 of at most 3" in line]
+    assert len(told) == 1
+    assert told[0].startswith("step 91: loss 5")
+    assert "is more than 6 sigma above its last 90: mean " in told[0]
+    assert "back to step 80, without batches 80 to 90 of the data" in told[0]
+    assert any(line.endswith(f"--workdir={workdir} --step=91 --rollbacks=0") for line in said)
+
+    state, expected = without(tiny_run, steps=100, jumps={80: 11})
+    assert losses(workdir) == expected
+    assert restored_bytes(workdir, tiny_run.abstract_state) == (100, state)
+    assert expected[81] != without(tiny_run, steps=81, jumps={})[1][81], "data that make no difference test nothing"
+    assert event_steps(workdir, "loss") == list(range(1, 101))
+    assert [row.get("rollbacks", 0) for row in rows(workdir) if "loss" in row] == [0] * 80 + [1] * 20
+    assert ranges_of(workdir, 80) == []
+    assert ranges_of(workdir, 100) == [(1, 80, 11, 91)]
+
+
+def test_g3_no_checkpoint_is_newer_than_the_step_gone_back_to(train_here, tiny_run, spiking_at, tmp_path, monkeypatch):
+    """Also where the step that is about to be saved is the one that spiked."""
+    workdir, seen = tmp_path / "run", []
+    restore = train_module.restore
+
+    def watched(run, checkpointer):
+        seen.append((checkpointer.steps(), checkpointer._pending))
+        return restore(run, checkpointer)
+
+    monkeypatch.setattr(train_module, "restore", watched)
+    assert train_here(workdir, train=LONG, checkpoint=SAVES, parts=spiking_at(79)) == 0
+    assert seen == [([20, 40, 60], None)]
+    assert ranges_of(workdir, 100) == [(1, 60, 20, 80)]
+
+
+def test_g3_the_save_that_runs_is_waited_for(train_here, spiking_at, tmp_path, monkeypatch):
+    """The spike comes one step after the save of step 80, which is then the one gone back to."""
+    workdir, seen, pending = tmp_path / "run", [], []
+    finish, restore = Checkpointer.finish_save, train_module.restore
+
+    def finishing(checkpointer):
+        pending.append(checkpointer._pending)
+        finish(checkpointer)
+
+    def restoring(run, checkpointer):
+        seen.append((pending[-1], checkpointer._pending))
+        return restore(run, checkpointer)
+
+    monkeypatch.setattr(Checkpointer, "finish_save", finishing)
+    monkeypatch.setattr(train_module, "restore", restoring)
+    assert train_here(workdir, train=LONG, checkpoint=SAVES, parts=spiking_at(80)) == 0
+    [(before, after)] = seen
+    assert before is not None, "a save was running"
+    assert after is None
+    assert ranges_of(workdir, 100) == [(1, 80, 1, 81)]
+
+
+def test_g3_from_the_initial_state_where_nothing_is_saved_yet(train_here, tiny_run, spiking_at, tmp_path):
+    workdir = tmp_path / "run"
+    saves = SAVES | {"save_every": 100}
+    assert train_here(workdir, train=LONG, checkpoint=saves, parts=spiking_at(70)) == 0
+    state, expected = without(tiny_run, steps=100, jumps={0: 71})
+    assert losses(workdir) == expected
+    assert restored_bytes(workdir, tiny_run.abstract_state) == (100, state)
+
+
+def test_g3_several_times_then_the_run_ends(train_here, tiny_run, spiking_at, said, tmp_path):
+    """Batches 90, 95 and 100: twice back to step 80, and the third time it is enough."""
+    workdir = tmp_path / "run"
+    with pytest.raises(DivergedError) as caught:
+        train_here(workdir, train=LONG | {"max_rollbacks": 2}, checkpoint=SAVES, parts=spiking_at(90, 95, 100))
+    assert caught.value.exit_code == 70
+    first, second, third = str(caught.value).splitlines()
+    assert first.startswith("step 85: loss 5")
+    assert ": train.max_rollbacks=2, and there have been so many; its batch starts with windows " in first
+    assert str(tiny_run.train_data.row_ids(100).tolist()) in first
+    assert second.startswith("the last good checkpoint is of step 80, and the same command goes on from there: lower ")
+    assert third == f"to look at that step: python -m gptjax.replay --workdir={workdir} --step=85"
+    told = [line.partition(" (rollback ")[0].partition("without ")[2] for line in said if "(rollback " in line]
+    assert told == ["batches 80 to 90 of the data", "batches 91 to 95 of the data"]
+    assert checkpoint_steps(workdir) == [20, 40, 60, 80]
+
+    assert train_here(workdir, train=LONG, checkpoint=SAVES, parts=spiking_at(90, 95, 100)) == 0
+    state, _ = without(tiny_run, steps=100, jumps={80: 21})
+    assert restored_bytes(workdir, tiny_run.abstract_state) == (100, state), "and one more was enough"
+
+
+def test_g3_rollbacks_count_over_restarts(train_here, spiking_at, tmp_path):
+    workdir, parts = tmp_path / "run", spiking_at(70, 105)
+    policy = LONG | {"max_rollbacks": 1}
+    train_here(workdir, train=policy | {"num_steps": 80}, checkpoint=SAVES, parts=parts)
+    assert ranges_of(workdir, 80) == [(1, 60, 11, 71)]
+    with pytest.raises(DivergedError, match=r"^step 95: loss .*: train.max_rollbacks=1, and there have been so many"):
+        train_here(workdir, train=policy, checkpoint=SAVES, parts=parts)
+
+
+def test_g3_none_at_all_is_stop_on_spikes(train_here, spiking_at, tmp_path):
+    policy = LONG | {"max_rollbacks": 0}
+    with pytest.raises(DivergedError, match=r"^step 91: loss .*: train.max_rollbacks=0, and"):
+        train_here(tmp_path / "run", train=policy, checkpoint=SAVES, parts=spiking_at(90))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("grad_norm", 100.0), ("loss", float("nan")), ("update_norm", float("inf"))]
+)
+def test_g3_other_causes(train_here, tiny_run, spiking_at, tmp_path, name, value):
+    workdir = tmp_path / "run"
+    parts = spiking_at(90, value=value, name=name)
+    if name == "update_norm":
+        step = parts["train_step"]
+
+        def train_step(state, tokens):
+            state, metrics = step(state, tokens)
+            return state, metrics | {"finite": metrics["finite"] * (metrics["update_norm"] < 1e30)}
+
+        parts = {"train_step": train_step}
+    assert train_here(workdir, train=LONG, checkpoint=SAVES, parts=parts) == 0
+    assert losses(workdir) == without(tiny_run, steps=100, jumps={80: 11})[1]
+
+
+def test_g3_in_the_middle_of_a_dispatch(train_here, tiny_run, spiking_at, tmp_path):
+    """Of four steps, the third spikes; the fourth and the dispatch after it have been taken by then."""
+    workdir, one = tmp_path / "run", spiking_at(90)["train_step"]
+
+    def train_step(state, batches):
+        found = []
+        for tokens in batches:
+            state, metrics = one(state, tokens)
+            found.append(metrics)
+        return state, jax.tree.map(lambda *values: np.stack(values), *found)
+
+    policy = LONG | {"steps_per_dispatch": 4, "log_every": 4}
+    assert train_here(workdir, train=policy, checkpoint=SAVES, parts={"train_step": train_step}) == 0
+    assert ranges_of(workdir, 100) == [(1, 80, 11, 91)]
+    state, expected = without(tiny_run, steps=100, jumps={80: 11})
+    assert losses(workdir) == {step: loss for step, loss in expected.items() if step % 4 == 0}
+    assert restored_bytes(workdir, tiny_run.abstract_state) == (100, state)
+
+
+def test_g3_a_damaged_checkpoint_is_passed_over_and_saved_again(
+    train_here, tiny_run, spiking_at, tmp_path, monkeypatch
+):
+    """Step 80's is damaged when it is wanted: from 60 on without what was read since, and step 80 is saved anew."""
+    workdir, restore = tmp_path / "run", train_module.restore
+
+    def damaging(run, checkpointer):
+        (workdir / "checkpoints" / "80" / "_CHECKPOINT_METADATA").write_text("{}")
+        return restore(run, checkpointer)
+
+    monkeypatch.setattr(train_module, "restore", damaging)
+    assert train_here(workdir, train=LONG, checkpoint=SAVES, parts=spiking_at(90)) == 0
+    assert checkpoint_steps(workdir) == [20, 40, 60, 80, 100]
+    assert ranges_of(workdir, 80) == [(1, 60, 31, 91)]
+    state, _ = without(tiny_run, steps=100, jumps={60: 31})
+    assert restored_bytes(workdir, tiny_run.abstract_state) == (100, state)
+
+
+def test_g3_the_state_that_spiked_is_let_go_first(train_here, spiking_at, tmp_path, monkeypatch):
+    """Both at once might not fit the devices' memory."""
+    alive, restore = [], train_module.restore
+
+    def watched(run, checkpointer):
+        alive.append(sum(leaf.nbytes for leaf in jax.live_arrays() if leaf.ndim == 4 and not leaf.is_deleted()))
+        return restore(run, checkpointer)
+
+    monkeypatch.setattr(train_module, "restore", watched)
+    before = sum(leaf.nbytes for leaf in jax.live_arrays() if leaf.ndim == 4 and not leaf.is_deleted())
+    train_here(tmp_path / "run", train=LONG, checkpoint=SAVES, parts=spiking_at(90))
+    assert alive == [before]
+
+
+def test_g4_no_false_alarm_in_a_run_of_its_own(train_here, said, tmp_path):
+    """Where the loss falls from 5.5 to 3 in 100 steps, and under a constant loss, which has no sigma."""
+    assert train_here(tmp_path / "run", train=LONG, checkpoint=SAVES) == 0
+    assert not any("rollback" in line for line in said)
+
+
+def test_g4_a_constant_loss(train_here, tiny_run, said, tmp_path):
+    """But for one step that is off by a rounding of bfloat16."""
+
+    def train_step(state, tokens):
+        off = 2**-8 if int(state.step) == 90 else 0.0
+        state, metrics = tiny_run.train_step(state, tokens)
+        return state, metrics | {"loss": np.float32(3.0 + 3.0 * off), "grad_norm": np.float32(1.0 + off)}
+
+    assert train_here(tmp_path / "run", train=LONG, checkpoint=SAVES, parts={"train_step": train_step}) == 0
+    assert {row["loss"] for row in rows(tmp_path / "run") if "loss" in row} == {3.0, 3.0 + 3 * 2**-8}
+    assert not any("rollback" in line for line in said)
+
+
+def test_g4_fewer_than_64_steps(train_here, spiking_at, said, tmp_path):
+    """The 64th step has 63 before it."""
+    assert train_here(tmp_path / "run", train=LONG, checkpoint=SAVES, parts=spiking_at(63)) == 0
+    assert not any("rollback" in line for line in said)
+
+
+# Real processes, and data in which one batch is of one byte that is nowhere else
+
+REAL = ("train.num_steps=120", "train.eval_every=60", "train.nan_policy=rollback", "checkpoint.save_every=20")
+
+
+@pytest.fixture(scope="session")
+def spiky_data(lab):
+    """The lab's data with the windows of batch 90 overwritten, made once for all tests."""
+    target = lab.root / "spiky"
+    with open(lab.root / "spiky-lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (lab.root / "spiky-done").exists():
+            shutil.copytree(lab.data, target)
+            overwrite_batch(lab.config(), lab.data, target, 90)
+            (lab.root / "spiky-done").touch()
+    return target
+
+
+def overwrite_batch(config, source, target, index):
+    split = open_split(str(source), "train", tokenizer=load_tokenizer("bytes"))
+    data = Dataset(split, config.model.block_size, config.data.global_batch_size, config.data.seed)
+    assert data.num_windows > 130 * config.data.global_batch_size, "no batch may come twice"
+    meta = json.loads((target / "meta.json").read_text())
+    for window in data.row_ids(index).tolist():
+        shard, start = data.find(window)
+        about = meta["splits"]["train"]["shards"][shard]
+        content = bytearray((target / about["file"]).read_bytes())
+        first = HEADER_BYTES + 2 * start
+        content[first : first + 2 * 33] = np.full(33, 200, "<u2").tobytes()
+        (target / about["file"]).write_bytes(content)
+        about["sha256"] = hashlib.sha256(content).hexdigest()
+    (target / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.fixture(scope="session")
+def rolled(lab, spiky_data):
+    """The work directory of a finished run that has rolled back once."""
+    return make_twin(lab, "rolled", *REAL, f"data.path={spiky_data}")
+
+
+def assert_equal(workdir, twin, abstract):
+    assert losses(workdir) == losses(twin)
+    assert validations(workdir) == validations(twin)
+    assert list(losses(workdir)) == list(range(1, 121))
+    assert [row.get("rollbacks") for row in rows(workdir)] == [row.get("rollbacks") for row in rows(twin)]
+    assert event_steps(workdir, "loss") == list(range(1, 121))
+    assert restored_bytes(workdir, abstract) == restored_bytes(twin, abstract)
+    assert ranges_of(workdir, 120) == ranges_of(twin, 120) == [(1, 80, 11, 91)]
+    assert history_of(workdir, 120)["recent"] == history_of(twin, 120)["recent"]
+
+
+def test_g3_a_twin_ends_the_same(lab, rolled, spiky_data, tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    done = lab.train(workdir, *REAL, f"data.path={spiky_data}")
+    assert "step 91: gradient norm" in done.stdout
+    assert "back to step 80, without batches 80 to 90 of the data (rollback 1 of at most 3)" in done.stdout
+    assert_equal(workdir, rolled, tiny_run.abstract_state)
+
+
+@pytest.mark.parametrize(("fault", "newest"), [("rollback:1:kill", 80), ("step:100:kill", 80), ("step:118:hang", 100)])
+def test_g3_killed_right_after_the_rollback_before_and_after_the_next_save(
+    lab, rolled, spiky_data, tiny_run, tmp_path, fault, newest
+):
+    """92 dispatches come before the rollback, which goes back to 80: the others are those of steps 88 and 106."""
+    workdir = tmp_path / "run"
+    with lab.start(workdir, *REAL, f"data.path={spiky_data}", GPTJAX_FAULT=fault) as process:
+        if fault.endswith("hang"):
+            wait_for(lambda: newest in checkpoint_steps(workdir), process)
+            kill(process)
+        assert process.wait(timeout=SECONDS) == -9
+    assert checkpoint_steps(workdir)[-1] == newest
+    again = lab.train(workdir, *REAL, f"data.path={spiky_data}")
+    assert ("rollback 1 of" in again.stdout) == (newest == 80)
+    assert_equal(workdir, rolled, tiny_run.abstract_state)
+
+
+def test_g3_what_was_undone_can_be_replayed_and_so_can_what_stands(lab, rolled, tmp_path):
+    module = [*lab.command(rolled)[:2], "gptjax.replay", f"--workdir={rolled}", f"--out={tmp_path}/page.html"]
+    stands = lab.call([*module, "--step=91"]).stdout
+    assert "from the checkpoint of step 80 and the 10 steps between" in stands
+    assert "batch 101 of the data, after 1 rollback(s)" in stands
+    assert "equal to metrics.jsonl, bit for bit" in stands
+    undone = lab.call([*module, "--step=91", "--rollbacks=0"]).stdout
+    assert "from the checkpoint of step 80 and the 10 steps between" in undone
+    assert "batch 90 of the data\n" in undone
+    assert "metrics.jsonl has this step after 1 rollback(s): not compared" in undone
+    [part] = history_of(rolled, 100)["skipped_ranges"]
+    norm = re.fullmatch(r"gradient norm (\S+) is more than 6 sigma .*", part["why"])[1]
+    assert f"grad_norm {norm} " in undone, "the spike itself"
+    later = lab.call([*module, "--step=99", "--rollbacks=0"]).stdout
+    assert "from the checkpoint of step 80 and the 18 steps between" in later
+
+
+def test_g3_two_processes_decide_alike(lab, rolled, spiky_data, tmp_path):
+    workdir = tmp_path / "two"
+    with group(lab, workdir, 2, *REAL, "train.num_steps=100", "train.eval_every=0", f"data.path={spiky_data}") as made:
+        codes = [process.wait(timeout=300) for process in made.processes.values()]
+        assert codes == [0, 0], made.said(0) + made.said(1)
+        assert all("rollback 1 of at most 3" in made.said(number) for number in range(2))
+    found, expected = losses(workdir), losses(rolled)
+    assert list(found) == list(range(1, 101))
+    assert float.fromhex(found[100]) == pytest.approx(float.fromhex(expected[100]), rel=1e-4)
+    assert ranges_of(workdir, 100) == [(1, 80, 11, 91)]
+
+
+def test_goodput_is_told_kept_and_counts_lost_work(lab, rolled, spiky_data, tmp_path):
+    """Of the rolled back run, and of one that is killed and started again."""
+    row = rows(rolled)[-2]
+    assert row["step"] == 120
+    assert row["seconds/lost"] > 0
+    assert row["seconds/rollback"] > 0
+    assert 0 < row["goodput"] < 1
+    assert event_steps(rolled, "goodput") == list(range(20, 121, 20))
+    workdir = tmp_path / "run"
+    with lab.start(workdir, *REAL, f"data.path={spiky_data}", GPTJAX_FAULT="step:55:kill") as process:
+        assert process.wait(timeout=SECONDS) == -9
+    again = lab.train(workdir, *REAL, f"data.path={spiky_data}")
+    said = again.stdout.splitlines()
+    at = next(number for number, line in enumerate(said) if line.startswith("goodput "))
+    kinds = {line[:13].strip(): line for line in said[at + 1 :]}
+    assert {"start", "restart", "compile", "down", "rollback"} <= kinds.keys()
+    history = history_of(workdir, 120)
+    assert min(history["seconds"][kind] for kind in ("lost", "step", "data_wait", "checkpoint", "evaluation")) > 0
+    assert history["started_at"] + sum(history["seconds"].values()) == pytest.approx(history["saved_at"], abs=0.5)
+    assert new_history().keys() <= history.keys()

@@ -1,0 +1,229 @@
+"""A step computed again is the step, and looking at it changes nothing."""
+
+import fcntl
+import json
+import math
+import re
+import shutil
+import types
+
+import pytest
+
+from gptjax import replay
+from gptjax.checkpoint import Record
+from gptjax.config import Config, TrainConfig
+from gptjax.errors import ConfigError
+from tests.runs import losses, make_twin, rows
+
+COMPARED = ("loss", "grad_norm", "update_norm", "lr")
+
+
+def look(lab, workdir, step, *flags, devices=1, expect=0):
+    command = [*lab.command(workdir)[:2], "gptjax.replay", f"--workdir={workdir}", f"--step={step}", *flags]
+    return lab.call(command, devices=devices, expect=expect)
+
+
+def contents(workdir):
+    return {
+        path.relative_to(workdir): path.read_bytes()
+        for path in sorted(workdir.rglob("*"))
+        if path.is_file() and not path.name.startswith("replay-")
+    }
+
+
+def shown_loss(said):
+    return float(re.search(r"^  loss (\S+)", said, re.MULTILINE)[1])
+
+
+@pytest.mark.parametrize(
+    ("step", "origin"),
+    [
+        (1, "the initial state and the 0 steps"),
+        (8, "the checkpoint of step 4 and the 3 steps"),
+        (9, "the checkpoint of step 8 and the 0 steps"),
+    ],
+)
+def test_a_step_is_the_runs_to_the_bit_and_looking_changes_nothing(lab, twin, step, origin, tmp_path):
+    """With dropout, two micro-steps; while another process holds the work directory."""
+    before, out = contents(twin), tmp_path / "page.html"
+    with open(twin / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = look(lab, twin, step, f"--out={out}").stdout
+    assert contents(twin) == before
+    assert not list(twin.glob("replay-*"))
+    assert f"step {step} of {twin}" in said
+    assert f"from {origin} between" in said
+    assert "equal to metrics.jsonl, bit for bit" in said
+    assert "last bits may differ" not in said
+    logged = next(row for row in rows(twin) if row["step"] == step and "loss" in row)
+    assert shown_loss(said) == pytest.approx(logged["loss"], rel=1e-5)
+
+    page = out.read_text()
+    found = [float(loss) for loss in re.findall(r'title="loss ([\d.]+), ', page)]
+    assert len(found) == 8 * 32
+    assert sum(found) / len(found) == pytest.approx(logged["loss"], abs=1e-4), "dropout and all"
+    layers = said[said.index("layer  ") : said.index("parameter  ")]
+    norms = [float(line.split()[-1]) for line in layers.splitlines()[1:] if line]
+    assert len(norms) == 5
+    assert math.hypot(*norms) == pytest.approx(logged["grad_norm"], rel=1e-4)
+    shards = re.findall(r"^ +(\d) +(\d+)  (\S+\.bin) +(\d+) ", said, re.MULTILINE)
+    assert sorted(int(row) for row, *_ in shards) == list(range(8))
+
+
+def test_the_rows_are_those_of_the_batch(lab, twin, tmp_path):
+    from tests.runs import make_run_on
+
+    run, out = make_run_on(lab.config()), tmp_path / "page.html"
+    said = look(lab, twin, 9, f"--out={out}").stdout
+    found = {
+        int(n): (int(w), s, int(t)) for n, w, s, t in re.findall(r"^ +(\d) +(\d+)  (\S+\.bin) +(\d+) ", said, re.M)
+    }
+    for number, window in enumerate(run.train_data.row_ids(8).tolist()):
+        shard, start = run.train_data.find(window)
+        assert found[number] == (window, run.train_data.split.paths[shard].rpartition("/")[2], start)
+        ids = run.train_data.split.shards[shard][start : start + 33].tolist()
+        about = re.search(rf"row {number}: .*?</details>", out.read_text(), re.DOTALL)[0]
+        assert [int(i) for i in re.findall(r'id (\d+)"', about)] == ids
+
+
+def test_a_log_that_has_other_numbers_is_told(lab, twin, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(twin, workdir)
+    changed = [row | ({"grad_norm": 1.5} if row["step"] == 9 else {}) for row in rows(workdir)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed) + '{"step": 9, "lo')
+    assert "DIFFERENT from metrics.jsonl, which has grad_norm 1.5\n" in look(lab, workdir, 9).stdout
+    assert (workdir / "replay-9.html").read_text().endswith("</html>\n")
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_left_where_it_is(lab, twin, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(twin, workdir)
+    largest = max((workdir / "checkpoints" / "8" / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    (workdir / "checkpoints" / "4" / "_CHECKPOINT_METADATA").write_text("{}")
+    before = contents(workdir)
+    said = look(lab, workdir, 10).stdout
+    assert re.search(
+        r"^checkpoint of step 8 left out: (unreadable|params/\S+ is not what was saved)", said, re.MULTILINE
+    )
+    assert "checkpoint of step 4 left out: record unreadable" in said
+    assert "from the initial state and the 9 steps between" in said
+    assert "equal to metrics.jsonl, bit for bit" in said
+    assert contents(workdir) == before
+
+
+def test_on_other_devices_it_says_so(lab, twin, tmp_path):
+    said = look(lab, twin, 9, f"--out={tmp_path}/p.html", devices=4).stdout
+    assert "the run was on 1 x cpu, this is 4 x cpu: last bits may differ" in said
+    logged = losses(twin)[9]
+    assert shown_loss(said) == pytest.approx(float.fromhex(logged), rel=1e-5), "with the same dropout"
+
+
+def test_a_run_of_more_devices_comes_back_on_one(lab, tmp_path):
+    workdir = tmp_path / "run"
+    lab.train(workdir, "mesh.fsdp=4", "train.micro_batch_size=1", "train.num_steps=6", "train.eval_every=0", devices=4)
+    said = look(lab, workdir, 6).stdout
+    assert "note: the run's mesh does not fit the 1 device(s) here: mesh.fsdp=1 instead" in said
+    assert "the run was on 4 x cpu, this is 1 x cpu: last bits may differ" in said
+    assert shown_loss(said) == pytest.approx(float.fromhex(losses(workdir)[6]), rel=1e-5), "with the same dropout"
+
+
+def test_a_step_within_a_dispatch(lab, twin, tmp_path):
+    workdir = make_twin(lab, "four", "train.steps_per_dispatch=4", "train.log_every=4")
+    for step in (8, 7):
+        said = look(lab, workdir, step, f"--out={tmp_path}/p.html").stdout
+        assert "from the checkpoint of step 4" in said
+        assert ("equal to metrics.jsonl, bit for bit" in said) == (step == 8)
+        found = [float(loss) for loss in re.findall(r'title="loss ([\d.]+), ', (tmp_path / "p.html").read_text())]
+        assert sum(found) / len(found) == pytest.approx(shown_loss(said), abs=1e-4), "of the state before that step"
+        assert shown_loss(said) == pytest.approx(float.fromhex(losses(twin)[step]), rel=1e-4)
+
+
+def test_a_step_that_diverged_by_the_command_that_the_run_prints(lab, tmp_path):
+    workdir = tmp_path / "run"
+    ended = lab.train(workdir, "optim.peak_lr=1e17", "optim.grad_clip=0", "checkpoint.save_every=1", expect=70)
+    number, command = re.search(
+        r"^error: to look at that step: python -m (.*--step=(\d+))$", ended.stderr, re.M
+    ).groups()[::-1]
+    assert f"error: step {number}: loss " in ended.stderr
+    module, *flags = command.split()
+    said = lab.call([*lab.command(workdir)[:2], module, *flags]).stdout
+    assert "metrics.jsonl has no such step" in said
+    at = said.index("\nlayer  ")
+    assert "NOT FINITE" in said[at:].splitlines()[2]
+    assert "class=n" in (workdir / f"replay-{number}.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--step=0"], "--step=0: the first update makes step 1"),
+        (["--step=17"], "--step=17: the run has train.num_steps=16"),
+        (["--step=3", "--rows=-1"], "--rows=-1: must be at least 0"),
+        (["--step=3", "--rollbacks=1"], "--rollbacks=1: the newest checkpoint knows of 0"),
+        (["--step=3", "--config.mesh.fsd=1"], "mesh.fsd: no such config field; nearest: mesh.fsdp"),
+        (["--step=3", "--ouch=1"], "--ouch=1: no such flag"),
+    ],
+)
+def test_mistakes_end_with_2(lab, twin, flags, message):
+    command = [*lab.command(twin)[:2], "gptjax.replay", f"--workdir={twin}", *flags]
+    [line] = lab.call(command, expect=2).stderr.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+def test_no_run_and_no_place_for_the_page(lab, twin, tmp_path):
+    assert "no run there" in look(lab, tmp_path, 3, expect=65).stderr
+    refused = look(lab, twin, 1, f"--out={tmp_path}/none/page.html", expect=73)
+    assert "cannot be written: No such file or directory; choose another with --out=FILE" in refused.stderr
+
+
+# Which config, machine and data a step had
+
+
+def record(step, *, seed=0, **history):
+    return Record(step, {"data": {"seed": seed}}, history, {}, {}, {})
+
+
+def test_the_config_is_that_of_the_first_checkpoint_from_there_on(tmp_path):
+    records = {9: record(9, seed=9), 6: record(6, seed=6), 3: record(3, seed=3)}
+    (tmp_path / "config.json").write_text('{"data": {"seed": 12}}')
+    seeds = [replay.find_config(str(tmp_path), step, records, {}).data.seed for step in (2, 3, 4, 9, 10)]
+    assert seeds == [3, 3, 6, 9, 12]
+    assert replay.find_config(str(tmp_path), 4, records, {"data.seed": "5", "init_from": "x"}).data.seed == 5
+    (tmp_path / "config.json").write_text('{"da')
+    assert replay.find_config(str(tmp_path), 10, records, {}).data.seed == 9
+
+
+def test_what_is_known_of_a_step_is_in_the_first_checkpoint_from_there_on():
+    records = {9: record(9, machine="9"), 6: record(6, machine="6"), 3: record(3, machine="3")}
+    assert [replay.history_of(records, step)["machine"] for step in (3, 4, 9, 10)] == ["3", "6", "9", "9"]
+    assert replay.history_of({}, 4) == {}
+
+
+def test_what_was_skipped_is_as_the_newest_checkpoint_knows_it():
+    ranges = [{"rollback": 1, "step": 4, "batches": 3}, {"rollback": 2, "step": 6, "batches": 1}]
+    records = {9: record(9, skipped_ranges=ranges), 6: record(6, skipped_ranges=ranges[:1])}
+    assert replay.skipped_ranges(records, -1) == ranges
+    assert replay.skipped_ranges(records, 1) == ranges[:1]
+    assert replay.skipped_ranges(records, 0) == []
+    assert replay.skipped_ranges({}, -1) == []
+    with pytest.raises(ConfigError, match="--rollbacks=3: the newest checkpoint knows of 2"):
+        replay.skipped_ranges(records, 3)
+
+
+def test_a_long_way_is_told(said, monkeypatch):
+    """Whole dispatches only: from step 4 by twos, as near to step 9 as that comes."""
+    taken = []
+    run = types.SimpleNamespace(
+        config=Config(train=TrainConfig(steps_per_dispatch=2)),
+        batch=lambda step, skipped: (step, skipped),
+        train_step=lambda state, batch: (taken.append(batch) or types.SimpleNamespace(step=state.step + 2), 0.0),
+    )
+    state, at = replay.advance(run, types.SimpleNamespace(step=4), 9, ["ranges"])
+    assert (state.step, at, said) == (8, 8, [])
+    assert taken == [(4, ["ranges"]), (6, ["ranges"])]
+    monkeypatch.setattr(replay, "PROGRESS_SECONDS", -1.0)
+    replay.advance(run, types.SimpleNamespace(step=4), 9, [])
+    assert said == ["replay: step 6 of 9, from 4", "replay: step 8 of 9, from 4"]
