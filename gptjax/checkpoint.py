@@ -5,14 +5,18 @@ metadata: step, config, history, data fingerprint, a fingerprint of every array,
 checksum.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
 import os
 import re
+import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from gptjax.config import Config, flatten, from_dict
-from gptjax.errors import CheckpointError, ConfigError, DivergedError, SaveError
+from gptjax.errors import CheckpointError, ConfigError, DivergedError, SaveError, WorkdirError
 from gptjax.model import GPT
 from gptjax.sharding import make_mesh, nest, param_shardings, path_name
 from gptjax.state import TrainState
@@ -36,9 +40,15 @@ from gptjax.workdir import is_bucket
 log = logging.getLogger("gptjax")
 FORMAT = 1
 MAX_FAILED_SAVES = 3
+TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
+RETRY_SECONDS = 2.0  # before the last save of a run is tried again
+LARGEST_RECORD = 32 * 2**20  # bytes; one of GPT-2 XL takes ten thousand
 CHUNK_BYTES = 16 * 2**20  # of what is written at a time where memory is to be spared
 CACHED_WORDS = 2**18  # of a fingerprint at a time: fewer, and threads wait for each other; more, and caches overflow
-DAMAGE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, NotADirectoryError, EOFError)
+DAMAGE = (
+    ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError,
+    FileNotFoundError, NotADirectoryError, IsADirectoryError,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +84,12 @@ class Checkpointer:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             cleanup_tmp_directories=True,
         )
+        self._keep = keep  # beside the best one, and the one that is being written
         self._orbax: Any = None
         self._pending: Any = None
         self._failed = 0
+        self._state: TrainState | None = None  # of the last save, with what starts it again
+        self._start: Callable[[], None] = lambda: None
 
     def steps(self) -> list[int]:
         """Returns the steps of all finished checkpoints, damaged or not, in rising order."""
@@ -103,27 +116,48 @@ class Checkpointer:
             DivergedError: a value is not finite; such a state is never saved.
         """
         self._finish_pending(MAX_FAILED_SAVES)
-        if self._orbax is None:
-            self._orbax = self._open()
         trees = {"params": state.params, "opt_state": state.opt_state}
         _refuse_nonfinite(trees, step)
         record = Record(step, config.to_dict(), history, data, fingerprints(trees), versions())
+        self._state, self._start = state, functools.partial(self._start_save, step, trees, record, metrics)
+        self._start()
+
+    def _start_save(self, step: int, trees: dict[str, Any], record: Record, metrics: dict[str, float] | None) -> None:
         try:
+            if self._failed and self._is_saved(step, record):  # what failed came after
+                self._failed = 0
+                return
+            if self._orbax is None:
+                self._orbax = self._open()
             self._pending = self._orbax.save_checkpointables_async(
                 step, trees, custom_metadata=_seal(record), metrics=metrics
             )
-            if self._pending is None:  # which is how Orbax answers a step that is not above the newest
-                raise SaveError(f"{self.directory}: a checkpoint after step {step} is there already")
-        except OSError as error:
+        except Exception as error:  # as in _finish_pending
             self._save_failed(error, MAX_FAILED_SAVES)
+            return
+        if self._pending is None:  # which is how Orbax answers a step that is not above the newest
+            raise SaveError(f"{self.directory}: a checkpoint after step {step} is there already")
+
+    def _is_saved(self, step: int, record: Record) -> bool:
+        try:
+            return step in self.steps() and self.read_record(step).fingerprints == record.fingerprints
+        except Damaged:
+            return False
 
     def wait(self) -> None:
-        """Returns when the last save is on disk.
+        """Returns when the last save is on disk; if it fails it is tried again, which needs its state: not donated.
 
         Raises:
-            SaveError: it failed.
+            SaveError: it failed MAX_FAILED_SAVES times, or its state is gone.
         """
-        self._finish_pending(1)
+        while True:
+            leaves = jax.tree.leaves(self._state)
+            self._finish_pending(1 if any(leaf.is_deleted() for leaf in leaves) else MAX_FAILED_SAVES)
+            if not self._failed or self._state is None:
+                break
+            time.sleep(RETRY_SECONDS)
+            self._start()
+        self._state, self._failed = None, 0
 
     def close(self) -> None:
         try:
@@ -145,10 +179,51 @@ class Checkpointer:
 
     def _save_failed(self, error: Exception, allowed: int) -> None:
         self._failed += 1
+        orbax, self._orbax = self._orbax, None  # opened anew at the next save, which re-reads the directory
+        with contextlib.suppress(Exception):  # it may tell the same failure once more
+            if orbax is not None:
+                orbax.close()
+        self._remove_temporary()
         if self._failed >= allowed:
+            self._state = None
             raise SaveError(f"{self.directory}: {self._failed} saves failed: {_one_line(error)}") from error
         log.warning("save failed, training goes on: %s", _one_line(error))
-        self._orbax = None  # opened anew at the next save: that removes what this one left, and re-reads the directory
+
+    def _remove_temporary(self) -> None:
+        """Removes what a failed save has left: on a full disk, it would keep the next one from its place."""
+        if jax.process_index() == 0 and self.directory.exists():
+            for path in self.directory.iterdir():
+                if TEMPORARY in path.name:
+                    with contextlib.suppress(OSError):  # the next save removes it, too
+                        path.rmtree()
+
+    def check_room(self, abstract: TrainState) -> str:
+        """Returns a line on the room that checkpoints of `abstract` take, after writing and removing a small file.
+
+        Raises:
+            WorkdirError: nothing can be written there, or there is no room for one checkpoint.
+        """
+        leaves = jax.tree.leaves((abstract.params, abstract.opt_state))
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        text = f"checkpoints: {size / 1e9:.3g} GB each, {self._keep + 2} of them at most"
+        probe = self.directory / f".probe-{os.getpid()}"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            probe.write_text("can be written\n")
+            probe.unlink()
+        except OSError as error:
+            reason = f"cannot be written: {error.strerror}"
+            raise WorkdirError(f"{self.directory}: {reason}; free it, or choose another --workdir") from error
+        if is_bucket(str(self.directory)):
+            return text
+        free = shutil.disk_usage(self.directory).free
+        if free < size:
+            room = f"a checkpoint takes {size / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
+            raise WorkdirError(f"{self.directory}: {room}; make room, or choose another --workdir")
+        missing = (self._keep + 2 - len(self.steps())) * size
+        if free < missing:
+            log.warning("%s: %.3g GB are free, %.3g GB may be needed", self.directory, free / 1e9, missing / 1e9)
+        return f"{text}; {free / 1e9:.3g} GB are free"
 
     def restore_latest(
         self, abstract: TrainState, *, check: Callable[[Record], None] = lambda record: None
@@ -196,13 +271,15 @@ class Checkpointer:
         Raises:
             Damaged: it cannot be read, or its checksum is wrong.
         """
+        directory = self.directory / str(step)
         try:
-            metadata = json.loads((self.directory / str(step) / "_CHECKPOINT_METADATA").read_text())
-            values = _unseal(metadata["custom_metadata"])
+            _refuse_links(directory)
+            file = directory / "_CHECKPOINT_METADATA"
+            if file.stat().length > LARGEST_RECORD:
+                raise ValueError(f"{file.stat().length} bytes")
+            values = _unseal(json.loads(file.read_text())["custom_metadata"])
             if values["format"] > FORMAT:
-                raise CheckpointError(
-                    f"{self.directory}/{step}: made by a newer gptjax {values['versions']}; upgrade this one"
-                )
+                raise CheckpointError(f"{directory}: made by a newer gptjax {values['versions']}; upgrade this one")
             record = Record(**values)
             if not all(isinstance(value, dict) for value in (record.history, record.data, record.fingerprints)):
                 raise TypeError("a field is of the wrong type")
@@ -210,6 +287,8 @@ class Checkpointer:
             raise
         except DAMAGE as error:
             raise Damaged(f"record unreadable ({_one_line(error)})") from error
+        except OSError as error:  # no damage: the disk or its permissions, and the next attempt may succeed
+            raise CheckpointError(f"{directory}: cannot be read now: {error.strerror}; nothing was changed") from error
         if record.step != step:
             raise Damaged(f"its record is of step {record.step}")
         return record
@@ -346,6 +425,14 @@ class StoredParams:
         if fingerprint_array(leaf) != self.record.fingerprints.get(f"params/{path}"):
             raise Damaged(f"{path} is not what was saved")
         return leaf
+
+
+def _refuse_links(directory: Any) -> None:
+    """Raises Damaged if a link is in the checkpoint: Orbax makes none, and would read whatever it leads to."""
+    for folder, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            if os.path.islink(os.path.join(folder, name)):
+                raise Damaged(f"{name!a} is a link")
 
 
 def _abstract_params(config: Config) -> Any:

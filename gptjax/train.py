@@ -31,6 +31,7 @@ from gptjax.workdir import fetch_logs, local_directory, store_logs, write_json
 log = logging.getLogger("gptjax")
 SLOW_STEP_SECONDS = 60.0
 SAMPLE_TOKENS = 256
+TOKENS_BETWEEN_LOOKS = 8  # of a sample, at whether to stop
 SMALL_BATCH = 4  # sequences: what a CPU can be asked for
 CPU_EFFICIENCY = 0.5  # of a large matrix product, in a train step
 
@@ -56,10 +57,13 @@ def train(config: Config, workdir: str) -> int:
         checkpointer = stack.enter_context(contextlib.closing(Checkpointer(workdir, keep=config.checkpoint.keep)))
         watchdog = stack.enter_context(Watchdog(config.train.watchdog_seconds))
         with ending_without_the_others():
+            if jax.process_index() == 0:
+                log.info("%s", checkpointer.check_room(run.abstract_state))
             meet("restore", config.train.barrier_seconds)
             state, history = start_state(run, checkpointer)
             meet("first step", config.train.barrier_seconds)
         watchdog.beat()
+        preemption.has_begun = True
         step = int(state.step)
         if step >= config.train.num_steps and not evaluation_is_missing(config, step, history):
             log.info("%s: finished at step %d of %d; nothing to do", workdir, step, config.train.num_steps)
@@ -206,8 +210,7 @@ def run_loop(
             consensus.hear(answer)
             watchdog.beat()
 
-    def evaluate_now() -> dict[str, float]:
-        settle()
+    def make_should_stop() -> Callable[[], bool]:
         answer = None
 
         def should_stop() -> bool:
@@ -216,7 +219,11 @@ def run_loop(
             watchdog.beat()
             return stop
 
-        result = validate(run, state.params, reporter, step, should_stop)
+        return should_stop
+
+    def evaluate_now() -> dict[str, float]:
+        settle()
+        result = validate(run, state.params, reporter, step, make_should_stop())
         if result:
             history["validated"] = step
         return result
@@ -241,7 +248,7 @@ def run_loop(
         result = evaluate_now() if evaluation_is_missing(config, step, history) else {}
         if is_due(step, config.train.sample_every):
             settle()
-            write_samples(run, state.params, reporter, step)
+            write_samples(run, state.params, reporter, step, make_should_stop())
         if step == num_steps or consensus.stopping or is_due(step, config.checkpoint.save_every):
             settle()
             save(run, checkpointer, state, step, history, reporter, result)
@@ -333,19 +340,32 @@ def validate(run: Run, params: Any, reporter: Reporter, step: int, should_stop: 
     return result
 
 
-def write_samples(run: Run, params: Any, reporter: Reporter, step: int) -> None:
-    """Writes a sample of the model to the log and to samples.txt."""
+class CutShortError(Exception):
+    """Ends a sample when the run is to stop."""
+
+
+def write_samples(run: Run, params: Any, reporter: Reporter, step: int, should_stop: Callable[[], bool]) -> None:
+    """Writes a sample of the model to the log and to samples.txt; a shorter one where it is to stop."""
     prompt = run.tokenizer.encode(run.config.train.sample_prompt)
-    ids = generate(
-        run.model,
-        params,
-        [prompt],
-        max_new_tokens=SAMPLE_TOKENS,
-        eot_id=run.tokenizer.eot_id,
-        temperature=0.8,
-        seed=step,
-    )
-    reporter.report_sample(step, run.config.train.sample_prompt + run.tokenizer.decode(ids[0]))
+    ids: list[int] = []
+
+    def note(row: int, token: int) -> None:
+        ids.append(token)
+        if len(ids) % TOKENS_BETWEEN_LOOKS == 0 and should_stop():
+            raise CutShortError
+
+    with contextlib.suppress(CutShortError):
+        generate(
+            run.model,
+            params,
+            [prompt],
+            max_new_tokens=SAMPLE_TOKENS,
+            eot_id=run.tokenizer.eot_id,
+            temperature=0.8,
+            seed=step,
+            on_token=note,
+        )
+    reporter.report_sample(step, run.config.train.sample_prompt + run.tokenizer.decode(ids))
     reporter.watch.add("sampling")
 
 

@@ -199,6 +199,23 @@ def event_steps(workdir: pathlib.Path, tag: str) -> list[int]:
     return steps
 
 
+def said(workdir: pathlib.Path) -> str:
+    """Returns what the process of Lab.start has printed."""
+    path = workdir.with_suffix(".out")
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def is_compiling(workdir: pathlib.Path) -> bool:
+    """Returns whether a process of Lab.start with JAX_LOG_COMPILES=1 has begun to compile the train step."""
+    return "Compiling jit(train_step)" in said(workdir)
+
+
+def wait_until_stopped(process: subprocess.Popen[str]) -> None:
+    """Waits for GPTJAX_FAULT=...:stop, after which nothing moves in the process until SIGCONT."""
+    stat = pathlib.Path(f"/proc/{process.pid}/stat")
+    wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", process)
+
+
 def make_run_on(config: Config, devices: int = 1) -> Any:
     """Returns the Run of `config` on the first so many of this process's devices."""
     original = run_module.make_mesh

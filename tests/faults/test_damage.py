@@ -202,13 +202,13 @@ def test_c4_what_lies_around_is_ignored(healthy, said, tmp_path):
     assert (directory / "notes.txt").read_text() == "mine"
 
 
-def test_an_empty_directory_alone_is_no_fresh_start(tmp_path):
+def test_c4_an_empty_directory_alone_is_no_fresh_start(tmp_path):
     (tmp_path / "checkpoints" / "9").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="step 9: record unreadable"):
         Checkpointer(str(tmp_path)).restore_latest(states()[0])
 
 
-def test_the_same_step_damaged_twice(healthy, said, tmp_path):
+def test_c1_the_same_step_damaged_twice(healthy, said, tmp_path):
     """The second time its new name is taken."""
     workdir = tmp_path / "run"
     shutil.copytree(healthy, workdir)
@@ -220,7 +220,7 @@ def test_the_same_step_damaged_twice(healthy, said, tmp_path):
     assert len(list((workdir / "checkpoints").glob("2.corrupt-*"))) == 2
 
 
-def test_a_swapped_checkpoint_is_noticed(healthy, said, tmp_path):
+def test_c1_a_swapped_checkpoint_is_noticed(healthy, said, tmp_path):
     """Whole files, each intact, but of another step: only the record's step or the fingerprints can tell."""
     workdir = tmp_path / "run"
     shutil.copytree(healthy, workdir)
@@ -235,7 +235,7 @@ def test_a_swapped_checkpoint_is_noticed(healthy, said, tmp_path):
     assert "its record is of step 1" in said[0]
 
 
-def test_a_check_that_refuses_damages_nothing(healthy, tmp_path):
+def test_b2_a_check_that_refuses_damages_nothing(healthy, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(healthy, workdir)
 

@@ -10,7 +10,6 @@ pytestmark = pytest.mark.faults
 
 def test_h1_a_step_that_hangs_ends_with_all_stacks(lab, twin, tmp_path):
     workdir = tmp_path / "run"
-    lab.train(workdir, "train.num_steps=4")  # so that the rest needs no compilation
     done = lab.train(workdir, "train.watchdog_seconds=15", expect=UNAVAILABLE, GPTJAX_FAULT="step:3:hang")
     assert "error: nothing has ended for train.watchdog_seconds=15; " in done.stderr
     assert "in fault_point" in done.stderr, "the thread that hangs"

@@ -11,6 +11,7 @@ import pytest
 from tests.runs import (
     checkpoint_steps,
     event_steps,
+    is_compiling,
     kill,
     last_step,
     losses,
@@ -137,9 +138,8 @@ def test_k2_kills_around_saves(lab, long_twin, tiny_run, tmp_path):
 
 def test_k3_killed_in_the_first_compilation(lab, twin, tiny_run, tmp_path):
     workdir, cold = tmp_path / "run", str(tmp_path / "cold")
-    with lab.start(workdir, JAX_COMPILATION_CACHE_DIR=cold) as process:
-        wait_for((workdir / "metrics.jsonl").exists, process)
-        time.sleep(0.1)
+    with lab.start(workdir, JAX_COMPILATION_CACHE_DIR=cold, JAX_LOG_COMPILES="1") as process:
+        wait_for(lambda: is_compiling(workdir), process)
         kill(process)
     assert last_step(workdir) == 0
     assert checkpoint_steps(workdir) == []
@@ -171,7 +171,7 @@ def test_w1_logs_far_ahead_of_the_checkpoint(lab, twin, tiny_run, tmp_path):
     assert_equals_twin(workdir, twin, tiny_run)
 
 
-def test_a_dead_runs_temporary_directory_is_removed(lab, twin, tiny_run, tmp_path):
+def test_c4_a_dead_runs_temporary_directory_is_removed(lab, twin, tiny_run, tmp_path):
     """C4, through the command line: of a step that is not saved again. What else may lie there is in test_damage.py."""
     workdir = tmp_path / "run"
     shutil.copytree(twin, workdir)

@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import sys
 import time
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.runs import (
     PREEMPTED,
     checkpoint_steps,
+    is_compiling,
     last_step,
     losses,
     restored_bytes,
@@ -47,13 +49,8 @@ def test_t1_in_compilation_evaluation_training_and_sampling(lab, twin, tiny_run,
     def step_is(step):
         return lambda: last_step(workdir) >= step
 
-    def compiling():
-        if not (workdir / "metrics.jsonl").exists():
-            return False
-        time.sleep(0.1)
-        return True
-
-    step, _ = preempt(lab, workdir, compiling, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cold"))
+    cold = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cold"), "JAX_LOG_COMPILES": "1"}
+    step, _ = preempt(lab, workdir, lambda: is_compiling(workdir), **cold)
     assert step == 1
 
     step, _ = preempt(lab, workdir, step_is(8))
@@ -99,17 +96,39 @@ def test_t1_in_the_last_evaluation(lab, twin, tmp_path):
     assert losses(workdir) == losses(twin)
 
 
+EARLY = """
+import os, signal, sys, time
+from gptjax import runtime
+
+def main(arguments):
+    with runtime.Preemption() as preemption:
+        preemption.has_begun = arguments == ["begun"]
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1 if preemption.has_begun else 60)
+        print("saved" if preemption.requested else "nothing was asked for")
+
+runtime.run_cli(main)
+"""
+
+
+@pytest.mark.parametrize(("when", "code", "line"), [("early", PREEMPTED, "nothing has begun"), ("begun", 0, "saved")])
+def test_t1_before_a_run_has_begun_it_leaves_at_once(when, code, line, lab):
+    """While data are prepared, which may take hours, there is nothing to save and nobody to look at the signal."""
+    begin = time.monotonic()
+    done = lab.call([sys.executable, "-c", EARLY, when], expect=code)
+    assert line in done.stdout
+    assert time.monotonic() - begin < 30
+
+
 def test_t4_a_second_signal_leaves_at_once(lab, twin, tiny_run, tmp_path):
     """Even in the middle of a compilation; the checkpoint before it stands."""
     workdir = tmp_path / "run"
     shutil.copytree(twin, workdir)
     before = rows(workdir)
     (workdir / "metrics.jsonl").touch()
-    log = workdir / "tensorboard"
-    shutil.rmtree(log)
-    with lab.start(workdir, "train.num_steps=20", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cold")) as process:
-        wait_for(log.exists, process)
-        time.sleep(0.1)
+    cold = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cold"), "JAX_LOG_COMPILES": "1"}
+    with lab.start(workdir, "train.num_steps=20", **cold) as process:
+        wait_for(lambda: is_compiling(workdir), process)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.1)
         assert process.poll() is None
