@@ -42,6 +42,7 @@ FORMAT = 1
 MAX_FAILED_SAVES = 3
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
 RETRY_SECONDS = 2.0  # before the last save of a run is tried again
+STEP_NAME = re.compile(r"0|[1-9][0-9]{0,9}")  # "007" and "\u00b2" are digits, too, but nothing that a save makes
 LARGEST_RECORD = 32 * 2**20  # bytes; one of GPT-2 XL takes ten thousand
 CHUNK_BYTES = 16 * 2**20  # of what is written at a time where memory is to be spared
 CACHED_WORDS = 2**18  # of a fingerprint at a time: fewer, and threads wait for each other; more, and caches overflow
@@ -95,7 +96,7 @@ class Checkpointer:
         """Returns the steps of all finished checkpoints, damaged or not, in rising order."""
         if not self.directory.exists():
             return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+        return sorted(int(path.name) for path in self.directory.iterdir() if STEP_NAME.fullmatch(path.name))
 
     def save(
         self,
@@ -186,8 +187,8 @@ class Checkpointer:
         self._remove_temporary()
         if self._failed >= allowed:
             self._state = None
-            raise SaveError(f"{self.directory}: {self._failed} saves failed: {_one_line(error)}") from error
-        log.warning("save failed, training goes on: %s", _one_line(error))
+            raise SaveError(f"{self.directory}: {self._failed} saves failed: {_reason(error)}") from error
+        log.warning("save failed, training goes on: %s", _reason(error))
 
     def _remove_temporary(self) -> None:
         """Removes what a failed save has left: on a full disk, it would keep the next one from its place."""
@@ -437,7 +438,7 @@ def _refuse_links(directory: Any) -> None:
 
 def _abstract_params(config: Config) -> Any:
     mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), jax.local_devices()[:1])
-    tokens = jnp.zeros((1, config.model.block_size), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((1, config.model.block_size), jnp.int32)
     shapes = jax.eval_shape(GPT(config.model).init, jax.random.key(0), tokens)["params"]
     shardings = param_shardings(shapes, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -538,6 +539,12 @@ def compare_configs(old: dict[str, Any], new: Config) -> None:
         )
     for name, (was, now) in changed.items():
         log.info("note: %s changed from %r to %r since the checkpoint", name, was, now)
+
+
+def _reason(error: Exception) -> str:
+    """Returns why something could not be written: the system's words where tensorstore has its number."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else _one_line(error)
 
 
 def _one_line(error: BaseException) -> str:

@@ -125,8 +125,9 @@ class _Events:
             self.write(row)
 
     def write(self, row: dict[str, Any]) -> None:
-        numbers = [(n, v) for n, v in row.items() if n != "step" and isinstance(v, int | float)]
-        values = [self._values.Value(tag=name, simple_value=value) for name, value in numbers]
+        numbers = {n: v for n, v in row.items() if n != "step" and n.isascii() and isinstance(v, int | float)}
+        numbers = {name: value for name, value in numbers.items() if isinstance(value, float) or abs(value) < 2**63}
+        values = [self._values.Value(tag=name, simple_value=value) for name, value in numbers.items()]
         self._append(self._event(wall_time=time.time(), step=row["step"], summary=self._values(value=values)))
 
     def write_text(self, name: str, text: str, step: int) -> None:
@@ -203,9 +204,9 @@ def cut_to_step(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
     for line in path.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
+        if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] <= step:
             kept.append(row)
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))

@@ -61,18 +61,27 @@ def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
         code = main(sys.argv[1:]) or errors.OK
     except UserError as error:
         for line in str(error).splitlines():
-            print(f"error: {redact(line)}", file=sys.stderr)
+            _complain(f"error: {line}")
         code = error.exit_code
         _leave_the_others(code, str(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _complain("interrupted")
         code = errors.PREEMPTED
         _leave_the_others(code, "interrupted")
     except Exception as error:  # a bug of ours
-        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        _complain(traceback.format_exc().rstrip())
         code = 1
         _leave_the_others(code, repr(error))
+    try:
+        sys.stdout.flush()
+    except OSError:  # where it goes is full, or gone: the code still tells how it ended
+        os._exit(code)
     sys.exit(code)
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError):  # as above
+        print(redact(text), file=sys.stderr, flush=True)
 
 
 def redact(text: str) -> str:
@@ -118,13 +127,13 @@ def parse_overrides(parser: Parser, arguments: list[str]) -> dict[str, str]:
 
 
 def start_logging() -> None:
-    """Sends the project's own lines to stdout as they are, and other libraries' errors only to stderr."""
+    """Sends the project's own lines to stdout as they are, and of other libraries' the gravest only to stderr."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_Redacting("%(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a page of each error that it raises as well
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own notices
 
 

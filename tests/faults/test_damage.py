@@ -121,23 +121,24 @@ def test_c1_every_file_of_the_newest_checkpoint(damage, healthy, said, tmp_path)
     assert noticed["checkpoints/2/_CHECKPOINT_METADATA"]
 
 
+def flip_a_bit(workdir, chance, *, anywhere):
+    """Flips one bit: of all bytes, or of a file that is chosen first, so that the small ones get their share."""
+    files = [path for path in files_of(workdir) if path.stat().st_size]
+    sizes = [path.stat().st_size for path in files]
+    path = chance.choices(files, sizes)[0] if anywhere else chance.choice(files)
+    data = bytearray(path.read_bytes())
+    bit = chance.randrange(8 * len(data))
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+    return f"bit {bit} of {path.relative_to(workdir)}"
+
+
 def test_c2_sixty_bit_flips(healthy, said, tmp_path):
     chance, noticed = random.Random(2), 0
-    files = files_of(healthy)
-    sizes = [path.stat().st_size for path in files]
     for number in range(60):
         workdir = tmp_path / str(number)
         shutil.copytree(healthy, workdir)
-        # Half of them anywhere, by size; half in a file chosen first, so that the small ones get their share.
-        original = (
-            chance.choices(files, sizes)[0] if number % 2 else chance.choice([f for f in files if f.stat().st_size])
-        )
-        path = workdir / original.relative_to(healthy)
-        data = bytearray(path.read_bytes())
-        bit = chance.randrange(8 * len(data))
-        data[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(data)
-        what = f"bit {bit} of {original.relative_to(healthy)}"
+        what = flip_a_bit(workdir, chance, anywhere=bool(number % 2))
         noticed += assert_falls_back_or_loads_equal_bits(workdir, said, what)
         shutil.rmtree(workdir)
     assert noticed >= 15, f"only {noticed} of 60 flips were noticed: they hardly hit anything"

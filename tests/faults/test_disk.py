@@ -35,7 +35,9 @@ class SmallDisk:
 
     def __init__(self, root, stack):
         stack.enter_context(mounted(root / "disk", "size=12m"))
-        self.workdir, self._ballast = root / "disk" / "run", root / "disk" / "ballast"
+        self.workdir, self._ballast = root / "run", root / "disk" / "ballast"
+        (root / "disk" / "run").mkdir()
+        self.workdir.symlink_to(root / "disk" / "run")  # so that what is printed lies elsewhere
 
     def fill(self, process=None, leave=0):
         with open(self._ballast, "ab", buffering=0) as file, contextlib.suppress(OSError):
@@ -50,13 +52,13 @@ class SmallDisk:
 
 
 class SmallFiles:
-    """No file of the process may grow beyond 32 KiB: arrays do not fit, logs do."""
+    """No file of the process may grow beyond 64 KiB: arrays do not fit, logs do."""
 
     def __init__(self, root, stack):
         self.workdir = root / "run"
 
     def fill(self, process):
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**15, resource.RLIM_INFINITY))
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
 
     def free(self, process=None):
         if process is not None:
