@@ -31,7 +31,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from gptjax.config import Config, flatten, from_dict
-from gptjax.errors import CheckpointError, ConfigError, DivergedError, SaveError, WorkdirError
+from gptjax.errors import CheckpointError, ConfigError, DivergedError, SaveError, WorkdirError, plain
 from gptjax.model import GPT
 from gptjax.sharding import make_mesh, nest, param_shardings, path_name
 from gptjax.state import TrainState
@@ -287,7 +287,7 @@ class Checkpointer:
         except CheckpointError:
             raise
         except DAMAGE as error:
-            raise Damaged(f"record unreadable ({_one_line(error)})") from error
+            raise Damaged(f"record unreadable ({plain(error)})") from error
         except OSError as error:  # no damage: the disk or its permissions, and the next attempt may succeed
             raise CheckpointError(f"{directory}: cannot be read now: {error.strerror}; nothing was changed") from error
         if record.step != step:
@@ -303,7 +303,7 @@ class Checkpointer:
         try:
             trees = ocp.load_checkpointables(self.directory / str(step), abstract)
         except DAMAGE as error:
-            raise Damaged(f"unreadable ({_one_line(error)})") from error
+            raise Damaged(f"unreadable ({plain(error)})") from error
         found = fingerprints(trees)
         wrong = [name for name, value in found.items() if record.fingerprints.get(name) != value]
         if wrong:
@@ -393,7 +393,7 @@ def _save_now(path: Any, trees: dict[str, Any], **options: Any) -> None:
         ocp.save_checkpointables(path, trees, **options)
     except ValueError as error:  # as which tensorstore tells that a disk is full
         code = re.search(r"os_error_code='(\d+)'", str(error))
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(_one_line(error)) from error
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(plain(error)) from error
 
 
 class StoredParams:
@@ -421,7 +421,7 @@ class StoredParams:
             with context:
                 tree = ocp.load_checkpointables(self._checkpointer.directory / str(self.step), wanted)
         except DAMAGE as error:
-            raise Damaged(f"{path} is unreadable ({_one_line(error)})") from error
+            raise Damaged(f"{path} is unreadable ({plain(error)})") from error
         [leaf] = jax.tree.leaves(tree)
         if fingerprint_array(leaf) != self.record.fingerprints.get(f"params/{path}"):
             raise Damaged(f"{path} is not what was saved")
@@ -544,9 +544,4 @@ def compare_configs(old: dict[str, Any], new: Config) -> None:
 def _reason(error: Exception) -> str:
     """Returns why something could not be written: the system's words where tensorstore has its number."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(code[1])) if code else _one_line(error)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "..."
+    return os.strerror(int(code[1])) if code else plain(error)

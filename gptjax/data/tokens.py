@@ -186,8 +186,8 @@ def open_split(directory: str, split: str, *, tokenizer: "Tokenizer", eot_positi
         return _open_foreign(directory, split, tokenizer=tokenizer, eot_position=eot_position)
     if meta.tokenizer_sha256 != tokenizer.sha256:
         raise ConfigError(
-            f"{directory} was prepared with tokenizer {plain(meta.tokenizer)!r}, which is not this run's data.tokenizer="
-            f"{tokenizer.name!r}: set data.tokenizer to the former, or data.path to other data"
+            f"{directory} was prepared with tokenizer {plain(meta.tokenizer)!r}, which is not this run's "
+            f"data.tokenizer={tokenizer.name!r}: set data.tokenizer to the former, or data.path to other data"
         )
     part = _get_split(meta, directory, split)
     paths = tuple(os.path.join(directory, shard.file) for shard in part.shards)
@@ -208,9 +208,8 @@ def open_split(directory: str, split: str, *, tokenizer: "Tokenizer", eot_positi
 
 def _get_split(meta: Meta, directory: str, split: str) -> SplitMeta:
     if split not in meta.splits:
-        raise DataError(
-            f"{directory}: {META_FILE} has no split {split!r}, only {plain(', '.join(meta.splits)) or 'none'}"
-        )
+        there = plain(", ".join(meta.splits) or "none")
+        raise DataError(f"{directory}: {META_FILE} has no split {split!r}, only {there}")
     return meta.splits[split]
 
 
