@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 import zlib
@@ -274,7 +275,7 @@ class Checkpointer:
         """
         directory = self.directory / str(step)
         try:
-            _refuse_links(directory)
+            _refuse_strange_files(directory)
             file = directory / "_CHECKPOINT_METADATA"
             if file.stat().length > LARGEST_RECORD:
                 raise ValueError(f"{file.stat().length} bytes")
@@ -428,12 +429,13 @@ class StoredParams:
         return leaf
 
 
-def _refuse_links(directory: Any) -> None:
-    """Raises Damaged if a link is in the checkpoint: Orbax makes none, and would read whatever it leads to."""
+def _refuse_strange_files(directory: Any) -> None:
+    """Raises Damaged if a link or a pipe is in the checkpoint: Orbax makes none, and would follow it or wait."""
     for folder, folders, files in os.walk(directory):
         for name in (*folders, *files):
-            if os.path.islink(os.path.join(folder, name)):
-                raise Damaged(f"{name!a} is a link")
+            mode = os.lstat(os.path.join(folder, name)).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise Damaged(f"{name!a} is {'a link' if stat.S_ISLNK(mode) else 'not a file'}")
 
 
 def _abstract_params(config: Config) -> Any:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from gptjax import errors
-from gptjax.errors import ConfigError, UnavailableError, UserError, WorkdirError
+from gptjax.errors import ConfigError, UnavailableError, UserError, WorkdirError, plain
 
 log = logging.getLogger("gptjax")
 OVERRIDE = "--config."
@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=formatter)
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+        raise ConfigError(plain(message))
 
     def parse_strictly(self, arguments: list[str]) -> argparse.Namespace:
         parsed, rest = self.parse_known_args(arguments)
@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
 
     def unknown(self, argument: str) -> str:
         near = difflib.get_close_matches(argument.split("=")[0], list(self._option_string_actions), 2)
-        return f"{argument}: no such flag" + (f"; nearest: {', '.join(near)}" if near else "")
+        return f"{plain(argument)}: no such flag" + (f"; nearest: {', '.join(near)}" if near else "")
 
 
 def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
@@ -121,7 +121,7 @@ def parse_overrides(parser: Parser, arguments: list[str]) -> dict[str, str]:
             raise ConfigError(parser.unknown(argument))
         name, equals, value = argument[len(OVERRIDE) :].partition("=")
         if not equals and (not rest or rest[0].startswith("--")):
-            raise ConfigError(f"{argument}: needs a value, as in {argument}=VALUE")
+            raise ConfigError(f"{plain(argument)}: needs a value, as in {plain(argument)}=VALUE")
         found[name] = value if equals else rest.pop(0)
     return found
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import re
 import tracemalloc
 
@@ -207,6 +208,16 @@ def test_a_link_is_refused(tmp_path):
         Checkpointer(str(tmp_path)).read_record(5)
 
 
+def test_a_pipe_is_refused(tmp_path):
+    """Orbax would wait for ever for somebody to write into it."""
+    save_one(tmp_path)
+    path = tmp_path / "checkpoints/5/params/manifest.ocdbt"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(Damaged, match=r"'manifest.ocdbt' is not a file"):
+        Checkpointer(str(tmp_path)).read_record(5)
+
+
 @pytest.mark.parametrize("damage", ["long", "deep"])
 def test_a_hostile_record_is_refused(damage, monkeypatch, tmp_path):
     save_one(tmp_path)
@@ -226,7 +237,7 @@ def test_a_record_that_cannot_be_read_now_is_no_damage(monkeypatch, tmp_path):
     def fail(directory):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoint_module, "_refuse_links", fail)
+    monkeypatch.setattr(checkpoint_module, "_refuse_strange_files", fail)
     with pytest.raises(CheckpointError, match="cannot be read now: Input/output error; nothing was changed"):
         Checkpointer(str(tmp_path)).restore_latest(make_state()[0])
     assert checkpoint_steps(tmp_path) == [5]

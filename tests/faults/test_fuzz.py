@@ -4,9 +4,12 @@ safetensors, llm.c and msgpack files are in test_conversion.py. `make soak` runs
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
 import math
 import os
+import pathlib
 import shutil
 import string
 
@@ -28,6 +31,7 @@ from gptjax.errors import BAD_CONFIG, BAD_DATA, CheckpointError, ConfigError, Da
 from gptjax.metrics import RunLog
 from gptjax.model import GPT, Compute
 from gptjax.sample import generate
+from gptjax.state import TrainState
 from tests.faults import golden
 from tests.fuzzing import ODD, PATCHES, TAILS, cases, nothing_written, only_documented_errors, patched
 from tests.runs import rows, state_bytes
@@ -178,13 +182,22 @@ def test_f1_meta(prepared, edits, patches, tail):
 # Checkpoints
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
+class Stored:
+    root: pathlib.Path
+    abstract: TrainState
+    state: list[bytes]
+    params: list[bytes]
+
+
 @pytest.fixture(scope="module")
 def stored(quick_compiler, tmp_path_factory):
     """A work directory with one checkpoint, what it holds, and room for damaged copies."""
     root = tmp_path_factory.mktemp("stored")
     shutil.copytree(golden.GOLDEN / f"format-{checkpoint_module.FORMAT}", root / "healthy")
     abstract, state = golden.make_golden_state()
-    return root, abstract, state_bytes(state), [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state.params)]
+    params = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state.params)]
+    return Stored(root, abstract, state_bytes(state), params)
 
 
 @st.composite
@@ -243,7 +256,7 @@ def damage(directory, change, edits, patches, tail):
 @given(damaged_trees())
 def test_f1_checkpoint_trees(stored, damages):
     """What is restored has the bits that were saved, or is refused; with one checkpoint there is nothing else."""
-    root, abstract, state, params = stored
+    root, abstract, state, params = stored.root, stored.abstract, stored.state, stored.params
     changes, edits, patches, tail = damages
     shutil.rmtree(root / "damaged", ignore_errors=True)
     shutil.copytree(root / "healthy", root / "damaged")
@@ -284,7 +297,7 @@ NAMES = st.one_of(
 @given(st.lists(st.tuples(NAMES, st.sampled_from(["folder", "file", "link"])), min_size=1, max_size=3))
 def test_f1_directory_names(stored, names):
     """Whatever lies beside it, the one good checkpoint is found, and the next one can be saved."""
-    root, abstract, state, _ = stored
+    root, abstract, state = stored.root, stored.abstract, stored.state
     shutil.rmtree(root / "damaged", ignore_errors=True)
     shutil.copytree(root / "healthy", root / "damaged")
     for name, kind in names:
@@ -352,8 +365,8 @@ def test_f1_tails_of_logs(tmp_path_factory, tail):
     assert all(row["step"] <= 3 for row in rows(directory)[:-1])
 
 
-@pytest.fixture(scope="module")
-def model(quick_compiler):
+@functools.cache
+def tiny_model():
     """A model of 20 ids whose parameters are all there, and compiled at its first use."""
     made = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=1, n_embd=8), Compute(attention="xla"))
     return made, made.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
@@ -366,8 +379,8 @@ def model(quick_compiler):
     st.sampled_from([0, 1, 25, -1, 2**40]),
     st.sampled_from([1.0, 0.5, 0.0, 2.0, math.nan]),
 )
-def test_f1_prompts(model, prompts, temperature, top_k, top_p):
-    made, params = model
+def test_f1_prompts(prompts, temperature, top_k, top_p):
+    made, params = tiny_model()
 
     def sample():
         found = generate(
