@@ -252,7 +252,7 @@ def damage(directory, change, edits, patches, tail):
             os.mkfifo(path)
 
 
-@cases(120)
+@cases(80)
 @given(damaged_trees())
 def test_f1_checkpoint_trees(stored, damages):
     """What is restored has the bits that were saved, or is refused; with one checkpoint there is nothing else."""
@@ -389,7 +389,7 @@ def test_f1_prompts(prompts, temperature, top_k, top_p):
         assert len(found) == len(prompts)
         assert all(0 <= token < 19 for row in found for token in row)
 
-    error = only_documented_errors(sample)
+    error = only_documented_errors(sample, lines=4)
     assert error is None or error.exit_code == BAD_CONFIG
 
 
