@@ -9,6 +9,7 @@ missing. Every run is compared, loss by loss and bit by bit, with a twin that no
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import random
@@ -338,6 +339,7 @@ def main() -> int:
     tallies = {name: Tally() for name in FAULTS}
     if path.exists():
         tallies |= {name: Tally(**values) for name, values in json.loads(path.read_text()).items()}
+    logging.disable(logging.CRITICAL)  # of the damage done in this process
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with tempfile.TemporaryDirectory(prefix="gptjax-soak-") as root:
         soak = Soak(runs.make_lab(pathlib.Path(root) / "lab"), pathlib.Path(root) / "runs", pathlib.Path(root).name)
