@@ -98,18 +98,16 @@ def kills(soak: Soak, tally: Tally, count: int) -> Iterator[None]:
     life = time.monotonic() - began  # of an undisturbed run
     while tally.injected < count:
         number = tally.injected
-        workdir = soak.root / f"k1-{number}"
+        workdir, survived = soak.root / f"k1-{number}", []
         for turn in range(min(KILLS_A_RUN, count - number)):
-            survived = one_kill(soak, workdir, random.Random(1000 * number + turn), life)
-            if survived is None:
-                break
-            tally.injected += 1
-            tally.survived += survived
+            survived.append(one_kill(soak, workdir, random.Random(1000 * number + turn), life))
             tally.orphans += soak.orphans()
-            yield
+            if survived[-1] is None:
+                break
         soak.lab.train(workdir, *LONG, GPTJAX_SOAK=soak.token)
+        tally.injected += len(survived) - survived.count(None)  # now that what came of them is known
+        tally.survived += survived.count(True) - bool(temporary_directories(workdir))
         tally.lost_bits += not soak.equals_twin(workdir, twin)
-        tally.survived -= bool(temporary_directories(workdir))
         shutil.rmtree(workdir)
         yield
 
