@@ -4,9 +4,11 @@ import shutil
 import signal
 import sys
 import time
+import types
 
 import pytest
 
+from gptjax.train import TOKENS_BETWEEN_LOOKS, write_samples
 from tests.runs import (
     PREEMPTED,
     checkpoint_steps,
@@ -94,6 +96,24 @@ def test_t1_in_the_last_evaluation(lab, twin, tmp_path):
     assert "done: 16 steps" in lab.train(workdir, "train.eval_every=0").stdout
     assert validations(workdir)[16] == validations(twin)[16]
     assert losses(workdir) == losses(twin)
+
+
+def test_t1_a_sample_is_cut_short(tiny_run):
+    """One of 256 tokens may take minutes on a CPU: the run looks at the signal while it is made."""
+    told, looks = [], []
+
+    def stop():
+        looks.append(len(looks))
+        return len(looks) == 3
+
+    reporter = types.SimpleNamespace(
+        watch=types.SimpleNamespace(add=lambda kind: None), report_sample=lambda step, text: told.append((step, text))
+    )
+    write_samples(tiny_run, tiny_run.init().params, reporter, 12, stop)
+    [(step, text)] = told
+    assert step == 12
+    assert len(looks) == 3
+    assert 0 < len(text.encode()) <= 3 * 3 * TOKENS_BETWEEN_LOOKS, "bytes that are not UTF-8 become three"
 
 
 EARLY = """
