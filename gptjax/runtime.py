@@ -133,7 +133,7 @@ def start_logging() -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
-    for name in ("absl", "asyncio"):
+    for name in ("absl", "asyncio", "concurrent.futures"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # Orbax logs a page of each error that it raises as well
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own notices
 
