@@ -61,15 +61,15 @@ def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
         code = main(sys.argv[1:]) or errors.OK
     except UserError as error:
         for line in str(error).splitlines():
-            _complain(f"error: {line}")
+            complain(f"error: {line}")
         code = error.exit_code
         _leave_the_others(code, str(error))
     except KeyboardInterrupt:
-        _complain("interrupted")
+        complain("interrupted")
         code = errors.PREEMPTED
         _leave_the_others(code, "interrupted")
     except Exception as error:  # a bug of ours
-        _complain(traceback.format_exc().rstrip())
+        complain(traceback.format_exc().rstrip())
         code = 1
         _leave_the_others(code, repr(error))
     try:
@@ -79,8 +79,9 @@ def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def _complain(text: str) -> None:
-    with contextlib.suppress(OSError):  # as above
+def complain(text: str) -> None:
+    """Prints to stderr, if it can be printed to: what ends a process must do so when nobody listens any more."""
+    with contextlib.suppress(OSError):
         print(redact(text), file=sys.stderr, flush=True)
 
 
@@ -204,8 +205,9 @@ def meet(name: str, seconds: float) -> None:
         try:
             service.wait_at_barrier(point, math.ceil(1000 * (seconds + 60)))
         except jax.errors.JaxRuntimeError as error:
-            print(f"error: {name}: another process is gone: {first_line(error)}; start the same command again "
-                  "on all", file=sys.stderr, flush=True)  # fmt: skip
+            complain(
+                f"error: {name}: another process is gone: {first_line(error)}; start the same command again on all"
+            )
             os._exit(errors.UNAVAILABLE)
     service.key_value_delete(f"{point}/{mine}")
 
@@ -269,7 +271,7 @@ def _ending_after(
                 if done.is_set():
                     return
                 if end:
-                    print(f"error: {what}; start it, or start all of them again", file=sys.stderr, flush=True)
+                    complain(f"error: {what}; start it, or start all of them again")
                     with contextlib.suppress(Exception):
                         leave()
                     os._exit(errors.UNAVAILABLE)
@@ -449,9 +451,10 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._done.wait(max(0.0, self._last + self._seconds - time.monotonic())):
             if time.monotonic() - self._last >= self._seconds:
-                print(f"error: nothing has ended for train.watchdog_seconds={self._seconds:g}; the stacks of all "
-                      "threads follow, then start the same command again", file=sys.stderr, flush=True)  # fmt: skip
-                faulthandler.dump_traceback(all_threads=True)
+                what = f"nothing has ended for train.watchdog_seconds={self._seconds:g}"
+                complain(f"error: {what}; the stacks of all threads follow, then start the same command again")
+                with contextlib.suppress(Exception):
+                    faulthandler.dump_traceback(all_threads=True)
                 os._exit(errors.UNAVAILABLE)
 
 

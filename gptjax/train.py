@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +21,16 @@ from gptjax.evaluate import COMPRESSED_BYTES, compare, evaluate
 from gptjax.metrics import Reporter, duration, peak_flops
 from gptjax.optim import role_table
 from gptjax.run import Run, describe_run, make_run
-from gptjax.runtime import Consensus, Preemption, Watchdog, check_agreement, fault_point, lock_workdir, meet
+from gptjax.runtime import (
+    Consensus,
+    Preemption,
+    Watchdog,
+    check_agreement,
+    complain,
+    fault_point,
+    lock_workdir,
+    meet,
+)
 from gptjax.sample import generate
 from gptjax.sharding import path_name
 from gptjax.state import TrainState
@@ -95,7 +103,7 @@ def ending_without_the_others() -> Iterator[None]:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):  # too large is told as what it is
             raise
         message = f"another process is gone: {str(error).splitlines()[0]}; start the same command again on all"
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        complain(f"error: {message}")
         os._exit(errors.UNAVAILABLE)
 
 

@@ -1,5 +1,9 @@
 """H1: a step that hangs ends the process, with the stacks of all threads."""
 
+import subprocess
+import sys
+import time
+
 import pytest
 
 from gptjax.errors import UNAVAILABLE
@@ -16,3 +20,25 @@ def test_h1_a_step_that_hangs_ends_with_all_stacks(lab, twin, tmp_path):
     assert done.stderr.count("Thread 0x") > 1
     lab.train(workdir)
     assert runs.losses(workdir) == runs.losses(twin)
+
+
+SILENT = """
+import sys, time
+from gptjax import runtime
+
+with runtime.Watchdog(1):
+    sys.stdin.read()  # until nobody reads stderr any more
+    time.sleep(120)
+"""
+
+
+def test_h1_nobody_listens(lab):
+    """Whoever started it is gone, and with it the pipe that its stderr was."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SILENT], env=lab.environment(), stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    begin = time.monotonic()
+    process.stderr.close()
+    process.stdin.close()
+    assert process.wait(timeout=60) == UNAVAILABLE
+    assert time.monotonic() - begin < 60
