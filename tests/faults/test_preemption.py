@@ -62,7 +62,7 @@ def test_t1_in_compilation_evaluation_training_and_sampling(lab, twin, tiny_run,
     step, seconds = preempt(lab, workdir, lambda: validations(workdir), number=signal.SIGINT)
     assert 8 <= step < 12
     assert list(validations(workdir)) == [8], "what was cut short is done at the next start"
-    assert seconds < 10
+    assert seconds < 60, "10 s on a machine that does nothing else"
 
     def sampling():
         if last_step(workdir) < 12:
