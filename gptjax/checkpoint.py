@@ -301,10 +301,14 @@ class Checkpointer:
         Raises:
             Damaged: an array is missing, unreadable or not the one that was saved.
         """
+        path = self.directory / str(step)
         try:
-            trees = ocp.load_checkpointables(self.directory / str(step), abstract)
-        except DAMAGE as error:
-            raise Damaged(f"unreadable ({plain(error)})") from error
+            trees = ocp.load_checkpointables(path, abstract)
+        except DAMAGE:  # or a Ctrl-C, or a disk that was away for a moment: Orbax makes one error of all of them
+            try:
+                trees = ocp.load_checkpointables(path, abstract)
+            except DAMAGE as error:
+                raise Damaged(f"unreadable ({plain(error)})") from error
         found = fingerprints(trees)
         wrong = [name for name, value in found.items() if record.fingerprints.get(name) != value]
         if wrong:
@@ -350,6 +354,7 @@ def load_params(workdir: str, *, step: int | None = None) -> tuple[Config, Any, 
             params = checkpointer.load(candidate, {"params": _abstract_params(config)}, record)["params"]
         except Damaged as damage:
             refused.append(f"step {candidate}: {damage}")
+            log.warning("checkpoint %s/%d refused: %s", checkpointer.directory, candidate, damage)
             continue
         return config, params, candidate
     raise CheckpointError(f"--workdir={workdir}: no usable checkpoint: {'; '.join(refused)}")

@@ -243,6 +243,23 @@ def test_a_record_that_cannot_be_read_now_is_no_damage(monkeypatch, tmp_path):
     assert checkpoint_steps(tmp_path) == [5]
 
 
+def test_what_fails_once_is_no_damage(monkeypatch, said, tmp_path):
+    """Orbax makes the same error of a Ctrl-C, too many open files and a lost file."""
+    save_one(tmp_path)
+    original, failures = checkpoint_module.ocp.load_checkpointables, [KeyError("no entry")]
+
+    def load(*arguments):
+        if failures:
+            raise failures.pop()
+        return original(*arguments)
+
+    monkeypatch.setattr(checkpoint_module.ocp, "load_checkpointables", load)
+    restored, _ = Checkpointer(str(tmp_path)).restore_latest(make_state()[0])
+    assert state_bytes(restored) == state_bytes(make_state()[1])
+    assert checkpoint_steps(tmp_path) == [5]
+    assert said == []
+
+
 def test_there_must_be_room_for_one_checkpoint(monkeypatch, said, tmp_path):
     abstract = make_state()[0]
     size = sum(len(leaf) for leaf in state_bytes(make_state()[1]))
@@ -312,13 +329,15 @@ def test_load_params(tmp_path):
         load_params(str(tmp_path / "nowhere"))
 
 
-def test_load_params_falls_back_and_leaves_the_directory_alone(tmp_path):
+def test_load_params_falls_back_and_leaves_the_directory_alone(said, tmp_path):
     checkpointer = Checkpointer(str(tmp_path), keep=2)
     for step in (5, 6):
         save(checkpointer, step)
     checkpointer.close()
     (tmp_path / "checkpoints/6/_CHECKPOINT_METADATA").write_text("{")
     assert load_params(str(tmp_path))[2] == 5
+    (line,) = said
+    assert line.startswith(f"checkpoint {tmp_path}/checkpoints/6 refused: record unreadable")
     with pytest.raises(CheckpointError, match="step 6: record unreadable"):
         load_params(str(tmp_path), step=6)
     assert checkpoint_steps(tmp_path) == [5, 6]

@@ -8,6 +8,7 @@ missing. Every run is compared, loss by loss and bit by bit, with a twin that no
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -76,15 +77,16 @@ class Soak:
         return found
 
     def equals_twin(self, workdir: pathlib.Path, twin: pathlib.Path) -> bool:
-        abstract = self.abstract()
-        return (
-            losses(workdir) == losses(twin)
-            and validations(workdir) == validations(twin)
-            and restored_bytes(workdir, abstract) == restored_bytes(twin, abstract)
-        )
+        state, expected = restored_bytes(workdir, self.abstract), self.twin_state
+        return losses(workdir) == losses(twin) and validations(workdir) == validations(twin) and state == expected
 
+    @functools.cached_property
     def abstract(self) -> Any:
         return runs.make_run_on(self.lab.config()).abstract_state
+
+    @functools.cached_property
+    def twin_state(self) -> Any:
+        return restored_bytes(self.twin(), self.abstract)
 
 
 # Each fault does one injection at a time and yields, so that the count can be shown, kept and stopped.
