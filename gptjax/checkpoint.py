@@ -43,7 +43,7 @@ FORMAT = 1
 MAX_FAILED_SAVES = 3
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
 RETRY_SECONDS = 2.0  # before the last save of a run is tried again
-STEP_NAME = re.compile(r"0|[1-9][0-9]{0,9}")  # "007" and "\u00b2" are digits, too, but nothing that a save makes
+STEP_NAME = re.compile(r"0|[1-9][0-9]*")  # "007" and "\u00b2" are digits, too, but nothing that a save makes
 LARGEST_RECORD = 32 * 2**20  # bytes; one of GPT-2 XL takes ten thousand
 CHUNK_BYTES = 16 * 2**20  # of what is written at a time where memory is to be spared
 CACHED_WORDS = 2**18  # of a fingerprint at a time: fewer, and threads wait for each other; more, and caches overflow
@@ -325,10 +325,11 @@ class Checkpointer:
 
     def _quarantine(self, step: int, damage: Damaged) -> None:
         reason = re.sub(r"[^a-z0-9]+", "-", str(damage).split("(")[0].lower()).strip("-")[:40]
-        target = self.directory / f"{step}.corrupt-{reason}"
+        name = f"{str(step)[:100]}.corrupt-{reason}"  # of a directory with as many digits as a name may have, too
+        target = self.directory / name
         count = 2
         while target.exists():  # the same step was refused for the same reason before
-            target, count = self.directory / f"{step}.corrupt-{reason}-{count}", count + 1
+            target, count = self.directory / f"{name}-{count}", count + 1
         log.warning("checkpoint %s/%d refused: %s; renamed to %s", self.directory, step, damage, target.name)
         if jax.process_index() == 0:
             (self.directory / str(step)).rename(target)

@@ -222,8 +222,8 @@ def fuzz(soak: Soak, tally: Tally, count: int) -> Iterator[None]:
             [*command, "--hypothesis-show-statistics"],
             cwd=runs.REPOSITORY, env=environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
-        passing = sum(map(int, re.findall(r"(\d+) passing examples", done.stdout)))
-        failing = sum(map(int, re.findall(r"(\d+) failing examples", done.stdout)))
+        generated = re.findall(r"generate phase.*?(\d+) passing.*?(\d+) failing", done.stdout, re.S)
+        passing, failing = np.array(generated or [("0", "0")], int).sum(0).tolist()
         tally.injected += passing + failing
         tally.survived += passing
         if done.returncode or not passing:
