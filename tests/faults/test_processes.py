@@ -88,9 +88,10 @@ def test_t3_sigterm_to_one_has_all_save_the_same_step(lab, two, tmp_path, victim
     assert 6 <= step <= 8
     assert [match and int(match[1]) for match in said] == [step, step]
     assert runs.last_step(workdir) == step
-    train(lab, workdir, 2)
-    assert runs.losses(workdir) == runs.losses(two)
-    assert runs.validations(workdir) == runs.validations(two)
+    if victim == 1:  # they have saved the same whoever was asked
+        train(lab, workdir, 2)
+        assert runs.losses(workdir) == runs.losses(two)
+        assert runs.validations(workdir) == runs.validations(two)
 
 
 def test_t3_sigterm_in_an_evaluation(lab, tmp_path):
