@@ -238,14 +238,21 @@ def state_bytes(state: Any) -> list[bytes]:
 
 
 def wait_for(
-    condition: Callable[[], Any], process: subprocess.Popen[str] | None = None, *, seconds: float = 120
+    condition: Callable[[], Any],
+    process: subprocess.Popen[str] | None = None,
+    *,
+    seconds: float = 120,
+    pause: float = 0.005,
 ) -> Any:
-    """Returns the first true value of condition(), asked as often as possible; fails when the process has ended."""
+    """Returns the first true value of condition(), asked every `pause` seconds; fails when the process has ended.
+
+    To ask more often takes the processor from what is waited for.
+    """
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, "it did not happen in time"
         assert process is None or process.poll() is None, f"the process has ended with code {process.returncode}"
-        time.sleep(0.0002)
+        time.sleep(pause)
     return value
 
 

@@ -122,7 +122,7 @@ def one_kill(soak: Soak, workdir: pathlib.Path, moment: random.Random, life: flo
             pause(process, moment.uniform(0, life))
         else:  # in a save
             before = set(temporary_directories(workdir))
-            wait_for(lambda: process.poll() is not None or set(temporary_directories(workdir)) - before)
+            wait_for(lambda: process.poll() is not None or set(temporary_directories(workdir)) - before, pause=0.001)
             pause(process, moment.uniform(0, 0.2))
         if process.poll() == 0:
             return None

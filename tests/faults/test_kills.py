@@ -24,6 +24,7 @@ from tests.runs import (
 
 pytestmark = pytest.mark.faults
 STEPS, SAVE_EVERY = 48, 4
+OFTEN = 0.0002  # seconds between two looks at a directory that changes within milliseconds
 LONG = (f"train.num_steps={STEPS}", f"checkpoint.save_every={SAVE_EVERY}")
 
 
@@ -110,10 +111,10 @@ def test_k2_kills_around_saves(lab, long_twin, tiny_run, tmp_path):
 
     def appears(process):
         seen = {name for name in names(workdir) if "tmp" in name}
-        wait_for(lambda: any("tmp" in name and name not in seen for name in names(workdir)), process)
+        wait_for(lambda: any("tmp" in name and name not in seen for name in names(workdir)), process, pause=OFTEN)
 
     def is_renamed(process):
-        wait_for(a_save_was_renamed(workdir), process)
+        wait_for(a_save_was_renamed(workdir), process, pause=OFTEN)
 
     def is_being_removed(process):
         def half_gone():
@@ -123,7 +124,7 @@ def test_k2_kills_around_saves(lab, long_twin, tiny_run, tmp_path):
                     return True
             return False
 
-        wait_for(half_gone, process)
+        wait_for(half_gone, process, pause=OFTEN)
         process.kill()
         process.wait()
         half_removed.append(half_gone())
