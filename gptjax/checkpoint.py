@@ -42,6 +42,7 @@ log = logging.getLogger("gptjax")
 FORMAT = 1
 MAX_FAILED_SAVES = 3
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
+REMOVALS = 20  # attempts, 0.05 s apart, to remove what a failed save has left
 RETRY_SECONDS = 2.0  # before the last save of a run is tried again
 STEP_NAME = re.compile(r"0|[1-9][0-9]*")  # "007" and "\u00b2" are digits, too, but nothing that a save makes
 LARGEST_RECORD = 32 * 2**20  # bytes; one of GPT-2 XL takes ten thousand
@@ -193,11 +194,16 @@ class Checkpointer:
 
     def _remove_temporary(self) -> None:
         """Removes what a failed save has left: on a full disk, it would keep the next one from its place."""
-        if jax.process_index() == 0 and self.directory.exists():
-            for path in self.directory.iterdir():
-                if TEMPORARY in path.name:
-                    with contextlib.suppress(OSError):  # the next save removes it, too
-                        path.rmtree()
+        if jax.process_index() or not self.directory.exists():
+            return
+        for _ in range(REMOVALS):  # some of the save's threads may still write there
+            left = [path for path in self.directory.iterdir() if TEMPORARY in path.name]
+            for path in left:
+                with contextlib.suppress(OSError):  # then the next save removes it
+                    path.rmtree()
+            if not left:
+                return
+            time.sleep(0.05)
 
     def check_room(self, abstract: TrainState) -> str:
         """Returns a line on the room that checkpoints of `abstract` take, after writing and removing a small file.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import gc
 import random
 import shutil
 
@@ -22,16 +21,8 @@ from tests.runs import checkpoint_steps, state_bytes, temporary_directories
 pytestmark = [
     pytest.mark.faults,
     pytest.mark.usefixtures("quick_compiler"),
-    # Orbax forgets its other coroutines when one fails; the fixture below has that said here, not in a later test.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 MODEL = GPTConfig(block_size=8, vocab_size=100, n_layer=1, n_head=1, n_embd=16)
-
-
-@pytest.fixture(autouse=True)
-def _collect_garbage():
-    yield
-    gc.collect()
 
 
 @functools.cache
