@@ -1,4 +1,4 @@
-.PHONY: check test lint bench
+.PHONY: check test lint bench soak
 
 check:  ## everything that CI runs, in fresh environments
 	bash .ci/run
@@ -8,6 +8,9 @@ test:
 
 lint:
 	ruff check . && ruff format --check . && basedpyright
+
+soak:  ## hours of faults: kills, flips, fuzz; stop it at any time, it goes on where it was
+	python -m tests.faults.soak
 
 bench:
 	python benchmarks/train_step.py --cases=toy --steps_per_dispatch=1,100

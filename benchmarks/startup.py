@@ -1,4 +1,4 @@
-"""How long until something happens: import, --help, and the first train step with a cold and a warm compile cache.
+"""How long until something happens: import, --help, the first train step, and a new step of a run that was killed.
 
     python benchmarks/startup.py [--config=configs/quickstart.py] [--repeat=3]
 
@@ -47,6 +47,13 @@ def main() -> None:
             environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{directory}/{cache}"}
             return seconds_until([*train, f"--workdir={directory}/run{next(count)}"], "step 1/", environment)
 
+        def restart() -> float:
+            """Kills a run after its save of step 20, and times the same command until it has taken a new step."""
+            environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{directory}/unused"}
+            command = [*train, "--config.checkpoint.save_every=20", f"--workdir={directory}/run{next(count)}"]
+            seconds_until(command, "step 45/", environment)
+            return seconds_until(command, "step ", environment)
+
         empty = [*python, "-c", "pass"]
         first_step("unused")  # prepares the data
         plain = dict(os.environ)
@@ -56,6 +63,7 @@ def main() -> None:
             "python -m gptjax.main --help": lambda: seconds_until([*python, "-m", "gptjax.main", "--help"], "", plain),
             "first step, cold cache": lambda: first_step(f"cold{next(count)}"),
             "first step, warm cache": lambda: first_step("unused"),
+            "restart until a new step, warm": restart,
         }
         for name, measure in rows.items():
             values = [measure() for _ in range(args.repeat)]

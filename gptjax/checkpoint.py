@@ -5,14 +5,19 @@ metadata: step, config, history, data fingerprint, a fingerprint of every array,
 checksum.
 """
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
 import os
 import re
+import shutil
+import stat
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +32,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
 from gptjax.config import Config, flatten, from_dict
-from gptjax.errors import CheckpointError, ConfigError, DivergedError, SaveError
+from gptjax.errors import CheckpointError, ConfigError, DivergedError, SaveError, WorkdirError, plain
 from gptjax.model import GPT
 from gptjax.sharding import make_mesh, nest, param_shardings, path_name
 from gptjax.state import TrainState
@@ -36,9 +41,17 @@ from gptjax.workdir import is_bucket
 log = logging.getLogger("gptjax")
 FORMAT = 1
 MAX_FAILED_SAVES = 3
+TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
+REMOVALS = 20  # attempts, 0.05 s apart, to remove what a failed save has left
+RETRY_SECONDS = 2.0  # before the last save of a run is tried again
+STEP_NAME = re.compile(r"0|[1-9][0-9]*")  # "007" and "\u00b2" are digits, too, but nothing that a save makes
+LARGEST_RECORD = 32 * 2**20  # bytes; one of GPT-2 XL takes ten thousand
 CHUNK_BYTES = 16 * 2**20  # of what is written at a time where memory is to be spared
 CACHED_WORDS = 2**18  # of a fingerprint at a time: fewer, and threads wait for each other; more, and caches overflow
-DAMAGE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, NotADirectoryError, EOFError)
+DAMAGE = (
+    ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError,
+    FileNotFoundError, NotADirectoryError, IsADirectoryError,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +87,18 @@ class Checkpointer:
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             cleanup_tmp_directories=True,
         )
+        self._keep = keep  # beside the best one, and the one that is being written
         self._orbax: Any = None
         self._pending: Any = None
         self._failed = 0
+        self._state: TrainState | None = None  # of the last save, with what starts it again
+        self._start: Callable[[], None] = lambda: None
 
     def steps(self) -> list[int]:
         """Returns the steps of all finished checkpoints, damaged or not, in rising order."""
         if not self.directory.exists():
             return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+        return sorted(int(path.name) for path in self.directory.iterdir() if STEP_NAME.fullmatch(path.name))
 
     def save(
         self,
@@ -103,31 +119,57 @@ class Checkpointer:
             DivergedError: a value is not finite; such a state is never saved.
         """
         self.finish_save()
-        if self._orbax is None:
-            self._orbax = self._open()
         trees = {"params": state.params, "opt_state": state.opt_state}
         _refuse_nonfinite(trees, step)
         record = Record(step, config.to_dict(), history, data, fingerprints(trees), versions())
+        self._state, self._start = state, functools.partial(self._start_save, step, trees, record, metrics)
+        self._start()
+
+    def _start_save(self, step: int, trees: dict[str, Any], record: Record, metrics: dict[str, float] | None) -> None:
         try:
+            if self._failed and self._is_saved(step, record):  # what failed came after
+                self._failed = 0
+                return
+            if self._orbax is None:
+                self._orbax = self._open()
             self._pending = self._orbax.save_checkpointables_async(
                 step, trees, custom_metadata=_seal(record), metrics=metrics
             )
-            if self._pending is None:  # which is how Orbax answers a step that is not above the newest
-                raise SaveError(f"{self.directory}: a checkpoint after step {step} is there already")
-        except OSError as error:
+        except Exception as error:  # as in _finish_pending
             self._save_failed(error, MAX_FAILED_SAVES)
+            return
+        if self._pending is None:  # which is how Orbax answers a step that is not above the newest
+            raise SaveError(f"{self.directory}: a checkpoint after step {step} is there already")
+
+    def _is_saved(self, step: int, record: Record) -> bool:
+        try:
+            return step in self.steps() and self.read_record(step).fingerprints == record.fingerprints
+        except Damaged:
+            return False
 
     def finish_save(self) -> None:
-        """Returns when no save runs any more; one that failed counts as in `save`."""
+        """Returns when no save runs any more, and its state is let go; one that failed counts as in `save`."""
         self._finish_pending(MAX_FAILED_SAVES)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._state, self._start = None, lambda: None
 
     def wait(self) -> None:
-        """Returns when the last save is on disk.
+        """Returns when the last save is on disk; if it fails it is tried again, which needs its state: not donated.
 
         Raises:
-            SaveError: it failed.
+            SaveError: it failed MAX_FAILED_SAVES times, or its state is gone.
         """
-        self._finish_pending(1)
+        while True:
+            leaves = jax.tree.leaves(self._state)
+            self._finish_pending(1 if any(leaf.is_deleted() for leaf in leaves) else MAX_FAILED_SAVES)
+            if not self._failed or self._state is None:
+                break
+            time.sleep(RETRY_SECONDS)
+            self._start()
+        self._let_go()
+        self._failed = 0
 
     def close(self) -> None:
         try:
@@ -152,10 +194,56 @@ class Checkpointer:
 
     def _save_failed(self, error: Exception, allowed: int) -> None:
         self._failed += 1
+        orbax, self._orbax = self._orbax, None  # opened anew at the next save, which re-reads the directory
+        with contextlib.suppress(Exception):  # it may tell the same failure once more
+            if orbax is not None:
+                orbax.close()
+        self._remove_temporary()
         if self._failed >= allowed:
-            raise SaveError(f"{self.directory}: {self._failed} saves failed: {_one_line(error)}") from error
-        log.warning("save failed, training goes on: %s", _one_line(error))
-        self._orbax = None  # opened anew at the next save: that removes what this one left, and re-reads the directory
+            self._let_go()
+            raise SaveError(f"{self.directory}: {self._failed} saves failed: {_reason(error)}") from error
+        log.warning("save failed, training goes on: %s", _reason(error))
+
+    def _remove_temporary(self) -> None:
+        """Removes what a failed save has left: on a full disk, it would keep the next one from its place."""
+        if jax.process_index() or not self.directory.exists():
+            return
+        for _ in range(REMOVALS):  # some of the save's threads may still write there
+            left = [path for path in self.directory.iterdir() if TEMPORARY in path.name]
+            for path in left:
+                with contextlib.suppress(OSError):  # then the next save removes it
+                    path.rmtree()
+            if not left:
+                return
+            time.sleep(0.05)
+
+    def check_room(self, abstract: TrainState) -> str:
+        """Returns a line on the room that checkpoints of `abstract` take, after writing and removing a small file.
+
+        Raises:
+            WorkdirError: nothing can be written there, or there is no room for one checkpoint.
+        """
+        leaves = jax.tree.leaves((abstract.params, abstract.opt_state))
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        text = f"checkpoints: {size / 1e9:.3g} GB each, {self._keep + 2} of them at most"
+        probe = self.directory / f".probe-{os.getpid()}"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            probe.write_text("can be written\n")
+            probe.unlink()
+        except OSError as error:
+            reason = f"cannot be written: {error.strerror}"
+            raise WorkdirError(f"{self.directory}: {reason}; free it, or choose another --workdir") from error
+        if is_bucket(str(self.directory)):
+            return text
+        free = shutil.disk_usage(self.directory).free
+        if free < size:
+            room = f"a checkpoint takes {size / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
+            raise WorkdirError(f"{self.directory}: {room}; make room, or choose another --workdir")
+        missing = (self._keep + 2 - len(self.steps())) * size
+        if free < missing:
+            log.warning("%s: %.3g GB are free, %.3g GB may be needed", self.directory, free / 1e9, missing / 1e9)
+        return f"{text}; {free / 1e9:.3g} GB are free"
 
     def restore_latest(
         self, abstract: TrainState, *, check: Callable[[Record], None] = lambda record: None
@@ -206,20 +294,24 @@ class Checkpointer:
         Raises:
             Damaged: it cannot be read, or its checksum is wrong.
         """
+        directory = self.directory / str(step)
         try:
-            metadata = json.loads((self.directory / str(step) / "_CHECKPOINT_METADATA").read_text())
-            values = _unseal(metadata["custom_metadata"])
+            _refuse_strange_files(directory)
+            file = directory / "_CHECKPOINT_METADATA"
+            if file.stat().length > LARGEST_RECORD:
+                raise ValueError(f"{file.stat().length} bytes")
+            values = _unseal(json.loads(file.read_text())["custom_metadata"])
             if values["format"] > FORMAT:
-                raise CheckpointError(
-                    f"{self.directory}/{step}: made by a newer gptjax {values['versions']}; upgrade this one"
-                )
+                raise CheckpointError(f"{directory}: made by a newer gptjax {values['versions']}; upgrade this one")
             record = Record(**values)
             if not all(isinstance(value, dict) for value in (record.history, record.data, record.fingerprints)):
                 raise TypeError("a field is of the wrong type")
         except CheckpointError:
             raise
         except DAMAGE as error:
-            raise Damaged(f"record unreadable ({_one_line(error)})") from error
+            raise Damaged(f"record unreadable ({plain(error)})") from error
+        except OSError as error:  # no damage: the disk or its permissions, and the next attempt may succeed
+            raise CheckpointError(f"{directory}: cannot be read now: {error.strerror}; nothing was changed") from error
         if record.step != step:
             raise Damaged(f"its record is of step {record.step}")
         return record
@@ -230,10 +322,14 @@ class Checkpointer:
         Raises:
             Damaged: an array is missing, unreadable or not the one that was saved.
         """
+        path = self.directory / str(step)
         try:
-            trees = ocp.load_checkpointables(self.directory / str(step), abstract)
-        except DAMAGE as error:
-            raise Damaged(f"unreadable ({_one_line(error)})") from error
+            trees = ocp.load_checkpointables(path, abstract)
+        except DAMAGE:  # or a Ctrl-C, or a disk that was away for a moment: Orbax makes one error of all of them
+            try:
+                trees = ocp.load_checkpointables(path, abstract)
+            except DAMAGE as error:
+                raise Damaged(f"unreadable ({plain(error)})") from error
         found = fingerprints(trees)
         wrong = [name for name, value in found.items() if record.fingerprints.get(name) != value]
         if wrong:
@@ -250,10 +346,11 @@ class Checkpointer:
 
     def _quarantine(self, step: int, damage: Damaged) -> None:
         reason = re.sub(r"[^a-z0-9]+", "-", str(damage).split("(")[0].lower()).strip("-")[:40]
-        target = self.directory / f"{step}.corrupt-{reason}"
+        name = f"{str(step)[:100]}.corrupt-{reason}"  # of a directory with as many digits as a name may have, too
+        target = self.directory / name
         count = 2
         while target.exists():  # the same step was refused for the same reason before
-            target, count = self.directory / f"{step}.corrupt-{reason}-{count}", count + 1
+            target, count = self.directory / f"{name}-{count}", count + 1
         log.warning("checkpoint %s/%d refused: %s; renamed to %s", self.directory, step, damage, target.name)
         self._close_orbax()  # it knows this step, and would not save it again
         if jax.process_index() == 0:
@@ -280,6 +377,7 @@ def load_params(workdir: str, *, step: int | None = None) -> tuple[Config, Any, 
             params = checkpointer.load(candidate, {"params": _abstract_params(config)}, record)["params"]
         except Damaged as damage:
             refused.append(f"step {candidate}: {damage}")
+            log.warning("checkpoint %s/%d refused: %s", checkpointer.directory, candidate, damage)
             continue
         return config, params, candidate
     raise CheckpointError(f"--workdir={workdir}: no usable checkpoint: {'; '.join(refused)}")
@@ -324,7 +422,7 @@ def _save_now(path: Any, trees: dict[str, Any], **options: Any) -> None:
         ocp.save_checkpointables(path, trees, **options)
     except ValueError as error:  # as which tensorstore tells that a disk is full
         code = re.search(r"os_error_code='(\d+)'", str(error))
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(_one_line(error)) from error
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(plain(error)) from error
 
 
 class StoredParams:
@@ -352,16 +450,25 @@ class StoredParams:
             with context:
                 tree = ocp.load_checkpointables(self._checkpointer.directory / str(self.step), wanted)
         except DAMAGE as error:
-            raise Damaged(f"{path} is unreadable ({_one_line(error)})") from error
+            raise Damaged(f"{path} is unreadable ({plain(error)})") from error
         [leaf] = jax.tree.leaves(tree)
         if fingerprint_array(leaf) != self.record.fingerprints.get(f"params/{path}"):
             raise Damaged(f"{path} is not what was saved")
         return leaf
 
 
+def _refuse_strange_files(directory: Any) -> None:
+    """Raises Damaged if a link or a pipe is in the checkpoint: Orbax makes none, and would follow it or wait."""
+    for folder, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            mode = os.lstat(os.path.join(folder, name)).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise Damaged(f"{name!a} is {'a link' if stat.S_ISLNK(mode) else 'not a file'}")
+
+
 def _abstract_params(config: Config) -> Any:
     mesh = make_mesh(dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1), jax.local_devices()[:1])
-    tokens = jnp.zeros((1, config.model.block_size), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((1, config.model.block_size), jnp.int32)
     shapes = jax.eval_shape(GPT(config.model).init, jax.random.key(0), tokens)["params"]
     shardings = param_shardings(shapes, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -464,6 +571,7 @@ def compare_configs(old: dict[str, Any], new: Config) -> None:
         log.info("note: %s changed from %r to %r since the checkpoint", name, was, now)
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "..."
+def _reason(error: Exception) -> str:
+    """Returns why something could not be written: the system's words where tensorstore has its number."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else plain(error)

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +258,7 @@ def unknown_field(path: str) -> str:
     last = path.rsplit(".", 1)[-1]
     near = difflib.get_close_matches(path, known, 3, 0.6) or [k for k in known if k.rsplit(".", 1)[-1] == last]
     hint = f"; nearest: {', '.join(near)}" if near else ""
-    return f"{path}: no such config field{hint}"
+    return f"{plain(path)}: no such config field{hint}"
 
 
 def convert(path: str, value: Any, kind: type) -> Any:
@@ -285,12 +285,12 @@ def convert(path: str, value: Any, kind: type) -> Any:
         if kind is int and math.isfinite(number) and number == int(number):
             return int(number)
     names = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
-    raise ConfigError(f"{path}={value!r}: expected {names[kind]}")
+    raise ConfigError(f"{path}={plain(repr(value))}: expected {names[kind]}")
 
 
 def _parse(cls: Any, values: Any, prefix: str, problems: list[str]) -> Any:
     if not isinstance(values, Mapping):
-        problems.append(f"{prefix.rstrip('.')}={values!r}: expected a section with fields")
+        problems.append(f"{prefix.rstrip('.')}={plain(repr(values))}: expected a section with fields")
         return cls()
     kinds = {field.name: field.type for field in dataclasses.fields(cls)}
     problems.extend(unknown_field(prefix + " ".join(str(key).split())) for key in values if key not in kinds)
@@ -312,7 +312,7 @@ def find_problems(config: Config) -> list[str]:
     """Returns one line for each impossible value or combination, naming the field, its value and the remedy."""
     flat = flatten(config)
     problems = [
-        f"{path}={flat[path]!r}: expected one of {', '.join(choices)}"
+        f"{path}={plain(repr(flat[path]))}: expected one of {', '.join(choices)}"
         for path, choices in CHOICES.items()
         if flat[path] not in choices
     ]

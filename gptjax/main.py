@@ -20,6 +20,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--join_seconds", type=float, default=300, help="how long to wait for the other processes")
     args, rest = parser.parse_known_args(arguments)
     settings = config.load(args.config, runtime.parse_overrides(parser, rest))
+    runtime.refuse_secrets(config.flatten(settings))
     runtime.start_jax(
         coordinator=args.coordinator,
         num_processes=args.num_processes,

@@ -1,13 +1,19 @@
 """What a run tells of itself: metrics.jsonl, TensorBoard, Weights & Biases, and one line on the screen."""
 
+import contextlib
 import json
 import logging
 import math
 import os
 import pathlib
+import queue
 import shutil
+import socket
+import struct
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from gptjax import goodput
@@ -16,6 +22,8 @@ from gptjax.config import Config
 from gptjax.goodput import Stopwatch, duration
 
 log = logging.getLogger("gptjax")
+WAITING_ROWS = 1000  # for a tracker that does not answer: then it is off
+LAST_ROWS_SECONDS = 5.0  # for which a run that ends waits for its tracker
 
 
 def peak_flops(device: Any) -> float:
@@ -35,46 +43,159 @@ class RunLog:
         path, project = pathlib.Path(directory) / "metrics.jsonl", config.log.wandb_project
         kept = cut_to_step(path, resumed_from)
         self.last_validation = max((row["step"] for row in kept if "val_loss" in row), default=-1)
-        self._file = open(path, "a")  # noqa: SIM115
-        self._tensorboard = _open_tensorboard(path.parent / "tensorboard", kept) if config.log.tensorboard else None
-        self._wandb: Any = _open_wandb(project, directory, config.to_dict()) if project else None
+        self._file = _GrowingFile(path)
+        self._tensorboard = _Events(path.parent / "tensorboard", kept) if config.log.tensorboard else None
+        self._tracker = _Tracker(project, directory, config.to_dict()) if project else None
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one object, which has a `step`; a number that is not finite becomes null."""
         row = _finite(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._file.write((json.dumps(row) + "\n").encode())
         if self._tensorboard:
-            _write_events(self._tensorboard, row)
-        if self._wandb:
-            self._to_wandb(row)
+            self._tensorboard.write(row)
+        if self._tracker:
+            self._tracker.write(row)
 
     def write_text(self, name: str, text: str, step: int) -> None:
         if self._tensorboard:
-            self._tensorboard.add_text(name, text, step)
+            self._tensorboard.write_text(name, text, step)
 
     def sync(self) -> None:
-        """Returns when all that was written is on disk."""
-        os.fsync(self._file.fileno())
-        if self._tensorboard:
-            self._tensorboard.flush()
+        """Returns when all that was written is on disk, or has been told not to be."""
+        self._file.sync()
 
     def close(self) -> None:
         self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
-        if self._wandb:
-            self._to_wandb(None)
+        if self._tracker:
+            self._tracker.close()
 
-    def _to_wandb(self, row: dict[str, Any] | None) -> None:
+
+class _GrowingFile:
+    """A file to which bytes are appended; what a full disk does not take is kept, and written when there is room."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path, self._file = path, open(path, "ab", buffering=0)  # noqa: SIM115
+        self._kept, self._told = b"", False
+
+    def write(self, data: bytes) -> None:
+        self._kept += data
         try:
-            if row is None:
-                self._wandb.finish()
-            else:
-                self._wandb.log(row, step=row["step"])
-        except Exception as error:  # a tracker never stops a run
-            log.warning("wandb is off from here on: %s", error)
-            self._wandb = None
+            while self._kept:
+                self._kept = self._kept[self._file.write(self._kept) :]  # which may be a part of it
+        except OSError as error:
+            self._tell(error)
+
+    def sync(self) -> None:
+        self.write(b"")
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._tell(error)
+
+    def close(self) -> None:
+        self.write(b"")
+        if self._kept:
+            log.warning("%s: there was no room for the last %d bytes", self._path, len(self._kept))
+        self._file.close()
+
+    def _tell(self, error: OSError) -> None:
+        if not self._told:
+            log.warning("%s: %s: kept until there is room, training goes on", self._path, error.strerror)
+        self._told = True
+
+
+class _Events:
+    """TensorBoard's file of events. tensorboardX's own writer would hang a run: its thread ends at a full disk."""
+
+    def __init__(self, directory: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+        with _without_torch():
+            from tensorboardX import record_writer, summary  # slow to import
+            from tensorboardX.proto import event_pb2, summary_pb2
+
+        events: Any = event_pb2  # their classes are made when they are imported
+        values: Any = summary_pb2
+
+        self._checksum, self._summary = record_writer.masked_crc32c, summary
+        self._event, self._values = events.Event, values.Summary
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(exist_ok=True)
+        self._file = _GrowingFile(directory / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}")
+        self._append(self._event(wall_time=time.time(), file_version="brain.Event:2"))
+        for row in rows:
+            self.write(row)
+
+    def write(self, row: dict[str, Any]) -> None:
+        numbers = {n: v for n, v in row.items() if n != "step" and n.isascii() and isinstance(v, int | float)}
+        numbers = {name: value for name, value in numbers.items() if isinstance(value, float) or abs(value) < 2**63}
+        values = [self._values.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._append(self._event(wall_time=time.time(), step=row["step"], summary=self._values(value=values)))
+
+    def write_text(self, name: str, text: str, step: int) -> None:
+        self._append(self._event(wall_time=time.time(), step=step, summary=self._summary.text(name, text)))
+
+    def _append(self, event: Any) -> None:
+        data = event.SerializeToString()  # as a TFRecord: length, its checksum, data, its checksum
+        length = struct.pack("<Q", len(data))
+        sums = [struct.pack("<I", self._checksum(part)) for part in (length, data)]
+        self._file.write(length + sums[0] + data + sums[1])
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Keeps tensorboardX from importing torch, whose arrays it would take: 1.7 s of each start."""
+    if "torch" in sys.modules:
+        yield
+        return
+    modules: dict[str, Any] = sys.modules
+    modules["torch"] = None
+    try:
+        yield
+    finally:
+        del modules["torch"]
+
+
+class _Tracker:
+    """Weights & Biases in a thread of its own: neither what it raises nor what it waits for stops a run."""
+
+    def __init__(self, project: str, directory: str, config: Any) -> None:
+        self._project, self._is_on = project, True
+        self._rows: queue.Queue[dict[str, Any] | None] = queue.Queue(WAITING_ROWS)
+        self._thread = threading.Thread(target=self._run, args=(directory, config), daemon=True, name="tracker")
+        self._thread.start()
+
+    def write(self, row: dict[str, Any] | None) -> None:
+        try:
+            if self._is_on:
+                self._rows.put_nowait(row)
+        except queue.Full:
+            self._turn_off("it does not answer")
+
+    def close(self) -> None:
+        self.write(None)
+        self._thread.join(LAST_ROWS_SECONDS)
+        if self._thread.is_alive():
+            self._turn_off(f"it has not taken the last rows in {LAST_ROWS_SECONDS:.0f} s")
+
+    def _run(self, directory: str, config: Any) -> None:
+        try:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            run = wandb.init(project=self._project, dir=directory, config=config, resume="allow", id=_run_id(directory))
+            while self._is_on and (row := self._rows.get()) is not None:
+                run.log(row, step=row["step"])
+            run.finish()
+        except Exception as error:
+            self._turn_off(error)
+
+    def _turn_off(self, reason: object) -> None:
+        if self._is_on:
+            log.warning("log.wandb_project=%r: wandb is off: %s", self._project, " ".join(str(reason).split()))
+        self._is_on = False
 
 
 def cut_to_step(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
@@ -85,9 +206,9 @@ def cut_to_step(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
     for line in path.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
+        if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] <= step:
             kept.append(row)
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -97,32 +218,6 @@ def cut_to_step(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-
-
-def _open_tensorboard(directory: pathlib.Path, rows: list[dict[str, Any]]) -> Any:
-    from tensorboardX import SummaryWriter  # slow to import
-
-    shutil.rmtree(directory, ignore_errors=True)
-    writer = SummaryWriter(str(directory))
-    for row in rows:
-        _write_events(writer, row)
-    return writer
-
-
-def _write_events(writer: Any, row: dict[str, Any]) -> None:
-    for name, value in row.items():
-        if name != "step" and isinstance(value, int | float):
-            writer.add_scalar(name, value, row["step"])
-
-
-def _open_wandb(project: str, directory: str, config: Any) -> Any:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-
-        return wandb.init(project=project, dir=directory, config=config, resume="allow", id=_run_id(directory))
-    except Exception as error:  # a tracker never stops a run
-        log.warning("log.wandb_project=%r: wandb is off: %s", project, error)
-        return None
 
 
 def _run_id(directory: str) -> str:
@@ -197,8 +292,9 @@ class Reporter:
 
     def report_sample(self, step: int, text: str) -> None:
         self._log.write_text("sample", text, step)
-        with open(os.path.join(self.directory, "samples.txt"), "a") as file:
-            file.write(f"--- step {step}\n{text}\n")
+        samples = _GrowingFile(pathlib.Path(self.directory) / "samples.txt")
+        samples.write(f"--- step {step}\n{text}\n".encode())
+        samples.close()
         log.info("step %d  sample:\n%s", step, text)
 
     def _show(self, line: str) -> None:

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import signal
 import socket
 import sys
@@ -20,12 +21,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from gptjax import errors
-from gptjax.errors import ConfigError, UnavailableError, UserError, WorkdirError
+from gptjax.errors import ConfigError, UnavailableError, UserError, WorkdirError, plain
 
 log = logging.getLogger("gptjax")
 OVERRIDE = "--config."
 WAITING_SECONDS = 10.0  # between two lines of a process that waits for others
 LAST_WORDS_SECONDS = 60.0  # for which process 0, and the service with it, stays at most until all know why it leaves
+SECRETS = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$")  # ends of the names of variables
+SHORTEST_SECRET = 8  # characters; what is shorter would be found in words
+LEAVING_SECONDS = 2.0  # then, for the others to have ended: one that is left without the service is aborted
 _joined: list[int] = []  # how many processes there are, once they are joined
 
 
@@ -37,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, formatter_class=formatter)
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+        raise ConfigError(plain(message))
 
     def parse_strictly(self, arguments: list[str]) -> argparse.Namespace:
         parsed, rest = self.parse_known_args(arguments)
@@ -47,7 +51,7 @@ class Parser(argparse.ArgumentParser):
 
     def unknown(self, argument: str) -> str:
         near = difflib.get_close_matches(argument.split("=")[0], list(self._option_string_actions), 2)
-        return f"{argument}: no such flag" + (f"; nearest: {', '.join(near)}" if near else "")
+        return f"{plain(argument)}: no such flag" + (f"; nearest: {', '.join(near)}" if near else "")
 
 
 def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
@@ -57,19 +61,52 @@ def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
         code = main(sys.argv[1:]) or errors.OK
     except UserError as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            complain(f"error: {line}")
         code = error.exit_code
         _leave_the_others(code, str(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         code = errors.PREEMPTED
         _leave_the_others(code, "interrupted")
-    except Exception as error:
-        if _service() is not None:
-            traceback.print_exc()
-            _leave_the_others(1, repr(error))
-        raise
+    except Exception as error:  # a bug of ours
+        complain(traceback.format_exc().rstrip())
+        code = 1
+        _leave_the_others(code, repr(error))
+    try:
+        sys.stdout.flush()
+    except OSError:  # where it goes is full, or gone: the code still tells how it ended
+        os._exit(code)
     sys.exit(code)
+
+
+def complain(text: str) -> None:
+    """Prints to stderr, if it can be printed to: what ends a process must do so when nobody listens any more."""
+    with contextlib.suppress(OSError):
+        print(redact(text), file=sys.stderr, flush=True)
+
+
+def redact(text: str) -> str:
+    """Returns `text` with [NAME] in place of the value of each variable of the environment that holds a secret."""
+    for name, value in _secrets():
+        text = text.replace(value, f"[{name}]")
+    return text
+
+
+def refuse_secrets(settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a setting holds a secret of the environment: it would be in every checkpoint."""
+    for name, value in settings.items():
+        for variable, secret in _secrets():
+            if isinstance(value, str) and secret in value:
+                raise ConfigError(f"{name}: contains the value of {variable}, which would stand in every checkpoint")
+
+
+def _secrets() -> list[tuple[str, str]]:
+    return [(n, v) for n, v in os.environ.items() if SECRETS.search(n.upper()) and len(v) >= SHORTEST_SECRET]
+
+
+class _Redacting(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
 
 
 def parse_overrides(parser: Parser, arguments: list[str]) -> dict[str, str]:
@@ -85,20 +122,28 @@ def parse_overrides(parser: Parser, arguments: list[str]) -> dict[str, str]:
             raise ConfigError(parser.unknown(argument))
         name, equals, value = argument[len(OVERRIDE) :].partition("=")
         if not equals and (not rest or rest[0].startswith("--")):
-            raise ConfigError(f"{argument}: needs a value, as in {argument}=VALUE")
+            raise ConfigError(f"{plain(argument)}: needs a value, as in {plain(argument)}=VALUE")
         found[name] = value if equals else rest.pop(0)
     return found
 
 
 def start_logging() -> None:
-    """Sends the project's own lines to stdout as they are, and other libraries' errors only to stderr."""
+    """Sends the project's own lines to stdout as they are, and of other libraries' the gravest only to stderr."""
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Redacting("%(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    for name in ("absl", "asyncio", "concurrent.futures"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # Orbax logs a page of each error that it raises as well
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own notices
+    sys.unraisablehook = _tell_unraisable
+
+
+def _tell_unraisable(unraisable: Any) -> None:
+    """Prints what nobody could catch; not what tensorstore's threads meet when a read or save that failed is over."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def start_jax(
@@ -117,7 +162,7 @@ def start_jax(
     jax.config.update("jax_enable_preemption_service", False)  # it swallows SIGTERM: see Preemption
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(pathlib.Path.home() / ".cache" / "gptjax" / "compiled")
     jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a restart compiles many small ones
     if coordinator and not 0 <= process_id < num_processes:
         raise ConfigError(f"--process_id={process_id} --num_processes={num_processes}: expected 0 <= id < number")
     several = bool(coordinator) or is_cluster(os.environ)
@@ -167,8 +212,9 @@ def meet(name: str, seconds: float) -> None:
         try:
             service.wait_at_barrier(point, math.ceil(1000 * (seconds + 60)))
         except jax.errors.JaxRuntimeError as error:
-            print(f"error: {name}: another process is gone: {first_line(error)}; start the same command again "
-                  "on all", file=sys.stderr, flush=True)  # fmt: skip
+            complain(
+                f"error: {name}: another process is gone: {first_line(error)}; start the same command again on all"
+            )
             os._exit(errors.UNAVAILABLE)
     service.key_value_delete(f"{point}/{mine}")
 
@@ -195,9 +241,11 @@ def _leave_the_others(code: int, reason: str) -> None:
 
     deadline = time.monotonic() + (LAST_WORDS_SECONDS if jax.process_index() == 0 else 0)
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        service.key_value_set(f"gptjax/left/{jax.process_index()}", first_line(reason), allow_overwrite=True)
+        service.key_value_set(f"gptjax/left/{jax.process_index()}", redact(first_line(reason)), allow_overwrite=True)
         while time.monotonic() < deadline and len(service.key_value_dir_get("gptjax/left/")) < jax.process_count():
             time.sleep(0.2)
+        if deadline > time.monotonic():
+            time.sleep(LEAVING_SECONDS)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -230,7 +278,7 @@ def _ending_after(
                 if done.is_set():
                     return
                 if end:
-                    print(f"error: {what}; start it, or start all of them again", file=sys.stderr, flush=True)
+                    complain(f"error: {what}; start it, or start all of them again")
                     with contextlib.suppress(Exception):
                         leave()
                     os._exit(errors.UNAVAILABLE)
@@ -292,12 +340,14 @@ def _check_devices() -> None:
 class Preemption:
     """Notes SIGTERM and SIGINT: the first asks the run to save and leave, the second leaves at once with code 75.
 
+    So does the first, until `has_begun`: while data are prepared or a checkpoint is read there is nothing to save.
+
     Signals arrive through a pipe read by a thread, so that the second one works even while the main thread is inside
     a long compilation.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.has_begun = False
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
 
@@ -319,8 +369,11 @@ class Preemption:
                 continue
             if self.requested:
                 os._exit(errors.PREEMPTED)
-            self.requested = True
             name = signal.Signals(received[0]).name
+            if not self.has_begun:
+                log.warning("%s: nothing has begun, nothing is lost: start the same command again", name)
+                os._exit(errors.PREEMPTED)
+            self.requested = True
             log.warning("%s: saving a checkpoint after this step; a second signal leaves at once", name)
         os.close(self._read)
 
@@ -405,9 +458,10 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._done.wait(max(0.0, self._last + self._seconds - time.monotonic())):
             if time.monotonic() - self._last >= self._seconds:
-                print(f"error: nothing has ended for train.watchdog_seconds={self._seconds:g}; the stacks of all "
-                      "threads follow, then start the same command again", file=sys.stderr, flush=True)  # fmt: skip
-                faulthandler.dump_traceback(all_threads=True)
+                what = f"nothing has ended for train.watchdog_seconds={self._seconds:g}"
+                complain(f"error: {what}; the stacks of all threads follow, then start the same command again")
+                with contextlib.suppress(Exception):
+                    faulthandler.dump_traceback(all_threads=True)
                 os._exit(errors.UNAVAILABLE)
 
 
@@ -418,40 +472,50 @@ def lock_workdir(directory: str) -> Iterator[None]:
     Raises:
         WorkdirError: another process holds it, or the directory cannot be written.
     """
+    path = pathlib.Path(directory)
     try:
-        path = pathlib.Path(directory)
         path.mkdir(parents=True, exist_ok=True)
         file = open(path / ".lock", "a+")  # noqa: SIM115
-    except OSError as error:
-        raise WorkdirError(f"--workdir={directory}: cannot be written: {error.strerror}; choose another") from error
+    except (OSError, ValueError) as error:
+        raise _not_writable(directory, error) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = " ".join(file.read(200).split()) or "another process"
             raise WorkdirError(f"--workdir={directory}: in use by {holder}; stop it or choose another") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        except OSError as error:
+            raise _not_writable(directory, error) from error
         yield
 
 
-def fault_point(name: str) -> None:
-    """Does nothing, unless GPTJAX_FAULT=NAME:COUNT:ACTION asks for a fault at the COUNT-th passage of this point.
+def _not_writable(directory: str, error: Exception) -> WorkdirError:
+    reason = getattr(error, "strerror", None) or error
+    return WorkdirError(f"--workdir={directory}: cannot be written: {reason}; choose another")
 
-    ACTION: kill (SIGKILL), term (SIGTERM), int (SIGINT), hang (for ever). For tests: without the variable a run never
-    gets further.
+
+def fault_point(name: str) -> None:
+    """Does nothing, unless GPTJAX_FAULT=NAME:COUNT:ACTION,... asks for a fault at the COUNT-th passage of this point.
+
+    ACTION: kill (SIGKILL), term (SIGTERM), int (SIGINT), stop (SIGSTOP, until SIGCONT), hang (for ever). For tests:
+    without the variable a run never gets further.
     """
     wanted = os.environ.get("GPTJAX_FAULT")
     if not wanted:
         return
-    point, count, action = wanted.split(":")
-    if point != name:
-        return
-    left = int(count) - 1
-    os.environ["GPTJAX_FAULT"] = f"{point}:{left}:{action}" if left > 0 else ""
-    while left == 0 and action == "hang":
+    left, now = [], ""
+    for point, count, action in (fault.split(":") for fault in wanted.split(",")):
+        if (point, count) == (name, "1"):
+            now = action
+        else:
+            left.append(f"{point}:{int(count) - (point == name)}:{action}")
+    os.environ["GPTJAX_FAULT"] = ",".join(left)
+    while now == "hang":
         time.sleep(60)
-    if left == 0:
-        os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}[action])
+    if now:
+        os.kill(os.getpid(), getattr(signal, f"SIG{now.upper()}"))

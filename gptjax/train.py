@@ -5,7 +5,6 @@ import functools
 import logging
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -25,7 +24,16 @@ from gptjax.goodput import Stopwatch, duration
 from gptjax.metrics import Reporter, peak_flops
 from gptjax.optim import role_table
 from gptjax.run import Run, describe_run, make_run
-from gptjax.runtime import Consensus, Preemption, Watchdog, check_agreement, fault_point, lock_workdir, meet
+from gptjax.runtime import (
+    Consensus,
+    Preemption,
+    Watchdog,
+    check_agreement,
+    complain,
+    fault_point,
+    lock_workdir,
+    meet,
+)
 from gptjax.sample import generate
 from gptjax.start import initial_state, new_history, restore, start_state
 from gptjax.state import TrainState
@@ -34,6 +42,7 @@ from gptjax.workdir import fetch_logs, local_directory, store_logs, write_json
 log = logging.getLogger("gptjax")
 SLOW_STEP_SECONDS = 60.0
 SAMPLE_TOKENS = 256
+TOKENS_BETWEEN_LOOKS = 8  # of a sample, at whether to stop
 SMALL_BATCH = 4  # sequences: what a CPU can be asked for
 CPU_EFFICIENCY = 0.5  # of a large matrix product, in a train step
 
@@ -61,10 +70,13 @@ def train(config: Config, workdir: str, *, started: float | None = None) -> int:
         checkpointer = stack.enter_context(contextlib.closing(Checkpointer(workdir, keep=config.checkpoint.keep)))
         watchdog = stack.enter_context(Watchdog(config.train.watchdog_seconds))
         with ending_without_the_others():
+            if jax.process_index() == 0:
+                log.info("%s", checkpointer.check_room(run.abstract_state))
             meet("restore", config.train.barrier_seconds)
             state, history = start_state(run, checkpointer)
             meet("first step", config.train.barrier_seconds)
         watchdog.beat()
+        preemption.has_begun = True
         step = int(state.step)
         if step >= config.train.num_steps and not evaluation_is_missing(config, step, history):
             log.info("%s: finished at step %d of %d; nothing to do", workdir, step, config.train.num_steps)
@@ -167,7 +179,7 @@ def ending_without_the_others() -> Iterator[None]:
         if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):  # too large is told as what it is
             raise
         message = f"another process is gone: {str(error).splitlines()[0]}; start the same command again on all"
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        complain(f"error: {message}")
         os._exit(errors.UNAVAILABLE)
 
 
@@ -222,8 +234,7 @@ def run_loop(
             consensus.hear(answer)
             watchdog.beat()
 
-    def evaluate_now() -> dict[str, float]:
-        settle()
+    def make_should_stop() -> Callable[[], bool]:
         answer = None
 
         def should_stop() -> bool:
@@ -232,7 +243,11 @@ def run_loop(
             watchdog.beat()
             return stop
 
-        result = validate(run, state.params, reporter, step, should_stop)
+        return should_stop
+
+    def evaluate_now() -> dict[str, float]:
+        settle()
+        result = validate(run, state.params, reporter, step, make_should_stop())
         if result:
             history["validated"] = step
         return result
@@ -257,7 +272,7 @@ def run_loop(
         result = evaluate_now() if evaluation_is_missing(config, step, history) else {}
         if is_due(step, config.train.sample_every):
             settle()
-            write_samples(run, state.params, reporter, step)
+            write_samples(run, state.params, reporter, step, make_should_stop())
         if step == num_steps or consensus.stopping or is_due(step, config.checkpoint.save_every):
             settle()
             save(run, checkpointer, state, step, history, reporter, result)
@@ -387,19 +402,32 @@ def validate(run: Run, params: Any, reporter: Reporter, step: int, should_stop: 
     return result
 
 
-def write_samples(run: Run, params: Any, reporter: Reporter, step: int) -> None:
-    """Writes a sample of the model to the log and to samples.txt."""
+class CutShortError(Exception):
+    """Ends a sample when the run is to stop."""
+
+
+def write_samples(run: Run, params: Any, reporter: Reporter, step: int, should_stop: Callable[[], bool]) -> None:
+    """Writes a sample of the model to the log and to samples.txt; a shorter one where it is to stop."""
     prompt = run.tokenizer.encode(run.config.train.sample_prompt)
-    ids = generate(
-        run.model,
-        params,
-        [prompt],
-        max_new_tokens=SAMPLE_TOKENS,
-        eot_id=run.tokenizer.eot_id,
-        temperature=0.8,
-        seed=step,
-    )
-    reporter.report_sample(step, run.config.train.sample_prompt + run.tokenizer.decode(ids[0]))
+    ids: list[int] = []
+
+    def note(row: int, token: int) -> None:
+        ids.append(token)
+        if len(ids) % TOKENS_BETWEEN_LOOKS == 0 and should_stop():
+            raise CutShortError
+
+    with contextlib.suppress(CutShortError):
+        generate(
+            run.model,
+            params,
+            [prompt],
+            max_new_tokens=SAMPLE_TOKENS,
+            eot_id=run.tokenizer.eot_id,
+            temperature=0.8,
+            seed=step,
+            on_token=note,
+        )
+    reporter.report_sample(step, run.config.train.sample_prompt + run.tokenizer.decode(ids))
     reporter.watch.add("sampling")
 
 

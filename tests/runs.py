@@ -199,6 +199,23 @@ def event_steps(workdir: pathlib.Path, tag: str) -> list[int]:
     return steps
 
 
+def said(workdir: pathlib.Path) -> str:
+    """Returns what the process of Lab.start has printed."""
+    path = workdir.with_suffix(".out")
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def is_compiling(workdir: pathlib.Path) -> bool:
+    """Returns whether a process of Lab.start with JAX_LOG_COMPILES=1 has begun to compile the train step."""
+    return "Compiling jit(train_step)" in said(workdir)
+
+
+def wait_until_stopped(process: subprocess.Popen[str]) -> None:
+    """Waits for GPTJAX_FAULT=...:stop, after which nothing moves in the process until SIGCONT."""
+    stat = pathlib.Path(f"/proc/{process.pid}/stat")
+    wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", process)
+
+
 def make_run_on(config: Config, devices: int = 1) -> Any:
     """Returns the Run of `config` on the first so many of this process's devices."""
     original = run_module.make_mesh
@@ -221,14 +238,21 @@ def state_bytes(state: Any) -> list[bytes]:
 
 
 def wait_for(
-    condition: Callable[[], Any], process: subprocess.Popen[str] | None = None, *, seconds: float = 120
+    condition: Callable[[], Any],
+    process: subprocess.Popen[str] | None = None,
+    *,
+    seconds: float = 120,
+    pause: float = 0.005,
 ) -> Any:
-    """Returns the first true value of condition(), asked as often as possible; fails when the process has ended."""
+    """Returns the first true value of condition(), asked every `pause` seconds; fails when the process has ended.
+
+    To ask more often takes the processor from what is waited for.
+    """
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, "it did not happen in time"
         assert process is None or process.poll() is None, f"the process has ended with code {process.returncode}"
-        time.sleep(0.0002)
+        time.sleep(pause)
     return value
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import re
 import tracemalloc
 
@@ -26,7 +27,7 @@ from gptjax.checkpoint import (
     save_params,
 )
 from gptjax.config import CHOICES, Config, GPTConfig, MeshConfig, OptimConfig, TrainConfig
-from gptjax.errors import CheckpointError, ConfigError, DivergedError, SaveError
+from gptjax.errors import CheckpointError, ConfigError, DivergedError, SaveError, WorkdirError
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer
 from gptjax.sharding import make_mesh, path_name
@@ -198,6 +199,91 @@ def test_a_record_that_was_edited_is_refused(tmp_path):
         Checkpointer(str(tmp_path)).read_record(5)
 
 
+def test_a_link_is_refused(tmp_path):
+    """Orbax would read the file it leads to, wherever that is."""
+    save_one(tmp_path)
+    directory = tmp_path / "checkpoints/5"
+    (directory / "params").rename(tmp_path / "params")
+    (directory / "params").symlink_to(tmp_path / "params")
+    with pytest.raises(Damaged, match="'params' is a link"):
+        Checkpointer(str(tmp_path)).read_record(5)
+
+
+def test_a_pipe_is_refused(tmp_path):
+    """Orbax would wait for ever for somebody to write into it."""
+    save_one(tmp_path)
+    path = tmp_path / "checkpoints/5/params/manifest.ocdbt"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(Damaged, match=r"'manifest.ocdbt' is not a file"):
+        Checkpointer(str(tmp_path)).read_record(5)
+
+
+@pytest.mark.parametrize("damage", ["long", "deep"])
+def test_a_hostile_record_is_refused(damage, monkeypatch, tmp_path):
+    save_one(tmp_path)
+    path = tmp_path / "checkpoints/5/_CHECKPOINT_METADATA"
+    if damage == "deep":
+        path.write_text("[" * 100_000)
+    else:
+        monkeypatch.setattr(checkpoint_module, "LARGEST_RECORD", path.stat().st_size - 1)
+    with pytest.raises(Damaged, match="record unreadable"):
+        Checkpointer(str(tmp_path)).read_record(5)
+
+
+def test_a_record_that_cannot_be_read_now_is_no_damage(monkeypatch, tmp_path):
+    """As on a network disk that is away for a moment: nothing is renamed."""
+    save_one(tmp_path)
+
+    def fail(directory):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint_module, "_refuse_strange_files", fail)
+    with pytest.raises(CheckpointError, match="cannot be read now: Input/output error; nothing was changed"):
+        Checkpointer(str(tmp_path)).restore_latest(make_state()[0])
+    assert checkpoint_steps(tmp_path) == [5]
+
+
+def test_what_fails_once_is_no_damage(monkeypatch, said, tmp_path):
+    """Orbax makes the same error of a Ctrl-C, too many open files and a lost file."""
+    save_one(tmp_path)
+    original, failures = checkpoint_module.ocp.load_checkpointables, [KeyError("no entry")]
+
+    def load(*arguments):
+        if failures:
+            raise failures.pop()
+        return original(*arguments)
+
+    monkeypatch.setattr(checkpoint_module.ocp, "load_checkpointables", load)
+    restored, _ = Checkpointer(str(tmp_path)).restore_latest(make_state()[0])
+    assert state_bytes(restored) == state_bytes(make_state()[1])
+    assert checkpoint_steps(tmp_path) == [5]
+    assert said == []
+
+
+def test_there_must_be_room_for_one_checkpoint(monkeypatch, said, tmp_path):
+    abstract = make_state()[0]
+    size = sum(len(leaf) for leaf in state_bytes(make_state()[1]))
+    checkpointer, usage = Checkpointer(str(tmp_path / "a"), keep=2), checkpoint_module.shutil.disk_usage("/")
+
+    def free(amount):
+        monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda path: usage._replace(free=amount))
+        return checkpointer.check_room(abstract)
+
+    line = free(10**10)
+    assert re.fullmatch(r"checkpoints: [\d.e-]+ GB each, 4 of them at most; 10 GB are free", line)
+    assert said == []
+    with pytest.raises(WorkdirError, match=r"a checkpoint takes .* GB are free; make room") as caught:
+        free(size - 1)
+    assert caught.value.exit_code == 73
+    free(4 * size)
+    assert said == []
+    free(4 * size - 1)
+    assert len(said) == 1
+    assert "may be needed" in said[0]
+    assert list(checkpointer.directory.iterdir()) == [], "the probe is removed"
+
+
 def test_a_newer_format_is_not_damage(tmp_path):
     save_one(tmp_path)
     edit_record(tmp_path, lambda values: values.update(format=2, something_new=1), seal=True)
@@ -262,13 +348,15 @@ def test_load_params(tmp_path):
         load_params(str(tmp_path / "nowhere"))
 
 
-def test_load_params_falls_back_and_leaves_the_directory_alone(tmp_path):
+def test_load_params_falls_back_and_leaves_the_directory_alone(said, tmp_path):
     checkpointer = Checkpointer(str(tmp_path), keep=2)
     for step in (5, 6):
         save(checkpointer, step)
     checkpointer.close()
     (tmp_path / "checkpoints/6/_CHECKPOINT_METADATA").write_text("{")
     assert load_params(str(tmp_path))[2] == 5
+    (line,) = said
+    assert line.startswith(f"checkpoint {tmp_path}/checkpoints/6 refused: record unreadable")
     with pytest.raises(CheckpointError, match="step 6: record unreadable"):
         load_params(str(tmp_path), step=6)
     assert checkpoint_steps(tmp_path) == [5, 6]
@@ -277,37 +365,74 @@ def test_load_params_falls_back_and_leaves_the_directory_alone(tmp_path):
 # Saves that fail
 
 
-def failing_writes(monkeypatch, times):
-    """Makes the next background writes fail, as a full disk does."""
+def failing_writes(monkeypatch, times, *, after=False):
+    """Makes the next background writes fail, as a full disk does; with `after`, when all is on disk."""
     original, left = checkpoint_module.ocp.training.Checkpointer.save_checkpointables_async, [times]
+    monkeypatch.setattr(checkpoint_module, "RETRY_SECONDS", 0.01)
 
     class Failing:
-        def __init__(self, response):
-            self.response = response
+        def __init__(self, response, directory):
+            self.response, self.directory = response, directory
 
         def result(self, timeout=None):
             self.response.result(timeout)
+            if not after:
+                self.directory.rename(self.directory.with_name(f"{self.directory.name}.orbax-checkpoint-tmp"))
             raise OSError(28, "No space left on device")
 
-    def save_async(self, *args, **kwargs):
-        response = original(self, *args, **kwargs)
+    def save_async(self, step, *args, **kwargs):
+        response = original(self, step, *args, **kwargs)
         if left[0] <= 0:
             return response
         left[0] -= 1
-        return Failing(response)
+        return Failing(response, self.directory / str(step))
 
     monkeypatch.setattr(checkpoint_module.ocp.training.Checkpointer, "save_checkpointables_async", save_async)
 
 
-def test_a_failed_save_is_reported_when_waited_for(monkeypatch, tmp_path):
-    for end in (Checkpointer.wait, Checkpointer.close):
-        failing_writes(monkeypatch, 1)
-        checkpointer = Checkpointer(str(tmp_path / end.__name__))
-        save(checkpointer, 5)
-        with pytest.raises(SaveError, match=r"1 saves failed: .*No space left on device") as caught:
-            end(checkpointer)
-        assert caught.value.exit_code == 74
-        checkpointer.close()
+@pytest.mark.parametrize("end", [Checkpointer.wait, Checkpointer.close])
+def test_the_last_save_is_tried_again(end, monkeypatch, said, tmp_path):
+    failing_writes(monkeypatch, 2)
+    checkpointer = Checkpointer(str(tmp_path))
+    save(checkpointer, 5)
+    end(checkpointer)
+    assert [line.split(":")[0] for line in said] == ["save failed, training goes on"] * 2
+    checkpointer.close()
+    assert checkpoint_steps(tmp_path) == [5]
+    assert temporary_directories(tmp_path) == []
+    assert state_bytes(Checkpointer(str(tmp_path)).restore_latest(make_state()[0])[0]) == state_bytes(make_state()[1])
+
+
+@pytest.mark.parametrize("end", [Checkpointer.wait, Checkpointer.close])
+def test_a_last_save_that_keeps_failing_is_reported(end, monkeypatch, tmp_path):
+    failing_writes(monkeypatch, 3)
+    checkpointer = Checkpointer(str(tmp_path))
+    save(checkpointer, 5)
+    with pytest.raises(SaveError, match=r"3 saves failed: .*No space left on device") as caught:
+        end(checkpointer)
+    assert caught.value.exit_code == 74
+    checkpointer.close()
+    assert checkpoint_steps(tmp_path) == []
+    assert temporary_directories(tmp_path) == []
+
+
+def test_a_last_save_whose_state_is_gone_is_reported(monkeypatch, tmp_path):
+    failing_writes(monkeypatch, 1)
+    checkpointer = Checkpointer(str(tmp_path))
+    state = jax.tree.map(lambda leaf: leaf + jnp.zeros((), leaf.dtype), make_state()[1])
+    save(checkpointer, 5, state)
+    for leaf in jax.tree.leaves(state):
+        leaf.delete()
+    with pytest.raises(SaveError, match="1 saves failed"):
+        checkpointer.wait()
+
+
+def test_what_fails_after_a_save_does_not_undo_it(monkeypatch, tmp_path):
+    failing_writes(monkeypatch, 1, after=True)
+    checkpointer = Checkpointer(str(tmp_path))
+    save(checkpointer, 5)
+    checkpointer.close()
+    assert checkpoint_steps(tmp_path) == [5]
 
 
 def test_training_goes_on_after_a_failed_save(monkeypatch, said, tmp_path):

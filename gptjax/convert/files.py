@@ -4,10 +4,9 @@ import json
 import os
 from typing import Any
 
-from gptjax.errors import DataError
+from gptjax.errors import DataError, plain
 
 LONGEST_NAME = 255  # letters
-LONGEST_REASON = 200
 LARGEST_JSON = 32 * 2**20  # an index of ten thousand tensors takes one
 
 
@@ -64,9 +63,3 @@ def read_json(path: str) -> Any:
             return json.load(file)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({plain(error)})") from error
-
-
-def plain(reason: object) -> str:
-    """Returns what another library says as part of one line, with its quotes of a file escaped and cut."""
-    line = " ".join(str(reason).split())[:LONGEST_REASON] or type(reason).__name__
-    return line if line.isprintable() else ascii(line)[1:-1][:LONGEST_REASON]

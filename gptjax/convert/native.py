@@ -36,7 +36,6 @@ def read(path: str, *, dropout: float | None = None) -> Weights:
         raise DataError(f"{workdir}: no checkpoint{'' if step is None else f' of step {step}'}; there are: {have}")
     step = steps[-1] if step is None else step
     try:
-        _refuse_links(workdir, step)
         stored = StoredParams(workdir, step)
     except (Damaged, ConfigError) as damage:
         raise _damaged(workdir, step, damage) from damage
@@ -67,14 +66,6 @@ def _locate(text: str) -> tuple[str, int | None]:
     if match and epath.Path(match[1]).exists():
         return match[1], int(match[2])
     raise DataError(f"{match[1] if match else text}: no such directory")
-
-
-def _refuse_links(workdir: str, step: int) -> None:
-    """Raises Damaged if a link is in the checkpoint: Orbax makes none, and would read what it leads to."""
-    for folder, folders, files in os.walk(os.path.join(workdir, "checkpoints", str(step))):
-        for name in (*folders, *files):
-            if os.path.islink(os.path.join(folder, name)):
-                raise Damaged(f"{name!a} is a link")
 
 
 def _damaged(workdir: str, step: int, damage: Exception) -> DataError:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gptjax.errors import ConfigError, DataError
+from gptjax.errors import ConfigError, DataError, plain
 
 if TYPE_CHECKING:
     from gptjax.data.tokenizer import Tokenizer
@@ -186,8 +186,8 @@ def open_split(directory: str, split: str, *, tokenizer: "Tokenizer", eot_positi
         return _open_foreign(directory, split, tokenizer=tokenizer, eot_position=eot_position)
     if meta.tokenizer_sha256 != tokenizer.sha256:
         raise ConfigError(
-            f"{directory} was prepared with tokenizer {meta.tokenizer!r}, which is not this run's data.tokenizer="
-            f"{tokenizer.name!r}: set data.tokenizer to the former, or data.path to other data"
+            f"{directory} was prepared with tokenizer {plain(meta.tokenizer)!r}, which is not this run's "
+            f"data.tokenizer={tokenizer.name!r}: set data.tokenizer to the former, or data.path to other data"
         )
     part = _get_split(meta, directory, split)
     paths = tuple(os.path.join(directory, shard.file) for shard in part.shards)
@@ -208,7 +208,8 @@ def open_split(directory: str, split: str, *, tokenizer: "Tokenizer", eot_positi
 
 def _get_split(meta: Meta, directory: str, split: str) -> SplitMeta:
     if split not in meta.splits:
-        raise DataError(f"{directory}: {META_FILE} has no split {split!r}, only {', '.join(meta.splits) or 'none'}")
+        there = plain(", ".join(meta.splits) or "none")
+        raise DataError(f"{directory}: {META_FILE} has no split {split!r}, only {there}")
     return meta.splits[split]
 
 
@@ -334,7 +335,7 @@ def read_meta(directory: str) -> Meta | None:
         with open(path, encoding="utf-8") as file:
             return _parse_meta(json.load(file))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+        raise DataError(f"{path}: damaged ({type(error).__name__}: {plain(error)})") from error
 
 
 def _parse_meta(values: dict[str, Any]) -> Meta:
@@ -344,7 +345,8 @@ def _parse_meta(values: dict[str, Any]) -> Meta:
     for name, split in values["splits"].items():
         shards = tuple(_typed(ShardMeta, shard) for shard in split["shards"])
         splits[name] = _typed(SplitMeta, split, shards=shards)
-        if not shards or any(os.path.basename(shard.file) != shard.file for shard in shards):
+        names = [shard.file for shard in shards]
+        if not names or any(os.path.basename(n) != n or not n.isprintable() or len(n) > 255 for n in names):
             raise ValueError(f"split {name!r} needs shards that are plain file names")
     meta = _typed(Meta, values, splits=splits)
     if meta.eot_position not in ("first", "last") or not 0 < meta.vocab_size <= LARGEST_COUNT:

@@ -88,7 +88,8 @@ def read_by_processes(dataset: Dataset, step: int, *, processes: int, num_micro_
     return whole
 
 
-def test_one_sequence_for_any_processes_accumulation_and_restart() -> None:
+@pytest.mark.faults
+def test_o1_one_sequence_for_any_processes_accumulation_and_restart() -> None:
     """Steps 0..500 cross 20 epochs; every layout starts anew at each step, as after a restart."""
     rows = [make_dataset(1501, 501, batch=8).row_ids(step) for step in range(501)]
     assert len(np.concatenate(rows)) > 20 * make_dataset(1501, 501).num_windows
@@ -176,7 +177,7 @@ def test_too_few_tokens_are_named() -> None:
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("dtype", "bad"), [("<u2", 65535), ("<u4", 60_000), ("<u4", 2**31 + 5)])
-def test_a_bad_id_is_named_when_it_is_read(dtype: str, bad: int) -> None:
+def test_x1_a_bad_id_is_named_when_it_is_read(dtype: str, bad: int) -> None:
     split = make_split(101, 101, dtype=dtype)
     split.shards[1][57] = bad
     dataset = Dataset(split, 10, 20, 0)

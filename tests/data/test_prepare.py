@@ -150,7 +150,7 @@ def test_batches_do_not_change_the_result(
 
 @pytest.mark.faults
 @pytest.mark.parametrize("every", [0, 50, 90])
-def test_killed_at_every_write_it_ends_in_the_same_bytes(
+def test_k1_killed_at_every_write_it_ends_in_the_same_bytes(
     corpus: Path, prepared: Path, tmp_path: Path, every: int
 ) -> None:
     """every=0: killed at the 2nd, then at the 4th, ... write; else each run gets so far, or to its end."""
@@ -182,7 +182,7 @@ def interrupt(corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch, batches:
 
 
 @pytest.mark.faults
-def test_what_was_written_after_the_journal_is_taken_away(
+def test_k1_what_was_written_after_the_journal_is_taken_away(
     corpus: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt(corpus, tmp_path / "out", monkeypatch)
@@ -197,7 +197,7 @@ def test_what_was_written_after_the_journal_is_taken_away(
 
 
 @pytest.mark.faults
-def test_less_than_the_journal_says_is_an_error(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_x1_less_than_the_journal_says(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(corpus, tmp_path / "out", monkeypatch)
     os.truncate(tmp_path / "out.partial" / "shards" / "train_000000.bin", 1500)
     with pytest.raises(DataError, match=r"train_000000\.bin: less is left than the journal says: remove"):
@@ -206,7 +206,7 @@ def test_less_than_the_journal_says_is_an_error(corpus: Path, tmp_path: Path, mo
 
 @pytest.mark.faults
 @pytest.mark.parametrize("change", ["text", "name", "fewer", "journal"])
-def test_a_changed_source_starts_over(
+def test_o2_a_changed_source_starts_over(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     copy = tmp_path / "corpus"
@@ -261,7 +261,7 @@ def test_an_existing_directory(corpus: Path, prepared: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.faults
-def test_two_at_once_and_a_dead_holder(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+def test_l1_two_at_once_and_a_dead_holder(corpus: Path, prepared: Path, tmp_path: Path) -> None:
     """One prepares, the other waits and finds it done; the lock of a killed process is free."""
     out = tmp_path / "out"
     slow = (

@@ -140,7 +140,7 @@ DAMAGES = {
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_named(prepared: Path, name: str) -> None:
+def test_x1_damage_is_named(prepared: Path, name: str) -> None:
     damage, message = DAMAGES[name]
     path = prepared / "train_000000.bin"
     damage(path)
@@ -156,7 +156,7 @@ def test_damage_is_named(prepared: Path, name: str) -> None:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", [name for name in DAMAGES if name != "missing"])
-def test_damage_of_foreign_shards_is_named(prepared: Path, name: str) -> None:
+def test_x1_damage_of_foreign_shards_is_named(prepared: Path, name: str) -> None:
     (prepared / "meta.json").unlink()
     damage, message = DAMAGES[name]
     damage(prepared / "train_000000.bin")
@@ -167,7 +167,7 @@ def test_damage_of_foreign_shards_is_named(prepared: Path, name: str) -> None:
 
 
 @pytest.mark.faults
-def test_a_flipped_bit_is_found_by_its_hash(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_x1_a_flipped_bit_is_found_by_its_hash(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flip(prepared / "train_000000.bin")
     with pytest.raises(DataError, match=r"train_000000\.bin: the shard is damaged \(sha256"):
         open_train(prepared)
@@ -178,7 +178,7 @@ def test_a_flipped_bit_is_found_by_its_hash(prepared: Path, monkeypatch: pytest.
 
 
 @pytest.mark.faults
-def test_a_bare_file_in_place_of_a_prepared_one_is_found(prepared: Path) -> None:
+def test_x1_a_bare_file_in_place_of_a_prepared_one_is_found(prepared: Path) -> None:
     random_ids(3001, vocab_size=200).astype(np.uint16).tofile(prepared / "train_000000.bin")
     with pytest.raises(DataError, match=r"3001 tokens, but meta\.json counts 3000"):
         open_train(prepared)

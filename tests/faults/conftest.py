@@ -2,14 +2,27 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from gptjax import train as train_module
 from gptjax.config import Config
 from gptjax.run import Run
 from tests import runs
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_compile_cache(lab: runs.Lab) -> Iterator[None]:
+    """What one test or worker has compiled, the others read: half of what these tests do is to compile the same."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(lab.root / "compiled"))
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

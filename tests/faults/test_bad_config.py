@@ -61,7 +61,7 @@ def test_b1_missing_and_broken_config_files(lab, tmp_path):
     assert list(tmp_path.iterdir()) == [broken]
 
 
-def test_help_is_quick_and_does_not_import_jax(lab):
+def test_b1_help_is_quick_and_does_not_import_jax(lab):
     begin = time.monotonic()
     shown = lab.call([sys.executable, "-X", "importtime", "-m", "gptjax.main", "--help"])
     assert time.monotonic() - begin < 2

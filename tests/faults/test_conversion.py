@@ -112,71 +112,71 @@ class LittleMemory:
 
 @pytest.mark.parametrize("form", ["hf", "msgpack"])
 class TestTensors:
-    def test_untouched_models_are_converted(self, form, model, accept):
+    def test_v_untouched_models_are_converted(self, form, model, accept):
         """Else all the refusals below would show nothing."""
         tensors = WRITERS[form](model)
         assert_equal_bits(accept(f"{form}:{model}"), tensors)
 
-    def test_wrong_shape(self, form, model, refuse):
+    def test_v_wrong_shape(self, form, model, refuse):
         WRITERS[form](model, changes={"h.1.ln_2.bias": lambda t: t[:-1]})
         message = refuse(f"{form}:{model}")
         assert "ln_2" in message
         assert "has shape 15, expected 16" in message
 
-    def test_transposed(self, form, model, refuse):
+    def test_v_transposed(self, form, model, refuse):
         WRITERS[form](model, changes={QKV: lambda t: t.T})
         message = refuse(f"{form}:{model}")
         assert "has shape 48x16, expected 16x48" in message
         assert "looks transposed (nanoGPT layout?)" in message
 
-    def test_missing(self, form, model, refuse):
+    def test_v_missing(self, form, model, refuse):
         WRITERS[form](model, drop=[FC])
         assert f"{FC} is missing" in refuse(f"{form}:{model}")
 
-    def test_extra(self, form, model, refuse):
+    def test_v_extra(self, form, model, refuse):
         extra = {"transformer.h.0.rotary.scale": np.ones(4, np.float32)}
         WRITERS[form](model, extra=extra)
         message = refuse(f"{form}:{model}")
         assert "rotary" in message
         assert "not a tensor of GPT-2" in message
 
-    def test_renamed(self, form, model, refuse):
+    def test_v_renamed(self, form, model, refuse):
         WRITERS[form](model, drop=["h.0.ln_1.weight"], extra={"transformer.h.0.ln1.weight": np.ones(16, np.float32)})
         message = refuse(f"{form}:{model}")
         assert "h.0.ln_1.weight is missing; was it renamed h.0.ln1.weight?" in message
 
-    def test_wrong_vocabulary(self, form, model, refuse):
+    def test_v_wrong_vocabulary(self, form, model, refuse):
         WRITERS[form](model)
         models.edit_json(model / "config.json", vocab_size=51)
         message = refuse(f"{form}:{model}")
         assert "has shape 50x16, expected 51x16: vocab_size does not fit" in message
 
-    def test_wrong_number_of_layers(self, form, model, refuse):
+    def test_v_wrong_number_of_layers(self, form, model, refuse):
         WRITERS[form](model)
         models.edit_json(model / "config.json", n_layer=3)
         assert "n_layer is 3, but there are tensors of 2 layers" in refuse(f"{form}:{model}")
 
-    def test_heads_that_do_not_divide(self, form, model, refuse):
+    def test_v_heads_that_do_not_divide(self, form, model, refuse):
         WRITERS[form](model)
         models.edit_json(model / "config.json", n_head=3)
         message = refuse(f"{form}:{model}")
         assert "n_head=3" in message
         assert "must divide" in message
 
-    def test_a_billion_layers(self, form, model, refuse):
+    def test_v_a_billion_layers(self, form, model, refuse):
         WRITERS[form](model)
         models.edit_json(model / "config.json", n_layer=10**9)
         with LittleMemory():
             assert "n_layer is 1000000000, but there are tensors of 2 layers" in refuse(f"{form}:{model}")
 
-    def test_a_billion_layers_and_no_tensor_of_one(self, form, model, refuse):
+    def test_v_a_billion_layers_and_no_tensor_of_one(self, form, model, refuse):
         WRITERS[form](model, config=models.CONFIG | {"n_layer": 0})
         models.edit_json(model / "config.json", n_layer=10**9)
         with LittleMemory():
             assert "n_layer is 1000000000, but there are only 4 tensors" in refuse(f"{form}:{model}")
 
     @pytest.mark.parametrize("name", ["n_embd", "vocab_size", "n_positions", "n_head"])
-    def test_enormous_sizes(self, form, name, model, refuse):
+    def test_v_enormous_sizes(self, form, name, model, refuse):
         """10^30 heads or columns: no loop and no memory may follow such a number."""
         WRITERS[form](model)
         models.edit_json(model / "config.json", **{name: 10**30 + 1})
@@ -184,7 +184,7 @@ class TestTensors:
             assert "1000000000000000000000000000001" in refuse(f"{form}:{model}")
 
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-    def test_nonfinite(self, form, bad, model, refuse):
+    def test_v_nonfinite(self, form, bad, model, refuse):
         def spoil(tensor):
             tensor[5, 7] = bad
             return tensor
@@ -198,7 +198,7 @@ class TestTensors:
         assert "[5, 7]" in message
 
 
-def test_missing_and_extra_by_the_hundred_are_told_at_once(model, refuse):
+def test_v_missing_and_extra_by_the_hundred_are_told_at_once(model, refuse):
     """A prefix that is not GPT-2's makes every name both missing and left over."""
     config = models.CONFIG | {"n_layer": 48}
     models.write_hf(model, config=config, prefix="base_model.")
@@ -215,7 +215,7 @@ def spoil_bits(tensor):
 
 
 @pytest.mark.parametrize("path", [["hf"], ["gptjax", "hf"], ["llmc", "hf"]])
-def test_allowed_nonfinite_weights_keep_their_bits(path, model, accept, tmp_path):
+def test_v_allowed_nonfinite_weights_keep_their_bits(path, model, accept, tmp_path):
     tensors = models.write_hf(model, changes={"wte.weight": spoil_bits, "h.1.ln_1.bias": spoil_bits})
     source = f"hf:{model}"
     for form in path[:-1]:
@@ -224,13 +224,13 @@ def test_allowed_nonfinite_weights_keep_their_bits(path, model, accept, tmp_path
     assert_equal_bits(accept(source, "--allow_nonfinite"), tensors)
 
 
-def test_nonfinite_weights_in_gptjax_are_refused_too(model, refuse, tmp_path):
+def test_v_nonfinite_weights_in_gptjax_are_refused_too(model, refuse, tmp_path):
     models.write_hf(model, changes={QKV: spoil_bits})
     convert.main([f"--from=hf:{model}", f"--to=gptjax:{tmp_path}/run", "--allow_nonfinite"])
     assert f"{QKV}: 5 values are NaN or infinite, the first at [0, 0]" in refuse(f"gptjax:{tmp_path}/run")
 
 
-def test_a_float16_infinity_is_found(model, refuse):
+def test_v_a_float16_infinity_is_found(model, refuse):
     def spoil(tensor):
         tensor[3] = np.inf
         return tensor
@@ -239,14 +239,14 @@ def test_a_float16_infinity_is_found(model, refuse):
     assert "ln_f.bias: 1 values are NaN or infinite, the first at [3]" in refuse(f"hf:{model}")
 
 
-def test_a_tensor_with_and_without_prefix(model, refuse):
+def test_v_a_tensor_with_and_without_prefix(model, refuse):
     models.write_hf(model, extra={"ln_f.bias": np.zeros(16, np.float32)})
     message = refuse(f"hf:{model}")
     assert "ln_f.bias is there twice" in message
     assert "transformer.ln_f.bias" in message
 
 
-def test_a_tensor_in_two_shards(model, refuse):
+def test_v_a_tensor_in_two_shards(model, refuse):
     models.write_hf(model, num_shards=2)
     first, second = sorted(model.glob("*.safetensors"))
     (header, data), (other, _) = models.read_header(first), models.read_header(second)
@@ -259,7 +259,7 @@ def test_a_tensor_in_two_shards(model, refuse):
     assert f"{first}: has {name}, which the index does not place there" in message
 
 
-def test_an_lm_head_that_differs_though_tied(model, refuse, accept):
+def test_v_an_lm_head_that_differs_though_tied(model, refuse, accept):
     table = models.make_tensors()["wte.weight"]
     models.write_hf(model, extra={"lm_head.weight": table + np.float32(1e-3)})
     message = refuse(f"hf:{model}")
@@ -270,7 +270,7 @@ def test_an_lm_head_that_differs_though_tied(model, refuse, accept):
 
 
 @pytest.mark.parametrize("target", ["nanogpt", "llmc"])
-def test_untied_models_do_not_fit_formats_of_one_table(target, model, refuse):
+def test_v_untied_models_do_not_fit_formats_of_one_table(target, model, refuse):
     models.write_hf(
         model, config=models.CONFIG | {"tie_word_embeddings": False}, extra={"lm_head.weight": np.ones((50, 16), "f4")}
     )
@@ -293,7 +293,7 @@ HOSTILE_NAMES = {
 
 
 @pytest.mark.parametrize("what", HOSTILE_NAMES)
-def test_hostile_names_of_tensors(what, model, refuse):
+def test_v_hostile_names_of_tensors(what, model, refuse):
     models.write_hf(model)
     header, data = models.read_header(model / "model.safetensors")
     header[HOSTILE_NAMES[what]] = {"dtype": "F32", "shape": [0], "data_offsets": [len(data), len(data)]}
@@ -326,7 +326,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in UNSUPPORTED.items() for value in values])
-def test_fields_that_are_not_gpt2s(name, value, model, refuse):
+def test_v_fields_that_are_not_gpt2s(name, value, model, refuse):
     models.write_hf(model)
     models.edit_json(model / "config.json", **{name: value})
     message = refuse(f"hf:{model}")
@@ -335,13 +335,13 @@ def test_fields_that_are_not_gpt2s(name, value, model, refuse):
 
 
 @pytest.mark.parametrize("name", ["activation_function", "model_type", "quantization_config", "n_layer", "n_inner"])
-def test_a_long_value_makes_no_long_message(name, model, refuse):
+def test_v_a_long_value_makes_no_long_message(name, model, refuse):
     models.write_hf(model)
     models.edit_json(model / "config.json", **{name: "x\n" * 10**6})
     assert name in refuse(f"hf:{model}")
 
 
-def test_rates_of_dropout_that_differ_need_a_choice(model, refuse, accept):
+def test_v_rates_of_dropout_that_differ_need_a_choice(model, refuse, accept):
     tensors = models.write_hf(model, config=models.CONFIG | {"embd_pdrop": 0.0, "attn_pdrop": 0.1, "resid_pdrop": 0.2})
     message = refuse(f"hf:{model}")
     assert "embd_pdrop=0.0, attn_pdrop=0.1, resid_pdrop=0.2" in message
@@ -368,27 +368,27 @@ BROKEN_JSON = {
 
 @pytest.mark.parametrize("what", BROKEN_JSON)
 @pytest.mark.parametrize("form", ["hf", "msgpack"])
-def test_a_config_that_is_no_config(form, what, model, refuse):
+def test_v_a_config_that_is_no_config(form, what, model, refuse):
     WRITERS[form](model)
     (model / "config.json").write_bytes(BROKEN_JSON[what])
     assert "config.json" in refuse(f"{form}:{model}")
 
 
 @pytest.mark.parametrize("depth", [100, 300, 900, 950, 1000, 3000, 10**4])
-def test_a_nested_field(depth, model, refuse):
+def test_v_a_nested_field(depth, model, refuse):
     models.write_hf(model)
     (model / "config.json").write_text('{"model_type": ' + "[" * depth + "]" * depth + "}")
     assert "config.json" in refuse(f"hf:{model}")
 
 
 @pytest.mark.parametrize("form", ["hf", "msgpack"])
-def test_no_config(form, model, refuse):
+def test_v_no_config(form, model, refuse):
     WRITERS[form](model)
     (model / "config.json").unlink()
     assert f"{model}: no config.json" in refuse(f"{form}:{model}")
 
 
-def test_no_weights(model, refuse):
+def test_v_no_weights(model, refuse):
     models.write_hf(model)
     (model / "model.safetensors").unlink()
     assert "no model.safetensors or pytorch_model.bin" in refuse(f"hf:{model}")
@@ -398,14 +398,14 @@ def test_no_weights(model, refuse):
 # Shards and links
 
 
-def test_a_missing_shard(model, refuse):
+def test_v_a_missing_shard(model, refuse):
     models.write_hf(model, num_shards=3)
     (model / "model-00002-of-00003.safetensors").unlink()
     message = refuse(f"hf:{model}")
     assert "model-00002-of-00003.safetensors is missing" in message
 
 
-def test_a_tensor_that_its_shard_lacks(model, refuse):
+def test_v_a_tensor_that_its_shard_lacks(model, refuse):
     models.write_hf(model, num_shards=2)
     index = json.loads((model / "model.safetensors.index.json").read_text())
     index["weight_map"]["transformer.h.7.x"] = "model-00001-of-00002.safetensors"
@@ -414,7 +414,7 @@ def test_a_tensor_that_its_shard_lacks(model, refuse):
 
 
 @pytest.mark.parametrize("name", ["../other/model.safetensors", "OTHER/model.safetensors", "", ".", "a\nb", "\0", "\\"])
-def test_an_index_that_names_a_file_elsewhere(name, model, refuse, tmp_path):
+def test_v_an_index_that_names_a_file_elsewhere(name, model, refuse, tmp_path):
     models.write_hf(tmp_path / "other")
     tensors = models.write_hf(model)
     (model / "model.safetensors").unlink()
@@ -429,7 +429,7 @@ def test_an_index_that_names_a_file_elsewhere(name, model, refuse, tmp_path):
 @pytest.mark.parametrize(
     "index", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', '{"weight_map": ["a"]}']
 )
-def test_an_index_that_is_none(index, model, refuse):
+def test_v_an_index_that_is_none(index, model, refuse):
     models.write_hf(model)
     (model / "model.safetensors").unlink()
     (model / "model.safetensors.index.json").write_text(index)
@@ -440,7 +440,7 @@ def test_an_index_that_is_none(index, model, refuse):
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "config.json", "tokenizer.json", "vocab.json", "model-00001-of-00002.safetensors"]
 )
-def test_a_link_out_of_the_directory(kind, name, model, refuse, tmp_path):
+def test_v_a_link_out_of_the_directory(kind, name, model, refuse, tmp_path):
     models.write_hf(model, num_shards=2 if "-of-" in name else 1)
     secret = tmp_path / "secret"
     secret.mkdir()
@@ -461,7 +461,7 @@ def test_a_link_out_of_the_directory(kind, name, model, refuse, tmp_path):
     assert "is a link that leads out of the directory" in message
 
 
-def test_a_link_from_msgpack_out_of_the_directory(model, refuse, tmp_path):
+def test_v_a_link_from_msgpack_out_of_the_directory(model, refuse, tmp_path):
     models.write_msgpack(model)
     (model / "flax_model.msgpack").rename(tmp_path / "secret")
     (model / "flax_model.msgpack").symlink_to(tmp_path / "secret")
@@ -469,7 +469,7 @@ def test_a_link_from_msgpack_out_of_the_directory(model, refuse, tmp_path):
 
 
 @pytest.mark.parametrize("num_shards", [1, 2])
-def test_a_snapshot_of_the_hub_cache_is_accepted(num_shards, accept, tmp_path):
+def test_v_a_snapshot_of_the_hub_cache_is_accepted(num_shards, accept, tmp_path):
     repository = tmp_path / "models--someone--tiny"
     snapshot = repository / "snapshots" / ("c" * 40)
     tensors = models.write_hf(snapshot, num_shards=num_shards)
@@ -480,7 +480,7 @@ def test_a_snapshot_of_the_hub_cache_is_accepted(num_shards, accept, tmp_path):
     assert_equal_bits(accept(f"hf:{snapshot}"), tensors)
 
 
-def test_a_pipe_instead_of_a_file(model, refuse):
+def test_v_a_pipe_instead_of_a_file(model, refuse):
     models.write_hf(model)
     (model / "model.safetensors").unlink()
     os.mkfifo(model / "model.safetensors")
@@ -549,7 +549,7 @@ def damage_header(what, header, data):
         "metadata of numbers",
     ],
 )
-def test_damaged_safetensors(what, model, refuse):
+def test_v_damaged_safetensors(what, model, refuse):
     models.write_hf(model)
     file = model / "model.safetensors"
     models.write_header(file, *damage_header(what, *models.read_header(file)))
@@ -558,7 +558,7 @@ def test_damaged_safetensors(what, model, refuse):
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**63 - 1, 2**40, 10**8, 10**8 + 1, 0, 1, 2])
-def test_impossible_lengths_of_the_header(length, model, refuse):
+def test_v_impossible_lengths_of_the_header(length, model, refuse):
     models.write_hf(model)
     file = model / "model.safetensors"
     models.write_header(file, *models.read_header(file), length=length)
@@ -567,14 +567,14 @@ def test_impossible_lengths_of_the_header(length, model, refuse):
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 100])
-def test_cut_off_safetensors(size, model, refuse):
+def test_v_cut_off_safetensors(size, model, refuse):
     models.write_hf(model)
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
     assert f"{file}: not a usable safetensors file" in refuse(f"hf:{model}")
 
 
-def test_a_header_of_a_hundred_megabytes(model, refuse):
+def test_v_a_header_of_a_hundred_megabytes(model, refuse):
     """It is as valid as such a header can be: a million tensors of no size, and spaces."""
     models.write_hf(model)
     file = model / "model.safetensors"
@@ -588,7 +588,7 @@ def test_a_header_of_a_hundred_megabytes(model, refuse):
 
 
 @pytest.mark.parametrize("name", ["transformer.ln_f.bias", "__metadata__"])
-def test_a_key_twice_in_the_header(name, model, refuse):
+def test_v_a_key_twice_in_the_header(name, model, refuse):
     """One program would take the first, another the last."""
     models.write_hf(model)
     file = model / "model.safetensors"
@@ -601,7 +601,7 @@ def test_a_key_twice_in_the_header(name, model, refuse):
 
 
 @pytest.mark.parametrize(("stored", "size"), [("F64", 8), ("I8", 1), ("U16", 2), ("BOOL", 1), ("F8_E4M3", 1)])
-def test_unsupported_types(stored, size, model, refuse):
+def test_v_unsupported_types(stored, size, model, refuse):
     models.write_hf(model)
     file = model / "model.safetensors"
     header, data = models.read_header(file)
@@ -634,37 +634,37 @@ def set_header(path, **fields):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_llmc_untouched(dtype, accept, tmp_path):
+def test_v_llmc_untouched(dtype, accept, tmp_path):
     tensors = models.write_llmc(tmp_path / "model.bin", dtype=dtype)
     assert_equal_bits(accept(f"llmc:{tmp_path}/model.bin"), tensors)
 
 
 @pytest.mark.parametrize("magic", [0, 20240327, 20240520, -1])
-def test_llmc_unknown_magic(magic, bin_file, refuse):
+def test_v_llmc_unknown_magic(magic, bin_file, refuse):
     set_header(bin_file, at0=magic)
     message = refuse(f"llmc:{bin_file}")
     assert f"starts with {magic}, expected the magic 20240326" in message
 
 
 @pytest.mark.parametrize("version", [4, 1, 0, -3, 2**31 - 1])
-def test_llmc_unknown_version(version, bin_file, refuse):
+def test_v_llmc_unknown_version(version, bin_file, refuse):
     set_header(bin_file, at1=version)
     assert f"version {version}; expected 3 (float32) or 5 (bfloat16)" in refuse(f"llmc:{bin_file}")
 
 
-def test_llmc_version_of_the_other_type(bin_file, refuse):
+def test_v_llmc_version_of_the_other_type(bin_file, refuse):
     set_header(bin_file, at1=5)
     assert f"{bin_file.stat().st_size} bytes, but" in refuse(f"llmc:{bin_file}")
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 500, 1023, 1024, 1 / 3, 2 / 3, -1])
-def test_llmc_cut_off(size, bin_file, refuse):
+def test_v_llmc_cut_off(size, bin_file, refuse):
     whole = bin_file.read_bytes()
     bin_file.write_bytes(whole[: size if size in (0, 1) or isinstance(size, int) else int(size * len(whole))])
     assert str(bin_file) in refuse(f"llmc:{bin_file}")
 
 
-def test_llmc_a_byte_too_long(bin_file, refuse):
+def test_v_llmc_a_byte_too_long(bin_file, refuse):
     whole = bin_file.read_bytes()
     bin_file.write_bytes(whole + b"\0")
     message = refuse(f"llmc:{bin_file}")
@@ -673,19 +673,19 @@ def test_llmc_a_byte_too_long(bin_file, refuse):
 
 @pytest.mark.parametrize("at", range(2, 8))
 @pytest.mark.parametrize("value", [2**31 - 1, -1, -(2**31), 0])
-def test_llmc_impossible_sizes(at, value, bin_file, refuse):
+def test_v_llmc_impossible_sizes(at, value, bin_file, refuse):
     set_header(bin_file, **{f"at{at}": value})
     with LittleMemory():
         assert str(bin_file) in refuse(f"llmc:{bin_file}")
 
 
-def test_llmc_all_sizes_enormous(bin_file, refuse):
+def test_v_llmc_all_sizes_enormous(bin_file, refuse):
     set_header(bin_file, **{f"at{at}": 2**31 - 1 for at in range(2, 8)})
     with LittleMemory():
         assert "the sizes in its header take" in refuse(f"llmc:{bin_file}")
 
 
-def test_llmc_nonfinite(refuse, tmp_path):
+def test_v_llmc_nonfinite(refuse, tmp_path):
     def spoil(tensor):
         tensor[5, 7] = np.nan
         return tensor
@@ -726,7 +726,7 @@ NOT_FLAX = {
 
 
 @pytest.mark.parametrize("what", NOT_FLAX)
-def test_msgpack_of_something_else(what, model, refuse):
+def test_v_msgpack_of_something_else(what, model, refuse):
     models.write_msgpack(model)
     (model / "flax_model.msgpack").write_bytes(NOT_FLAX[what])
     with LittleMemory():
@@ -734,7 +734,7 @@ def test_msgpack_of_something_else(what, model, refuse):
 
 
 @pytest.mark.parametrize("part", [0.0005, 1 / 3, 2 / 3, 0.9999])
-def test_msgpack_cut_off(part, model, refuse):
+def test_v_msgpack_cut_off(part, model, refuse):
     models.write_msgpack(model)
     file = model / "flax_model.msgpack"
     whole = file.read_bytes()
@@ -742,7 +742,7 @@ def test_msgpack_cut_off(part, model, refuse):
     assert f"{file}: not a file of flax" in refuse(f"msgpack:{model}")
 
 
-def test_msgpack_with_bits_flipped(model, accept, tmp_path):
+def test_v_msgpack_with_bits_flipped(model, accept, tmp_path):
     """It has no checksums: a flip in a weight is another weight. But nothing else may come of it."""
     tensors = models.write_msgpack(model)
     file = model / "flax_model.msgpack"
@@ -761,7 +761,7 @@ def test_msgpack_with_bits_flipped(model, accept, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["float64", "int8", "complex64"])
-def test_msgpack_of_unsupported_type(kind, model, refuse):
+def test_v_msgpack_of_unsupported_type(kind, model, refuse):
     models.write_msgpack(model, changes={FC: lambda t: t.astype(kind)})
     message = refuse(f"msgpack:{model}")
     assert f"is {kind}; expected float32, bfloat16, float16" in message
@@ -783,7 +783,7 @@ def test_msgpack_of_unsupported_type(kind, model, refuse):
         ("--to", "llmc:"),
     ],
 )
-def test_unknown_formats(flag, value, refuse, tmp_path, monkeypatch):
+def test_v_unknown_formats(flag, value, refuse, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     models.write_hf(tmp_path / "model")
     places = {"--from": "hf:model", "--to": "hf:out"} | {flag: value}
@@ -795,25 +795,25 @@ def test_unknown_formats(flag, value, refuse, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flags", [["--dropout=1"], ["--dropout=nan"], ["--dtype=float16"], ["--dropuot=0.1"], ["--push=a/b"]]
 )
-def test_bad_flags(flags, refuse, tmp_path):
+def test_v_bad_flags(flags, refuse, tmp_path):
     models.write_hf(tmp_path / "model")
     message = refuse(f"hf:{tmp_path}/model", *flags, to=f"llmc:{tmp_path}/out", code=BAD_CONFIG)
     assert flags[0].partition("=")[0] in message
 
 
 @pytest.mark.parametrize("form", ["gptjax", "hf", "llmc", "msgpack"])
-def test_nothing_to_convert(form, refuse, tmp_path):
+def test_v_nothing_to_convert(form, refuse, tmp_path):
     path = tmp_path / "none" / "such" / "model"
     assert str(path) in refuse(f"{form}:{path}")
 
 
-def test_an_empty_directory(refuse, tmp_path):
+def test_v_an_empty_directory(refuse, tmp_path):
     (tmp_path / "empty").mkdir()
     for form in ("gptjax", "hf", "llmc", "msgpack"):
         assert f"{tmp_path}/empty" in refuse(f"{form}:{tmp_path}/empty")
 
 
-def test_a_file_where_a_directory_belongs(refuse, tmp_path):
+def test_v_a_file_where_a_directory_belongs(refuse, tmp_path):
     (tmp_path / "file").write_text("x")
     for form in ("gptjax", "hf", "msgpack"):
         assert f"{tmp_path}/file" in refuse(f"{form}:{tmp_path}/file")
@@ -821,7 +821,7 @@ def test_a_file_where_a_directory_belongs(refuse, tmp_path):
 
 @pytest.mark.parametrize("kind", ["file", "directory", "dangling link"])
 @pytest.mark.parametrize("form", ["hf", "llmc", "gptjax"])
-def test_an_existing_output_is_left_alone(form, kind, model, refuse):
+def test_v_an_existing_output_is_left_alone(form, kind, model, refuse):
     models.write_hf(model)
     out = model.parent / "out"
     if kind == "file":
@@ -838,7 +838,7 @@ def test_an_existing_output_is_left_alone(form, kind, model, refuse):
         assert message == f"{out}: exists; --force replaces it"
 
 
-def test_force_replaces_only_when_all_is_well(model, refuse, accept, tmp_path):
+def test_v_force_replaces_only_when_all_is_well(model, refuse, accept, tmp_path):
     old = models.write_hf(model)
     assert_equal_bits(accept(f"hf:{model}"), old)
     models.write_hf(model, changes={QKV: spoil_bits})
@@ -849,7 +849,7 @@ def test_force_replaces_only_when_all_is_well(model, refuse, accept, tmp_path):
 
 
 @pytest.mark.parametrize("failing", ["rename", "read back", "write"])
-def test_force_keeps_the_old_when_the_end_fails(failing, model, refuse, tmp_path, monkeypatch):
+def test_v_force_keeps_the_old_when_the_end_fails(failing, model, refuse, tmp_path, monkeypatch):
     models.write_hf(model)
     out = tmp_path / "out.bin"
     convert.main([f"--from=hf:{model}", f"--to=llmc:{out}"])
@@ -881,7 +881,7 @@ def test_force_keeps_the_old_when_the_end_fails(failing, model, refuse, tmp_path
 
 
 @pytest.mark.parametrize("form", ["hf", "llmc", "gptjax", pytest.param("nanogpt", marks=pytest.mark.torch)])
-def test_a_file_that_may_not_grow(form, model, refuse, tmp_path):
+def test_v_a_file_that_may_not_grow(form, model, refuse, tmp_path):
     """As on a full disk, which every library tells of in its own way."""
     if form == "nanogpt":
         pytest.importorskip("torch")
@@ -896,12 +896,12 @@ def test_a_file_that_may_not_grow(form, model, refuse, tmp_path):
     assert message.endswith(" written" if form in ("hf", "llmc") else "File too large")
 
 
-def test_directories_made_for_a_result_go_with_it(model, refuse, tmp_path):
+def test_v_directories_made_for_a_result_go_with_it(model, refuse, tmp_path):
     models.write_hf(model, changes={QKV: spoil_bits})
     refuse(f"hf:{model}", to=f"hf:{tmp_path}/some/where/out")
 
 
-def test_a_file_in_the_way(model, refuse, tmp_path):
+def test_v_a_file_in_the_way(model, refuse, tmp_path):
     models.write_hf(model)
     (tmp_path / "file").write_text("x")
     message = refuse(f"hf:{model}", to=f"hf:{tmp_path}/file/out", code=CANNOT_WRITE)
@@ -909,7 +909,7 @@ def test_a_file_in_the_way(model, refuse, tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not os.path.isdir("/sys/kernel"), reason="root may write anywhere")
-def test_a_directory_that_is_not_writable(model, refuse, tmp_path):
+def test_v_a_directory_that_is_not_writable(model, refuse, tmp_path):
     models.write_hf(model)
     place = "/sys/kernel"  # not even root may
     if os.geteuid():
@@ -922,7 +922,7 @@ def test_a_directory_that_is_not_writable(model, refuse, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["nanogpt", "hf"])
-def test_without_torch_the_extra_is_named(form, model, refuse, monkeypatch):
+def test_v_without_torch_the_extra_is_named(form, model, refuse, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     models.write_hf(model)
     file = model / "pytorch_model.bin"
@@ -932,7 +932,7 @@ def test_without_torch_the_extra_is_named(form, model, refuse, monkeypatch):
     assert "pip install 'gptjax[torch]'" in message
 
 
-def test_without_torch_nothing_becomes_nanogpt(model, refuse, monkeypatch):
+def test_v_without_torch_nothing_becomes_nanogpt(model, refuse, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     models.write_hf(model)
     message = refuse(f"hf:{model}", to=f"nanogpt:{model.parent}/ckpt.pt", code=UNAVAILABLE)
@@ -940,7 +940,7 @@ def test_without_torch_nothing_becomes_nanogpt(model, refuse, monkeypatch):
 
 
 @pytest.mark.parametrize("version", ["2.9.1", "2.5.0+cu124", "1.13.1"])
-def test_an_old_torch_is_not_trusted(version, model, refuse, monkeypatch):
+def test_v_an_old_torch_is_not_trusted(version, model, refuse, monkeypatch):
     class OldTorch:
         __version__ = version
 
@@ -956,13 +956,13 @@ def test_an_old_torch_is_not_trusted(version, model, refuse, monkeypatch):
 
 
 @pytest.mark.parametrize("version", ["2.10.0", "2.11.0a0+git1234", "3.0.1+cpu"])
-def test_a_torch_that_is_safe_is_taken(version, monkeypatch):
+def test_v_a_torch_that_is_safe_is_taken(version, monkeypatch):
     torch = types.SimpleNamespace(__version__=version)
     monkeypatch.setitem(sys.modules, "torch", torch)
     assert torch_file.import_torch("x") is torch
 
 
-def test_without_the_hub_the_extra_is_named(refuse, monkeypatch):
+def test_v_without_the_hub_the_extra_is_named(refuse, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install 'gptjax[hub]'" in refuse("hf:someone/tiny", code=UNAVAILABLE)
 
@@ -1010,7 +1010,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("what", COMMANDS)
-def test_the_command_says_one_line_and_leaves_nothing(what, tmp_path):
+def test_v_the_command_says_one_line_and_leaves_nothing(what, tmp_path):
     write, code, reason = COMMANDS[what]
     source = write(tmp_path)
     before = snapshot(tmp_path)
@@ -1097,7 +1097,7 @@ def damaged_safetensors(draw):
 
 @fuzz
 @given(damaged_safetensors())
-def test_fuzz_of_safetensors(healthy, change):
+def test_f1_safetensors(healthy, change):
     file = healthy / "hf" / "model.safetensors"
     original = file.read_bytes()
     try:
@@ -1117,7 +1117,7 @@ def test_fuzz_of_safetensors(healthy, change):
         st.sampled_from([*huggingface.REQUIRED, *huggingface.SIZES, *huggingface.DROPOUTS, "n_inner"]), ODD, min_size=1
     )
 )
-def test_fuzz_of_configs(healthy, fields):
+def test_f1_configs(healthy, fields):
     file = healthy / "hf" / "config.json"
     original = file.read_bytes()
     try:
@@ -1136,7 +1136,7 @@ WORDS = st.one_of(st.integers(-(2**31), 2**31 - 1), st.integers(-1, 60), st.samp
     st.sampled_from([0, 0, 0, -1, 1, -4, 4, -1023]),
     st.booleans(),
 )
-def test_fuzz_of_llmc_headers(healthy, fields, tail, fits):
+def test_f1_llmc_headers(healthy, fields, tail, fits):
     """fits: the file has as many bytes as the header says, up to a few MiB."""
     original = (healthy / "model.bin").read_bytes()
     file = healthy / "damaged.bin"
@@ -1185,7 +1185,7 @@ def damaged_msgpack(draw):
 
 @fuzz
 @given(damaged_msgpack())
-def test_fuzz_of_msgpack(healthy, change):
+def test_f1_msgpack(healthy, change):
     file = healthy / "msgpack" / "flax_model.msgpack"
     original = file.read_bytes()
     try:

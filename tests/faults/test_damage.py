@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import gc
 import random
 import shutil
 
@@ -22,16 +21,8 @@ from tests.runs import checkpoint_steps, state_bytes, temporary_directories
 pytestmark = [
     pytest.mark.faults,
     pytest.mark.usefixtures("quick_compiler"),
-    # Orbax forgets its other coroutines when one fails; the fixture below has that said here, not in a later test.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 MODEL = GPTConfig(block_size=8, vocab_size=100, n_layer=1, n_head=1, n_embd=16)
-
-
-@pytest.fixture(autouse=True)
-def _collect_garbage():
-    yield
-    gc.collect()
 
 
 @functools.cache
@@ -121,23 +112,24 @@ def test_c1_every_file_of_the_newest_checkpoint(damage, healthy, said, tmp_path)
     assert noticed["checkpoints/2/_CHECKPOINT_METADATA"]
 
 
+def flip_a_bit(workdir, chance, *, anywhere):
+    """Flips one bit: of all bytes, or of a file that is chosen first, so that the small ones get their share."""
+    files = [path for path in files_of(workdir) if path.stat().st_size]
+    sizes = [path.stat().st_size for path in files]
+    path = chance.choices(files, sizes)[0] if anywhere else chance.choice(files)
+    data = bytearray(path.read_bytes())
+    bit = chance.randrange(8 * len(data))
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+    return f"bit {bit} of {path.relative_to(workdir)}"
+
+
 def test_c2_sixty_bit_flips(healthy, said, tmp_path):
     chance, noticed = random.Random(2), 0
-    files = files_of(healthy)
-    sizes = [path.stat().st_size for path in files]
     for number in range(60):
         workdir = tmp_path / str(number)
         shutil.copytree(healthy, workdir)
-        # Half of them anywhere, by size; half in a file chosen first, so that the small ones get their share.
-        original = (
-            chance.choices(files, sizes)[0] if number % 2 else chance.choice([f for f in files if f.stat().st_size])
-        )
-        path = workdir / original.relative_to(healthy)
-        data = bytearray(path.read_bytes())
-        bit = chance.randrange(8 * len(data))
-        data[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(data)
-        what = f"bit {bit} of {original.relative_to(healthy)}"
+        what = flip_a_bit(workdir, chance, anywhere=bool(number % 2))
         noticed += assert_falls_back_or_loads_equal_bits(workdir, said, what)
         shutil.rmtree(workdir)
     assert noticed >= 15, f"only {noticed} of 60 flips were noticed: they hardly hit anything"
@@ -202,13 +194,13 @@ def test_c4_what_lies_around_is_ignored(healthy, said, tmp_path):
     assert (directory / "notes.txt").read_text() == "mine"
 
 
-def test_an_empty_directory_alone_is_no_fresh_start(tmp_path):
+def test_c4_an_empty_directory_alone_is_no_fresh_start(tmp_path):
     (tmp_path / "checkpoints" / "9").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="step 9: record unreadable"):
         Checkpointer(str(tmp_path)).restore_latest(states()[0])
 
 
-def test_the_same_step_damaged_twice(healthy, said, tmp_path):
+def test_c1_the_same_step_damaged_twice(healthy, said, tmp_path):
     """The second time its new name is taken."""
     workdir = tmp_path / "run"
     shutil.copytree(healthy, workdir)
@@ -220,7 +212,7 @@ def test_the_same_step_damaged_twice(healthy, said, tmp_path):
     assert len(list((workdir / "checkpoints").glob("2.corrupt-*"))) == 2
 
 
-def test_a_swapped_checkpoint_is_noticed(healthy, said, tmp_path):
+def test_c1_a_swapped_checkpoint_is_noticed(healthy, said, tmp_path):
     """Whole files, each intact, but of another step: only the record's step or the fingerprints can tell."""
     workdir = tmp_path / "run"
     shutil.copytree(healthy, workdir)
@@ -235,7 +227,7 @@ def test_a_swapped_checkpoint_is_noticed(healthy, said, tmp_path):
     assert "its record is of step 1" in said[0]
 
 
-def test_a_check_that_refuses_damages_nothing(healthy, tmp_path):
+def test_b2_a_check_that_refuses_damages_nothing(healthy, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(healthy, workdir)
 

@@ -1,5 +1,8 @@
 """H1: a step that hangs ends the process, with the stacks of all threads."""
 
+import subprocess
+import sys
+
 import pytest
 
 from gptjax.errors import UNAVAILABLE
@@ -10,10 +13,33 @@ pytestmark = pytest.mark.faults
 
 def test_h1_a_step_that_hangs_ends_with_all_stacks(lab, twin, tmp_path):
     workdir = tmp_path / "run"
-    lab.train(workdir, "train.num_steps=4")  # so that the rest needs no compilation
     done = lab.train(workdir, "train.watchdog_seconds=15", expect=UNAVAILABLE, GPTJAX_FAULT="step:3:hang")
     assert "error: nothing has ended for train.watchdog_seconds=15; " in done.stderr
     assert "in fault_point" in done.stderr, "the thread that hangs"
     assert done.stderr.count("Thread 0x") > 1
     lab.train(workdir)
     assert runs.losses(workdir) == runs.losses(twin)
+
+
+SILENT = """
+import sys, time
+from gptjax import runtime
+
+with runtime.Watchdog(1):
+    sys.stdin.read()  # until nobody reads stderr any more
+    time.sleep(120)
+"""
+
+
+def test_h1_nobody_listens(lab):
+    """Whoever started it is gone, and with it the pipe that its stderr was."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SILENT], env=lab.environment(), stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        process.stderr.close()
+        process.stdin.close()
+        assert process.wait(timeout=60) == UNAVAILABLE
+    finally:
+        process.kill()
+        process.wait()

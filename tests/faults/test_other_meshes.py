@@ -1,5 +1,6 @@
 """M1: what eight devices saved goes on, to the bit and then to 1e-5, on any other mesh."""
 
+import fcntl
 import shutil
 
 import numpy as np
@@ -30,21 +31,28 @@ def train_on(lab, monkeypatch, workdir, devices, mesh, num_steps):
         return made[-1]
 
     monkeypatch.setattr(train_module, "make_run", make_run)
-    train = {"num_steps": num_steps, "micro_batch_size": 0, "eval_every": 0, "eval_batches": 1}
-    config = lab.config(mesh=mesh, train=train, checkpoint={"save_every": 4})
-    assert train_module.train(config, str(workdir)) == 0
+    assert train_module.train(make_config(lab, mesh, num_steps), str(workdir)) == 0
     (run,) = made
     return run
 
 
+def make_config(lab, mesh, num_steps):
+    train = {"num_steps": num_steps, "micro_batch_size": 0, "eval_every": 0, "eval_batches": 1}
+    return lab.config(mesh=mesh, train=train, checkpoint={"save_every": 4})
+
+
 @pytest.fixture(scope="module")
-def saved(quick_compiler, lab, tmp_path_factory):
-    """A run on eight devices: a copy of it at step 4, and what came after."""
-    root = tmp_path_factory.mktemp("mesh")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        train_on(lab, monkeypatch, root / "at-4", 8, FSDP, 4)
-        shutil.copytree(root / "at-4", root / "whole")
-        run = train_on(lab, monkeypatch, root / "whole", 8, FSDP, 24)
+def saved(quick_compiler, lab):
+    """A run on eight devices, made by the first process that asks for it: a copy at step 4, and what came after."""
+    root = lab.root / "mesh"
+    with open(lab.root / "mesh-lock", "w") as lock, pytest.MonkeyPatch.context() as monkeypatch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (lab.root / "mesh-done").exists():
+            train_on(lab, monkeypatch, root / "at-4", 8, FSDP, 4)
+            shutil.copytree(root / "at-4", root / "whole")
+            train_on(lab, monkeypatch, root / "whole", 8, FSDP, 24)
+            (lab.root / "mesh-done").touch()
+    run = make_run_on(make_config(lab, FSDP, 24), 8)
     state, record = Checkpointer(str(root / "at-4")).restore_latest(run.abstract_state)
     assert record.step == 4
     assert not state.params["wte"]["embedding"].sharding.is_fully_replicated

@@ -1,9 +1,8 @@
 """T3, P1, P3, O1: real processes of one run, joined by jax.distributed on loopback, and what if one of them is gone."""
 
-import contextlib
 import fcntl
-import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,76 +15,9 @@ from gptjax import errors
 from gptjax.data.prepare import prepare
 from gptjax.data.tokenizer import load_tokenizer
 from tests import runs
+from tests.processes import SECONDS, Group, group, one_micro_batch_each, train
 
 pytestmark = pytest.mark.faults
-SECONDS = 120
-
-
-def one_micro_batch_each(count):
-    """The override with which `count` processes make the same two micro-batches of four sequences."""
-    return f"train.micro_batch_size={4 // count}"
-
-
-class Group:
-    """Processes of one run, numbered from 0; what each says is in its file."""
-
-    def __init__(self, lab, workdir: pathlib.Path, count: int) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self._lab, self._workdir, self.count = lab, workdir, count
-        self.processes: dict[int, subprocess.Popen[bytes]] = {}
-
-    def start(
-        self,
-        number: int,
-        *overrides: str,
-        join_seconds: float = SECONDS,
-        folder: pathlib.Path | None = None,
-        **environment: str,
-    ) -> None:
-        where = [f"--coordinator=127.0.0.1:{self.port}", f"--num_processes={self.count}", f"--process_id={number}"]
-        command = [*self._lab.command(self._workdir, *overrides), *where, f"--join_seconds={join_seconds}"]
-        with open(self._file(number), "w") as out:
-            self.processes[number] = subprocess.Popen(
-                command,
-                env=self._lab.environment(**environment),
-                cwd=folder or self._lab.root,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
-
-    def _file(self, number: int) -> pathlib.Path:
-        return self._workdir.with_name(f"{self._workdir.name}-{number}.out")
-
-    def said(self, number: int) -> str:
-        return self._file(number).read_text()
-
-    def wait(self) -> list[int]:
-        """Returns the exit codes, in the order of the numbers."""
-        return [self.processes[number].wait(timeout=SECONDS) for number in sorted(self.processes)]
-
-
-@contextlib.contextmanager
-def group(lab, workdir, count, *overrides):
-    """Yields `count` running processes of the run in `workdir`; kills what is left of them."""
-    made = Group(lab, workdir, count)
-    try:
-        for number in range(count):
-            made.start(number, one_micro_batch_each(count), *overrides)
-        yield made
-    finally:
-        for process in made.processes.values():
-            process.kill()
-            process.wait()
-
-
-def train(lab, workdir, count, *overrides):
-    """Runs `count` processes to their end."""
-    with group(lab, workdir, count, *overrides) as made:
-        codes = made.wait()
-        assert codes == [0] * count, "\n".join(made.said(number) for number in range(count))
-        return [made.said(number) for number in range(count)]
 
 
 def assert_near(workdir, twin, steps):
@@ -103,12 +35,21 @@ def two(lab):
     with open(lab.root / "two-lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (lab.root / "two-done").exists():
-            train(lab, workdir, 2)
+            train(lab, workdir, 2, "checkpoint.keep=8")
             (lab.root / "two-done").touch()
     return workdir
 
 
-def test_losses_are_those_of_one_process_and_only_the_first_writes(twin, two):
+def copy_until(source, target, last):
+    """Copies a finished run as it was after the checkpoint of step `last`, and returns the target."""
+    shutil.copytree(source, target)
+    for step in runs.checkpoint_steps(target):
+        if step > last:
+            shutil.rmtree(target / "checkpoints" / str(step))
+    return target
+
+
+def test_o1_losses_are_those_of_one_process_and_only_the_first_writes(twin, two):
     first, second = (two.with_name(f"two-{number}.out").read_text() for number in range(2))
     assert_near(two, twin, range(1, 17))
     assert "2 process(es)" in first
@@ -118,29 +59,39 @@ def test_losses_are_those_of_one_process_and_only_the_first_writes(twin, two):
     assert len(list((two / "tensorboard").glob("events*"))) == 1
 
 
-def test_what_two_saved_goes_on_in_one_and_in_four(lab, twin, tmp_path):
-    train(lab, tmp_path / "four", 2, "train.num_steps=8")
-    lab.train(tmp_path / "one", "train.num_steps=8")
-    train(lab, tmp_path / "one", 2, "train.num_steps=12")
-    lab.train(tmp_path / "one")
-    assert_near(tmp_path / "one", twin, range(1, 17))
-    [first, *_] = train(lab, tmp_path / "four", 4)
-    assert "resumed from step 8" in first
-    assert_near(tmp_path / "four", twin, range(1, 17))
+def test_o1_a_run_goes_on_in_more_and_in_fewer_processes(lab, twin, two, tmp_path):
+    fewer = copy_until(two, tmp_path / "fewer", 8)
+    assert "resumed from step 8" in lab.train(fewer).stdout
+    assert_near(fewer, twin, range(1, 17))
+    more = copy_until(twin, tmp_path / "more", 12)
+    [first, *_] = train(lab, more, 4)
+    assert "resumed from step 12" in first
+    assert_near(more, twin, range(1, 17))
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_t3_sigterm_to_one_has_all_save_the_same_step(lab, tmp_path, victim):
+def test_t3_sigterm_to_one_has_all_save_the_same_step(lab, two, tmp_path, victim):
+    """The victim is stopped in a step, so that the signal finds it there, and the other in the next collective."""
     workdir = tmp_path / "run"
-    with group(lab, workdir, 2, "checkpoint.save_every=1000", "train.num_steps=100000", "train.eval_every=0") as made:
-        runs.wait_for(lambda: runs.last_step(workdir) >= 5, made.processes[0])
+    with group(lab, workdir, 0, "checkpoint.save_every=1000") as made:
+        made.count = 2
+        for number in range(2):
+            fault = {"GPTJAX_FAULT": "step:6:stop"} if number == victim else {}
+            made.start(number, one_micro_batch_each(2), "checkpoint.save_every=1000", **fault)
+        runs.wait_until_stopped(made.processes[victim])
         made.processes[victim].send_signal(signal.SIGTERM)
+        made.processes[victim].send_signal(signal.SIGCONT)
         assert made.wait() == [runs.PREEMPTED] * 2, made.said(0) + made.said(1)
         assert "SIGTERM: saving a checkpoint after this step" in made.said(victim)
         said = [re.search(r"preempted at step (\d+)", made.said(number)) for number in range(2)]
     [step] = runs.checkpoint_steps(workdir)
+    assert 6 <= step <= 8
     assert [match and int(match[1]) for match in said] == [step, step]
     assert runs.last_step(workdir) == step
+    if victim == 1:  # they have saved the same whoever was asked
+        train(lab, workdir, 2)
+        assert runs.losses(workdir) == runs.losses(two)
+        assert runs.validations(workdir) == runs.validations(two)
 
 
 def test_t3_sigterm_in_an_evaluation(lab, tmp_path):
@@ -183,13 +134,13 @@ def test_p3_one_that_is_alone_says_whom_it_waits_for_and_ends(lab, tmp_path, num
     try:
         assert made.wait() == [errors.UNAVAILABLE]
     finally:
-        made.processes[number].kill()
+        made.end()
     assert f"process {number} of 2 on host" in made.said(number)
     assert f"error: process {number} of 2: {message}" in made.said(number)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_one_without_its_data_leaves_with_2_and_the_other_says_why(lab, tmp_path, victim):
+def test_p3_one_without_its_data_leaves_with_2_and_the_other_says_why(lab, tmp_path, victim):
     (tmp_path / "elsewhere").mkdir()
     made = Group(lab, tmp_path / "run", 2)
     for number in range(2):
@@ -199,8 +150,7 @@ def test_one_without_its_data_leaves_with_2_and_the_other_says_why(lab, tmp_path
     try:
         codes = made.wait()
     finally:
-        for process in made.processes.values():
-            process.kill()
+        made.end()
     assert codes[victim] == errors.BAD_CONFIG, made.said(victim)
     other, said = 1 - victim, made.said(1 - victim)
     assert codes[other] == errors.UNAVAILABLE, said
@@ -241,31 +191,26 @@ runtime.run_cli(main)
         ("gone after", errors.OK, "went on"),
     ],
 )
-def test_whoever_leaves_is_heard_by_those_that_come_late_and_ends_none_that_is_past(lab, tmp_path, what, code, message):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = f"127.0.0.1:{free.getsockname()[1]}"
-    processes = []
+def test_p1_whoever_leaves_is_heard_by_those_that_come_late(lab, tmp_path, what, code, message):
+    made = Group(lab, tmp_path / "run", 2)
     for number in range(2):
         with open(tmp_path / f"{number}.out", "w") as out:
-            command = [sys.executable, "-c", MEETING, where, str(number), what]
-            processes.append(
-                subprocess.Popen(command, env=lab.environment(), cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT)
+            command = [sys.executable, "-c", MEETING, f"127.0.0.1:{made.port}", str(number), what]
+            made.processes[number] = subprocess.Popen(
+                command, env=lab.environment(), cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT
             )
     try:
-        second = processes[1].wait(timeout=SECONDS)
+        second = made.processes[1].wait(timeout=SECONDS)
         said = (tmp_path / "1.out").read_text()
         assert second == code, said
         assert message.replace("HOST", socket.gethostname()) in said
         if what == "late":
-            assert processes[0].wait(timeout=SECONDS) == errors.BAD_CONFIG
+            assert made.processes[0].wait(timeout=SECONDS) == errors.BAD_CONFIG
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        made.end()
 
 
-def test_who_does_not_come_to_a_save_is_named(lab, tmp_path):
+def test_p3_who_does_not_come_to_a_save_is_named(lab, tmp_path):
     with group(lab, tmp_path / "run", 0) as made:
         made.count = 2
         overrides = (one_micro_batch_each(2), "train.barrier_seconds=25", "train.eval_every=0")
@@ -281,13 +226,12 @@ def refused(made, message):
     try:
         assert made.wait() == [errors.UNAVAILABLE] * 2, made.said(0) + made.said(1)
     finally:
-        for process in made.processes.values():
-            process.kill()
+        made.end()
     for number in range(2):
         assert f"error: {message}" in made.said(number)
 
 
-def test_hosts_with_different_configs_are_refused(lab, tmp_path):
+def test_b1_hosts_with_different_configs_are_refused(lab, tmp_path):
     made = Group(lab, tmp_path / "run", 2)
     made.start(0)
     made.start(1, "optim.peak_lr=0.5")
@@ -295,7 +239,7 @@ def test_hosts_with_different_configs_are_refused(lab, tmp_path):
     assert runs.checkpoint_steps(tmp_path / "run") == []
 
 
-def test_hosts_with_different_data_are_refused(lab, tmp_path):
+def test_o2_hosts_with_different_data_are_refused(lab, tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("Another text. " * 500)
     (tmp_path / "text" / "b.txt").write_text("And one to validate on. " * 500)

@@ -3,12 +3,15 @@
 import os
 import resource
 import signal
+import subprocess
 import sys
+import threading
 import time
 import types
 
 import pytest
 
+from gptjax import metrics
 from gptjax.config import Config, LogConfig
 from gptjax.errors import WorkdirError
 from gptjax.metrics import RunLog
@@ -70,6 +73,41 @@ def test_d2_s2_a_name_with_spaces_and_unicode_and_no_secrets(lab, twin, tmp_path
         assert not any(secret in text for text in texts)
 
 
+def test_s2_a_secret_in_a_setting_is_refused(lab, tmp_path):
+    secret = "hf_SeCrEtHuggingFace"
+    refused = lab.train(tmp_path / "run", f"log.wandb_project={secret}", expect=2, HF_TOKEN=secret)
+    assert refused.stderr == (
+        "error: log.wandb_project: contains the value of HF_TOKEN, which would stand in every checkpoint\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+LEAKS = """
+import logging, sys
+from gptjax import errors, runtime
+
+def main(arguments):
+    logging.getLogger("gptjax").warning("wandb is off: %s", RuntimeError("key 5ecre7weightsandbiases was refused"))
+    if arguments[0] == "user":
+        raise errors.DataError("https://x/?token=hf_SeCrEtHuggingFace: 401")
+    raise KeyError("hf_SeCrEtHuggingFace")
+
+runtime.run_cli(main)
+"""
+
+
+@pytest.mark.parametrize(("kind", "code"), [("user", 65), ("bug", 1)])
+def test_s2_what_other_libraries_say_is_told_without_the_secrets(kind, code, lab, tmp_path):
+    secrets = {"HF_TOKEN": "hf_SeCrEtHuggingFace", "WANDB_API_KEY": "5ecre7weightsandbiases"}
+    done = subprocess.run(
+        [sys.executable, "-c", LEAKS, kind], env=lab.environment(**secrets), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert done.stdout == "wandb is off: key [WANDB_API_KEY] was refused\n"
+    assert "[HF_TOKEN]" in done.stderr
+    assert not any(secret in done.stdout + done.stderr for secret in secrets.values())
+
+
 class Tracker(types.ModuleType):
     """Stands for wandb, and fails where it is told to."""
 
@@ -107,6 +145,25 @@ def test_w2_a_failing_tracker_warns_once(fails_at, said, monkeypatch, tmp_path):
     assert all("wandb is off" in line for line in said)
     expected = {"init": ["init"], "log": ["init", "log"]}.get(fails_at, ["init", "log", "log", "log", "finish"])
     assert tracker.calls == expected
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+def test_w2_a_tracker_that_blocks_holds_nothing_up(where, said, monkeypatch, tmp_path):
+    tracker, release = Tracker(""), threading.Event()
+    monkeypatch.setattr(tracker, "call", lambda name: release.wait() if name == where else tracker)
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    monkeypatch.setattr(metrics, "WAITING_ROWS", 10)
+    monkeypatch.setattr(metrics, "LAST_ROWS_SECONDS", 0.2)
+    log = RunLog(str(tmp_path), Config(log=LogConfig(tensorboard=False, wandb_project="x")), resumed_from=0)
+    begin = time.monotonic()
+    for step in range(1, 31):
+        log.write({"step": step, "loss": 1.0})
+    log.close()
+    assert time.monotonic() - begin < 10
+    assert len(rows(tmp_path)) == 30
+    (line,) = said
+    assert "wandb is off: it " in line
+    release.set()
 
 
 def test_w2_training_is_unaffected(train_here, said, monkeypatch, tmp_path):

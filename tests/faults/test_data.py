@@ -1,0 +1,92 @@
+"""X1: damaged shards end a run with 65 and the name of the shard, before or while it trains, and never in a NaN."""
+
+import math
+import pathlib
+import shutil
+import struct
+
+import pytest
+
+from gptjax import run as run_module
+from gptjax.data import tokens as tokens_module
+from gptjax.data.dataset import Dataset
+from gptjax.data.tokenizer import load_tokenizer
+from gptjax.data.tokens import HEADER_BYTES, open_split
+from gptjax.errors import DataError
+from tests.runs import checkpoint_steps, rows
+
+pytestmark = pytest.mark.faults
+TOKEN = 1000  # of the shard, which gets an id that is none
+SHARD = "train_000000.bin"
+
+
+def put(data, at, value, form):
+    struct.pack_into(form, data, at, value)
+    return data
+
+
+DAMAGES = {
+    "truncated": (lambda data: data[:-100], r"bytes, but the header counts \d+ tokens"),
+    "flipped": (lambda data: put(data, 5000, data[5000] ^ 1, "B"), r"the shard is damaged \(sha256 "),
+    "wrong magic": (lambda data: put(data, 0, 123, "<i"), "the header has magic 123, expected one of "),
+    "wrong count": (lambda data: put(data, 8, 99, "<i"), "the header counts 99 tokens, which take 1222 bytes"),
+    "odd size": (lambda data: data + b"x", r"bytes, but the header counts \d+ tokens"),
+    "large id": (
+        lambda data: put(data, HEADER_BYTES + 2 * TOKEN, 300, "<H"),
+        f"token {TOKEN} is id 300, but the tokenizer has 257 ids",
+    ),
+    "empty": (lambda data: b"", "the shard is empty"),
+    "missing": (None, r"the shard cannot be read \(No such file or directory\)"),
+}
+
+
+@pytest.fixture
+def data(lab, tmp_path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(lab.data, tmp_path / "data"))
+
+
+def damage(data, what):
+    change, _ = DAMAGES[what]
+    path = data / SHARD
+    whole = bytearray(path.read_bytes())
+    path.unlink()
+    if change is not None:
+        path.write_bytes(change(whole))
+    return str(path)
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_x1_a_damaged_shard_is_named_before_anything_runs(what, lab, data):
+    path = damage(data, what)
+    with pytest.raises(DataError, match=DAMAGES[what][1]) as caught:
+        run_module.make_run(lab.config(data={"path": str(data)}))
+    assert caught.value.exit_code == 65
+    assert str(caught.value).startswith(f"{path}: ")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_x1_at_the_command_line(lab, data, tmp_path):
+    path = damage(data, "large id")
+    refused = lab.train(tmp_path / "run", f"data.path={data}", expect=65)
+    where = f"{path}: token {TOKEN} is id 300"
+    assert refused.stderr == f"error: {where}, but the tokenizer has 257 ids; is it the right one?\n"
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_x1_a_bad_id_in_a_large_shard_is_found_when_it_is_read(data, tiny_run, train_here, monkeypatch, tmp_path):
+    """Too much to be hashed at every start: the run meets it as it trains, and no loss is ever made of it."""
+    monkeypatch.setattr(tokens_module, "SMALL_BYTES", 0)
+    monkeypatch.setattr(tokens_module, "EDGE_TOKENS", 100)
+    windows = tiny_run.train_data.row_ids(5)  # of the update that makes step 6
+    token = int(windows[3]) * tiny_run.config.model.block_size + 7
+    path = data / SHARD
+    path.write_bytes(put(bytearray(path.read_bytes()), HEADER_BYTES + 2 * token, 300, "<H"))
+    split = open_split(str(data), "train", tokenizer=load_tokenizer("bytes"))
+    bad = Dataset(split, tiny_run.config.model.block_size, tiny_run.config.data.global_batch_size, 0)
+    with pytest.raises(DataError, match=f"{path}: token {token} is id 300") as caught:
+        train_here(tmp_path / "run", parts={"train_data": bad})
+    assert caught.value.exit_code == 65
+    found = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert 3 <= len(found) <= 5
+    assert all(loss is not None and math.isfinite(loss) for loss in found)
+    assert checkpoint_steps(tmp_path / "run") == [4]

@@ -1,0 +1,148 @@
+"""D1, D2: a disk that fills up, and work directories that cannot be written or have odd names."""
+
+import contextlib
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests import runs
+from tests.runs import checkpoint_steps, event_steps, losses, restored_bytes, temporary_directories, wait_until_stopped
+
+pytestmark = pytest.mark.faults
+LONG = ("train.num_steps=48", "checkpoint.save_every=4")
+
+
+@contextlib.contextmanager
+def mounted(path, options):
+    """Mounts a tmpfs at `path` while the test runs; skips the test where that is not allowed."""
+    path.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
+class SmallDisk:
+    """A tmpfs that can be filled to the last byte."""
+
+    def __init__(self, root, stack):
+        stack.enter_context(mounted(root / "disk", "size=12m"))
+        self.workdir, self._ballast = root / "run", root / "disk" / "ballast"
+        (root / "disk" / "run").mkdir()
+        self.workdir.symlink_to(root / "disk" / "run")  # so that what is printed lies elsewhere
+
+    def fill(self, process=None, leave=0):
+        with open(self._ballast, "ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        if leave:
+            os.truncate(self._ballast, self._ballast.stat().st_size - leave)
+        assert shutil.disk_usage(self._ballast).free == leave
+
+    def free(self, process=None):
+        self._ballast.unlink()
+
+
+class SmallFiles:
+    """No file of the process may grow beyond 64 KiB: arrays do not fit, logs do."""
+
+    def __init__(self, root, stack):
+        self.workdir = root / "run"
+
+    def fill(self, process):
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
+
+    def free(self, process=None):
+        if process is not None:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("kind", [SmallDisk, SmallFiles])
+def test_d1_a_full_disk(kind, lab, long_twin, tiny_run, tmp_path):
+    with contextlib.ExitStack() as stack:
+        disk = kind(tmp_path, stack)
+        workdir = disk.workdir
+
+        # It stays full: three saves fail, and then the run ends.
+        with lab.start(workdir, *LONG, GPTJAX_FAULT="save:2:stop") as process:
+            wait_until_stopped(process)
+            disk.fill(process)
+            process.send_signal(signal.SIGCONT)
+            assert process.wait(timeout=120) == 74, runs.said(workdir)
+        lines = runs.said(workdir).splitlines()
+        assert sum("save failed, training goes on: " in line for line in lines) == 2, lines
+        assert lines[-1].startswith(f"error: {workdir}/checkpoints: 3 saves failed: "), lines
+        assert "Traceback" not in runs.said(workdir)
+        assert temporary_directories(workdir) == []
+        assert checkpoint_steps(workdir) == [4]
+        disk.free()
+
+        # It is full for a while: training goes on, and the next save succeeds.
+        with lab.start(workdir, *LONG, GPTJAX_FAULT="save:2:stop,save:3:stop") as process:
+            wait_until_stopped(process)
+            disk.fill(process)
+            process.send_signal(signal.SIGCONT)
+            wait_until_stopped(process)
+            disk.free(process)
+            process.send_signal(signal.SIGCONT)
+            assert process.wait(timeout=120) == 0, runs.said(workdir)
+        said = runs.said(workdir)
+        assert "resumed from step 4" in said
+        assert 1 <= said.count("save failed, training goes on: ") <= 2
+        assert losses(workdir) == losses(long_twin)
+        assert event_steps(workdir, "loss") == list(losses(long_twin))
+        assert temporary_directories(workdir) == []
+        assert restored_bytes(workdir, tiny_run.abstract_state) == restored_bytes(long_twin, tiny_run.abstract_state)
+
+
+def test_d1_no_room_for_a_checkpoint_is_said_before_the_first_step(lab, tmp_path):
+    with contextlib.ExitStack() as stack:
+        disk = SmallDisk(tmp_path, stack)
+        disk.fill(leave=2**16)
+        refused = lab.train(disk.workdir, expect=73)
+        (line,) = refused.stderr.splitlines()
+        assert line.startswith(f"error: {disk.workdir}/checkpoints: a checkpoint takes ")
+        assert "are free; make room, or choose another --workdir" in line
+        disk.fill()
+        refused = lab.train(disk.workdir, expect=73)
+        (line,) = refused.stderr.splitlines()
+        assert "cannot be written: No space left on device" in line
+
+
+def refuse(lab, workdir):
+    refused = lab.train(workdir, expect=73)
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith(f"error: --workdir={workdir}: cannot be written: "), line
+    assert "step" not in refused.stdout
+    return line
+
+
+def test_d2_a_read_only_disk(lab, twin, tmp_path):
+    with mounted(tmp_path / "disk", "size=12m"):
+        shutil.copytree(twin, tmp_path / "disk" / "run")
+        subprocess.run(["mount", "-o", "remount,ro", tmp_path / "disk"], check=True)
+        assert "Read-only file system" in refuse(lab, tmp_path / "disk" / "run")
+        refuse(lab, tmp_path / "disk" / "new")
+
+
+def test_d2_where_nobody_may_write(lab):
+    refuse(lab, "/proc/self/gptjax" if sys.platform == "linux" else "/dev/null/x")
+
+
+def test_d2_a_file_in_the_place_of_the_checkpoints(lab, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "checkpoints").write_text("mine")
+    refused = lab.train(workdir, expect=73)
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith(f"error: {workdir}/checkpoints: cannot be written: ")
+    assert (workdir / "checkpoints").read_text() == "mine"
+    assert not (workdir / "metrics.jsonl").exists()

@@ -1,0 +1,413 @@
+"""F1: whatever stands in overrides, shards, meta.json, checkpoints, logs and prompts ends in a documented error.
+
+safetensors, llm.c and msgpack files are in test_conversion.py. `make soak` runs all of them with more cases.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import shutil
+import string
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptjax import checkpoint as checkpoint_module
+from gptjax import config, runtime
+from gptjax.checkpoint import Checkpointer, load_params
+from gptjax.config import Config, GPTConfig, LogConfig
+from gptjax.data import tokens
+from gptjax.data.tokenizer import load_tokenizer, make_tokenizer
+from gptjax.data.tokens import Meta, ShardMeta, SplitMeta, make_header, open_shard, open_split, write_meta
+from gptjax.errors import BAD_CONFIG, BAD_DATA, CheckpointError, ConfigError, DataError
+from gptjax.metrics import RunLog
+from gptjax.model import GPT, Compute
+from gptjax.sample import generate
+from gptjax.state import TrainState
+from tests.faults import golden
+from tests.fuzzing import ODD, PATCHES, TAILS, cases, nothing_written, only_documented_errors, patched
+from tests.runs import rows, state_bytes
+
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.usefixtures("quick_compiler"),
+]
+FIELDS = sorted(config.flatten(Config()))
+NUMBERS = [
+    "0",
+    "-1",
+    "1e400",
+    "nan",
+    "inf",
+    "1e3",
+    "2.5",
+    "9" * 400,
+    "9" * 5000,
+    "²",
+    "\u0661",
+    "0x10",
+    "1_000",
+    " 3",
+    "True",
+]
+
+
+# Overrides and flags
+
+
+@pytest.fixture(scope="module")
+def config_file(lab, tmp_path_factory):
+    """The tiny config, alone in a directory."""
+    return pathlib.Path(shutil.copy(lab.config_file, tmp_path_factory.mktemp("config")))
+
+
+@cases(500)
+@given(st.dictionaries(
+    st.one_of(st.sampled_from(FIELDS), st.sampled_from(["model", "", ".", "model.", "a.b.c"]), st.text(max_size=12)),
+    st.one_of(st.sampled_from([*NUMBERS, "adamw", "full", "wsd"]), st.text(max_size=12), st.integers().map(str)),
+    max_size=4,
+))  # fmt: skip
+def test_f1_overrides(config_file, overrides):
+    with nothing_written(config_file.parent):
+        error = only_documented_errors(
+            lambda: config.load(str(config_file), overrides), lines=max(1, 2 * len(overrides))
+        )
+    assert error is None or error.exit_code == BAD_CONFIG
+
+
+@cases(200)
+@given(st.lists(st.one_of(
+    st.sampled_from(["--config", "--workdir", "--config.model.n_layer", "--", "-", "--help=x", "--num_processes"]),
+    st.text(max_size=12), st.text(max_size=6).map("--config.".__add__), st.text(max_size=4).map("--workdir=".__add__),
+), max_size=4))  # fmt: skip
+def test_f1_flags(arguments):
+    parser = runtime.Parser("")
+    for name, kind in (("--config", str), ("--workdir", str), ("--num_processes", int)):
+        parser.add_argument(name, type=kind)
+
+    def parse():
+        if not {"-h", "--help"} & set(arguments):
+            runtime.parse_overrides(parser, parser.parse_known_args(arguments)[1])
+
+    error = only_documented_errors(parse)
+    assert error is None or error.exit_code == BAD_CONFIG
+
+
+# Data
+
+WORDS = st.one_of(st.integers(-(2**31), 2**31 - 1), st.integers(-1, 300), st.sampled_from([20240520, 20240801, 7, 1]))
+
+
+@cases(300)
+@given(st.lists(WORDS, max_size=4), st.integers(0, 300), st.sampled_from([0, 0, 1, -1, -7]), st.binary(max_size=8))
+def test_f1_shard_headers(tmp_path_factory, head, count, tail, body):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.bin"
+    header = np.array([20240520, 1, count, *[0] * 253], "<i4")
+    header[: len(head)] = head
+    path.write_bytes(patched(header.tobytes() + (body * 300)[: 2 * count], [], tail))
+
+    def read():
+        assert 0 < len(open_shard(str(path), 300)) <= path.stat().st_size // 2
+
+    error = only_documented_errors(read)
+    assert error is None or error.exit_code == BAD_DATA
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A prepared directory of two small shards, and its meta.json as a dict."""
+    root = tmp_path_factory.mktemp("prepared")
+    tokenizer, splits = load_tokenizer("bytes"), {}
+    for name, count in (("train", 200), ("validation", 100)):
+        file = f"{name}_000000.bin"
+        ids = (np.arange(count) % 257).astype(np.uint16)
+        (root / file).write_bytes(make_header(count, np.dtype("<u2")) + ids.tobytes())
+        shard = ShardMeta(file, count, tokens.hash_file(str(root / file)))
+        splits[name] = SplitMeta(count, count, 1, (shard,))
+    write_meta(str(root), Meta("text:x", "bytes", tokenizer.sha256, 257, 256, "last", splits))
+    return root, (root / "meta.json").read_bytes()
+
+
+def paths_in(value, path=()):
+    """Returns the path of every value in nested JSON."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(below for key, child in children for below in paths_in(child, (*path, key)))]
+
+
+def edited(value, edits):
+    """Returns nested JSON with some values replaced or, where None is drawn, sometimes removed."""
+    value = json.loads(json.dumps(value))
+    for which, new, remove in edits:
+        places = paths_in(value)
+        *above, last = places[which % len(places)] or (None,)
+        if last is None:
+            value = new
+            continue
+        target = value
+        for key in above:
+            target = target[key]
+        if remove:
+            del target[last]
+        else:
+            target[last] = new
+    return value
+
+
+EDITS = st.lists(st.tuples(st.integers(0, 10**6), ODD, st.booleans()), max_size=3)
+
+
+@cases(300)
+@given(EDITS, PATCHES, TAILS)
+def test_f1_meta(prepared, edits, patches, tail):
+    root, original = prepared
+    text = json.dumps(edited(json.loads(original), edits)).encode()
+    (root / "meta.json").write_bytes(patched(text, patches, tail))
+    tokenizer = load_tokenizer("bytes")
+    try:
+        with nothing_written(root):
+            for attempt in (
+                lambda: open_split(str(root), "train", tokenizer=tokenizer),
+                lambda: tokens.verify(str(root), tokenizer),
+            ):
+                error = only_documented_errors(attempt, lines=4)
+                assert error is None or isinstance(error, DataError | ConfigError)
+    finally:
+        (root / "meta.json").write_bytes(original)
+
+
+# Checkpoints
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Stored:
+    root: pathlib.Path
+    abstract: TrainState
+    state: list[bytes]
+    params: list[bytes]
+
+    def __repr__(self) -> str:  # hypothesis shows it with each failure
+        return "Stored(...)"
+
+
+@pytest.fixture(scope="module")
+def stored(quick_compiler, tmp_path_factory):
+    """A work directory with one checkpoint, what it holds, and room for damaged copies."""
+    root = tmp_path_factory.mktemp("stored")
+    shutil.copytree(golden.GOLDEN / f"format-{checkpoint_module.FORMAT}", root / "healthy")
+    abstract, state = golden.make_golden_state()
+    params = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state.params)]
+    return Stored(root, abstract, state_bytes(state), params)
+
+
+@st.composite
+def damaged_trees(draw):
+    """Returns what to do to a checkpoint's directory."""
+    changes = draw(
+        st.lists(
+            st.tuples(
+                st.integers(0, 10**6),
+                st.sampled_from(["bytes", "json", "json", "delete", "folder", "link", "swap", "add", "record", "pipe"]),
+            ),
+            min_size=1,
+            max_size=2,
+        )
+    )
+    return changes, draw(EDITS.filter(bool)), draw(PATCHES.filter(bool)), draw(TAILS)
+
+
+def damage(directory, change, edits, patches, tail):
+    number, what = change
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
+    path = files[number % len(files)]
+    if what == "bytes":
+        path.write_bytes(patched(path.read_bytes(), patches, tail))
+    elif what == "json":
+        readable = [p for p in files if p.read_bytes()[:1] in (b"{", b"[")]
+        path = readable[number % len(readable)]
+        with contextlib.suppress(ValueError):
+            path.write_text(json.dumps(edited(json.loads(path.read_text()), edits)))
+    elif what == "record":  # by somebody who knows how to seal it again
+        path = directory / "_CHECKPOINT_METADATA"
+        with contextlib.suppress(Exception):
+            metadata = json.loads(path.read_text())
+            text = json.dumps(edited(json.loads(metadata["custom_metadata"]["record"]), edits))
+            digest = checkpoint_module.hashlib.sha256(text.encode()).hexdigest()
+            metadata["custom_metadata"] = {"record": text, "sha256": digest}
+            path.write_text(json.dumps(metadata))
+    elif what == "swap":
+        other = files[(number // 7) % len(files)]
+        first, second = path.read_bytes(), other.read_bytes()
+        path.write_bytes(second)
+        other.write_bytes(first)
+    elif what == "add":
+        (path.parent / ["x", "0", "manifest.ocdbt", "²", "zarr.json"][number % 5]).write_bytes(b"\1" * (number % 100))
+    else:
+        path.unlink()
+        if what == "folder":
+            path.mkdir()
+        elif what == "link":
+            path.symlink_to("/etc/hostname")
+        elif what == "pipe":
+            os.mkfifo(path)
+
+
+@cases(80)
+@given(damaged_trees())
+def test_f1_checkpoint_trees(stored, damages):
+    """What is restored has the bits that were saved, or is refused; with one checkpoint there is nothing else."""
+    root, abstract, state, params = stored.root, stored.abstract, stored.state, stored.params
+    changes, edits, patches, tail = damages
+    shutil.rmtree(root / "damaged", ignore_errors=True)
+    shutil.copytree(root / "healthy", root / "damaged")
+    directory = root / "damaged" / "checkpoints" / str(golden.STEP)
+    for change in changes:
+        damage(directory, change, edits, patches, tail)
+    workdir = str(root / "damaged")
+
+    def load():
+        found = load_params(workdir)[1]
+        if jax.tree.structure(found) == jax.tree.structure(abstract.params):
+            assert [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(found)] == params, "wrong bits"
+
+    def restore():
+        found = Checkpointer(workdir).restore_latest(
+            abstract, check=lambda record: checkpoint_module.compare_configs(record.config, golden.CONFIG)
+        )
+        assert found is not None
+        assert state_bytes(found[0]) == state, "wrong bits"
+
+    with nothing_written(root):
+        error = only_documented_errors(load, lines=9)
+    assert error is None or isinstance(error, CheckpointError | ConfigError)
+    error = only_documented_errors(restore, lines=9)
+    assert error is None or isinstance(error, CheckpointError | ConfigError)
+
+
+NAMES = st.one_of(
+    st.sampled_from(
+        ["²", "٣", "007", "0", "9" * 255, "-1", "1e3", " 9", "9 ", "9.orbax-checkpoint-tmp", "9.corrupt-x"]
+    ),
+    st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=20),
+    st.integers(0, 10**12).map(str),
+)
+
+
+@cases(60)
+@given(st.lists(st.tuples(NAMES, st.sampled_from(["folder", "file", "link"])), min_size=1, max_size=3))
+def test_f1_directory_names(stored, names):
+    """Whatever lies beside it, the one good checkpoint is found, and the next one can be saved."""
+    root, abstract, state = stored.root, stored.abstract, stored.state
+    shutil.rmtree(root / "damaged", ignore_errors=True)
+    shutil.copytree(root / "healthy", root / "damaged")
+    for name, kind in names:
+        path = root / "damaged" / "checkpoints" / name
+        if path.exists() or name in (".", "..") or len(name.encode()) > 255:
+            continue
+        if kind == "link":
+            path.symlink_to(root / "healthy" / "checkpoints")
+        else:
+            path.mkdir() if kind == "folder" else path.write_text("mine")
+    checkpointer = Checkpointer(str(root / "damaged"))
+    found = []
+
+    def restore():
+        found.append(checkpointer.restore_latest(abstract))
+
+    assert only_documented_errors(restore) is None
+    [(restored, record)] = found
+    assert state_bytes(restored) == state
+    assert record.step == golden.STEP
+
+    def save():
+        checkpointer.save(restored, golden.STEP + 1, config=golden.CONFIG, history={}, data={})
+        checkpointer.close()
+
+    assert only_documented_errors(save) is None
+    assert golden.STEP + 1 in checkpointer.steps()
+
+
+# Logs and prompts
+
+
+@cases(300)
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(max_size=30),
+            ODD.map(lambda value: json.dumps(value).encode()),
+            st.dictionaries(st.sampled_from(["step", "loss", "val_loss", "x"]), ODD, max_size=3).map(
+                lambda row: json.dumps(row).encode()
+            ),
+            st.sampled_from(
+                [b"[" * 100_000, b'{"step": 1' + b"0" * 5000 + b"}", b'{"step": 3, "loss": 1e999}', b"\xff\xfe"]
+            ),
+        ),
+        max_size=4,
+    )
+)
+def test_f1_tails_of_logs(tmp_path_factory, tail):
+    directory = tmp_path_factory.getbasetemp() / "log"
+    directory.mkdir(exist_ok=True)
+    good = [{"step": step, "loss": 1.5} for step in (1, 2, 3)]
+    text = "".join(json.dumps(row) + "\n" for row in good).encode()
+    (directory / "metrics.jsonl").write_bytes(text + b"\n".join(tail))
+
+    def resume():
+        log = RunLog(str(directory), Config(log=LogConfig(tensorboard=True)), resumed_from=3)
+        log.write({"step": 4, "loss": 2.5})
+        log.close()
+
+    assert only_documented_errors(resume) is None
+    found = [row for row in rows(directory) if isinstance(row.get("loss"), float)]
+    assert [row for row in found if row in good] == good
+    assert found[-1] == {"step": 4, "loss": 2.5}
+    assert all(row["step"] <= 3 for row in rows(directory)[:-1])
+
+
+@functools.cache
+def tiny_model():
+    """A model of 20 ids whose parameters are all there, and compiled at its first use."""
+    made = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=1, n_embd=8), Compute(attention="xla"))
+    return made, made.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+
+
+@cases(100)
+@given(
+    st.lists(st.lists(st.one_of(st.integers(0, 19), st.integers(-1, 20), st.just(2**63)), max_size=12), max_size=2),
+    st.sampled_from([1.0, 0.0, -1.0, math.nan, math.inf, 1e-30]),
+    st.sampled_from([0, 1, 25, -1, 2**40]),
+    st.sampled_from([1.0, 0.5, 0.0, 2.0, math.nan]),
+)
+def test_f1_prompts(prompts, temperature, top_k, top_p):
+    made, params = tiny_model()
+
+    def sample():
+        found = generate(
+            made, params, prompts, max_new_tokens=3, eot_id=19, temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        assert len(found) == len(prompts)
+        assert all(0 <= token < 19 for row in found for token in row)
+
+    error = only_documented_errors(sample, lines=4)
+    assert error is None or error.exit_code == BAD_CONFIG
+
+
+@cases(200)
+@given(st.one_of(st.text(max_size=60), st.text(string.printable), st.binary(max_size=30).map(os.fsdecode)))
+def test_f1_texts_of_prompts(text):
+    for tokenizer in (
+        load_tokenizer("bytes"),
+        make_tokenizer("two", r"(?s).{1,4}", {bytes([b]): b for b in range(256)}),
+    ):
+        ids = tokenizer.encode(text)
+        assert all(0 <= token < tokenizer.eot_id for token in ids)
+        if text.isprintable():
+            assert tokenizer.decode(ids) == text
