@@ -1,9 +1,11 @@
 """How long until something happens: import, --help, the first train step, and a new step of a run that was killed.
 
-    python benchmarks/startup.py [--config=configs/quickstart.py] [--repeat=3]
+    python benchmarks/startup.py [--config=configs/quickstart.py] [--repeat=3] [--no_restart] [--config.x.y=VALUE ...]
+    python benchmarks/startup.py --config=configs/gpt2_small.py --no_restart --config.data.global_batch_size=4
 
 Each figure is a process of its own, started and timed from outside; the median is shown. The data is prepared first and
-not counted.
+not counted. A step is dispatched when the program has been compiled or read from the cache and handed to the device;
+on a CPU the step itself may then take seconds.
 """
 
 import argparse
@@ -37,15 +39,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart.py")
     parser.add_argument("--repeat", type=int, default=3)
-    args = parser.parse_args()
+    parser.add_argument("--no_restart", action="store_true", help="leave out the run that is killed: 45 steps")
+    args, overrides = parser.parse_known_args()
     python = [sys.executable, "-u"]
-    train = [*python, "-m", "gptjax.main", f"--config={args.config}", "--config.train.log_every=1"]
+    train = [*python, "-m", "gptjax.main", f"--config={args.config}", "--config.train.log_every=1", *overrides]
     with tempfile.TemporaryDirectory() as directory:
         count = iter(range(1000))
 
-        def first_step(cache: str) -> float:
+        def first_step(cache: str, marker: str = "first step dispatched") -> float:
             environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{directory}/{cache}"}
-            return seconds_until([*train, f"--workdir={directory}/run{next(count)}"], "step 1/", environment)
+            return seconds_until([*train, f"--workdir={directory}/run{next(count)}"], marker, environment)
 
         def restart() -> float:
             """Kills a run after its save of step 20, and times the same command until it has taken a new step."""
@@ -55,16 +58,19 @@ def main() -> None:
             return seconds_until(command, "step ", environment)
 
         empty = [*python, "-c", "pass"]
-        first_step("unused")  # prepares the data
+        first_step("unused", "step 1/")  # prepares the data and fills the cache
         plain = dict(os.environ)
         rows = {
             "python itself": lambda: seconds_until(empty, "", plain),
             "import gptjax": lambda: seconds_until([*python, "-c", "import gptjax"], "", plain),
             "python -m gptjax.main --help": lambda: seconds_until([*python, "-m", "gptjax.main", "--help"], "", plain),
-            "first step, cold cache": lambda: first_step(f"cold{next(count)}"),
-            "first step, warm cache": lambda: first_step("unused"),
+            "dispatch, cold cache": lambda: first_step(f"cold{next(count)}"),
+            "dispatch, warm cache": lambda: first_step("unused"),
+            "first step ended, warm cache": lambda: first_step("unused", "step 1/"),
             "restart until a new step, warm": restart,
         }
+        if args.no_restart:
+            del rows["restart until a new step, warm"]
         for name, measure in rows.items():
             values = [measure() for _ in range(args.repeat)]
             print(f"{name:32s} {statistics.median(values):6.2f} s", flush=True)

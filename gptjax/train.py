@@ -259,7 +259,10 @@ def run_loop(
         watch.add("data_wait")
         traced = step == config.train.profile_step
         with profiled(traced, reporter.directory):
+            called = time.perf_counter()
             state, metrics = run.train_step(state, tokens)
+            if first:
+                log.info("first step dispatched, compiled in %s", duration(time.perf_counter() - called))
             answer = consensus.ask()
             if first or traced:
                 jax.block_until_ready(metrics)

@@ -80,6 +80,10 @@ class Soak:
         state, expected = restored_bytes(workdir, self.abstract), self.twin_state
         return losses(workdir) == losses(twin) and validations(workdir) == validations(twin) and state == expected
 
+    def keep(self, workdir: pathlib.Path) -> pathlib.Path:
+        """Returns a copy of a work directory, to look at when the soak is over."""
+        return pathlib.Path(shutil.copytree(workdir, tempfile.mkdtemp(prefix="gptjax-soak-kept-"), dirs_exist_ok=True))
+
     @functools.cached_property
     def abstract(self) -> Any:
         return runs.make_run_on(self.lab.config()).abstract_state
@@ -100,22 +104,28 @@ def kills(soak: Soak, tally: Tally, count: int) -> Iterator[None]:
     life = time.monotonic() - began  # of an undisturbed run
     while tally.injected < count:
         number = tally.injected
-        workdir, survived = soak.root / f"k1-{number}", []
+        workdir, found = soak.root / f"k1-{number}", []
         for turn in range(min(KILLS_A_RUN, count - number)):
-            survived.append(one_kill(soak, workdir, random.Random(1000 * number + turn), life))
+            found.append(one_kill(soak, workdir, random.Random(1000 * number + turn), life))
             tally.orphans += soak.orphans()
-            if survived[-1] is None:
+            if found[-1] is None:
                 break
         soak.lab.train(workdir, *LONG, GPTJAX_SOAK=soak.token)
-        tally.injected += len(survived) - survived.count(None)  # now that what came of them is known
-        tally.survived += survived.count(True) - bool(temporary_directories(workdir))
+        broken = [what for what in found if what]
+        broken += [f"{name} was left" for name in temporary_directories(workdir)]
+        made = len(found) - found.count(None)
+        tally.injected += made  # now that what came of them is known
+        tally.survived += made - min(made, len(broken))
         tally.lost_bits += not soak.equals_twin(workdir, twin)
+        if broken:
+            tally.note = "; ".join([*filter(None, [tally.note]), *broken])
+            print(f"K1 after {number}: {broken}: see {soak.keep(workdir)}", flush=True)
         shutil.rmtree(workdir)
         yield
 
 
-def one_kill(soak: Soak, workdir: pathlib.Path, moment: random.Random, life: float) -> bool | None:
-    """Returns whether the process went on from where promise (a) says; None if it ended before it could be killed."""
+def one_kill(soak: Soak, workdir: pathlib.Path, moment: random.Random, life: float) -> str | None:
+    """Returns what the process did that promise (a) does not say, '' if nothing; None if it ended before the kill."""
     reached = last_step(workdir)
     with soak.lab.start(workdir, *LONG, GPTJAX_SOAK=soak.token) as process:
         if moment.random() < 0.5:
@@ -127,10 +137,14 @@ def one_kill(soak: Soak, workdir: pathlib.Path, moment: random.Random, life: flo
         if process.poll() == 0:
             return None
         kill(process)
+    if process.returncode != -signal.SIGKILL:
+        return f"it had ended with {process.returncode}"
+    if "Traceback" in said(workdir):
+        return "a traceback"
     resumed = re.search(r"^resumed from step (\d+)", said(workdir), re.M)
-    if "Traceback" in said(workdir) or process.returncode != -signal.SIGKILL:
-        return False
-    return not resumed or reached - int(resumed[1]) <= 2 * SAVE_EVERY
+    if resumed and reached - int(resumed[1]) > 2 * SAVE_EVERY:
+        return f"it had been at step {reached} and went on from {resumed[1]}"
+    return ""
 
 
 def pause(process: "subprocess.Popen[str]", seconds: float) -> None:

@@ -18,7 +18,7 @@ from gptjax.data.tokenizer import load_tokenizer
 from gptjax.data.tokens import HEADER_BYTES, open_split
 from gptjax.errors import DivergedError
 from gptjax.start import new_history
-from tests.faults.test_processes import SECONDS, group
+from tests.processes import SECONDS, group
 from tests.runs import (
     checkpoint_steps,
     event_steps,
