@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -226,17 +227,19 @@ class Checkpointer:
         leaves = jax.tree.leaves((abstract.params, abstract.opt_state))
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         text = f"checkpoints: {size / 1e9:.3g} GB each, {self._keep + 2} of them at most"
-        probe = self.directory / f".probe-{os.getpid()}"
+        probe, is_new = self.directory / f".probe-{os.getpid()}", not self.directory.exists()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             probe.write_text("can be written\n")
             probe.unlink()
+            free = math.inf if is_bucket(str(self.directory)) else shutil.disk_usage(self.directory).free
+            if is_new:  # a run that is refused after this leaves nothing behind
+                self.directory.rmdir()
         except OSError as error:
             reason = f"cannot be written: {error.strerror}"
             raise WorkdirError(f"{self.directory}: {reason}; free it, or choose another --workdir") from error
-        if is_bucket(str(self.directory)):
+        if free == math.inf:
             return text
-        free = shutil.disk_usage(self.directory).free
         if free < size:
             room = f"a checkpoint takes {size / 1e9:.3g} GB, {free / 1e9:.3g} GB are free"
             raise WorkdirError(f"{self.directory}: {room}; make room, or choose another --workdir")

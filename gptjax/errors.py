@@ -10,13 +10,11 @@ CANNOT_WRITE = 73  # the work directory is locked or not writable
 SAVE_FAILED = 74  # checkpoints keep failing
 PREEMPTED = 75  # a checkpoint was written: start the same command again
 
-LONGEST_REASON = 200  # characters
 
-
-def plain(reason: object) -> str:
+def plain(reason: object, *, longest: int = 200) -> str:
     """Returns what another library or a file says as part of one line, with its quotes of a file escaped and cut."""
-    line = " ".join(str(reason).split())[:LONGEST_REASON] or type(reason).__name__
-    return line if line.isprintable() else ascii(line)[1:-1][:LONGEST_REASON]
+    line = " ".join(str(reason).split())[:longest] or type(reason).__name__
+    return line if line.isprintable() else ascii(line)[1:-1][:longest]
 
 
 class UserError(ValueError):

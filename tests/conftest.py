@@ -4,7 +4,9 @@ import logging
 import os
 import pathlib
 import runpy
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
@@ -17,6 +19,18 @@ from tests import runs
 runpy.run_path(str(runs.OFFLINE / "sitecustomize.py"))  # for this process; runs.py sees to those that tests start
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+
+@pytest.hookimpl(trylast=True)  # pytest's own comes first, to be asked for everything else
+def pytest_configure() -> None:
+    """Leaves out what tensorstore's threads meet when a read that failed is over, as gptjax.runtime does."""
+    ask = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            ask(unraisable)
+
+    sys.unraisablehook = hook
 
 
 @pytest.fixture(scope="session")

@@ -281,6 +281,9 @@ def test_there_must_be_room_for_one_checkpoint(monkeypatch, said, tmp_path):
     free(4 * size - 1)
     assert len(said) == 1
     assert "may be needed" in said[0]
+    assert not checkpointer.directory.exists(), "a run may still be refused, and leaves nothing behind"
+    checkpointer.directory.mkdir()
+    free(4 * size)
     assert list(checkpointer.directory.iterdir()) == [], "the probe is removed"
 
 

@@ -22,7 +22,7 @@ from gptjax.config import (
     from_dict,
     nearest_divisors,
 )
-from gptjax.errors import BAD_CONFIG, ConfigError
+from gptjax.errors import BAD_CONFIG, ConfigError, plain
 
 FIELDS = sorted(flatten(Config()))
 
@@ -112,7 +112,7 @@ def test_unknown_field_names_the_nearest(path, nearest):
     ],
 )
 def test_wrong_type_names_what_was_expected(path, value, expected):
-    assert problem_of(path, value) == f"{path}={value!r}: expected {expected}"
+    assert problem_of(path, value) == f"{path}={plain(repr(value))}: expected {expected}"
 
 
 @pytest.mark.parametrize("value", [3, "small", None, [1]])

@@ -38,12 +38,14 @@ def test_the_gradient_norm_is_watched_as_well():
     assert find_spike(kept, ROW | {"grad_norm": 6.001}).startswith("gradient norm 6.001 is more than 6 sigma")
 
 
+@pytest.mark.faults
 def test_g4_fewer_than_64_steps_are_no_measure():
     assert LEAST == 64
     assert find_spike(recent(63), ROW | {"loss": 1e9, "grad_norm": 1e9}) == ""
     assert find_spike(recent(64), ROW | {"loss": 1e9}) != ""
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("value", [0.0, 1e-4, 0.02, 3.0, 11.0, 1e4])
 def test_g4_a_constant_loss_never_alarms(value):
     """Constant but for a rounding of bfloat16, whose numbers are 2**-8 apart, and 5 % of the mean above it."""
@@ -53,12 +55,14 @@ def test_g4_a_constant_loss_never_alarms(value):
     assert find_spike(kept, ROW | {"loss": 1.07 * value + 0.01, "grad_norm": value}) != ""
 
 
+@pytest.mark.faults
 def test_g4_a_loss_that_has_come_to_0_may_leave_it_a_little():
     kept = recent(128, loss=lambda n: 1e-6, norm=lambda n: 1e-6)
     assert find_spike(kept, ROW | {"loss": 0.006, "grad_norm": 0.006}) == ""
     assert find_spike(kept, ROW | {"loss": 0.0061, "grad_norm": 0.0}) != ""
 
 
+@pytest.mark.faults
 def test_g4_a_noisy_loss_that_falls_never_alarms():
     rng, kept = random.Random(0), {}
     for n in range(5000):

@@ -78,7 +78,7 @@ def config_file(lab, tmp_path_factory):
 def test_f1_overrides(config_file, overrides):
     with nothing_written(config_file.parent):
         error = only_documented_errors(
-            lambda: config.load(str(config_file), overrides), lines=max(1, 2 * len(overrides))
+            lambda: config.load(str(config_file), overrides), lines=2 * len(overrides) + len(config.PERIODS)
         )
     assert error is None or error.exit_code == BAD_CONFIG
 
