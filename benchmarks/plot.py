@@ -2,11 +2,11 @@
 
     python benchmarks/plot.py [benchmarks/results] [--out=benchmarks/results/speed.svg]
 
-Reads the results of train_step.py, ceilings.py and static.py: one panel for each machine, one bar for each contestant
-and shape, of several settings the fastest. Its length is its share of the speed at which matrix products alone would take
-all of the time (attention counted in full): on a machine that was measured, the product of ceilings.py; for
-static.py, the share of the data sheet that it assumes. A bar of static.py is no measurement, but the least time of the
-compiled program. Needs matplotlib (extra `test`).
+Reads the results of train_step.py and ceilings.py, and the snapshot of static.py: one panel for each machine, one bar
+for each contestant and shape, of several settings the fastest. Its length is its share of the speed at which matrix
+products alone would take all of the time (attention counted in full): where it was measured, the product of
+ceilings.py; for the snapshot, the share of the data sheet that static.py assumes. A bar of the snapshot is no
+measurement, but the least time of the compiled program. Needs matplotlib (extra `test`).
 """
 
 import argparse
@@ -26,7 +26,10 @@ from train_step import CASES, make_config
 from gptjax.config import GPTConfig
 from gptjax.model import train_flops_per_token
 
+SNAPSHOT = pathlib.Path(__file__).resolve().parent / "static_snapshot.json"
 COLORS = {"gptjax": "#1f6fb2", "torch eager": "#f2a65a", "torch compiled": "#c8553d", "compiled only": "#8fa3b5"}
+
+TEXT = {"gptjax": "white", "torch eager": "black", "torch compiled": "white", "compiled only": "black"}
 
 
 class Bar(NamedTuple):
@@ -37,7 +40,7 @@ class Bar(NamedTuple):
 
 
 def read(directory: pathlib.Path) -> dict[str, list[Bar]]:
-    """Returns the bars of each machine; of train steps only where ceilings.py has run as well."""
+    """Returns the bars of each machine: measured where ceilings.py has run as well, and of the snapshot."""
     results = [json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))]
     peaks: dict[str, float] = {}
     steps: dict[str, list[Any]] = collections.defaultdict(list)
@@ -45,16 +48,14 @@ def read(directory: pathlib.Path) -> dict[str, list[Bar]]:
     for result in results:
         rows = result["rows"]
         if result["benchmark"] == "ceilings":
-            peaks[machine(result)] = max(1e12 * row["TFLOP/s"] for row in rows if row["what"].startswith("product"))
+            peaks[machine(result)] = max(1e12 * row["rate"] for row in rows if row["unit"] == "TFLOP/s")
         elif result["benchmark"] == "train_step":
             steps[machine(result)] += rows
-        elif result["benchmark"] == "static":
-            for row in rows:
-                name = f"{row['chip']}: not run; the least time of the compiled program"
-                bars[name].append(static_bar(row))
     for name, rows in steps.items():
         if name in peaks:
             bars[f"{name}; products {peaks[name] / 1e12:.3g} TFLOP/s"] = fastest(rows, peaks[name])
+    for row in json.loads(SNAPSHOT.read_text())["rows"]:
+        bars[f"{row['chip']}: not run; the least time of the compiled program"].append(static_bar(row))
     return bars
 
 
@@ -96,10 +97,11 @@ def draw(panels: Mapping[str, list[Bar]], path: pathlib.Path) -> None:
     for axes, (name, bars) in zip(grid[:, 0], panels.items(), strict=True):
         for at, bar in enumerate(bars):
             axes.barh(at, bar.speed / bar.most, color=COLORS[bar.who], height=0.75)
-            axes.text(0.005, at, f"{bar.who}: {bar.speed:,.0f} tokens/s", va="center", fontsize=8)
+            axes.text(0.005, at, f"{bar.who}: {bar.speed:,.0f} tokens/s", va="center", fontsize=8, color=TEXT[bar.who])
         axes.set_yticks(range(len(bars)), [bar.label for bar in bars], fontsize=8)
         axes.set_ylim(len(bars) - 0.5, -0.5)
-        axes.set_xlim(0, 1)
+        axes.set_xlim(0, 1.05)
+        axes.axvline(1, color="black", linewidth=1)
         axes.set_title(name, fontsize=9, loc="left")
     grid[-1, 0].set_xlabel("share of the speed of matrix products alone")
     figure.savefig(path, metadata={"Date": None})
@@ -112,8 +114,6 @@ def main() -> None:
     args = parser.parse_args()
     directory = pathlib.Path(args.directory)
     panels = read(directory)
-    if not panels:
-        raise SystemExit(f"{directory}: no results of train_step.py with ceilings.py, and none of static.py")
     path = pathlib.Path(args.out or directory / "speed.svg")
     draw(panels, path)
     print(path)
