@@ -35,6 +35,7 @@ PATHS = {  # name: (fields of compute, limit)
     "bfloat16": ({"dtype": "bfloat16"}, ROUNDED),
     "bfloat16, cudnn": ({"dtype": "bfloat16", "attention": "cudnn"}, ROUNDED),
     "bfloat16, cudnn, unrolled": ({"dtype": "bfloat16", "attention": "cudnn", "unroll": 0}, ROUNDED),
+    "bfloat16, loss by triton": ({"dtype": "bfloat16", "loss": "triton"}, ROUNDED),
     "bfloat16, splash": ({"dtype": "bfloat16", "attention": "splash"}, ROUNDED),
 }
 

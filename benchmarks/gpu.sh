@@ -43,7 +43,7 @@ else
     part ceilings 40 python benchmarks/ceilings.py --seconds=6 --out="$out"
     part correctness 70 python benchmarks/correct.py --out="$out"
     part 'train 124M, beside the peer' 110 python benchmarks/train_step.py --cases=small --batch=32 --seconds=15 --out="$out" "${vs[@]}"
-    part 'train 124M, larger batch' 40 python benchmarks/train_step.py --cases=small --batch=64 --seconds=5 --out="$out"
+    part 'train 124M, larger batch' 60 python benchmarks/train_step.py --cases=small --batch=64 --loss=xla,triton --seconds=5 --out="$out"
     part 'train 350M' 50 python benchmarks/train_step.py --cases=medium --seconds=5 --out="$out"
     part 'train 1558M' 80 python benchmarks/train_step.py --cases=xl --batch=16 --seconds=8 --out="$out"
     part sampling 70 python benchmarks/sample.py --batch=1,256 --prompt=32 --seconds=8 --dtype=bfloat16 --out="$out" "${vs[@]}"

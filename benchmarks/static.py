@@ -48,11 +48,12 @@ SNAPSHOT = pathlib.Path(__file__).resolve().parent / "static_snapshot.json"
 Case = tuple[str, str, int, dict[str, Any]]  # chip, case, batch, settings
 SNAPSHOT_CASES: tuple[Case, ...] = (
     ("h200", "small", 64, {"attention": "cudnn"}),
+    ("h200", "small", 64, {"attention": "cudnn", "loss": "triton"}),
     ("h200", "small", 32, {"attention": "cudnn"}),
     ("v5e", "small", 8, {"attention": "splash"}),
     ("v5e", "small", 8, {"attention": "splash", "unroll": 1}),
 )
-DEFAULTS = {"attention": "auto", "remat": "none", "unroll": 0, "loss_chunk": 0, "dtype": "auto"}
+DEFAULTS = {"attention": "auto", "remat": "none", "unroll": 0, "loss": "xla", "loss_chunk": 0, "dtype": "auto"}
 FIGURES = ("kernels", "GB/step", "TFLOP/step", "temp GiB", "roof ms")
 TOLERANCE = 0.05
 SHOWN = ("chip", "case", "batch", "settings", *FIGURES, "sheet ms", "roof tokens/s", "compile s")

@@ -145,7 +145,7 @@ def parse_options(text: str) -> dict[str, Any] | None:
 
 def measure(case: str, batch: int, settings: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns a row for our step, and one for each of the peer's."""
-    shown = {name: value for name, value in settings.items() if value not in ("auto", 0, "")}
+    shown = {name: value for name, value in settings.items() if value not in ("auto", "xla", 0, "")}
     options = parse_options(settings.pop("xla"))
     config = make_config(case, batch, dict(settings))
     try:
@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--remat", default="none")
     parser.add_argument("--unroll", default="0", help="layers; 0: all")
+    parser.add_argument("--loss", default="xla")
     parser.add_argument("--loss_chunk", default="0")
     parser.add_argument("--steps_per_dispatch", default="1")
     parser.add_argument("--dtype", default="auto")
@@ -204,7 +205,7 @@ def main() -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     machine = bench.machine()
     numbers = ["batch", "unroll", "loss_chunk", "steps_per_dispatch"]
-    names: list[str] = ["attention", "remat", "dtype", *numbers]
+    names: list[str] = ["attention", "remat", "dtype", "loss", *numbers]
     lists = [[int(v) if name in numbers else v for v in getattr(args, name).split(",")] for name in names]
     names, lists = [*names, "xla"], [*lists, args.xla.split(";")]
     rows: list[dict[str, Any]] = []

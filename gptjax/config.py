@@ -31,9 +31,10 @@ class ComputeConfig:
 
     attention: str = "auto"  # auto | xla | cudnn | splash
     remat: str = "none"  # none | full | dots | dots_no_batch
-    unroll: int = 1  # layers per loop iteration; 0 means all of them, no loop
+    unroll: int = -1  # layers per loop iteration; 0 means all of them, no loop; -1 means all on a GPU, else 1
     dtype: str = "auto"  # of matrix products: auto | float32 | bfloat16
     reduce_dtype: str = "auto"  # in which devices sum gradients: auto (as dtype) | float32 | bfloat16
+    loss: str = "xla"  # xla | triton: a kernel for NVIDIA GPUs that reads the logits once, not yet run on one
     loss_chunk: int = 0  # tokens per chunk of the loss; 0 means all at once
 
 
@@ -130,6 +131,7 @@ CHOICES = {
     "compute.attention": ("auto", "xla", "cudnn", "splash"),
     "compute.remat": ("none", "full", "dots", "dots_no_batch"),
     "compute.dtype": ("auto", "float32", "bfloat16"),
+    "compute.loss": ("xla", "triton"),
     "compute.reduce_dtype": ("auto", "float32", "bfloat16"),
     "optim.name": ("adamw", "lion", "adafactor", "muon"),
     "optim.schedule": ("cosine", "wsd", "constant"),
@@ -146,7 +148,7 @@ AT_LEAST = {
     "model.n_head": 1,
     "model.n_embd": 1,
     "model.dropout": 0,
-    "compute.unroll": 0,
+    "compute.unroll": -1,
     "compute.loss_chunk": 0,
     "optim.peak_lr": 0,
     "optim.min_lr": 0,

@@ -1,10 +1,13 @@
 """Cross-entropy, summed over tokens in float32, with logits that need never exist all at once."""
 
-from typing import NamedTuple
+import typing
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from gptjax import kernels
+from gptjax.errors import ConfigError
 from gptjax.parallel import gather_positions, own_positions, sum_of_logs, sum_positions, tensor_index, tensor_parts
 
 NOT_COUNTED = -1.0  # as the loss of a token that has none: a real one is not below 0
@@ -18,8 +21,30 @@ class LossSums(NamedTuple):
     tokens: jax.Array  # how many targets counted
 
 
+def choose_loss(name: str, *, platform: str, tensor: int) -> str:
+    """Returns the backend that `name` means on a platform, with the vocabulary cut in so many parts.
+
+    Raises:
+        ConfigError: it cannot run there.
+    """
+    reason = ""
+    if name == "triton" and platform not in ("gpu", "cuda"):
+        reason = f"triton needs an NVIDIA GPU, and the mesh is on {platform}"
+    elif name == "triton" and tensor > 1:
+        reason = f"triton needs whole rows of logits, and mesh.tensor is {tensor}"
+    if reason:
+        raise ConfigError(f"compute.loss={name!r}: {reason}; try compute.loss='xla'")
+    return name
+
+
 def cross_entropy(
-    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, vocab_size: int, chunk: int = 0
+    x_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    vocab_size: int,
+    chunk: int = 0,
+    backend: str = "xla",
 ) -> LossSums:
     """Returns the summed cross-entropy of `targets_BT` under the logits x @ head.
 
@@ -28,9 +53,9 @@ def cross_entropy(
 
     targets_BT: int32, of all positions; a negative target has weight 0. vocab_size: columns of the whole head from
     there on are padding. chunk: positions per chunk, a divisor of T; 0 means all at once. In the backward pass each
-    chunk's logits are computed again, so that at most B * chunk * V of them exist.
+    chunk's logits are computed again, so that at most B * chunk * V of them exist. backend: of choose_loss.
     """
-    log_z_BT, label_BT = _in_chunks(x_BTD, head_DV, targets_BT, vocab_size, chunk)
+    log_z_BT, label_BT = _in_chunks(x_BTD, head_DV, targets_BT, vocab_size, chunk, backend)
     weight_BT = (own_positions(targets_BT) >= 0).astype(jnp.float32)
     return LossSums(
         loss=jnp.sum((log_z_BT - label_BT) * weight_BT),
@@ -40,27 +65,34 @@ def cross_entropy(
 
 
 def token_losses(
-    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, vocab_size: int, chunk: int = 0
+    x_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    vocab_size: int,
+    chunk: int = 0,
+    backend: str = "xla",
 ) -> jax.Array:
     """Returns what cross_entropy sums, token by token, in nats, and NOT_COUNTED for a negative target: float32 [B, T].
 
     Of a step cut by hand over `tensor` those of this device's positions.
     """
-    log_z_BT, label_BT = _in_chunks(x_BTD, head_DV, targets_BT, vocab_size, chunk)
+    log_z_BT, label_BT = _in_chunks(x_BTD, head_DV, targets_BT, vocab_size, chunk, backend)
     return jnp.where(own_positions(targets_BT) >= 0, log_z_BT - label_BT, NOT_COUNTED)
 
 
 def _in_chunks(
-    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, vocab_size: int, chunk: int
+    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, vocab_size: int, chunk: int, backend: str
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the log of the sum of exponentials and the target's logit of each of this device's positions."""
     x_BTD = gather_positions(x_BTD)
     B, T = targets_BT.shape
+    found_in = _log_z_and_label if backend == "xla" else _log_z_and_label_by_triton
     if chunk in (0, T):
-        log_z_BT, label_BT = _log_z_and_label(x_BTD, head_DV, targets_BT, vocab_size)
+        log_z_BT, label_BT = found_in(x_BTD, head_DV, targets_BT, vocab_size)
     else:
         split = lambda a: jnp.moveaxis(a.reshape(B, T // chunk, chunk, *a.shape[2:]), 1, 0)  # noqa: E731
-        body = jax.checkpoint(lambda part: _log_z_and_label(part[0], head_DV, part[1], vocab_size), prevent_cse=False)
+        body = jax.checkpoint(lambda part: found_in(part[0], head_DV, part[1], vocab_size), prevent_cse=False)
         found = jax.lax.map(body, (split(x_BTD), split(targets_BT)))
         log_z_BT, label_BT = (jnp.moveaxis(part, 0, 1).reshape(B, T) for part in found)
     return sum_of_logs(log_z_BT), sum_positions(label_BT)
@@ -77,9 +109,22 @@ def _log_z_and_label(
     return log_z_BT, label_BT
 
 
+def _log_z_and_label_by_triton(
+    x_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+    logits_BTV = _logits(x_BTD, head_DV)
+    rows_NV = logits_BTV.reshape(-1, logits_BTV.shape[2])
+    log_z_N, label_N = typing.cast(Any, kernels.log_z_and_label(rows_NV, targets_BT.reshape(-1), vocab_size))
+    return log_z_N.reshape(targets_BT.shape), label_N.reshape(targets_BT.shape)
+
+
+def _logits(x_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
+    return jnp.einsum("BTD,DV->BTV", x_BTD, head_DV.astype(x_BTD.dtype))
+
+
 def masked_logits(x_BTD: jax.Array, head_DV: jax.Array, vocab_size: int) -> jax.Array:
     """Returns x @ head in float32 [B, T, V], the padded columns at the lowest finite value."""
-    logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, head_DV.astype(x_BTD.dtype)).astype(jnp.float32)
+    logits_BTV = _logits(x_BTD, head_DV).astype(jnp.float32)
     if head_DV.shape[1] * tensor_parts() == vocab_size:
         return logits_BTV
     return jnp.where(_columns(logits_BTV) < vocab_size, logits_BTV, jnp.finfo(jnp.float32).min)

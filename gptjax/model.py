@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from gptjax.attention import SPLASH_HEAD_WIDTH, causal_attention, choose_backend, masked_attention, query_blocks
 from gptjax.config import Config, GPTConfig, nearest_divisors
 from gptjax.errors import ConfigError
-from gptjax.loss import masked_logits
+from gptjax.loss import choose_loss, masked_logits
 from gptjax.parallel import (
     gather_layer,
     gather_positions,
@@ -54,6 +54,7 @@ class Compute:
     """ComputeConfig with every `auto` decided for one kind of device."""
 
     attention: str = "xla"
+    loss: str = "xla"
     remat: str = "none"
     unroll: int = 1
     dtype: Any = jnp.float32
@@ -66,7 +67,7 @@ def resolve_compute(config: Config, mesh: Mesh) -> Compute:
     """Returns how to compute on the devices of `mesh`, present or not, saying once why a fast path is off.
 
     Raises:
-        ConfigError: attention asked for by name cannot run there, or the heads do not divide.
+        ConfigError: what is asked for by name cannot run there, or the heads do not divide.
     """
     device = mesh.devices.flat[0]
     compute, model = config.compute, config.model
@@ -93,7 +94,20 @@ def resolve_compute(config: Config, mesh: Mesh) -> Compute:
     slices = len({getattr(one, "slice_index", 0) for one in mesh.devices.flat})
     two_stages = device.platform == "tpu" and mesh.shape["fsdp"] == mesh.size // slices
     reduce_dtype = dtype if compute.reduce_dtype == "auto" else jnp.dtype(compute.reduce_dtype)
-    return Compute(backend, compute.remat, compute.unroll or model.n_layer, dtype, reduce_dtype, two_stages, flat)
+    loss = choose_loss(compute.loss, platform=device.platform, tensor=cut)
+    unroll = choose_unroll(compute.unroll, model.n_layer, device.platform)
+    return Compute(backend, loss, compute.remat, unroll, dtype, reduce_dtype, two_stages, flat)
+
+
+def choose_unroll(unroll: int, n_layer: int, platform: str) -> int:
+    """Returns how many layers an iteration of the loop over them computes.
+
+    Without a loop nothing is copied into and out of stacked arrays: GPT-2 small at 64 sequences on H200 200 GB a step
+    instead of 306. A TPU moves more without one (v5e, 8 sequences: 36 GB instead of 29).
+    """
+    if unroll < 0:
+        unroll = 0 if platform in ("gpu", "cuda") else 1
+    return unroll or n_layer
 
 
 def _default_dtype(device: Any) -> str:

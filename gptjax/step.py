@@ -81,9 +81,8 @@ def _make_loss(
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         x_BTD: Any = model.apply({"params": params}, inputs_BT, starts_BT, rngs=rngs, method="hidden")
         with jax.named_scope("loss"):
-            return reduce(
-                x_BTD, head(params), targets_BT, vocab_size=model.config.vocab_size, chunk=config.compute.loss_chunk
-            )
+            of = {"vocab_size": model.config.vocab_size, "backend": model.compute.loss}
+            return reduce(x_BTD, head(params), targets_BT, chunk=config.compute.loss_chunk, **of)
 
     return loss_fn
 

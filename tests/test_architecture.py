@@ -31,7 +31,7 @@ LAYERS = """
     state  optim  data.dataset  data.sources  estimate
     model  data.tokens
     attention  loss  pointwise  data.tokenizer
-    parallel
+    parallel  kernels
     sharding
     config  runtime  workdir  convert.hub  chips
     costs
@@ -41,7 +41,7 @@ LAYERS = """
 # Where a process starts, and its loop: only these use the runtime.
 ENTRIES = {"main", "train", "sample", "evaluate", "convert.__main__", "data.prepare", "plan", "replay"}
 # Whatever computes, so that it runs anywhere those libraries do.
-COMPUTING = {"model", "attention", "loss", "pointwise", "parallel", "sharding", "optim", "state", "step"}
+COMPUTING = {"model", "attention", "loss", "kernels", "pointwise", "parallel", "sharding", "optim", "state", "step"}
 NUMERICAL = {"jax", "flax", "optax", "numpy"}
 # Data know nothing of models, and models nothing of data.
 DATA_MAY_IMPORT = {"config", "errors", "runtime"}

@@ -18,6 +18,7 @@ from gptjax.model import (
     Cache,
     Compute,
     activation_bytes_per_sequence,
+    choose_unroll,
     count_params,
     document_starts,
     head,
@@ -448,14 +449,25 @@ def test_activation_bytes_are_near_what_the_compilers_lay_out(compute, compiled)
 def test_compute_is_resolved_from_the_devices_of_the_mesh():
     config = from_dict({"model": TINY, "compute": {"unroll": 0, "remat": "dots"}})
     assert Config().compute.dtype == "auto"
+    assert Config().compute.unroll == -1
     cpu = resolve_compute(config, make_mesh(MeshConfig()))
-    assert cpu == Compute("xla", "dots", 2, jnp.dtype(jnp.float32), jnp.dtype(jnp.float32), two_stages=False, flat=True)
+    assert cpu == Compute(
+        "xla", "xla", "dots", 2, jnp.dtype(jnp.float32), jnp.dtype(jnp.float32), two_stages=False, flat=True
+    )
     assert not resolve_compute(config, make_mesh(MeshConfig(tensor=2))).flat
     bfloat16 = from_dict({"model": TINY, "compute": {"dtype": "bfloat16"}})
     both = resolve_compute(bfloat16, make_mesh(MeshConfig()))
     assert (both.dtype, both.reduce_dtype) == (jnp.bfloat16, jnp.bfloat16)
     exact = from_dict({"model": TINY, "compute": {"dtype": "bfloat16", "reduce_dtype": "float32"}})
     assert resolve_compute(exact, make_mesh(MeshConfig())).reduce_dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("unroll", "platform", "layers"),
+    [(-1, "gpu", 12), (-1, "cuda", 12), (-1, "tpu", 1), (-1, "cpu", 1), (0, "tpu", 12), (1, "cuda", 1), (3, "cuda", 3)],
+)
+def test_a_gpu_has_no_loop_over_layers_unless_it_is_asked_for(unroll, platform, layers):
+    assert choose_unroll(unroll, 12, platform) == layers
 
 
 def test_heads_that_the_mesh_does_not_divide_are_refused_with_the_nearest():

@@ -1,0 +1,115 @@
+"""The Pallas kernels against plain JAX, run by its interpreter: values and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax import kernels, loss
+from gptjax.errors import ConfigError
+
+N = 6
+SHAPES = {  # columns, of which so many are no padding
+    "less than a chunk": (100, 100),
+    "padded": (128, 101),
+    "a chunk": (4096, 4096),
+    "three chunks, the last one short": (9000, 8200),
+    "a chunk of padding": (9000, 4096),
+}
+
+
+def plain(logits_NV, targets_N, vocab_size):
+    """The same in float32 by JAX's own functions."""
+    column_1V = jnp.arange(logits_NV.shape[1])[None]
+    wide_NV = jnp.where(column_1V < vocab_size, logits_NV.astype(jnp.float32), -jnp.inf)
+    label_N = jnp.sum(jnp.where(column_1V == targets_N[:, None], wide_NV, 0.0), axis=1)
+    return jax.nn.logsumexp(wide_NV, axis=1), label_N
+
+
+@pytest.fixture(params=SHAPES)
+def rows(request):
+    """(logits, targets, vocab_size): logits of all sizes, the first, the last and no target, padding that is huge."""
+    V, vocab_size = SHAPES[request.param]
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(N, V)) * np.array([[0.1], [3], [30], [3], [3], [100]])
+    logits[:, vocab_size:] = 1e4
+    logits[4] -= 50
+    targets = np.array([0, vocab_size - 1, vocab_size // 2, -1, 7, 1], np.int32)
+    return logits, jnp.asarray(targets), vocab_size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_are_those_of_plain_jax(rows, dtype):
+    logits, targets_N, vocab_size = rows
+    logits_NV = jnp.asarray(logits, dtype)
+    found = kernels.log_z_and_label(logits_NV, targets_N, vocab_size, True)
+    for one, expected in zip(found, plain(logits_NV, targets_N, vocab_size), strict=True):
+        assert one.dtype == jnp.float32
+        np.testing.assert_allclose(one, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_are_those_of_plain_jax(rows):
+    logits, targets_N, vocab_size = rows
+    logits_NV = jnp.asarray(logits, jnp.float32)
+
+    def weighed(of, logits_NV):
+        log_z_N, label_N = of(logits_NV, targets_N, vocab_size)
+        return jnp.sum(log_z_N * jnp.arange(1.0, N + 1)) - jnp.sum(label_N * jnp.arange(2.0, N + 2))
+
+    interpreted = functools.partial(lambda *of: kernels.log_z_and_label(*of, True))
+    grad_NV, expected_NV = (jax.grad(functools.partial(weighed, of))(logits_NV) for of in (interpreted, plain))
+    np.testing.assert_allclose(grad_NV, expected_NV, rtol=1e-5, atol=1e-6)
+    assert not np.asarray(grad_NV)[:, vocab_size:].any()
+
+
+def test_a_gradient_has_its_logits_type():
+    logits_NV, targets_N = jnp.ones((2, 10), jnp.bfloat16), jnp.array([1, 2])
+    grad_NV = jax.grad(lambda x: kernels.log_z_and_label(x, targets_N, 10, True)[0].sum())(logits_NV)
+    assert grad_NV.dtype == jnp.bfloat16
+
+
+def test_a_nan_stays_one():
+    logits_NV = jnp.ones((2, 9000)).at[1, 3].set(jnp.nan)
+    log_z_N, _ = kernels.log_z_and_label(logits_NV, jnp.array([1, 2]), 9000, True)
+    assert np.isnan(log_z_N).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_the_loss_is_the_same_by_it(monkeypatch, chunk):
+    by_kernel = kernels.log_z_and_label
+    monkeypatch.setattr(kernels, "log_z_and_label", lambda *of: by_kernel(*of[:3], True))
+    keys = jax.random.split(jax.random.key(0), 3)
+    x_BTD, head_DV = jax.random.normal(keys[0], (2, 8, 16)), jax.random.normal(keys[1], (16, 128))
+    targets_BT = jax.random.randint(keys[2], (2, 8), 0, 101).at[1, 3].set(-1)
+
+    def summed(backend, *of):
+        sums = loss.cross_entropy(*of, targets_BT, vocab_size=101, chunk=chunk, backend=backend)
+        return sums.loss + 0.1 * sums.z_loss, sums
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(functools.partial(summed, backend), argnums=(0, 1), has_aux=True))(x_BTD, head_DV)
+        for backend in ("triton", "xla")
+    )
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-5)
+    by_token, by_xla = (
+        loss.token_losses(x_BTD, head_DV, targets_BT, vocab_size=101, chunk=chunk, backend=backend)
+        for backend in ("triton", "xla")
+    )
+    np.testing.assert_allclose(by_token, by_xla, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "tensor", "reason"),
+    [("cpu", 1, "needs an NVIDIA GPU, and the mesh is on cpu"), ("tpu", 1, "on tpu"), ("cuda", 2, "mesh.tensor is 2")],
+)
+def test_asked_for_where_it_cannot_run_is_an_error(platform, tensor, reason):
+    with pytest.raises(ConfigError, match=reason):
+        loss.choose_loss("triton", platform=platform, tensor=tensor)
+
+
+def test_where_it_can_run():
+    assert loss.choose_loss("triton", platform="cuda", tensor=1) == "triton"
+    assert loss.choose_loss("xla", platform="tpu", tensor=8) == "xla"
