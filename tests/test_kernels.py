@@ -78,8 +78,13 @@ def test_a_nan_stays_one():
 
 @pytest.mark.parametrize("chunk", [0, 4])
 def test_the_loss_is_the_same_by_it(monkeypatch, chunk):
-    by_kernel = kernels.log_z_and_label
-    monkeypatch.setattr(kernels, "log_z_and_label", lambda *of: by_kernel(*of[:3], True))
+    by_kernel, shapes = kernels.log_z_and_label, []
+
+    def interpreted(logits_NV, targets_N, vocab_size, interpret=False):
+        shapes.append(logits_NV.shape)
+        return by_kernel(logits_NV, targets_N, vocab_size, True)
+
+    monkeypatch.setattr(kernels, "log_z_and_label", interpreted)
     keys = jax.random.split(jax.random.key(0), 3)
     x_BTD, head_DV = jax.random.normal(keys[0], (2, 8, 16)), jax.random.normal(keys[1], (16, 128))
     targets_BT = jax.random.randint(keys[2], (2, 8), 0, 101).at[1, 3].set(-1)
@@ -99,6 +104,7 @@ def test_the_loss_is_the_same_by_it(monkeypatch, chunk):
         for backend in ("triton", "xla")
     )
     np.testing.assert_allclose(by_token, by_xla, rtol=1e-5, atol=1e-5)
+    assert set(shapes) == {(2 * (chunk or 8), 128)}
 
 
 @pytest.mark.parametrize(

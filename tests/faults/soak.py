@@ -9,6 +9,7 @@ missing. Every run is compared, loss by loss and bit by bit, with a twin that no
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import os
@@ -102,10 +103,11 @@ def kills(soak: Soak, tally: Tally, count: int) -> Iterator[None]:
     began = time.monotonic()
     soak.lab.train(soak.root / "first", *LONG, GPTJAX_SOAK=soak.token)
     life = time.monotonic() - began  # of an undisturbed run
-    while tally.injected < count:
-        number = tally.injected
+    for number in itertools.count(tally.injected):  # also after a process that ended before it could be killed
+        if tally.injected >= count:
+            return
         workdir, found = soak.root / f"k1-{number}", []
-        for turn in range(min(KILLS_A_RUN, count - number)):
+        for turn in range(min(KILLS_A_RUN, count - tally.injected)):
             found.append(one_kill(soak, workdir, random.Random(1000 * number + turn), life))
             tally.orphans += soak.orphans()
             if found[-1] is None:
