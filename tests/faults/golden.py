@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from gptjax.checkpoint import FORMAT, Checkpointer
-from gptjax.config import Config, GPTConfig, MeshConfig, OptimConfig
+from gptjax.config import ComputeConfig, Config, GPTConfig, MeshConfig, OptimConfig
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer
 from gptjax.sharding import make_mesh
@@ -23,7 +23,11 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 STEP = 7
 HISTORY = {"restarts": 2, "skipped_steps": 1, "nonfinite_in_a_row": 0, "validated": 4, "seconds": {"step": 1.5}}
 DATA = {"fingerprint": "0123", "data.seed": 3, "data.global_batch_size": 8, "model.block_size": 8}
-CONFIG = Config(model=GPTConfig(block_size=8, vocab_size=100, n_layer=2, n_head=2, n_embd=16), optim=OptimConfig())
+CONFIG = Config(
+    model=GPTConfig(block_size=8, vocab_size=100, n_layer=2, n_head=2, n_embd=16),
+    compute=ComputeConfig(unroll=1),  # the default when format 1 was written
+    optim=OptimConfig(),
+)
 
 
 def make_golden_state() -> tuple[Any, Any]:
