@@ -137,10 +137,10 @@ def start_logging() -> None:
     for name in ("absl", "asyncio", "concurrent.futures"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # Orbax logs a page of each error that it raises as well
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own notices
-    sys.unraisablehook = _tell_unraisable
+    sys.unraisablehook = tell_unraisable
 
 
-def _tell_unraisable(unraisable: Any) -> None:
+def tell_unraisable(unraisable: Any) -> None:
     """Prints what nobody could catch; not what tensorstore's threads meet when a read or save that failed is over."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)

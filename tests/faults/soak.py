@@ -29,6 +29,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 
+from gptjax import runtime
 from tests import processes, runs
 from tests.faults import test_damage
 from tests.runs import Lab, kill, last_step, losses, restored_bytes, said, temporary_directories, validations, wait_for
@@ -355,7 +356,8 @@ def main() -> int:
     tallies = {name: Tally() for name in FAULTS}
     if path.exists():
         tallies |= {name: Tally(**values) for name, values in json.loads(path.read_text()).items()}
-    logging.disable(logging.CRITICAL)  # of the damage done in this process
+    logging.disable(logging.CRITICAL)  # of the damage done in this process, as is the next
+    sys.unraisablehook = runtime.tell_unraisable
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with tempfile.TemporaryDirectory(prefix="gptjax-soak-") as root:
         soak = Soak(runs.make_lab(pathlib.Path(root) / "lab"), pathlib.Path(root) / "runs", pathlib.Path(root).name)
