@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 
+import bench
 import jax
 
 from gptjax import config
@@ -24,7 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart.py")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--out", default="", help="directory of the JSON file; default benchmarks/results")
     args = parser.parse_args()
+    machine = bench.machine()
     settings = config.load(args.config, {})
     mesh = make_mesh(settings.mesh)
     model = GPT(settings.model, resolve_compute(settings, mesh))
@@ -46,10 +49,13 @@ def main() -> None:
                 for name, seconds in zip(rows, (held, done, time.perf_counter() - start), strict=True):
                     rows[name].append(seconds)
     size = bytes_per_device(abstract) * mesh.size
-    print(f"{args.config}: {size / 1e6:,.1f} MB of state")
+    found = []
     for name, values in rows.items():
         seconds = statistics.median(values)
-        print(f"{name:22s} {1e3 * seconds:8.0f} ms  {size / 1e6 / seconds:8.0f} MB/s")
+        found.append({"what": name, "config": args.config, "MB of state": size / 1e6, "ms": 1e3 * seconds})
+        found[-1]["MB/s"] = size / 1e6 / seconds
+    print(bench.table(found))
+    print(bench.write("checkpoint", found, machine, args.out))
 
 
 if __name__ == "__main__":

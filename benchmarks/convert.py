@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 
+import bench
 import numpy as np
 
 from gptjax.config import GPTConfig
@@ -89,7 +90,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="small,xl")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--out", default="", help="directory of the JSON file; default benchmarks/results")
     args = parser.parse_args()
+    machine, found = bench.machine(), []
     print(f"{'size':7} {'conversion':18} {'own work':>9} {'in all':>9} {'peak':>8} {'peak / model':>12}")
     for size in args.sizes.split(","):
         with tempfile.TemporaryDirectory() as place:
@@ -105,6 +108,8 @@ def main() -> None:
                     rows.append(convert(source, target))
                 own, total, peak = (statistics.median(column) for column in zip(*rows, strict=True))
                 name = f"{source.partition(':')[0]} -> {target.partition(':')[0]}"
+                row = {"size": size, "conversion": name, "own work s": own, "in all s": total}
+                found.append(row | {"peak GB": peak / 1e9, "peak / model": peak / model_bytes})
                 print(
                     f"{size:7} {name:18} {own:7.1f} s {total:7.1f} s {peak / 1e9:5.2f} GB {peak / model_bytes:10.2f} x",
                     flush=True,
@@ -113,6 +118,10 @@ def main() -> None:
                 seconds = [first_letter(f"hf:{place}/hf", f"{place}/cache") for _ in range(args.repeat + 1)]
                 print(f"{size:7} first letter: {seconds[0]:.1f} s with a cold compile cache, ", end="")
                 print(f"{statistics.median(seconds[1:]):.1f} s with a warm one", flush=True)
+                found.append({"size": size, "conversion": "none: first letter, cold", "in all s": seconds[0]})
+                warm = statistics.median(seconds[1:])
+                found.append({"size": size, "conversion": "none: first letter, warm", "in all s": warm})
+    print(bench.write("convert", found, machine, args.out))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 
+import bench
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -40,7 +42,9 @@ def main() -> None:
     parser.add_argument("--config", default="configs/quickstart.py")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--no_restart", action="store_true", help="leave out the run that is killed: 45 steps")
+    parser.add_argument("--out", default="", help="directory of the JSON file; default benchmarks/results")
     args, overrides = parser.parse_known_args()
+    machine, found = bench.machine(), []
     python = [sys.executable, "-u"]
     train = [*python, "-m", "gptjax.main", f"--config={args.config}", "--config.train.log_every=1", *overrides]
     with tempfile.TemporaryDirectory() as directory:
@@ -73,7 +77,9 @@ def main() -> None:
             del rows["restart until a new step, warm"]
         for name, measure in rows.items():
             values = [measure() for _ in range(args.repeat)]
-            print(f"{name:32s} {statistics.median(values):6.2f} s", flush=True)
+            found.append({"what": name, "config": args.config, "seconds": statistics.median(values)})
+            print(f"{name:32s} {found[-1]['seconds']:6.2f} s", flush=True)
+    print(bench.write("startup", found, machine, args.out))
 
 
 if __name__ == "__main__":

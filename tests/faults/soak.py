@@ -280,7 +280,7 @@ def leaks(soak: Soak, tally: Tally, count: int) -> Iterator[None]:
         slope = 1000 * np.polyfit(steps, memory, 1)[0] / MIB
         half = len(steps) // 2
         grown = [int(np.median(kind[half:]) - np.median(kind[:half])) for kind in (files, threads)]
-        tally.survived += code == 0 and slope < 1 and max(grown) <= 1
+        tally.survived += int(code == 0 and slope < 1 and max(grown) <= 1)
         tally.note = f"{slope:+.2f} MiB per 1,000 steps, {grown[0]:+d} files, {grown[1]:+d} threads"
         shutil.rmtree(workdir)
         yield
