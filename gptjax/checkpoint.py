@@ -460,20 +460,6 @@ class StoredParams:
         return leaf
 
 
-def _leave_out_telemetry() -> None:
-    """Keeps Orbax from reading tensorstore's counters around each save, for its own telemetry.
-
-    tensorstore 0.1.86 never gives back what it makes of them: half of the 65 kB by which a process grew at each save.
-    """
-    with contextlib.suppress(ImportError):  # it is a private module, and may move: then a process grows as before
-        from orbax.checkpoint._src.serialization import tensorstore_utils
-
-        tensorstore_utils.get_tensorstore_raw_bytes = lambda *_, **__: 0
-
-
-_leave_out_telemetry()
-
-
 def _refuse_strange_files(directory: Any) -> None:
     """Raises Damaged if a link or a pipe is in the checkpoint: Orbax makes none, and would follow it or wait."""
     for folder, folders, files in os.walk(directory):

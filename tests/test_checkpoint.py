@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tensorstore
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -286,13 +285,6 @@ def test_there_must_be_room_for_one_checkpoint(monkeypatch, said, tmp_path):
     checkpointer.directory.mkdir()
     free(4 * size)
     assert list(checkpointer.directory.iterdir()) == [], "the probe is removed"
-
-
-def test_a_save_does_not_read_counters_that_are_never_given_back(monkeypatch, tmp_path):
-    asked = []
-    monkeypatch.setattr(tensorstore, "experimental_collect_matching_metrics", lambda *of: asked.append(of) or [])
-    save_one(tmp_path)
-    assert asked == []
 
 
 def test_a_newer_format_is_not_damage(tmp_path):
