@@ -156,7 +156,6 @@ def roll_back(
     log.warning("step %d: %s: %s (rollback %d of at most %d)", spike.step, spike.why, where, number, most)
     command = replay_command(checkpointer.directory.parent, spike.step)
     log.warning("to look at that step: %s --rollbacks=%d", command, number - 1)
-    fault_point("rollback")
     return state, history
 
 

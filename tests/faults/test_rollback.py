@@ -336,11 +336,11 @@ def test_g3_a_twin_ends_the_same(lab, rolled, spiky_data, tiny_run, tmp_path):
     assert_equal(workdir, rolled, tiny_run.abstract_state)
 
 
-@pytest.mark.parametrize(("fault", "newest"), [("rollback:1:kill", 80), ("step:100:kill", 80), ("step:118:hang", 100)])
+@pytest.mark.parametrize(("fault", "newest"), [("step:93:kill", 80), ("step:100:kill", 80), ("step:118:hang", 100)])
 def test_g3_killed_right_after_the_rollback_before_and_after_the_next_save(
     lab, rolled, spiky_data, tiny_run, tmp_path, fault, newest
 ):
-    """92 dispatches come before the rollback, which goes back to 80: the others are those of steps 88 and 106."""
+    """92 dispatches come before the rollback, which goes back to 80: these are those of steps 81, 88 and 106."""
     workdir = tmp_path / "run"
     with lab.start(workdir, *REAL, f"data.path={spiky_data}", GPTJAX_FAULT=fault) as process:
         if fault.endswith("hang"):
