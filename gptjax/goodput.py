@@ -4,6 +4,7 @@ Seconds by kind, on the clock of the first process; together they are the time s
 
 - step: waiting for the devices to finish a dispatch and reading its metrics, for steps that the state still has.
 - data_wait: waiting for the batch of a dispatch.
+- report: writing metrics, to files and the screen, while the devices are at the next dispatch.
 - compile: the first dispatch of a process, whole: XLA compiles, or reads what it compiled before, and runs it once.
 - evaluation, sampling: theirs, the compilation of their programs included.
 - checkpoint: from the start of a save to where training goes on, and waiting for the last one.
@@ -12,7 +13,7 @@ Seconds by kind, on the clock of the first process; together they are the time s
 - restart: the same of each later process, where the state comes from a checkpoint.
 - rollback: from the step that spiked to the next dispatch or evaluation.
 - lost: work that the state no longer has: after the last save before a kill, as far as the run's metrics tell when that
-  was, and the steps and data waits that a rollback undid.
+  was, and the steps, data waits and reports that a rollback undid.
 - down: from there to the start of the next command, with what an orderly end took after its last save.
 
 A process that was killed before its first save leaves nothing behind: the process after it is the first.
@@ -24,6 +25,8 @@ import math
 import time
 from collections.abc import Mapping
 from typing import Any
+
+OF_STEPS = ("step", "data_wait", "report")
 
 
 class Stopwatch:
@@ -63,7 +66,7 @@ def at_start(history: Mapping[str, Any], *, started: float, last_sign: float, no
 
 def after_rollback(spent: Mapping[str, float], past: Mapping[str, float]) -> dict[str, float]:
     """Returns the seconds spent so far, when steps are undone down to a state by which `past` had been."""
-    undone = {kind: spent.get(kind, 0.0) - past.get(kind, 0.0) for kind in ("step", "data_wait")}
+    undone = {kind: spent.get(kind, 0.0) - past.get(kind, 0.0) for kind in OF_STEPS}
     kept = {kind: past.get(kind, 0.0) for kind in undone}
     return dict(spent) | kept | {"lost": spent.get("lost", 0.0) + sum(undone.values())}
 

@@ -262,8 +262,8 @@ class Reporter:
         """Reports the metrics of one step, every train.log_every steps and at the last one."""
         if step % self._train.log_every and step != self._train.num_steps:
             return
-        waited, computed = (self.watch.spent.get(k, 0.0) - self._spent.get(k, 0.0) for k in ("data_wait", "step"))
-        steps, seconds = step - self._since, waited + computed
+        since = {kind: self.watch.spent.get(kind, 0.0) - self._spent.get(kind, 0.0) for kind in goodput.OF_STEPS}
+        steps, seconds = step - self._since, sum(since.values())
         self._since, self._spent = step, dict(self.watch.spent)
         rate = steps * self._tokens / seconds if steps > 0 and seconds else math.nan
         row = {
@@ -272,7 +272,7 @@ class Reporter:
             "tokens_per_second": rate,
             "mfu": rate * self._flops / self._tokens / self._peak,
             "step_seconds": self._tokens / rate,
-            "data_wait": waited / seconds if steps > 0 and seconds else math.nan,
+            "data_wait": since["data_wait"] / seconds if steps > 0 and seconds else math.nan,
         }
         counts = {"skipped_steps": skipped, "rollbacks": self._rollbacks}
         self._log.write(row | {name: count for name, count in counts.items() if count} | self._account(step))

@@ -230,6 +230,7 @@ def run_loop(
         if pending is not None:
             (end, metrics, answer), pending = pending, None
             settle_dispatch(run, reporter, history, end, metrics, last_saved=saved, workdir=workdir)
+            watch.add("report")
             consensus.hear(answer)
             watchdog.beat()
 

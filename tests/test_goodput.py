@@ -44,12 +44,14 @@ def test_a_run_of_before_these_times_were_kept_starts_as_long_ago_as_it_has_spen
 
 
 def test_rolled_back_steps_are_lost_and_the_rest_stands():
-    spent = {"step": 50.0, "data_wait": 5.0, "evaluation": 7.0, "checkpoint": 2.0, "lost": 1.0}
+    spent = {"step": 50.0, "data_wait": 5.0, "report": 0.5, "evaluation": 7.0, "checkpoint": 2.0, "lost": 1.0}
     past = {"step": 40.0, "data_wait": 4.5, "evaluation": 1.0}
     assert goodput.after_rollback(spent, past) == {
-        "step": 40.0, "data_wait": 4.5, "evaluation": 7.0, "checkpoint": 2.0, "lost": 11.5
+        "step": 40.0, "data_wait": 4.5, "report": 0.0, "evaluation": 7.0, "checkpoint": 2.0, "lost": 12.0
     }  # fmt: skip
-    assert goodput.after_rollback({"step": 2.0}, {}) == {"step": 0.0, "data_wait": 0.0, "lost": 2.0}
+    assert goodput.after_rollback({"step": 2.0}, {}) == {
+        "step": 0.0, "data_wait": 0.0, "report": 0.0, "lost": 2.0
+    }  # fmt: skip
 
 
 def test_the_share_and_its_names():

@@ -3,10 +3,12 @@
 import dataclasses
 import math
 import threading
+import time
 
 import jax
 import pytest
 
+from gptjax import metrics as metrics_module
 from gptjax import run as run_module
 from gptjax import train as train_module
 from gptjax.config import CheckpointConfig, Config, DataConfig, GPTConfig, MeshConfig, TrainConfig
@@ -23,7 +25,7 @@ from gptjax.train import (
     settle_dispatch,
     train,
 )
-from tests.runs import make_run_on
+from tests.runs import make_run_on, rows
 
 MODEL = GPTConfig(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
 
@@ -221,6 +223,20 @@ def test_the_host_dispatches_the_next_step_before_it_reads_the_metrics_of_one(la
     # Before a save, too, all is read: a state that is not finite is never saved.
     assert config.checkpoint.save_every == 4
     assert events == ["dispatch", *["dispatch", "read"] * 3, "read", "dispatch", "read"]
+
+
+def test_the_time_to_report_is_not_taken_for_a_wait_for_data(lab, tmp_path, monkeypatch):
+    write = metrics_module.RunLog.write
+    monkeypatch.setattr(metrics_module.RunLog, "write", lambda *of: time.sleep(0.2) or write(*of))
+    config = lab.config(train={"num_steps": 5, "eval_every": 0})
+    on_one_device = dataclasses.replace(make_run_on(lab.config()), config=config)
+    monkeypatch.setattr(train_module, "make_run", lambda _: on_one_device)
+    assert train(config, str(tmp_path / "run")) == 0
+    last = [row for row in rows(tmp_path / "run") if "loss" in row][-1]
+    assert last["seconds/report"] > 0.7
+    assert last["seconds/data_wait"] < 0.5
+    assert last["data_wait"] < 0.5
+    assert last["step_seconds"] > 0.2, "and yet it is a part of how long steps take"
 
 
 def test_no_thread_outlives_a_run_that_fails(tmp_path, monkeypatch):
