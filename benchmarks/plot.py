@@ -90,6 +90,7 @@ def static_bar(row: Mapping[str, Any]) -> Bar:
 
 
 def draw(panels: Mapping[str, list[Bar]], path: pathlib.Path) -> None:
+    mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "gptjax"}  # text as text, and the same file each time
     heights = [len(bars) + 1 for bars in panels.values()]
     figure, grid = plt.subplots(
         len(panels), figsize=(9, 0.8 + 0.32 * sum(heights)), height_ratios=heights, layout="constrained", squeeze=False

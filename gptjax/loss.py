@@ -87,12 +87,12 @@ def _in_chunks(
     """Returns the log of the sum of exponentials and the target's logit of each of this device's positions."""
     x_BTD = gather_positions(x_BTD)
     B, T = targets_BT.shape
-    found_in = _log_z_and_label if backend == "xla" else _log_z_and_label_by_triton
+    log_z_and_label = _log_z_and_label if backend == "xla" else _log_z_and_label_by_triton
     if chunk in (0, T):
-        log_z_BT, label_BT = found_in(x_BTD, head_DV, targets_BT, vocab_size)
+        log_z_BT, label_BT = log_z_and_label(x_BTD, head_DV, targets_BT, vocab_size)
     else:
         split = lambda a: jnp.moveaxis(a.reshape(B, T // chunk, chunk, *a.shape[2:]), 1, 0)  # noqa: E731
-        body = jax.checkpoint(lambda part: found_in(part[0], head_DV, part[1], vocab_size), prevent_cse=False)
+        body = jax.checkpoint(lambda part: log_z_and_label(part[0], head_DV, part[1], vocab_size), prevent_cse=False)
         found = jax.lax.map(body, (split(x_BTD), split(targets_BT)))
         log_z_BT, label_BT = (jnp.moveaxis(part, 0, 1).reshape(B, T) for part in found)
     return sum_of_logs(log_z_BT), sum_positions(label_BT)
