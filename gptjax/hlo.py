@@ -26,8 +26,7 @@ _CALLED = re.compile(
     r"\b(?:calls|to_apply|body|condition|true_computation|false_computation|called_computations)=%?([\w.\-]+)"
 )
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-_LAID_OUT = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,9 +224,7 @@ def _read_collective(
         axes=axes,
         count=count,
         bytes=moved,
-        dtype="+".join(
-            sorted({dtype for dtype, _ in _ARRAY.findall(instruction.shape) if dtype in DTYPE_BYTES} - {"u32"})
-        ),
+        dtype="+".join(sorted({array.dtype for array in arrays(instruction.shape)} - {"u32"})),
         where=scope[1] if scope else "",
     )
 
@@ -240,12 +237,10 @@ def _read_send(instruction: Instruction, count: int, slices: int) -> Collective:
     """
     if f'{ACROSS}="ALL_REDUCE"' not in instruction.text:
         raise ValueError(f"a transfer between slices of a kind that is not known: {instruction.text[:300]}")
-    arrays = array_bytes(instruction.shape)
+    sent = array_bytes(instruction.shape)
     where = re.search(r'_rendezvous="([^"]*)"', instruction.text)
-    moved = 2 * arrays[0] * (slices - 1) / slices
-    return Collective(
-        NETWORK, ("data",), count, moved, _ARRAY.findall(instruction.shape)[0][0], where[1] if where else ""
-    )
+    moved = 2 * sent[0] * (slices - 1) / slices
+    return Collective(NETWORK, ("data",), count, moved, arrays(instruction.shape)[0].dtype, where[1] if where else "")
 
 
 def result_shape(instruction: Instruction) -> str:
@@ -296,15 +291,17 @@ class Array:
 
 def arrays(shape: str) -> list[Array]:
     """Returns the arrays of a shape such as '(f32[2,3]{1,0:T(8,128)}, bf16[4])'."""
-    numbers = lambda text: tuple(int(n) for n in text.split(",") if n)  # noqa: E731
-    found = _LAID_OUT.findall(shape)
-    return [Array(d, numbers(dims), tiles, numbers(order)) for d, dims, order, tiles in found if d in DTYPE_BYTES]
+    found = _ARRAY.findall(shape)
+    return [Array(d, _numbers(dims), tiles, _numbers(order)) for d, dims, order, tiles in found if d in DTYPE_BYTES]
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(",") if n)
 
 
 def array_bytes(shape: str) -> list[float]:
-    """Returns the bytes of each array in a shape such as '(f32[2,3]{1,0}, bf16[4])'."""
-    found = [(dtype, dims) for dtype, dims in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shape)) if dtype in DTYPE_BYTES]
-    return [DTYPE_BYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d) for dtype, dims in found]
+    """Returns the bytes of each array in a shape such as '(f32[2,3]{1,0}, bf16[4])' as it is sent: without tiles."""
+    return [DTYPE_BYTES[array.dtype] * array.size for array in arrays(shape)]
 
 
 def read_groups(text: str, devices: int, kind: str) -> list[tuple[int, ...]]:
