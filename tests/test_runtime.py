@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -86,3 +88,18 @@ def test_what_has_come_to_its_end_is_not_ended_by_its_watcher(monkeypatch):
         if thread.name == "joining":
             thread.join(5)
     assert exits == []
+
+
+def test_coroutines_that_orbax_forgets_when_a_save_fails_are_not_told():
+    source = """
+import warnings
+from gptjax import runtime
+runtime.start_logging()
+async def forgotten(): pass
+forgotten()
+warnings.warn("another", RuntimeWarning)
+"""
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True, timeout=60)
+    assert "never awaited" not in done.stderr
+    assert "tracemalloc" not in done.stderr
+    assert "another" in done.stderr
