@@ -230,9 +230,9 @@ def run_loop(
         if pending is not None:
             (end, metrics, answer), pending = pending, None
             settle_dispatch(run, reporter, history, end, metrics, last_saved=saved, workdir=workdir)
-            watch.add("report")
             consensus.hear(answer)
             watchdog.beat()
+            watch.add("report")
 
     def make_should_stop() -> Callable[[], bool]:
         answer = None
@@ -268,8 +268,9 @@ def run_loop(
                 jax.block_until_ready(metrics)
         if first:
             watch.add("compile")
-        settle()
         step += config.train.steps_per_dispatch
+        prefetcher.start(step)
+        settle()
         pending, first = (step, metrics, answer), False
         fault_point("step")
         result = evaluate_now() if evaluation_is_missing(config, step, history) else {}

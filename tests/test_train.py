@@ -225,6 +225,21 @@ def test_the_host_dispatches_the_next_step_before_it_reads_the_metrics_of_one(la
     assert events == ["dispatch", *["dispatch", "read"] * 3, "read", "dispatch", "read"]
 
 
+def test_the_host_finds_its_batches_made(lab, tmp_path, monkeypatch):
+    makers, batch = {}, run_module.Run.batch
+
+    def make(run, step, **skipped):
+        makers.setdefault(step, []).append(threading.current_thread().name[:8])
+        return batch(run, step, **skipped)
+
+    monkeypatch.setattr(run_module.Run, "batch", make)
+    config = lab.config(train={"num_steps": 5, "eval_every": 0})
+    on_one_device = dataclasses.replace(make_run_on(lab.config()), config=config)
+    monkeypatch.setattr(train_module, "make_run", lambda _: on_one_device)
+    assert train(config, str(tmp_path / "run")) == 0
+    assert {step: makers[step] for step in range(5)} == {step: ["prefetch"] for step in range(5)}
+
+
 def test_the_time_to_report_is_not_taken_for_a_wait_for_data(lab, tmp_path, monkeypatch):
     write = metrics_module.RunLog.write
     monkeypatch.setattr(metrics_module.RunLog, "write", lambda *of: time.sleep(0.2) or write(*of))

@@ -164,7 +164,10 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 
 class Prefetcher(Generic[T]):
-    """Calls `make(step)` in threads for the steps that come next, so that `get` finds them made."""
+    """Calls `make(step)` in threads for the steps that come next, so that `get` finds them made.
+
+    `get` does not wake the threads: on a busy CPU they would run at once, in place of what was about to use the batch.
+    """
 
     def __init__(self, make: Callable[[int], T], start: int, step: int = 1, depth: int = 2) -> None:
         self._make = make
@@ -174,22 +177,21 @@ class Prefetcher(Generic[T]):
         self._pool: ThreadPoolExecutor | None = None
         if depth > 0:
             self._pool = ThreadPoolExecutor(max_workers=depth, thread_name_prefix="prefetch")
-        self._request(start)
+        self.start(start)
 
     def get(self, step: int) -> T:
-        """Returns make(step), or raises what it raised; any step may be asked for, the next ones are made ahead."""
+        """Returns make(step), or raises what it raised; any step may be asked for."""
         future = self._futures.pop(step, None)
-        self._request(step + self._step)
         return self._make(step) if future is None else future.result()
 
     def close(self) -> None:
         """Waits for the calls that have begun; after this, `get` makes what it returns."""
         pool, self._pool = self._pool, None
-        self._request(0)
+        self.start(0)
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _request(self, first: int) -> None:
+    def start(self, first: int) -> None:
         """Lets the threads make `depth` steps from `first` on, and no others."""
         wanted = [first + i * self._step for i in range(self._depth)] if self._pool else []
         for step in set(self._futures) - set(wanted):

@@ -233,10 +233,25 @@ def test_prefetcher_makes_ahead_and_once() -> None:
     prefetcher = Prefetcher(lambda step: made.append(step) or step * 10, 5, depth=2)
     wait_for(lambda: sorted(made) == [5, 6])
     assert prefetcher.get(5) == 50
+    prefetcher.start(6)
     wait_for(lambda: sorted(made) == [5, 6, 7])
-    assert [prefetcher.get(step) for step in (6, 7, 8)] == [60, 70, 80]
+    for step in (6, 7, 8):
+        assert prefetcher.get(step) == step * 10
+        prefetcher.start(step + 1)
     wait_for(lambda: sorted(made) == [5, 6, 7, 8, 9, 10])
     prefetcher.close()
+
+
+def test_getting_from_a_prefetcher_starts_nothing() -> None:
+    """On a busy CPU what was started would run in place of the thread that needs the batch."""
+    made: list[int] = []
+    prefetcher = Prefetcher(lambda step: made.append(step) or step, 0, depth=2)
+    assert [prefetcher.get(step) for step in (0, 1)] == [0, 1]
+    assert prefetcher._futures == {}
+    assert prefetcher.get(2) == 2
+    assert prefetcher._futures == {}
+    prefetcher.close()
+    assert sorted(made) == [0, 1, 2]
 
 
 def test_prefetcher_makes_in_other_threads() -> None:
@@ -249,15 +264,20 @@ def test_prefetcher_makes_in_other_threads() -> None:
 def test_prefetcher_with_a_stride() -> None:
     made: list[int] = []
     prefetcher = Prefetcher(lambda step: made.append(step) or step, 0, step=4, depth=3)
-    assert [prefetcher.get(step) for step in (0, 4, 8)] == [0, 4, 8]
+    for step in (0, 4, 8):
+        assert prefetcher.get(step) == step
+        prefetcher.start(step + 4)
     wait_for(lambda: sorted(made) == [0, 4, 8, 12, 16, 20])
     prefetcher.close()
 
 
 def test_prefetcher_gives_any_step() -> None:
     prefetcher = Prefetcher(lambda step: step * 10, 0)
-    assert [prefetcher.get(step) for step in (7, 8, 3, 3, 100, 0)] == [70, 80, 30, 30, 1000, 0]
+    for step in (7, 8, 3, 3, 100, 0):
+        assert prefetcher.get(step) == step * 10
+        prefetcher.start(step + 1)
     prefetcher.close()
+    prefetcher.start(5)
     assert prefetcher.get(5) == 50
     prefetcher.close()
 
