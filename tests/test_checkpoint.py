@@ -212,10 +212,10 @@ def test_a_link_is_refused(tmp_path):
 def test_a_pipe_is_refused(tmp_path):
     """Orbax would wait for ever for somebody to write into it."""
     save_one(tmp_path)
-    path = tmp_path / "checkpoints/5/params/manifest.ocdbt"
+    path = tmp_path / "checkpoints/5/params/wte.embedding/zarr.json"
     path.unlink()
     os.mkfifo(path)
-    with pytest.raises(Damaged, match=r"'manifest.ocdbt' is not a file"):
+    with pytest.raises(Damaged, match=r"'zarr.json' is not a file"):
         Checkpointer(str(tmp_path)).read_record(5)
 
 

@@ -52,13 +52,13 @@ class SmallDisk:
 
 
 class SmallFiles:
-    """No file of the process may grow beyond 64 KiB: arrays do not fit, logs do."""
+    """No file of the process may grow beyond 32 KiB: large arrays do not fit, logs do."""
 
     def __init__(self, root, stack):
         self.workdir = root / "run"
 
     def fill(self, process):
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**15, resource.RLIM_INFINITY))
 
     def free(self, process=None):
         if process is not None:
