@@ -63,20 +63,20 @@ class Group:
 
 
 @contextlib.contextmanager
-def group(lab, workdir, count, *overrides):
+def group(lab, workdir, count, *overrides, **environment):
     """Yields `count` running processes of the run in `workdir`; kills what is left of them."""
     made = Group(lab, workdir, count)
     try:
         for number in range(count):
-            made.start(number, one_micro_batch_each(count), *overrides)
+            made.start(number, one_micro_batch_each(count), *overrides, **environment)
         yield made
     finally:
         made.end()
 
 
-def train(lab, workdir, count, *overrides):
+def train(lab, workdir, count, *overrides, **environment):
     """Runs `count` processes to their end."""
-    with group(lab, workdir, count, *overrides) as made:
+    with group(lab, workdir, count, *overrides, **environment) as made:
         codes = made.wait()
         assert codes == [0] * count, "\n".join(made.said(number) for number in range(count))
         return [made.said(number) for number in range(count)]

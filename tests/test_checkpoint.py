@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax import checkpoint as checkpoint_module
 from gptjax.checkpoint import (
+    FORMAT,
     Checkpointer,
     Damaged,
     StoredParams,
@@ -289,7 +290,7 @@ def test_there_must_be_room_for_one_checkpoint(monkeypatch, said, tmp_path):
 
 def test_a_newer_format_is_not_damage(tmp_path):
     save_one(tmp_path)
-    edit_record(tmp_path, lambda values: values.update(format=2, something_new=1), seal=True)
+    edit_record(tmp_path, lambda values: values.update(format=FORMAT + 1, something_new=1), seal=True)
     with pytest.raises(CheckpointError, match="made by a newer gptjax"):
         Checkpointer(str(tmp_path)).restore_latest(make_state()[0])
     assert checkpoint_steps(tmp_path) == [5]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import gc
 import hashlib
 import json
 import re
@@ -247,6 +248,7 @@ def test_g3_the_state_that_spiked_is_let_go_first(train_here, spiking_at, tmp_pa
         return restore(run, checkpointer)
 
     monkeypatch.setattr(train_module, "restore", watched)
+    gc.collect()  # what earlier tests have left
     before = sum(leaf.nbytes for leaf in jax.live_arrays() if leaf.ndim == 4 and not leaf.is_deleted())
     train_here(tmp_path / "run", train=LONG, checkpoint=SAVES, parts=spiking_at(90))
     assert alive == [before]
