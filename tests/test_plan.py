@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from gptjax.aot import has_compiler, read_overflow
+from gptjax.aot import has_compiler, peak_bytes, read_overflow
 from gptjax.chips import parse_topology
 from gptjax.config import load
 from gptjax.plan import candidates, param_tree, shapes_by_path
@@ -151,6 +153,15 @@ def test_candidates_divide_whatever_they_cut():
 
 
 # What the TPU compiler says
+
+
+def test_peak_memory_counts_temporaries():
+    """JAX 0.10 tells a peak of CPU programs that is their arguments' size."""
+    x = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+    compiled = jax.jit(lambda x: jnp.sin(x @ x) @ x).lower(x).compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary >= 2**20
+    assert peak_bytes(compiled) == pytest.approx(2 * 2**20 + temporary, rel=0.01)
 
 
 @pytest.mark.parametrize(
