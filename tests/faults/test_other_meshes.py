@@ -10,11 +10,7 @@ from gptjax import train as train_module
 from gptjax.checkpoint import Checkpointer, fingerprints
 from tests.runs import make_run_on, rows, state_bytes
 
-pytestmark = [
-    pytest.mark.faults,
-    pytest.mark.usefixtures("quick_compiler"),
-    pytest.mark.xdist_group("meshes"),  # by one worker: what they share is compiled in the process
-]
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("quick_compiler")]
 
 MESHES = {
     "4 devices": (4, {"data": 1, "fsdp": 4, "tensor": 1}),
