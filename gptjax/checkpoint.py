@@ -424,7 +424,7 @@ def _saving_context() -> Any:
     """Returns how Orbax saves: each array in a directory of its own, not compressed.
 
     In one database for all of them, tensorstore would lose some memory at each save, and more of it the more arrays
-    there are; compression would gain 7 % of the room, and leave each thread that has done it with a megabyte.
+    there are; compression would gain 7 % of the room, and have a process that saves often grow faster.
     """
     context: Any = ocp.Context()
     context.array.saving.use_ocdbt = False

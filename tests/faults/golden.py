@@ -48,6 +48,8 @@ def main() -> None:
     checkpointer = Checkpointer(str(directory))
     checkpointer.save(make_golden_state()[1], STEP, config=CONFIG, history=HISTORY, data=DATA)
     checkpointer.close()
+    for path in directory.rglob("commit_success.txt"):  # whose text is where it was written
+        path.write_text("Checkpoint commit was successful")
 
 
 if __name__ == "__main__":

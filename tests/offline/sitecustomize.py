@@ -1,7 +1,7 @@
 """Lets a Python process connect to this machine only. On PYTHONPATH it holds for processes that tests start, too.
 
-And several processes of one run share what they have compiled, as they do on TPU and GPU. On CPU, JAX 0.10 and 0.12
-would look for it under another key in each process, and let only the first one write.
+And several processes of one run share what they have compiled (Python loads one sitecustomize only). On CPU, JAX 0.10
+and 0.12 would look for it under another key in each process, and let only the first one write.
 """
 
 import contextlib
