@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import errors, goodput
-from gptjax.checkpoint import Checkpointer, versions
+from gptjax.checkpoint import Checkpointer, versions, without_counters
 from gptjax.config import Config, flatten
 from gptjax.data.dataset import Prefetcher, data_index
 from gptjax.divergence import RollBackError, Spike, find_spike, history_after, remember
@@ -67,6 +67,7 @@ def train(config: Config, workdir: str, *, started: float | None = None) -> int:
             meet("data", config.train.barrier_seconds)
             check_agreement("data", run.data_identity)
         stack.enter_context(jax.set_mesh(run.mesh))
+        stack.enter_context(without_counters())
         checkpointer = stack.enter_context(contextlib.closing(Checkpointer(workdir, keep=config.checkpoint.keep)))
         watchdog = stack.enter_context(Watchdog(config.train.watchdog_seconds))
         with ending_without_the_others():
