@@ -1,6 +1,7 @@
 """The train state: arrays only, created already sharded."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,11 +33,13 @@ def make_init(
     The values depend on `seed` only, not on the mesh.
     """
 
+    @functools.partial(jax.jit, inline=True)  # traced once
     def create() -> TrainState:
         params = model.init(jax.random.key(seed), jnp.zeros((1, model.config.block_size), jnp.int32))["params"]
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    shapes = jax.eval_shape(create)
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(create)
     shardings = TrainState(
         step=NamedSharding(mesh, P()),
         params=param_shardings(shapes.params, mesh),

@@ -70,6 +70,7 @@ class Lab:
             "HOME": str(self.root / "home"),
             "JAX_COMPILATION_CACHE_DIR": str(self.root / "compiled"),
             "JAX_PLATFORMS": "cpu",
+            "OPENBLAS_NUM_THREADS": "1",  # NumPy's threads spin for a while when it is imported
             "PYTHONPATH": os.pathsep.join([str(OFFLINE), str(REPOSITORY)]),
             "PYTHONUNBUFFERED": "1",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -148,6 +149,15 @@ def make_twin(lab: Lab, name: str = "twin", *overrides: str) -> pathlib.Path:
             lab.train(twin, "checkpoint.keep=8", *overrides)
             (lab.root / f"{name}-done").touch()
     return twin
+
+
+def copy_until(source: pathlib.Path, target: pathlib.Path, last: int) -> pathlib.Path:
+    """Copies a finished run as it was after the checkpoint of step `last`, and returns the target."""
+    shutil.copytree(source, target)
+    for step in checkpoint_steps(target):
+        if step > last:
+            shutil.rmtree(target / "checkpoints" / str(step))
+    return target
 
 
 def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 
-from tests.runs import checkpoint_steps, losses, make_run_on, restored_bytes, rows, validations
+from tests import processes
+from tests.runs import checkpoint_steps, copy_until, losses, make_run_on, restored_bytes, rows, validations
 
 STEP_KEYS = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"}
 VALIDATION_KEYS = {"step", "val_loss", "val_perplexity", "val_bits_per_byte"}
@@ -146,3 +147,14 @@ def test_the_newest_checkpoints_are_kept_and_the_best(lab, twin, tmp_path):
     found = {row["step"]: row["val_loss"] for row in rows(workdir) if "val_loss" in row}
     assert min(found, key=found.__getitem__) == 16, found
     assert checkpoint_steps(workdir) == [16, 22, 24]
+
+
+def test_four_processes_go_on_where_one_was(lab, twin, tmp_path):
+    workdir = copy_until(twin, tmp_path / "run", 12)
+    compiling = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # each compiles what no other test needs
+    [first, *_] = processes.train(lab, workdir, 4, **compiling)
+    assert "resumed from step 12" in first
+    found, expected = losses(workdir), losses(twin)
+    assert list(found) == list(range(1, 17))
+    for step in range(13, 17):
+        assert float.fromhex(found[step]) == pytest.approx(float.fromhex(expected[step]), rel=1e-6), step

@@ -19,8 +19,10 @@ def _shared_compile_cache(lab: runs.Lab) -> Iterator[None]:
     """What one test or worker has compiled, the others read: half of what these tests do is to compile the same."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(lab.root / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     compilation_cache.reset_cache()
     yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     jax.config.update("jax_compilation_cache_dir", before)
     compilation_cache.reset_cache()
 

@@ -11,7 +11,7 @@ from gptjax.data.tokenizer import load_tokenizer
 from gptjax.errors import ConfigError
 from tests.runs import checkpoint_steps, losses, make_run_on
 
-pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("quick_compiler")]
+pytestmark = pytest.mark.faults
 
 BAD = {
     "unknown field": (["--config.model.n_layers=3"], ["model.n_layers: no such config field; nearest: model.n_layer"]),

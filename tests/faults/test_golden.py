@@ -11,7 +11,7 @@ from gptjax.sharding import path_name
 from tests.faults import golden
 from tests.runs import state_bytes
 
-pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("quick_compiler")]
+pytestmark = pytest.mark.faults
 FORMATS = [f"format-{number}" for number in range(1, FORMAT + 1)]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.runs import (
     checkpoint_steps,
+    copy_until,
     event_steps,
     is_compiling,
     kill,
@@ -162,10 +163,7 @@ def test_w1_killed_between_an_evaluation_and_its_save(lab, twin, tiny_run, tmp_p
 
 
 def test_w1_logs_far_ahead_of_the_checkpoint(lab, twin, tiny_run, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(twin, workdir)
-    for step in (8, 12, 16):
-        shutil.rmtree(workdir / "checkpoints" / str(step))
+    workdir = copy_until(twin, tmp_path / "run", 4)
     with open(workdir / "metrics.jsonl", "a") as file:
         file.write("\0\0\0\n[1]\n{}\n" + json.dumps({"step": 17, "loss": 1.0}) + '\n{"step"')
     lab.train(workdir)
@@ -174,10 +172,7 @@ def test_w1_logs_far_ahead_of_the_checkpoint(lab, twin, tiny_run, tmp_path):
 
 def test_c4_a_dead_runs_temporary_directory_is_removed(lab, twin, tiny_run, tmp_path):
     """C4, through the command line: of a step that is not saved again. What else may lie there is in test_damage.py."""
-    workdir = tmp_path / "run"
-    shutil.copytree(twin, workdir)
-    for step in (8, 12, 16):
-        shutil.rmtree(workdir / "checkpoints" / str(step))
+    workdir = copy_until(twin, tmp_path / "run", 4)
     shutil.copytree(workdir / "checkpoints/4", workdir / "checkpoints/6.orbax-checkpoint-tmp")
     lab.train(workdir)
     assert_equals_twin(workdir, twin, tiny_run)

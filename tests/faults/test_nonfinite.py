@@ -13,7 +13,7 @@ from gptjax.state import TrainState
 from gptjax.step import jit_steps, make_loss_fn, make_train_step
 from tests.runs import checkpoint_steps, losses, restored_bytes, rows, state_bytes
 
-pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("quick_compiler")]
+pytestmark = pytest.mark.faults
 SHORT = {"num_steps": 8, "eval_every": 0}
 
 

@@ -38,7 +38,7 @@ def train_on(lab, monkeypatch, workdir, devices, mesh, num_steps):
 
 def make_config(lab, mesh, num_steps):
     train = {"num_steps": num_steps, "micro_batch_size": 0, "eval_every": 0, "eval_batches": 1}
-    return lab.config(mesh=mesh, train=train, checkpoint={"save_every": 4})
+    return lab.config(mesh=mesh, train=train, checkpoint={"save_every": 24})
 
 
 @pytest.fixture(scope="module")

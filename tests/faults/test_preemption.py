@@ -12,6 +12,7 @@ from gptjax.train import TOKENS_BETWEEN_LOOKS, write_samples
 from tests.runs import (
     PREEMPTED,
     checkpoint_steps,
+    copy_until,
     is_compiling,
     last_step,
     losses,
@@ -84,9 +85,7 @@ def test_t1_in_compilation_evaluation_training_and_sampling(lab, twin, tiny_run,
 
 def test_t1_in_the_last_evaluation(lab, twin, tmp_path):
     """All steps are taken, but the run is not done: the next start evaluates."""
-    workdir = tmp_path / "run"
-    shutil.copytree(twin, workdir)
-    shutil.rmtree(workdir / "checkpoints/16")
+    workdir = copy_until(twin, tmp_path / "run", 12)
     with lab.start(workdir, "train.eval_batches=0", "train.eval_every=0") as process:
         wait_for(lambda: last_step(workdir) == 12, process)  # the log is cut first
         wait_for(lambda: last_step(workdir) == 16, process)

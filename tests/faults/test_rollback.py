@@ -22,6 +22,7 @@ from gptjax.start import new_history
 from tests.processes import SECONDS, group
 from tests.runs import (
     checkpoint_steps,
+    copy_until,
     event_steps,
     kill,
     losses,
@@ -33,7 +34,7 @@ from tests.runs import (
     wait_for,
 )
 
-pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("quick_compiler")]
+pytestmark = pytest.mark.faults
 LONG = {"num_steps": 100, "eval_every": 0, "nan_policy": "rollback"}
 SAVES = {"save_every": 20, "keep": 9}
 
@@ -338,12 +339,12 @@ def test_g3_a_twin_ends_the_same(lab, rolled, spiky_data, tiny_run, tmp_path):
     assert_equal(workdir, rolled, tiny_run.abstract_state)
 
 
-@pytest.mark.parametrize(("fault", "newest"), [("step:93:kill", 80), ("step:100:kill", 80), ("step:118:hang", 100)])
+@pytest.mark.parametrize(("fault", "newest"), [("step:13:kill", 80), ("step:20:kill", 80), ("step:38:hang", 100)])
 def test_g3_killed_right_after_the_rollback_before_and_after_the_next_save(
     lab, rolled, spiky_data, tiny_run, tmp_path, fault, newest
 ):
-    """92 dispatches come before the rollback, which goes back to 80: these are those of steps 81, 88 and 106."""
-    workdir = tmp_path / "run"
+    """From step 80, twelve dispatches come before the rollback to it: these are those of steps 81, 88 and 106."""
+    workdir = copy_until(rolled, tmp_path / "run", 80)
     with lab.start(workdir, *REAL, f"data.path={spiky_data}", GPTJAX_FAULT=fault) as process:
         if fault.endswith("hang"):
             wait_for(lambda: newest in checkpoint_steps(workdir), process)
@@ -392,8 +393,8 @@ def test_goodput_is_told_kept_and_counts_lost_work(lab, rolled, spiky_data, tmp_
     assert row["seconds/rollback"] > 0
     assert 0 < row["goodput"] < 1
     assert event_steps(rolled, "goodput") == list(range(20, 121, 20))
-    workdir = tmp_path / "run"
-    with lab.start(workdir, *REAL, f"data.path={spiky_data}", GPTJAX_FAULT="step:55:kill") as process:
+    workdir = copy_until(rolled, tmp_path / "run", 40)
+    with lab.start(workdir, *REAL, f"data.path={spiky_data}", GPTJAX_FAULT="step:15:kill") as process:
         assert process.wait(timeout=SECONDS) == -9
     again = lab.train(workdir, *REAL, f"data.path={spiky_data}")
     said = again.stdout.splitlines()
