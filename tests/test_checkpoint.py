@@ -320,9 +320,6 @@ def test_what_is_kept(tmp_path):
     assert checkpoint_steps(tmp_path) == [7, 8]
 
 
-# Parameters alone
-
-
 def test_a_save_leaves_no_objects_behind(monkeypatch, tmp_path):
     """tensorstore's counters alone, which Orbax reads, are 200 of them a save."""
     monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # pytest keeps what is said
@@ -353,6 +350,9 @@ def test_a_step_that_was_found_damaged_can_be_saved_again(tmp_path):
     restored = Checkpointer(str(tmp_path)).restore_latest(abstract)
     assert restored is not None
     assert (restored[1].step, state_bytes(restored[0])) == (2, state_bytes(state))
+
+
+# Parameters of a run
 
 
 def test_load_params(tmp_path):
@@ -507,9 +507,6 @@ def test_what_is_not_finite_is_never_saved(where, value, tmp_path):
     assert checkpoint_steps(tmp_path) == []
 
 
-# Configs
-
-
 # Parameters alone
 
 
@@ -574,6 +571,9 @@ def test_parameters_of_a_run_are_read_one_at_a_time(tmp_path):
     record["params/wte/embedding"], record["params/wpe/embedding"] = [1, 2], record["params/wte/embedding"]
     with pytest.raises(Damaged, match="wpe/embedding is not what was saved"):
         stored.read("wpe/embedding", (8, 16))
+
+
+# Configs
 
 
 def test_compare_configs(said):

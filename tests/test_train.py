@@ -1,13 +1,16 @@
 """The decisions of the loop, one by one; that they add up is tested end to end and in tests/faults."""
 
 import dataclasses
+import gc
 import math
 import threading
 import time
 
 import jax
 import pytest
+import tensorstore
 
+from gptjax import main, runtime
 from gptjax import metrics as metrics_module
 from gptjax import run as run_module
 from gptjax import train as train_module
@@ -25,7 +28,7 @@ from gptjax.train import (
     settle_dispatch,
     train,
 )
-from tests.runs import make_run_on, rows
+from tests.runs import checkpoint_steps, make_run_on, rows
 
 MODEL = GPTConfig(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
 
@@ -238,6 +241,32 @@ def test_the_host_finds_its_batches_made(lab, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "make_run", lambda _: on_one_device)
     assert train(config, str(tmp_path / "run")) == 0
     assert {step: makers[step] for step in range(5)} == {step: ["prefetch"] for step in range(5)}
+
+
+def test_orbax_reads_no_counters_while_a_run_saves(lab, tmp_path, monkeypatch):
+    """tensorstore keeps for ever what it makes of them; see gptjax.checkpoint.without_counters."""
+    read = []
+    monkeypatch.setattr(tensorstore, "experimental_collect_matching_metrics", lambda *of: read.append(of) or [])
+    config = lab.config(train={"num_steps": 5, "eval_every": 0})
+    on_one_device = dataclasses.replace(make_run_on(lab.config()), config=config)
+    monkeypatch.setattr(train_module, "make_run", lambda _: on_one_device)
+    assert train(config, str(tmp_path / "run")) == 0
+    assert checkpoint_steps(tmp_path / "run") == [4, 5]
+    assert read == []
+
+
+def test_garbage_is_collected_again_once_all_is_imported(lab, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runtime, "start_jax", lambda **where: None)
+    monkeypatch.setattr(train_module, "train", lambda *of, **also: seen.append(gc.isenabled()))
+    monkeypatch.setattr(runtime, "run_cli", lambda main: main([f"--config={lab.config_file}"]))
+    try:
+        main.cli()
+        assert seen == [True]
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def test_the_time_to_report_is_not_taken_for_a_wait_for_data(lab, tmp_path, monkeypatch):
