@@ -33,6 +33,16 @@ def pytest_configure() -> None:
     sys.unraisablehook = hook
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest first: one that came last would have all other workers wait."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: many tests wait for processes that they have started."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> runs.Lab:
     """Data, config file and compile cache for real runs; shared by the workers of pytest-xdist."""

@@ -11,6 +11,7 @@ from tests import runs
 pytestmark = pytest.mark.faults
 
 
+@pytest.mark.long
 def test_h1_a_step_that_hangs_ends_with_all_stacks(lab, twin, tmp_path):
     workdir = tmp_path / "run"
     done = lab.train(workdir, "train.watchdog_seconds=15", expect=UNAVAILABLE, GPTJAX_FAULT="step:3:hang")

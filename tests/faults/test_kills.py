@@ -70,6 +70,7 @@ def finish(lab, workdir):
     return resumed
 
 
+@pytest.mark.long
 def test_k1_kills_at_random_moments(lab, long_twin, tiny_run, tmp_path):
     """Every other time a save is waited for first, so that the run gets on however slow the disk is."""
     workdir, moment = tmp_path / "run", random.Random(1)
@@ -106,6 +107,7 @@ def a_save_was_renamed(workdir):
     return lambda: max(checkpoint_steps(workdir), default=0) > before
 
 
+@pytest.mark.long
 def test_k2_kills_around_saves(lab, long_twin, tiny_run, tmp_path):
     """Three times each: a save's temporary directory appears; it is renamed; an old step is being removed."""
     workdir, half_removed = tmp_path / "run", []

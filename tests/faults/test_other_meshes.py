@@ -8,7 +8,7 @@ import pytest
 
 from gptjax import train as train_module
 from gptjax.checkpoint import Checkpointer, fingerprints
-from tests.runs import make_run_on, rows, state_bytes
+from tests.runs import copy_until, make_run_on, rows, state_bytes
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("quick_compiler")]
 
@@ -22,8 +22,8 @@ MESHES = {
 FSDP = {"data": 1, "fsdp": 8, "tensor": 1}
 
 
-def train_on(lab, monkeypatch, workdir, devices, mesh, num_steps):
-    """Trains to `num_steps`, one micro-step an update, so that dropout is the same on every mesh; returns the Run."""
+def train_on(lab, monkeypatch, workdir, devices, mesh, **checkpoint):
+    """Trains 24 steps, one micro-step an update, so that dropout is the same on every mesh; returns the Run."""
     made = []
 
     def make_run(config):
@@ -31,28 +31,27 @@ def train_on(lab, monkeypatch, workdir, devices, mesh, num_steps):
         return made[-1]
 
     monkeypatch.setattr(train_module, "make_run", make_run)
-    assert train_module.train(make_config(lab, mesh, num_steps), str(workdir)) == 0
+    assert train_module.train(make_config(lab, mesh, **checkpoint), str(workdir)) == 0
     (run,) = made
     return run
 
 
-def make_config(lab, mesh, num_steps):
-    train = {"num_steps": num_steps, "micro_batch_size": 0, "eval_every": 0, "eval_batches": 1}
-    return lab.config(mesh=mesh, train=train, checkpoint={"save_every": 24})
+def make_config(lab, mesh, **checkpoint):
+    train = {"num_steps": 24, "micro_batch_size": 0, "eval_every": 0, "eval_batches": 1}
+    return lab.config(mesh=mesh, train=train, checkpoint={"save_every": 24} | checkpoint)
 
 
 @pytest.fixture(scope="module")
 def saved(quick_compiler, lab):
-    """A run on eight devices, made by the first process that asks for it: a copy at step 4, and what came after."""
+    """A run on eight devices, made by the first process that asks for it: as it was at step 4, and whole."""
     root = lab.root / "mesh"
     with open(lab.root / "mesh-lock", "w") as lock, pytest.MonkeyPatch.context() as monkeypatch:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (lab.root / "mesh-done").exists():
-            train_on(lab, monkeypatch, root / "at-4", 8, FSDP, 4)
-            shutil.copytree(root / "at-4", root / "whole")
-            train_on(lab, monkeypatch, root / "whole", 8, FSDP, 24)
+            train_on(lab, monkeypatch, root / "whole", 8, FSDP, save_every=4, keep=9)
+            copy_until(root / "whole", root / "at-4", 4)
             (lab.root / "mesh-done").touch()
-    run = make_run_on(make_config(lab, FSDP, 24), 8)
+    run = make_run_on(make_config(lab, FSDP), 8)
     state, record = Checkpointer(str(root / "at-4")).restore_latest(run.abstract_state)
     assert record.step == 4
     assert not state.params["wte"]["embedding"].sharding.is_fully_replicated
@@ -65,7 +64,7 @@ def test_m1_restored_on_another_mesh(name, saved, lab, monkeypatch, tmp_path):
     root, record, expected = saved
     workdir = tmp_path / "run"
     shutil.copytree(root / "at-4", workdir)
-    run = train_on(lab, monkeypatch, workdir, devices, mesh, 24)
+    run = train_on(lab, monkeypatch, workdir, devices, mesh)
     assert dict(run.mesh.shape) == mesh
     assert run.mesh.size == devices
 

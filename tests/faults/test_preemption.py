@@ -46,6 +46,7 @@ def preempt(lab, workdir, when, *, number=signal.SIGTERM, **environment):
     return step, seconds
 
 
+@pytest.mark.long
 def test_t1_in_compilation_evaluation_training_and_sampling(lab, twin, tiny_run, tmp_path):
     workdir = tmp_path / "run"
 

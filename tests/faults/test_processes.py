@@ -34,7 +34,7 @@ def two(lab):
     with open(lab.root / "two-lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (lab.root / "two-done").exists():
-            train(lab, workdir, 2, "checkpoint.keep=8")
+            train(lab, workdir, 2, "checkpoint.keep=8", JAX_SHARE_BINARY_BETWEEN_HOSTS="true")  # compiled once
             (lab.root / "two-done").touch()
     return workdir
 
@@ -200,6 +200,7 @@ def test_p1_whoever_leaves_is_heard_by_those_that_come_late(lab, tmp_path, what,
         made.end()
 
 
+@pytest.mark.long
 def test_p3_who_does_not_come_to_a_save_is_named(lab, tmp_path):
     with group(lab, tmp_path / "run", 0) as made:
         made.count = 2

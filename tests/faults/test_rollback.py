@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import functools
 import gc
 import hashlib
 import json
@@ -59,17 +60,23 @@ def spiking_at(tiny_run):
     return make
 
 
-def without(tiny_run, *, steps, jumps):
-    """Returns (bits of the state, losses) after so many steps; jumps {80: 11} leaves 11 batches out from step 80 on."""
+@pytest.fixture(scope="session")
+def without(tiny_run):
+    """without(80, 11) is (bits of the state, losses) after 100 steps, with 11 batches left out from step 80 on."""
     place = {"sharding": tiny_run.batch_sharding, "num_micro_steps": tiny_run.num_micro_steps}
-    found, index = {}, -1
-    with jax.set_mesh(tiny_run.mesh):
-        state = tiny_run.init()
-        for step in range(steps):
-            index += 1 + jumps.get(step, 0)
-            state, metrics = tiny_run.train_step(state, tiny_run.train_data.batch(index, **place))
-            found[step + 1] = float(metrics["loss"]).hex()
-    return state_bytes(state), found
+
+    @functools.cache
+    def run(at, count):
+        found = {}
+        with jax.set_mesh(tiny_run.mesh):
+            state = tiny_run.init()
+            for step in range(100):
+                index = step + count if step >= at else step
+                state, metrics = tiny_run.train_step(state, tiny_run.train_data.batch(index, **place))
+                found[step + 1] = float(metrics["loss"]).hex()
+        return state_bytes(state), found
+
+    return run
 
 
 def history_of(workdir, step):
@@ -83,7 +90,7 @@ def ranges_of(workdir, step):
     ]
 
 
-def test_g3_goes_back_and_leaves_the_data_out(train_here, tiny_run, spiking_at, said, tmp_path):
+def test_g3_goes_back_and_leaves_the_data_out(train_here, tiny_run, without, spiking_at, said, tmp_path):
     workdir = tmp_path / "run"
     assert train_here(workdir, train=LONG, checkpoint=SAVES, parts=spiking_at(90)) == 0
     told = [line for line in said if "rollback 1 of at most 3" in line]
@@ -93,10 +100,10 @@ def test_g3_goes_back_and_leaves_the_data_out(train_here, tiny_run, spiking_at, 
     assert "back to step 80, without batches 80 to 90 of the data" in told[0]
     assert any(line.endswith(f"--workdir={workdir} --step=91 --rollbacks=0") for line in said)
 
-    state, expected = without(tiny_run, steps=100, jumps={80: 11})
+    state, expected = without(80, 11)
     assert losses(workdir) == expected
     assert restored_bytes(workdir, tiny_run.abstract_state) == (100, state)
-    assert expected[81] != without(tiny_run, steps=81, jumps={})[1][81], "data that make no difference test nothing"
+    assert expected[81] != without(0, 0)[1][81], "data that make no difference test nothing"
     assert event_steps(workdir, "loss") == list(range(1, 101))
     assert [row.get("rollbacks", 0) for row in rows(workdir) if "loss" in row] == [0] * 80 + [1] * 20
     assert ranges_of(workdir, 80) == []
@@ -140,16 +147,16 @@ def test_g3_the_save_that_runs_is_waited_for(train_here, spiking_at, tmp_path, m
     assert ranges_of(workdir, 100) == [(1, 80, 1, 81)]
 
 
-def test_g3_from_the_initial_state_where_nothing_is_saved_yet(train_here, tiny_run, spiking_at, tmp_path):
+def test_g3_from_the_initial_state_where_nothing_is_saved_yet(train_here, tiny_run, without, spiking_at, tmp_path):
     workdir = tmp_path / "run"
     saves = SAVES | {"save_every": 100}
     assert train_here(workdir, train=LONG, checkpoint=saves, parts=spiking_at(70)) == 0
-    state, expected = without(tiny_run, steps=100, jumps={0: 71})
+    state, expected = without(0, 71)
     assert losses(workdir) == expected
     assert restored_bytes(workdir, tiny_run.abstract_state) == (100, state)
 
 
-def test_g3_several_times_then_the_run_ends(train_here, tiny_run, spiking_at, said, tmp_path):
+def test_g3_several_times_then_the_run_ends(train_here, tiny_run, without, spiking_at, said, tmp_path):
     """Batches 90, 95 and 100: twice back to step 80, and the third time it is enough."""
     workdir = tmp_path / "run"
     with pytest.raises(DivergedError) as caught:
@@ -166,7 +173,7 @@ def test_g3_several_times_then_the_run_ends(train_here, tiny_run, spiking_at, sa
     assert checkpoint_steps(workdir) == [20, 40, 60, 80]
 
     assert train_here(workdir, train=LONG, checkpoint=SAVES, parts=spiking_at(90, 95, 100)) == 0
-    state, _ = without(tiny_run, steps=100, jumps={80: 21})
+    state, _ = without(80, 21)
     assert restored_bytes(workdir, tiny_run.abstract_state) == (100, state), "and one more was enough"
 
 
@@ -188,7 +195,7 @@ def test_g3_none_at_all_is_stop_on_spikes(train_here, spiking_at, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"), [("grad_norm", 100.0), ("loss", float("nan")), ("update_norm", float("inf"))]
 )
-def test_g3_other_causes(train_here, tiny_run, spiking_at, tmp_path, name, value):
+def test_g3_other_causes(train_here, tiny_run, without, spiking_at, tmp_path, name, value):
     workdir = tmp_path / "run"
     parts = spiking_at(90, value=value, name=name)
     if name == "update_norm":
@@ -200,10 +207,10 @@ def test_g3_other_causes(train_here, tiny_run, spiking_at, tmp_path, name, value
 
         parts = {"train_step": train_step}
     assert train_here(workdir, train=LONG, checkpoint=SAVES, parts=parts) == 0
-    assert losses(workdir) == without(tiny_run, steps=100, jumps={80: 11})[1]
+    assert losses(workdir) == without(80, 11)[1]
 
 
-def test_g3_in_the_middle_of_a_dispatch(train_here, tiny_run, spiking_at, tmp_path):
+def test_g3_in_the_middle_of_a_dispatch(train_here, tiny_run, without, spiking_at, tmp_path):
     """Of four steps, the third spikes; the fourth and the dispatch after it have been taken by then."""
     workdir, one = tmp_path / "run", spiking_at(90)["train_step"]
 
@@ -217,13 +224,13 @@ def test_g3_in_the_middle_of_a_dispatch(train_here, tiny_run, spiking_at, tmp_pa
     policy = LONG | {"steps_per_dispatch": 4, "log_every": 4}
     assert train_here(workdir, train=policy, checkpoint=SAVES, parts={"train_step": train_step}) == 0
     assert ranges_of(workdir, 100) == [(1, 80, 11, 91)]
-    state, expected = without(tiny_run, steps=100, jumps={80: 11})
+    state, expected = without(80, 11)
     assert losses(workdir) == {step: loss for step, loss in expected.items() if step % 4 == 0}
     assert restored_bytes(workdir, tiny_run.abstract_state) == (100, state)
 
 
 def test_g3_a_damaged_checkpoint_is_passed_over_and_saved_again(
-    train_here, tiny_run, spiking_at, tmp_path, monkeypatch
+    train_here, tiny_run, without, spiking_at, tmp_path, monkeypatch
 ):
     """Step 80's is damaged when it is wanted: from 60 on without what was read since, and step 80 is saved anew."""
     workdir, restore = tmp_path / "run", train_module.restore
@@ -236,7 +243,7 @@ def test_g3_a_damaged_checkpoint_is_passed_over_and_saved_again(
     assert train_here(workdir, train=LONG, checkpoint=SAVES, parts=spiking_at(90)) == 0
     assert checkpoint_steps(workdir) == [20, 40, 60, 80, 100]
     assert ranges_of(workdir, 80) == [(1, 60, 31, 91)]
-    state, _ = without(tiny_run, steps=100, jumps={60: 31})
+    state, _ = without(60, 31)
     assert restored_bytes(workdir, tiny_run.abstract_state) == (100, state)
 
 
