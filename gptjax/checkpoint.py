@@ -43,6 +43,7 @@ from gptjax.workdir import is_bucket
 log = logging.getLogger("gptjax")
 FORMAT = 2  # 1 had all arrays of a tree in one database
 MAX_FAILED_SAVES = 3
+COUNTERS = "experimental_collect_matching_metrics"  # of tensorstore
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of what Orbax has not finished
 REMOVALS = 20  # attempts, 0.05 s apart, to remove what a failed save has left
 RETRY_SECONDS = 2.0  # before the last save of a run is tried again
@@ -428,12 +429,15 @@ def without_counters() -> Iterator[None]:
     Orbax reads them four times a save, for a line of its log, and each time tensorstore keeps 4 kB for ever: what it
     makes of JSON is never freed (0.1.74 to 0.1.86).
     """
-    real = tensorstore.experimental_collect_matching_metrics
-    tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
+    real = getattr(tensorstore, COUNTERS, None)
+    if real is None:  # a newer tensorstore
+        yield
+        return
+    setattr(tensorstore, COUNTERS, lambda *_, **__: [])
     try:
         yield
     finally:
-        tensorstore.experimental_collect_matching_metrics = real
+        setattr(tensorstore, COUNTERS, real)
 
 
 def _saving_context() -> Any:

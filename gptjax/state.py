@@ -1,7 +1,6 @@
 """The train state: arrays only, created already sharded."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.model import GPT
-from gptjax.sharding import param_shardings, state_shardings
+from gptjax.sharding import data_parallel_size, param_shardings, state_shardings
 
 
 @jax.tree_util.register_dataclass
@@ -33,9 +32,10 @@ def make_init(
     The values depend on `seed` only, not on the mesh.
     """
 
-    @functools.partial(jax.jit, inline=True)  # traced once
+    @jax.jit  # traced once
     def create() -> TrainState:
-        params = model.init(jax.random.key(seed), jnp.zeros((1, model.config.block_size), jnp.int32))["params"]
+        inputs_BT = jnp.zeros((data_parallel_size(mesh), model.config.block_size), jnp.int32)  # a kernel would cut them
+        params = model.init(jax.random.key(seed), inputs_BT)["params"]
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     with jax.set_mesh(mesh):

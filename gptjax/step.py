@@ -179,7 +179,7 @@ def accumulate(micro_step: Callable[..., Any], tokens_ABT: jax.Array) -> Any:
     """Returns the sum over a of micro_step(a, tokens_ABT[a]), a tree of float32, holding one micro-batch at a time."""
     if tokens_ABT.shape[0] == 1:
         return micro_step(0, tokens_ABT[0])
-    micro_step, index_A = jax.jit(micro_step, inline=True), jnp.arange(tokens_ABT.shape[0])  # traced once
+    micro_step, index_A = jax.jit(micro_step), jnp.arange(tokens_ABT.shape[0])  # traced once
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro_step, index_A[0], tokens_ABT[0]))
 
     def add(total: Any, micro: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:

@@ -151,9 +151,15 @@ def make_twin(lab: Lab, name: str = "twin", *overrides: str) -> pathlib.Path:
     return twin
 
 
-def copy_until(source: pathlib.Path, target: pathlib.Path, last: int) -> pathlib.Path:
-    """Copies a finished run as it was after the checkpoint of step `last`, and returns the target."""
+def copy_until(source: pathlib.Path, target: pathlib.Path, last: int, *, cut: bool = True) -> pathlib.Path:
+    """Copies a finished run as it was after the checkpoint of step `last`, and returns the target.
+
+    cut: the log, too.
+    """
     shutil.copytree(source, target)
+    if cut:
+        kept = [row for row in rows(source) if row["step"] <= last]
+        (target / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     for step in checkpoint_steps(target):
         if step > last:
             shutil.rmtree(target / "checkpoints" / str(step))

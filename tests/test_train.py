@@ -1,5 +1,6 @@
 """The decisions of the loop, one by one; that they add up is tested end to end and in tests/faults."""
 
+import contextlib
 import dataclasses
 import gc
 import math
@@ -253,16 +254,19 @@ def test_orbax_reads_no_counters_while_a_run_saves(lab, tmp_path, monkeypatch):
     assert train(config, str(tmp_path / "run")) == 0
     assert checkpoint_steps(tmp_path / "run") == [4, 5]
     assert read == []
+    monkeypatch.setattr(train_module, "without_counters", contextlib.nullcontext)
+    assert train(config, str(tmp_path / "again")) == 0
+    assert read, "Orbax reads none any more: gptjax.checkpoint.without_counters can go"
 
 
 def test_garbage_is_collected_again_once_all_is_imported(lab, monkeypatch):
     seen = []
-    monkeypatch.setattr(runtime, "start_jax", lambda **where: None)
+    monkeypatch.setattr(runtime, "start_jax", lambda **where: seen.append(gc.isenabled()))
     monkeypatch.setattr(train_module, "train", lambda *of, **also: seen.append(gc.isenabled()))
     monkeypatch.setattr(runtime, "run_cli", lambda main: main([f"--config={lab.config_file}"]))
     try:
         main.cli()
-        assert seen == [True]
+        assert seen == [False, True]
         assert gc.get_freeze_count() > 0
     finally:
         gc.enable()

@@ -17,12 +17,12 @@ from tests import runs
 @pytest.fixture(scope="session", autouse=True)
 def _shared_compile_cache(lab: runs.Lab) -> Iterator[None]:
     """What one test or worker has compiled, the others read: half of what these tests do is to compile the same."""
-    before = jax.config.jax_compilation_cache_dir
+    before, least = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_compilation_cache_dir", str(lab.root / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     compilation_cache.reset_cache()
     yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
     jax.config.update("jax_compilation_cache_dir", before)
     compilation_cache.reset_cache()
 

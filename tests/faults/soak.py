@@ -40,6 +40,7 @@ LONG = (f"train.num_steps={STEPS}", f"checkpoint.save_every={SAVE_EVERY}")
 KILLS_A_RUN = 8
 LEAK_STEPS, LEAK_SAVES = 10_000, 200
 MIB = 2**20
+POOL = 128 + (os.cpu_count() or 1) + 1  # tensorstore's threads: for files, for copies, and one that makes them
 
 
 @dataclasses.dataclass
@@ -277,20 +278,21 @@ def leaks(soak: Soak, tally: Tally, count: int) -> Iterator[None]:
             code = process.wait()
         tally.injected += 1
         tally.orphans += soak.orphans()
-        steps, memory, files, threads = np.array([row for row in samples if LEAK_STEPS // 5 < row[0] < LEAK_STEPS]).T
+        counted = np.array([row for row in samples if LEAK_STEPS // 5 < row[0] < LEAK_STEPS]).T
+        steps, memory, files, threads, pool = counted
         slope = 1000 * np.polyfit(steps, memory, 1)[0] / MIB
-        half = len(steps) // 2
-        grown = [int(kind[half:].min() - kind[:half].min()) for kind in (files, threads)]  # a save has some for a while
-        tally.survived += int(code == 0 and slope < 1 and max(grown) <= 1)
+        part = len(steps) // 5  # the least of each: a save has some for a while
+        grown = [int(kind[-part:].min() - kind[:part].min()) for kind in (files, threads)]
+        tally.survived += int(code == 0 and slope < 1 and max(grown) <= 1 and pool.max() <= POOL)
         tally.note = f"{slope:+.2f} MiB per 1,000 steps, {grown[0]:+d} files, {grown[1]:+d} threads"
         shutil.rmtree(workdir)
         yield
 
 
 def watch(process: "subprocess.Popen[str]", workdir: pathlib.Path) -> list[tuple[float, ...]]:
-    """Returns (step, resident bytes, open files, threads) of a process, ten times a second until it ends.
+    """Returns (step, resident bytes, open files, threads, tensorstore's) ten times a second until the process ends.
 
-    Threads of tensorstore's pool are left out: it holds up to 128 and makes one more when its files wait for another.
+    tensorstore's pool, which has one more whenever its files wait for one, is counted apart from all other threads.
     """
     samples, place = [], pathlib.Path(f"/proc/{process.pid}")
     while process.poll() is None:
@@ -298,8 +300,9 @@ def watch(process: "subprocess.Popen[str]", workdir: pathlib.Path) -> list[tuple
         with contextlib.suppress(OSError, IndexError):  # it, or a thread of it, has just ended
             memory = int((place / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
             names = [(task / "comm").read_text() for task in (place / "task").iterdir()]
-            threads = sum(not name.startswith("ts_pool") for name in names)
-            samples.append((last_step(workdir), memory, len(list((place / "fd").iterdir())), threads))
+            pool = sum(name.startswith("ts_pool") for name in names)
+            files = len(list((place / "fd").iterdir()))
+            samples.append((last_step(workdir), memory, files, len(names) - pool, pool))
     return samples
 
 

@@ -165,7 +165,7 @@ def test_w1_killed_between_an_evaluation_and_its_save(lab, twin, tiny_run, tmp_p
 
 
 def test_w1_logs_far_ahead_of_the_checkpoint(lab, twin, tiny_run, tmp_path):
-    workdir = copy_until(twin, tmp_path / "run", 4)
+    workdir = copy_until(twin, tmp_path / "run", 4, cut=False)
     with open(workdir / "metrics.jsonl", "a") as file:
         file.write("\0\0\0\n[1]\n{}\n" + json.dumps({"step": 17, "loss": 1.0}) + '\n{"step"')
     lab.train(workdir)

@@ -20,6 +20,7 @@ from gptjax.data.tokenizer import load_tokenizer
 from gptjax.data.tokens import HEADER_BYTES, open_split
 from gptjax.errors import DivergedError
 from gptjax.start import new_history
+from tests import runs
 from tests.processes import SECONDS, group
 from tests.runs import (
     checkpoint_steps,
@@ -357,6 +358,7 @@ def test_g3_killed_right_after_the_rollback_before_and_after_the_next_save(
             wait_for(lambda: newest in checkpoint_steps(workdir), process)
             kill(process)
         assert process.wait(timeout=SECONDS) == -9
+    assert "rollback 1 of" in runs.said(workdir), "it was killed too early"
     assert checkpoint_steps(workdir)[-1] == newest
     again = lab.train(workdir, *REAL, f"data.path={spiky_data}")
     assert ("rollback 1 of" in again.stdout) == (newest == 80)
