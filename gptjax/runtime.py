@@ -143,9 +143,13 @@ def start_logging() -> None:
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
+# What Orbax's coroutines and tensorstore's threads meet when a read or save that failed, and was told, is over.
+FORGOTTEN = ("Event loop is closed", "Encountered error while reading array index")
+
+
 def tell_unraisable(unraisable: Any) -> None:
-    """Prints what nobody could catch; not what tensorstore's threads meet when a read or save that failed is over."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """Prints what nobody could catch, but for what is FORGOTTEN."""
+    if not str(unraisable.exc_value).startswith(FORGOTTEN):
         sys.__unraisablehook__(unraisable)
 
 

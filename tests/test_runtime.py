@@ -103,3 +103,16 @@ warnings.warn("another", RuntimeWarning)
     assert "never awaited" not in done.stderr
     assert "tracemalloc" not in done.stderr
     assert "another" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [*((text + ": (slice(0, 8),)", False) for text in runtime.FORGOTTEN), ("the disk is gone", True)]
+)
+def test_what_libraries_forget_is_not_told(text, told, monkeypatch, capsys):
+    class Forgotten:
+        def __del__(self):
+            raise ValueError(text)
+
+    monkeypatch.setattr(sys, "unraisablehook", runtime.tell_unraisable)
+    Forgotten()
+    assert (text in capsys.readouterr().err) == told

@@ -341,6 +341,13 @@ def test_v_a_long_value_makes_no_long_message(name, model, refuse):
     assert name in refuse(f"hf:{model}")
 
 
+@pytest.mark.parametrize("rate", [1, -0.1, "0.1", True, float("nan")])
+def test_v_a_rate_of_dropout_that_is_none(rate, model, refuse):
+    models.write_hf(model)
+    models.edit_json(model / "config.json", embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate)
+    assert "expected numbers from 0 to below 1" in refuse(f"hf:{model}")
+
+
 def test_v_rates_of_dropout_that_differ_need_a_choice(model, refuse, accept):
     tensors = models.write_hf(model, config=models.CONFIG | {"embd_pdrop": 0.0, "attn_pdrop": 0.1, "resid_pdrop": 0.2})
     message = refuse(f"hf:{model}")
