@@ -13,6 +13,7 @@ from gptjax.aot import quiet_compiler
 from gptjax.config import Config, GPTConfig, MeshConfig
 from gptjax.model import GPT, resolve_compute
 from gptjax.optim import make_optimizer
+from gptjax.plan import LIBTPU
 from gptjax.sharding import BATCH_SPEC, make_mesh
 from gptjax.state import make_init
 from gptjax.step import jit_steps
@@ -22,9 +23,11 @@ MESHES = [MeshConfig(data=2, fsdp=4, tensor=2), MeshConfig(data=1, fsdp=16)]
 
 
 @pytest.fixture(params=MESHES, ids=["2x4x2", "fsdp"])
-def parts(request):
+def parts(request, monkeypatch):
     """(config, mesh, model, abstract state, init), while the mesh is the one in use, as in gptjax.train."""
     pytest.importorskip("libtpu", reason="needs the extra 'plan'")
+    for variable, value in LIBTPU.items():
+        monkeypatch.setenv(variable, value)
     config = Config(model=GPTConfig(n_layer=2), mesh=request.param)
     with quiet_compiler():
         devices = topologies.get_topology_desc("v5e:4x4", "tpu").devices
