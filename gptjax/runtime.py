@@ -31,6 +31,8 @@ LAST_WORDS_SECONDS = 60.0  # for which process 0, and the service with it, stays
 SECRETS = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$")  # ends of the names of variables
 SHORTEST_SECRET = 8  # characters; what is shorter would be found in words
 LEAVING_SECONDS = 2.0  # then, for the others to have ended: one that is left without the service is aborted
+# What Orbax's coroutines and tensorstore's threads meet when a read or save that failed, and was told, is over.
+FORGOTTEN = ("Event loop is closed", "Encountered error while reading array index")
 _joined: list[int] = []  # how many processes there are, once they are joined
 
 
@@ -141,10 +143,6 @@ def start_logging() -> None:
     sys.unraisablehook = tell_unraisable
     # Orbax forgets its other coroutines when one fails; they are collected whenever.
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-
-
-# What Orbax's coroutines and tensorstore's threads meet when a read or save that failed, and was told, is over.
-FORGOTTEN = ("Event loop is closed", "Encountered error while reading array index")
 
 
 def tell_unraisable(unraisable: Any) -> None:

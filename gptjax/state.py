@@ -32,7 +32,7 @@ def make_init(
     The values depend on `seed` only, not on the mesh.
     """
 
-    @jax.jit  # traced once
+    @jax.jit  # traced once, for the shapes and for `init`: both under the mesh
     def create() -> TrainState:
         inputs_BT = jnp.zeros((data_parallel_size(mesh), model.config.block_size), jnp.int32)  # a kernel would cut them
         params = model.init(jax.random.key(seed), inputs_BT)["params"]
