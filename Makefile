@@ -1,4 +1,4 @@
-.PHONY: check test lint bench soak
+.PHONY: check test quick lint bench soak
 
 check:  ## everything that CI runs, in fresh environments
 	bash .ci/run
@@ -6,10 +6,14 @@ check:  ## everything that CI runs, in fresh environments
 test:
 	pytest
 
+quick:  ## what a change of the model or the step breaks first: under a minute on 2 cores
+	pytest -q tests/test_model.py tests/test_loss.py tests/test_optim.py tests/test_sharding.py tests/test_step.py tests/test_config.py
+
 lint:
 	ruff check . && ruff format --check . && basedpyright
 
 soak:  ## hours of faults: kills, flips, fuzz; stop it at any time, it goes on where it was
+	pytest -m sweep
 	python -m tests.faults.soak
 
 bench:

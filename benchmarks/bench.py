@@ -1,5 +1,6 @@
-"""What the benchmarks share: the machine in words, medians of interleaved runs, tables, and a JSON file of results."""
+"""What the benchmarks share: the machine in words, medians of interleaved runs, tables, and files of results."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -7,12 +8,13 @@ import os
 import pathlib
 import platform
 import statistics
+import sysconfig
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
-PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+PACKAGES = ("gptjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "transformers", "triton")
 
 
 def machine() -> dict[str, Any]:
@@ -24,11 +26,15 @@ def machine() -> dict[str, Any]:
     found |= {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "load": round(os.getloadavg()[0], 2)}
     device = jax.devices()[0]
     found["device"] = f"{jax.device_count()} x {device.device_kind}"
+    return found | versions()
+
+
+def versions() -> dict[str, str]:
+    """Returns the version of each of PACKAGES that is installed."""
+    found = {}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -79,9 +85,60 @@ def _cell(value: Any) -> str:
 
 
 def write(name: str, rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any], directory: str) -> pathlib.Path:
-    """Writes rows and the machine `found` to DIRECTORY/NAME-DATE-TIME-DEVICE.json, and returns the path."""
+    """Writes rows and the machine `found` to DIRECTORY/NAME-DATE-TIME-DEVICE.json, and returns the path.
+
+    Where $GPTJAX_RESULTS names a file, `record` has written the rows there, and this writes nothing.
+    """
+    if "GPTJAX_RESULTS" in os.environ:
+        return pathlib.Path(os.environ["GPTJAX_RESULTS"])
     kind = found["device"].split(" x ")[1].lower().replace(" ", "-")
     path = pathlib.Path(directory or RESULTS) / f"{name}-{found['date']}-{found['time']}-{kind}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"benchmark": name, "machine": found, "rows": list(rows)}, indent=2) + "\n")
     return path
+
+
+def record(part: str, row: Mapping[str, Any]) -> None:
+    """Prints a row, and appends it to the file that $GPTJAX_RESULTS names, if any: a figure that is known is kept."""
+    print(describe(part, row), flush=True)
+    if path := os.environ.get("GPTJAX_RESULTS"):
+        append(pathlib.Path(path), part, row)
+
+
+def describe(part: str, row: Mapping[str, Any]) -> str:
+    return f"{part}: " + ", ".join(f"{name} {_cell(value)}" for name, value in row.items() if value != "")
+
+
+def append(path: pathlib.Path, part: str, row: Mapping[str, Any]) -> None:
+    """Appends a row to a file of JSON lines; it is on disk when this returns."""
+    line = json.dumps({"part": part, "time": f"{datetime.datetime.now(datetime.UTC):%H:%M:%S}"} | dict(row))
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the rows that the last call of gpu.sh appended; a line that was cut short is left out."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            rows = [row] if row["part"] == "machine" else [*rows, row]
+    return rows
+
+
+def copy_library(folder: pathlib.Path, most: float) -> list[str]:
+    """Copies standard-library files to `folder`, `most` bytes in total at most, and returns their texts."""
+    texts, size = [], 0
+    for number, path in enumerate(sorted(pathlib.Path(sysconfig.get_path("stdlib")).rglob("*.py"))):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if not text or size >= most:
+            continue
+        (folder / f"{number:06d}.txt").write_text(text, encoding="utf-8")
+        texts.append(text)
+        size += len(text.encode())
+    return texts

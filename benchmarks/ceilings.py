@@ -1,17 +1,21 @@
-"""What a device can do at best: FLOP/s of large matrix products, bytes/s of large copies.
+"""What a device can do at best: FLOP/s of large matrix products, bytes/s of large copies, the products of a step.
 
-    python benchmarks/ceilings.py [--width=8192] [--out=DIR]
+    python benchmarks/ceilings.py [--width=8192] [--products=small:64] [--out=DIR]
 
-Every other figure is judged by these two, which are below the data sheet's on every machine.
+Every other figure is judged by the first two, which are below the data sheet's on every machine. --products=CASE:BATCH
+times the 15 products that a train step of that shape is made of, each alone: five forward, and for each of them the
+gradients of its input and of its weights.
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from typing import Any
 
 import bench
 import jax
 import jax.numpy as jnp
+from train_step import CASES
 
 from gptjax.chips import find_chip
 
@@ -39,10 +43,63 @@ def make_copy(size: int) -> Callable[[], Any]:
     return lambda: jax.block_until_ready(run(x))
 
 
+def step_products(case: str, batch: int) -> list[tuple[str, int, tuple[int, int, int]]]:
+    """Returns (name, runs in a step, sizes M, K, N) of the products of a step without attention's."""
+    layers, _, width, positions, _, vocabulary = CASES[case]
+    rows, padded = batch * positions, -(-vocabulary // 128) * 128
+    linear = {
+        "c_attn": (layers, width, 3 * width),
+        "attn c_proj": (layers, width, width),
+        "c_fc": (layers, width, 4 * width),
+        "mlp c_proj": (layers, 4 * width, width),
+        "head": (1, width, padded),
+    }
+    found = []
+    for name, (runs, inner, outer) in linear.items():
+        found.append((f"{name}, forward", runs, (rows, inner, outer)))
+        found.append((f"{name}, gradient of its input", runs, (rows, outer, inner)))
+        found.append((f"{name}, gradient of its weights", runs, (inner, rows, outer)))
+    return found
+
+
+def time_product(name: str, sizes: tuple[int, int, int], dtype: Any, seconds: float) -> float:
+    """Returns the median seconds of one product x_MK @ w_KN, with operands as they lie in a step."""
+    M, K, N = sizes
+    x_shape = (K, M) if name.endswith("weights") else (M, K)  # x is transposed where weights get their gradient
+    transposed = name.endswith("input") != (name.startswith("head") and not name.endswith("weights"))  # wte is [V, D]
+    w_shape = (N, K) if transposed else (K, N)  # and w where the input does
+    x, w = (jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate((x_shape, w_shape)))
+    contracting = ((0,) if name.endswith("weights") else (1,), (1,) if transposed else (0,))
+    product = jax.jit(lambda x, w: jax.lax.dot_general(x, w, (contracting, ((), ()))))
+
+    def run() -> None:
+        result = product(x, w)
+        for _ in range(REPEATS - 1):
+            result = product(x, w)  # only the last is kept: the head's takes 6.6 GB at 64 sequences
+        jax.block_until_ready(result)
+
+    run()
+    return bench.median(bench.interleave({"": run}, seconds=seconds)[""]) / REPEATS
+
+
+def products(case: str, batch: int, *, seconds: float, dtype: Any) -> None:
+    """Records a row for each product of a step, and one for all of them."""
+    total, work, each = 0.0, 0.0, step_products(case, batch)
+    for name, runs, sizes in each:
+        taken = time_product(name, sizes, dtype, seconds / len(each))
+        flops = 2 * sizes[0] * sizes[1] * sizes[2]
+        total, work = total + runs * taken, work + runs * flops
+        row = {"what": name, "M x K x N": " x ".join(map(str, sizes)), "runs in a step": runs}
+        bench.record("ceilings", row | {"ms": 1e3 * taken, "rate": flops / taken / 1e12, "unit": "TFLOP/s"})
+    row = {"what": f"the {len(each)} products of a step of {case}, B={batch}", "runs in a step": 1}
+    bench.record("ceilings", row | {"ms": 1e3 * total, "rate": work / total / 1e12, "unit": "TFLOP/s"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=0, help="of the matrices; 0: 8192, on a CPU 2048")
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--products", default="", metavar="CASE:BATCH", help="time the products of a step, too")
     parser.add_argument("--out", default="", help="directory of the JSON file; default benchmarks/results")
     args = parser.parse_args()
     machine, device = bench.machine(), jax.devices()[0]
@@ -51,7 +108,8 @@ def main() -> None:
     runs = {f"product {dtype}": make_product(width, dtype) for dtype in dtypes}
     runs["copy"] = make_copy(4 * width**2)
     chip, rows = find_chip(device.device_kind), []
-    for name, times in bench.interleave(runs, seconds=args.seconds).items():
+    for name, run in runs.items():  # one by one, so that each is known as soon as it can be
+        times = bench.interleave({name: run}, seconds=args.seconds / len(runs))[name]
         seconds = bench.median(times) / REPEATS
         is_copy = name == "copy"
         rate = (2 * 4 * 4 * width**2 if is_copy else 2 * width**3) / seconds
@@ -59,7 +117,12 @@ def main() -> None:
         row = {"what": name, "ms": 1e3 * seconds, "rate": rate / (1e9 if is_copy else 1e12)}
         row |= {"unit": "GB/s" if is_copy else "TFLOP/s", "% of data sheet": 100 * rate / best if best else ""}
         rows.append(row | {"calls": len(times)})
-    print(bench.table(rows))
+        bench.record("ceilings", rows[-1])
+    if args.products:
+        case, batch = args.products.split(":")
+        products(case, int(batch), seconds=args.seconds, dtype=dtypes[0])
+    if "GPTJAX_RESULTS" not in os.environ:
+        print(bench.table(rows))
     print(bench.write("ceilings", rows, machine, args.out))
 
 

@@ -15,7 +15,8 @@ import jax
 
 from gptjax import config
 from gptjax.checkpoint import Checkpointer
-from gptjax.model import GPT, resolve_compute
+from gptjax.compute import resolve_compute
+from gptjax.model import GPT
 from gptjax.optim import make_optimizer
 from gptjax.sharding import bytes_per_device, make_mesh
 from gptjax.state import TrainState, make_init

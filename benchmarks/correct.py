@@ -1,15 +1,25 @@
-"""Whether every fast path computes what plain float32 does: losses and gradients on fresh random inputs.
+"""Whether every fast path computes what plain float32 does, on this device: gradients, 20 updates, sampling, a save.
 
-    python benchmarks/correct.py [--case=small] [--seed=...] [--out=DIR]
+    python benchmarks/correct.py [--seed=...] [--out=DIR] [--update_losses]
 
-The reference is attention in plain XLA, layers in a loop, products in float32 at the highest precision. An error is the
-norm of the difference by the norm of the reference, over all gradients. Exits with 1 where one is above its limit; what
-cannot run on this device says why.
+Gradients, on fresh random inputs: the reference is attention in plain XLA, layers in a loop, products in float32 at the
+highest precision. An error is the norm of the difference by the norm of the reference, over all gradients. A path whose
+program is the reference's own would be compared with itself: that is an error, too.
+Updates: the losses of 20 AdamW steps, compared with losses.json, which a CPU computed (--update_losses).
+Sampling: greedy decoding through the KV caches, compared with the logits of plain float32.
+A save: one checkpoint, restored, verified and compared bit by bit.
+Exits with 1 where something is wrong; what cannot run on this device says why. Results are recorded one by one.
 """
 
 import argparse
+import json
+import logging
+import os
+import pathlib
 import sys
+import tempfile
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import bench
@@ -19,102 +29,251 @@ import numpy as np
 import optax
 from train_step import CASES
 
+from gptjax.checkpoint import Checkpointer
+from gptjax.compute import resolve_compute
 from gptjax.config import Config, from_dict
+from gptjax.documents import EndOfText
 from gptjax.errors import ConfigError
-from gptjax.model import GPT, resolve_compute
-from gptjax.sample import generate
-from gptjax.sharding import make_mesh
-from gptjax.step import make_loss_fn
+from gptjax.generate import generate
+from gptjax.model import GPT
+from gptjax.optim import make_optimizer
+from gptjax.sharding import make_mesh, path_name
+from gptjax.state import TrainState, make_init
+from gptjax.step import jit_steps, make_loss_fn
 
-BATCH, LAYERS = 4, 4
+LOSSES = pathlib.Path(__file__).resolve().parent / "losses.json"
 EXACT, ROUNDED = 1e-4, 2e-2  # float32 against float32, bfloat16 against float32
-PATHS = {  # name: (fields of compute, limit)
-    "float32, unrolled": ({"unroll": 0, "dtype": "float32"}, EXACT),
-    "float32, loss in chunks": ({"loss_chunk": 32, "dtype": "float32"}, EXACT),
-    "float32, full remat": ({"remat": "full", "dtype": "float32"}, EXACT),
-    "bfloat16": ({"dtype": "bfloat16"}, ROUNDED),
-    "bfloat16, cudnn": ({"dtype": "bfloat16", "attention": "cudnn"}, ROUNDED),
-    "bfloat16, cudnn, unrolled": ({"dtype": "bfloat16", "attention": "cudnn", "unroll": 0}, ROUNDED),
-    "bfloat16, loss by triton": ({"dtype": "bfloat16", "loss": "triton"}, ROUNDED),
-    "bfloat16, splash": ({"dtype": "bfloat16", "attention": "splash"}, ROUNDED),
+ROUNDED_ON_A_CPU = 5e-2  # XLA of JAX 0.11 sums some products there in bfloat16: the head's gradient is 4 % off
+PLAIN = {"attention": "xla", "scan_unroll": 1, "dtype": "float32", "loss": "xla"}
+STEPS = 20
+MASKED = {"data": {"document_mask": True}}
+DROPPED = {"model": {"dropout": 0.1}}
+PATHS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {  # name: (compute, other sections, limit)
+    "float32, no loop": ({"scan_unroll": 0}, {}, EXACT),
+    "float32, loss in chunks": ({"loss_chunk": 16}, {}, EXACT),
+    "float32, full remat": ({"remat": "full"}, {}, EXACT),
+    "float32, full remat, no loop": ({"remat": "full", "scan_unroll": 0}, {}, EXACT),
+    "float32, document mask, no loop": ({"scan_unroll": 0}, MASKED, EXACT),
+    "float32, dropout, no loop": ({"scan_unroll": 0}, DROPPED, EXACT),
+    "bfloat16": ({"dtype": "bfloat16"}, {}, ROUNDED),
+    "bfloat16, no loop": ({"dtype": "bfloat16", "scan_unroll": 0}, {}, ROUNDED),
+    "bfloat16, cudnn": ({"dtype": "bfloat16", "attention": "cudnn"}, {}, ROUNDED),
+    "bfloat16, cudnn, no loop": ({"dtype": "bfloat16", "attention": "cudnn", "scan_unroll": 0}, {}, ROUNDED),
+    "bfloat16, cudnn, full remat": ({"dtype": "bfloat16", "attention": "cudnn", "remat": "full"}, {}, ROUNDED),
+    "bfloat16, loss by triton": ({"dtype": "bfloat16", "loss": "triton"}, {}, ROUNDED),
+    "bfloat16, splash": ({"dtype": "bfloat16", "attention": "splash"}, {}, ROUNDED),
+    "bfloat16, document mask, no loop": ({"dtype": "bfloat16", "scan_unroll": 0}, MASKED, ROUNDED),
+    "bfloat16, dropout, no loop": ({"dtype": "bfloat16", "scan_unroll": 0}, DROPPED, ROUNDED),
+}
+UPDATES = {  # name: (compute, limit of a loss)
+    "float32": (PLAIN, EXACT),
+    "as a run computes here": ({}, ROUNDED),
+    "loss by triton": ({"loss": "triton"}, ROUNDED),
 }
 
 
-def make_config(case: str, **compute: Any) -> Config:
-    _, heads, width, positions, _, vocabulary = CASES[case]
-    model = {"n_layer": LAYERS, "n_head": heads, "n_embd": width, "block_size": positions, "vocab_size": vocabulary}
-    return from_dict({"model": model, "compute": {"attention": "xla"} | compute, "data": {"global_batch_size": BATCH}})
+def make_config(case: str, compute: dict[str, Any], sections: dict[str, Any]) -> Config:
+    layers, heads, width, positions, batch, vocabulary = CASES[case]
+    model = {"n_layer": layers, "n_head": heads, "n_embd": width, "block_size": positions, "vocab_size": vocabulary}
+    optim = {"peak_lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 5}
+    return from_dict(
+        {
+            "model": model | sections.get("model", {}),
+            "compute": compute,
+            "data": {"global_batch_size": batch} | sections.get("data", {}),
+            "train": {"num_steps": STEPS, "micro_batch_size": batch},
+            "optim": optim,
+        }
+    )
 
 
 def make_model(config: Config) -> GPT:
     return GPT(config.model, resolve_compute(config, make_mesh(config.mesh, jax.devices()[:1])))
 
 
-def gradients(config: Config, params: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
-    """Returns the mean loss, and its gradient."""
-    loss_fn = make_loss_fn(make_model(config), config, eot_id=0, eot_position="last")
+def make_params(model: GPT, seed: int) -> Any:
+    """Returns parameters by NumPy's random numbers, the same on any device and by any JAX.
+
+    They are larger than initial ones: there attention is uniform and hides its errors.
+    """
+    random = np.random.default_rng(seed)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+
+    def fill(path: Any, leaf: Any) -> jax.Array:
+        values = random.normal(0, 0.05, leaf.shape).astype(np.float32)
+        return jnp.asarray(1 + values if path_name(path).endswith("scale") else values)
+
+    return jax.tree.map_with_path(fill, shapes)
+
+
+def make_tokens(config: Config, seed: int) -> np.ndarray:
+    """Returns int32 [1, B, T+1]: skewed, so that there is something to learn, and with some ends of text (id 0)."""
+    shape = (1, config.data.global_batch_size, config.model.block_size + 1)
+    skewed = np.random.default_rng(seed).random(shape) ** 3
+    return (config.model.vocab_size * skewed).astype(np.int32)
+
+
+def precision(config: Config) -> Any:
+    return jax.default_matmul_precision("highest" if config.compute.dtype == "float32" else "default")
+
+
+def lower_gradients(config: Config, params: Any, tokens: np.ndarray) -> Any:
+    """Returns the function (params -> mean loss and its gradient), lowered and not yet compiled."""
+    loss_fn = make_loss_fn(make_model(config), config, eot=EndOfText(0, "last"))
+    key = jax.random.key(1) if config.model.dropout else None
 
     def mean(params: Any) -> jax.Array:
-        sums = loss_fn(params, tokens, None)
+        sums = loss_fn(params, jnp.asarray(tokens[0]), key)
         return sums.loss / sums.tokens
 
-    precision = "highest" if config.compute.dtype == "float32" else "default"
-    with jax.default_matmul_precision(precision):
-        return jax.jit(jax.value_and_grad(mean))(params)
+    with precision(config):
+        return jax.jit(jax.value_and_grad(mean)).lower(params)
 
 
-def check_gradients(case: str, params: Any, tokens: jax.Array) -> list[dict[str, Any]]:
-    loss, grads = gradients(make_config(case, dtype="float32"), params, tokens)
+def allowed(limit: float) -> float:
+    return ROUNDED_ON_A_CPU if limit == ROUNDED and jax.devices()[0].platform == "cpu" else limit
+
+
+def judge(error: float, limit: float) -> str:
+    return "right" if error < limit else "WRONG"  # NaN is not below
+
+
+def check_gradients(case: str, seed: int) -> list[dict[str, Any]]:
+    """Records a row for each path; all programs are compiled at the same time, as one after another takes minutes."""
+    lowered, params, reasons = {}, {}, {}
+    for name, (compute, sections, _) in PATHS.items():
+        plain, about = make_config(case, PLAIN, sections), str(sections)
+        if about not in params:
+            params[about] = make_params(make_model(plain), seed)
+            lowered[about] = lower_gradients(plain, params[about], make_tokens(plain, seed))
+        try:
+            config = make_config(case, PLAIN | compute, sections)
+            lowered[name] = lower_gradients(config, params[about], make_tokens(config, seed))
+        except ConfigError as error:
+            reasons[name] = f"not here: {str(error).split(': ', 1)[1].split(';')[0]}"
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = {name: pool.submit(program.compile) for name, program in lowered.items()}
+        return [
+            check_path(name, params[str(sections)], lowered, compiled, reasons.get(name, ""))
+            for name, (_, sections, _) in PATHS.items()
+        ]
+
+
+def check_path(
+    name: str, params: Any, lowered: dict[str, Any], compiled: dict[str, Future[Any]], reason: str
+) -> dict[str, Any]:
+    """Compares one path with the plain program of the same config sections, and records the row."""
+    _, sections, usual = PATHS[name]
+    about, limit = str(sections), allowed(usual)
+    row: dict[str, Any] = {"path": name, "loss error": "", "error": "", "limit": limit, "verdict": reason}
+    if not reason:
+        loss, grads = compiled[about].result()(params)
+        other_loss, other_grads = compiled[name].result()(params)
+        row["loss error"] = float(abs(other_loss - loss) / loss)
+        row["error"] = float(optax.tree.norm(optax.tree.sub(other_grads, grads)) / optax.tree.norm(grads))
+        row["verdict"] = judge(max(row["loss error"], row["error"]), limit)
+        if lowered[name].as_text() == lowered[about].as_text():
+            row["verdict"] = "WRONG: the same program as the reference"
+    bench.record("correct", row)
+    return row
+
+
+def train(case: str, compute: dict[str, Any]) -> tuple[Config, TrainState, Any, list[float]]:
+    """Returns (config, state, abstract state, losses) of 20 updates, each from the same tokens."""
+    config = make_config(case, compute, {})
+    mesh, model, optimizer = make_mesh(config.mesh, jax.devices()[:1]), make_model(config), make_optimizer(config.optim)
+    with precision(config):
+        abstract, init = make_init(model, optimizer, mesh=mesh, seed=0)
+        place = lambda leaf, like: jax.device_put(leaf, like.sharding)  # noqa: E731
+        params = jax.tree.map(place, make_params(model, 0), abstract.params)
+        state, losses = init(), []
+        state = TrainState(state.step, params, state.opt_state)
+        step: Any = jit_steps(model, optimizer, config, abstract=abstract, eot=EndOfText(0, "last"))[0]
+        tokens = jnp.asarray(make_tokens(config, 0))
+        for _ in range(STEPS):
+            state, metrics = step(state, tokens)
+            losses.append(float(metrics["loss"]))
+    return config, state, abstract, losses
+
+
+def check_updates() -> list[dict[str, Any]]:
+    stored = np.array(json.loads(LOSSES.read_text())["losses"])
     rows = []
-    for name, (compute, limit) in PATHS.items():
-        row: dict[str, Any] = {"path": name, "loss error": "", "gradient error": "", "limit": limit, "verdict": ""}
+    for name, (compute, usual) in UPDATES.items():
+        limit = allowed(usual)
+        row: dict[str, Any] = {"path": f"{STEPS} updates, {name}", "loss error": "", "error": "", "limit": limit}
         rows.append(row)
         try:
-            other_loss, other = gradients(make_config(case, **compute), params, tokens)
+            config, state, abstract, losses = train("tiny", compute)
         except ConfigError as error:
             row["verdict"] = f"not here: {str(error).split(': ', 1)[1].split(';')[0]}"
-            continue
-        row["loss error"] = float(abs(other_loss - loss) / loss)
-        row["gradient error"] = float(optax.tree.norm(optax.tree.sub(other, grads)) / optax.tree.norm(grads))
-        row["verdict"] = "right" if max(row["loss error"], row["gradient error"]) < limit else "WRONG"
+        else:
+            row["loss error"] = float(np.max(np.abs(np.array(losses) - stored) / stored))
+            row["verdict"] = judge(row["loss error"], limit)
+            if name == "float32":
+                rows.append(check_save(config, state, abstract))
+        bench.record("correct", row)
     return rows
 
 
-def check_sampling(case: str, params: Any, tokens: jax.Array) -> dict[str, Any]:
+def check_save(config: Config, state: TrainState, abstract: Any) -> dict[str, Any]:
+    """Saves the state, restores it with all its checks, and compares each bit."""
+    row: dict[str, Any] = {"path": "a save, restored and verified", "loss error": "", "error": "", "limit": 0}
+    with tempfile.TemporaryDirectory() as directory:
+        checkpointer = Checkpointer(directory)
+        checkpointer.save(state, int(state.step), config=config, history={}, data={})
+        checkpointer.close()
+        restored = Checkpointer(directory).restore_latest(abstract)
+    if restored is None:
+        row["verdict"] = "WRONG: no checkpoint was found"
+    else:
+        pairs = zip(jax.tree.leaves(state), jax.tree.leaves(restored[0]), strict=True)
+        row["error"] = sum(np.asarray(a).tobytes() != np.asarray(b).tobytes() for a, b in pairs)
+        row["verdict"] = "right" if row["error"] == 0 else "WRONG: arrays differ"
+    bench.record("correct", row)
+    return row
+
+
+def check_sampling(case: str, seed: int) -> dict[str, Any]:
     """Greedy decoding through the caches, in this device's own dtype, must choose among the likeliest of plain float32.
 
     The error is how much less likely the worst choice is, in nats; rounding decides between near ties.
     """
-    model, exact = make_model(make_config(case)), make_model(make_config(case, dtype="float32"))
+    model, exact = make_model(make_config(case, {}, {})), make_model(make_config(case, PLAIN, {}))
+    params, tokens = make_params(model, seed), make_tokens(make_config(case, {}, {}), seed)
     count = min(64, model.config.block_size // 2)
-    prompt = np.asarray(tokens[0, : model.config.block_size // 4]).tolist()
+    prompt = tokens[0, 0, : model.config.block_size // 4].tolist()
     eot_id = model.config.vocab_size - 1
     new = generate(model, params, [prompt], max_new_tokens=count, eot_id=eot_id, temperature=0.0)[0]
     whole = jnp.asarray([prompt + new])
     with jax.default_matmul_precision("highest"):
         logits_TV = jax.jit(lambda p: exact.apply({"params": p}, whole))(params)[0][len(prompt) - 1 : -1]
     behind = jnp.max(logits_TV, axis=-1) - logits_TV[jnp.arange(len(new)), jnp.asarray(new)]
-    row = {"path": "sampling, greedy", "loss error": float(jnp.max(behind)), "gradient error": "", "limit": 0.1}
-    return row | {"verdict": "right" if row["loss error"] < row["limit"] else "WRONG"}
+    error = float(jnp.max(behind)) if new else float("nan")
+    row = {"path": "sampling, greedy", "loss error": error, "error": "", "limit": 0.1, "verdict": judge(error, 0.1)}
+    bench.record("correct", row)
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", default="small", choices=tuple(CASES), help="whose shape, with four layers")
+    parser.add_argument("--case", default="tiny", choices=tuple(CASES), help="for gradients and sampling")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="default: another at each run")
+    parser.add_argument("--update_losses", action="store_true", help="write losses.json, on a CPU, and end")
     parser.add_argument("--out", default="", help="directory of the JSON file; default benchmarks/results")
     args = parser.parse_args()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's notices
     machine = bench.machine() | {"seed": args.seed}
-    config = make_config(args.case)
-    params = jax.jit(make_model(config).init)(jax.random.key(args.seed), np.zeros((1, 8), np.int32))["params"]
-    # Larger than initial ones: there attention is uniform and hides its errors.
-    params = jax.tree.map(lambda leaf: leaf * 3 if leaf.ndim > 2 else leaf, params)
-    shape = (BATCH, config.model.block_size + 1)
-    tokens = jnp.asarray(np.random.default_rng(args.seed).integers(config.model.vocab_size, size=shape, dtype=np.int32))
-    rows = [*check_gradients(args.case, params, tokens), check_sampling(args.case, params, tokens)]
-    print(bench.table(rows))
+    if args.update_losses:
+        losses = train("tiny", PLAIN)[-1]
+        made_on = {name: machine[name] for name in ("date", "processor", "jax", "device")}
+        LOSSES.write_text(json.dumps({"case": "tiny", "made on": made_on, "losses": losses}, indent=2) + "\n")
+        return
+    rows = [*check_updates(), *check_gradients(args.case, args.seed), check_sampling(args.case, args.seed)]
+    if "GPTJAX_RESULTS" not in os.environ:
+        print(bench.table(rows))
     print(bench.write("correct", rows, machine, args.out))
-    sys.exit(any(row["verdict"] == "WRONG" for row in rows))
+    sys.exit(any(row["verdict"].startswith("WRONG") for row in rows))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 from train_step import CASES, make_config
 
 from gptjax.config import GPTConfig
-from gptjax.model import train_flops_per_token
+from gptjax.sizes import train_flops_per_token
 
 SNAPSHOT = pathlib.Path(__file__).resolve().parent / "static_snapshot.json"
 COLORS = {"gptjax": "#1f6fb2", "torch eager": "#f2a65a", "torch compiled": "#c8553d", "compiled only": "#8fa3b5"}

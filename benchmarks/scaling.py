@@ -20,15 +20,16 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from gptjax import config as config_module
-from gptjax import plan
 from gptjax.chips import GIB, SLICES, parse_topology
 from gptjax.errors import PlanError
+from gptjax.plan import search
+from gptjax.plan.__main__ import LIBTPU
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FEWEST = 8
 MARK = "<!-- from here on: python benchmarks/scaling.py --out=docs/scaling.md --per_chip=8 -->"
 COLUMNS = (
-    "chips", "slice", "data x fsdp x tensor", "micro-steps x sequences", "remat", "GiB", "sent, MB", "of the least",
+    "chips", "slice", "data x fsdp x tensor", "micro-batches x sequences", "remat", "GiB", "sent, MB", "of the least",
     "matrix units, ms", "links, ms", "bound", "best MFU", "best tokens/s a chip",
 )  # fmt: skip
 
@@ -40,9 +41,9 @@ def best(name: str, topology: Any, per_chip: int) -> dict[str, Any] | None:
     data = dataclasses.replace(config.data, global_batch_size=per_chip * topology.devices)
     config = dataclasses.replace(config, data=data)
     args = argparse.Namespace(config=path, target_tokens=0, price_per_chip_hour=0)
-    for _, setting in plan.rank(config, topology):
+    for _, setting in search.rank(config, topology):
         try:
-            return plan.plan(setting.config, topology, args, remedy=False)
+            return search.plan(setting.config, topology, args, remedy=False)
         except PlanError:
             continue
     return None
@@ -53,7 +54,7 @@ def row(topology: Any, r: dict[str, Any]) -> tuple[object, ...]:
     least = r["minimum_traffic_bytes"]
     return (
         f"{topology.devices:,}", topology.shape, " x ".join(map(str, r["mesh"].values())),
-        f"{r['micro_steps']} x {r['micro_batch']}", r["remat"], f"{r['memory_bytes']['peak'] / GIB:.1f}",
+        f"{r['num_microbatches']} x {r['micro_batch']}", r["remat"], f"{r['memory_bytes']['peak'] / GIB:.1f}",
         f"{r['traffic_bytes'] / 1e6:,.0f}", f"{r['traffic_bytes'] / least:.2f}" if least else "",
         f"{1e3 * seconds['matrix_units']:.1f}", f"{1e3 * seconds['links']:.1f}", r["bound"].replace("_", " "),
         f"{100 * r['best_case_mfu']:.0f} %", f"{r['best_case_tokens_per_second'] / topology.devices:,.0f}",
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("--out", default="", metavar="FILE", help="put the tables there")
     args = parser.parse_args()
     logging.getLogger("gptjax").setLevel(logging.WARNING)
-    os.environ.update({name: os.environ.get(name, value) for name, value in plan.LIBTPU.items()})
+    os.environ.update({name: os.environ.get(name, value) for name, value in LIBTPU.items()})
     lines = []
     for line in tables(args.configs.split(","), args.kind, [int(n) for n in args.per_chip.split(",")]):
         print(line, flush=True)

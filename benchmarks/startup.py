@@ -50,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         count = iter(range(1000))
 
-        def first_step(cache: str, marker: str = "first step dispatched") -> float:
+        def first_step(cache: str, marker: str = "compiled the train step") -> float:
             environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{directory}/{cache}"}
             return seconds_until([*train, f"--workdir={directory}/run{next(count)}"], marker, environment)
 

@@ -1,12 +1,12 @@
 """What a train step costs on chips that are not here: kernels, bytes, FLOPs, memory, and the least time they allow.
 
-    python benchmarks/static.py --chips=h200,v5e --cases=small [--batch=32,64] [--unroll=0,1] [--top=20]
+    python benchmarks/static.py --chips=h200,v5e --cases=small [--batch=32,64] [--scan_unroll=0,1] [--top=20]
     python benchmarks/static.py --snapshot [--chips=h200]      compares with static_snapshot.json; code 1 beyond 5 %
     python benchmarks/static.py --update [--chips=h200]        writes it anew for these chips
 
 Needs the extra `static`: jax[cuda] for GPUs, libtpu for TPUs; no accelerator. The step that trains is compiled for one
-device of each chip, and the compiled text is read (gptjax/costs.py). Bytes are of operands and results of each kernel
-that lie in the device's memory, loops times their trips, slices and changes in place by their size. FLOPs are those of
+device of each chip, and plan/hlo_kernels.py reads the compiled text. Bytes are those of each kernel's operands and
+results in device memory: loops times their trips, slices and changes in place by their size. FLOPs are those of
 matrix products; fused attention counts half of all pairs of positions, backward two and a half times as many as
 forward (7/2 on TPUs, whose two kernels both compute the weights again). The roof is the sum over kernels of max(bytes /
 bandwidth, FLOPs / peak): no step is faster, so it ranks programs. A TPU's copies beside kernels count as bytes and
@@ -33,12 +33,12 @@ import bench
 from train_step import CASES, make_config
 
 from gptjax import sharding
-from gptjax.aot import compile_step, find_devices, has_compiler
 from gptjax.chips import GIB, Chip, Topology, parse_topology
-from gptjax.costs import Kernel, buffers, read_kernels
+from gptjax.compute import resolve_compute, resolve_parallel
 from gptjax.errors import PlanError, UnavailableError
-from gptjax.estimate import Setting, Shape
-from gptjax.model import resolve_compute
+from gptjax.plan.aot import compile_step, find_devices, has_compiler
+from gptjax.plan.estimate import Candidate, StepLayout
+from gptjax.plan.hlo_kernels import Kernel, buffers, read_kernels
 
 TOPOLOGIES = {"h200": "h200:1", "v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1"}  # one device of each is used
 # Assumed shares of the data sheet's bandwidth and bfloat16 peak, for every chip: 4.3 of 4.8 TB/s and 788 of 989 TFLOP/s
@@ -51,9 +51,9 @@ SNAPSHOT_CASES: tuple[Case, ...] = (
     ("h200", "small", 64, {"attention": "cudnn", "loss": "triton"}),
     ("h200", "small", 32, {"attention": "cudnn"}),
     ("v5e", "small", 8, {"attention": "splash"}),
-    ("v5e", "small", 8, {"attention": "splash", "unroll": 1}),
+    ("v5e", "small", 8, {"attention": "splash", "scan_unroll": 1}),
 )
-DEFAULTS = {"attention": "auto", "remat": "none", "unroll": 0, "loss": "xla", "loss_chunk": 0, "dtype": "auto"}
+DEFAULTS = {"attention": "auto", "remat": "none", "scan_unroll": 0, "loss": "xla", "loss_chunk": 0, "dtype": "auto"}
 FIGURES = ("kernels", "GB/step", "TFLOP/step", "temp GiB", "roof ms")
 TOLERANCE = 0.05
 SHOWN = ("chip", "case", "batch", "settings", *FIGURES, "sheet ms", "roof tokens/s", "compile s")
@@ -97,8 +97,8 @@ def measure(chip: str, case: str, batch: int, settings: dict[str, Any]) -> tuple
     mesh = sharding.make_mesh(config.mesh, find_devices(topology)[:1])
     compute, size = resolve_compute(config, mesh), config.data.global_batch_size
     start = time.perf_counter()
-    setting = Setting(config, compute, Shape(dict(mesh.shape), 1, size), {})
-    compiled = compile_step(setting, mesh, memory_bytes=topology.chip.memory_bytes)
+    setting = Candidate(config, compute, resolve_parallel(config, mesh), StepLayout(dict(mesh.shape), 1, size), {})
+    compiled = compile_step(setting, mesh, memory_bytes=topology.memory_bytes)
     seconds, text = time.perf_counter() - start, compiled.as_text()
     kernels, speed = read_kernels(text), assumed(topology.chip)
     best, tokens = roof(kernels, speed), size * config.model.block_size
@@ -190,7 +190,7 @@ def combinations(args: argparse.Namespace) -> list[Case]:
     chips = args.chips.split(",")
     if args.snapshot or args.update:
         return [one for one in SNAPSHOT_CASES if one[0] in chips]
-    numbers = ("batch", "unroll", "loss_chunk")
+    numbers = ("batch", "scan_unroll", "loss_chunk")
     lists = {name: getattr(args, name).split(",") for name in ("batch", *DEFAULTS)}
     lists = {name: [int(v) for v in values] if name in numbers else values for name, values in lists.items()}
     return [

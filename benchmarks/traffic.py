@@ -3,10 +3,10 @@
     python benchmarks/traffic.py [--configs=gpt2_small,gpt2_xl] [--topologies=v5e:4x4] [--out=DIR]
 
 Needs the extra `plan`; no TPU. One row for each config, topology and mesh: pure data, pure fsdp, fsdp x tensor, and two
-slices. A row is over the budget when it sends more than 1.2 times the least, has an all-to-all, or a permute that is
-not XLA's windowed product (but for a hundredth of the bytes: XLA's scatter of parts that end within a tile has one of
-its own). What does not fit the chip is tried with one sequence a micro-step and full remat; if that does not fit, there
-is no compiled program to read.
+slices. A row is over the budget if it sends more than 1.2 times the minimum, has an all-to-all, or has a permute that
+is not XLA's windowed product. A hundredth of the bytes may be permutes: XLA's scatter of shards that end within a tile
+has one of its own. A config that does not fit the chip is tried with one sequence per micro-batch and full remat; if
+that does not fit either, there is no compiled program to read.
 """
 
 import argparse
@@ -24,10 +24,11 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from gptjax import config as config_module
-from gptjax import plan
 from gptjax.chips import Topology, parse_topology
 from gptjax.config import Config, MeshConfig
 from gptjax.errors import PlanError
+from gptjax.plan import search
+from gptjax.plan.__main__ import LIBTPU
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = ("gpt2_small", "gpt2_medium", "gpt2_large", "gpt2_xl")
@@ -58,7 +59,7 @@ def measure(name: str, topology: Topology, mesh: MeshConfig) -> dict[str, Any]:
     start, refused = time.perf_counter(), ""
     for changed in (config, smallest(config)):
         try:
-            report = plan.plan(changed, topology, args, remedy=False)
+            report = search.plan(changed, topology, args, remedy=False)
             return report | {"compile_seconds": time.perf_counter() - start}
         except PlanError as error:
             refused = str(error)
@@ -66,9 +67,9 @@ def measure(name: str, topology: Topology, mesh: MeshConfig) -> dict[str, Any]:
 
 
 def smallest(config: Config) -> Config:
-    """Returns `config` with the least memory: a sequence a micro-step, all of it computed again."""
+    """Returns `config` with the least memory: a sequence a micro-batch, all of it computed again."""
     train = dataclasses.replace(config.train, micro_batch_size=1)
-    return dataclasses.replace(plan.with_remat(config, "full"), train=train)
+    return dataclasses.replace(search.with_remat(config, "full"), train=train)
 
 
 def problems(report: dict[str, Any]) -> list[str]:
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--out", default="", help="write each report there as JSON")
     args = parser.parse_args()
     logging.getLogger("gptjax").setLevel(logging.WARNING)
-    os.environ.update({name: os.environ.get(name, value) for name, value in plan.LIBTPU.items()})
+    os.environ.update({name: os.environ.get(name, value) for name, value in LIBTPU.items()})
     print(f"{'config':<12} {'topology':<10} {'mesh':<14} {'A':>3} {'MB':>8} {'least':>8} {'ratio':>6} {'permutes':>8} "
           f"{'GiB':>6} {'s':>4}")  # fmt: skip
     over = 0
@@ -108,7 +109,7 @@ def main() -> None:
             found = problems(report)
             over += bool(found)
             permuted = sum(row["bytes"] for row in report["collectives"] if row["kind"] == "collective-permute")
-            print(f"{line} {report['micro_steps']:>3} {sent / 1e6:>8.1f} {least / 1e6:>8.1f} {sent / least:>6.2f} "
+            print(f"{line} {report['num_microbatches']:>3} {sent / 1e6:>8.1f} {least / 1e6:>8.1f} {sent / least:>6.2f} "
                   f"{100 * permuted / sent:>7.2f}% "
                   f"{report['memory_bytes']['peak'] / 2**30:>6.2f} {report['compile_seconds']:>4.0f}"
                   f"  {'; '.join(found)}", flush=True)  # fmt: skip

@@ -1,6 +1,6 @@
 """How fast a train step is: tokens a second, MFU, memory, compile time; beside PyTorch's in the same run if asked.
 
-    python benchmarks/train_step.py --cases=toy,char [--vs=torch] [--unroll=1,0] [--remat=none,full] [--batch=8,16]
+    python benchmarks/train_step.py --cases=toy,char [--vs=torch] [--scan_unroll=1,0] [--remat=none,full] [--batch=8,16]
     python benchmarks/train_step.py --cases=small --batch=32,64 --attention=cudnn,xla
     python benchmarks/train_step.py --cases=small --xla=';xla_gpu_enable_latency_hiding_scheduler=true'
     python benchmarks/train_step.py --cases=toy --steps_per_dispatch=100 --devices=2
@@ -26,16 +26,22 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.aot import peak_bytes
 from gptjax.chips import find_chip
+from gptjax.compute import resolve_compute, resolve_parallel
 from gptjax.config import Config, from_dict
-from gptjax.model import GPT, padded_vocab_size, resolve_compute, train_flops_per_token
+from gptjax.documents import EndOfText
+from gptjax.model import GPT
 from gptjax.optim import make_optimizer
+from gptjax.params import padded_vocab_size
+from gptjax.plan.aot import peak_bytes
 from gptjax.sharding import BATCH_SPEC, make_mesh
+from gptjax.sizes import train_flops_per_token
 from gptjax.state import make_init
 from gptjax.step import jit_steps
 
 CASES = {  # layers, heads, width, positions, batch, vocabulary
+    "tiny": (4, 4, 256, 128, 4, 1000),  # for correct.py: small, but cuDNN takes it
+    "mini": (2, 2, 64, 32, 2, 65),  # compiles in seconds
     "toy": (4, 4, 128, 64, 12, 65),  # nanoGPT's CPU config
     "char": (6, 6, 384, 256, 16, 65),  # nanoGPT's character model
     "small-cpu": (12, 12, 768, 256, 4, 50257),
@@ -86,11 +92,10 @@ class Ours:
 
 def make_ours(config: Config, *, devices: int = 1, options: dict[str, Any] | None = None) -> Ours:
     mesh = make_mesh(config.mesh, jax.devices()[:devices])
-    jax.set_mesh(mesh)
-    compute = resolve_compute(config, mesh)
-    model, optimizer = GPT(config.model, compute), make_optimizer(config.optim)
+    model = GPT(config.model, resolve_compute(config, mesh), resolve_parallel(config, mesh))
+    optimizer = make_optimizer(config.optim)
     abstract, init = make_init(model, optimizer, mesh=mesh, seed=0)
-    step: Any = jit_steps(model, optimizer, config, abstract, eot_id=0, eot_position="last")[0]
+    step: Any = jit_steps(model, optimizer, config, abstract=abstract, eot=EndOfText(0, "last"))[0]
     tokens, spec = random_tokens(config), BATCH_SPEC
     if config.train.steps_per_dispatch > 1:
         tokens = np.broadcast_to(tokens, (config.train.steps_per_dispatch, *tokens.shape))
@@ -186,7 +191,7 @@ def main() -> None:
     parser.add_argument("--batch", default="0", help="sequences; 0: the case's own")
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--remat", default="none")
-    parser.add_argument("--unroll", default="0", help="layers; 0: all")
+    parser.add_argument("--scan_unroll", default="0", help="layers; 0: all")
     parser.add_argument("--loss", default="xla")
     parser.add_argument("--loss_chunk", default="0")
     parser.add_argument("--steps_per_dispatch", default="1")
@@ -204,7 +209,7 @@ def main() -> None:
         flags = f"--xla_force_host_platform_device_count={args.devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     machine = bench.machine()
-    numbers = ["batch", "unroll", "loss_chunk", "steps_per_dispatch"]
+    numbers = ["batch", "scan_unroll", "loss_chunk", "steps_per_dispatch"]
     names: list[str] = ["attention", "remat", "dtype", "loss", *numbers]
     lists = [[int(v) if name in numbers else v for v in getattr(args, name).split(",")] for name in names]
     names, lists = [*names, "xla"], [*lists, args.xla.split(";")]

@@ -1,9 +1,9 @@
-"""GPT-2 large, 774,030,080 parameters; data, batch and schedule as in gpt2_small.py.
+"""GPT-2 large, 774,030,080 parameters, with the data, batch and schedule of gpt2_small.py.
 
     python -m gptjax.main --config=configs/gpt2_large.py
 
-Data sources: see the header of gpt2_small.py.
-Peak learning rate: of GPT-3's model of this size (Brown et al. 2020, table 2.1).
+Data sources: see the docstring of gpt2_small.py.
+Peak learning rate: that of GPT-3's model of this size (Brown et al. 2020, table 2.1).
 Expected result and cost: not yet run.
 """
 

@@ -2,21 +2,21 @@
 
     python -m gptjax.main --config=configs/gpt2_small.py
 
-The default data is the source text of Python's standard library, so that this starts anywhere; it is far too little to
-train such a model on. Real data, one of:
+The default data is the source text of Python's standard library, so that the run starts anywhere. It is far too little
+text to train such a model on. Use one of these sources for real training:
 
     FineWeb in llm.c's shards (a folder with fineweb_train_*.bin and fineweb_val_*.bin):
         --config.data.path=DIR --config.data.eot_position=first
-    your own text, a folder of files:
+    your own text, in a folder of files:
         --config.data.source=text:DIR
-    any TFDS data set, downloaded once by prepare:
+    any TFDS data set, which prepare downloads once:
         python -m gptjax.data.prepare --source=tfds:lm1b --tokenizer=gpt2 --out=data/lm1b
         --config.data.path=data/lm1b
 
-On a laptop, to see it move: --config.data.global_batch_size=4 --config.train.num_steps=2
+For a first try on a laptop, add: --config.data.global_batch_size=4 --config.train.num_steps=2
 
-Expected: validation loss about 2.85 on OpenWebText (nanoGPT's figure); with gptjax not yet run to the end.
-Cost: 600,000 steps are 315 billion tokens and 2.7e20 FLOP, about 1 day on one node of 8 H100 at 40 % of peak
+Expected: validation loss about 2.85 on OpenWebText (nanoGPT's figure); gptjax has not yet run it to the end.
+Cost: 600,000 steps are 315 billion tokens and 2.7e20 FLOP, about 1 day on one node of 8 H100 at 40 % MFU
 (computed, not yet run).
 """
 

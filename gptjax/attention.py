@@ -1,4 +1,4 @@
-"""Causal self-attention: one function, several backends, chosen by name or by the device."""
+"""Causal self-attention with several backends, chosen by name or by device."""
 
 import functools
 import math
@@ -6,20 +6,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
+from gptjax.collectives import ONE_DEVICE, Parallel
+from gptjax.dropout import dropout_mask
 from gptjax.errors import ConfigError
-from gptjax.parallel import keep_mask
-from gptjax.sharding import BATCH_AXES
 
 SPLASH_HEAD_WIDTH = 128  # TPU lanes: narrower heads are padded with zeros
-SPLASH_BLOCK = 128
-QUERY_BLOCKS = 4
-SHORTEST_IN_BLOCKS = 128
+SPLASH_BLOCK = 128  # the sequence must be a multiple of this
+LARGEST_SPLASH_BLOCK = 512
+QUERY_BLOCKS = 4  # of plain attention
+SHORTEST_IN_BLOCKS = 128  # positions; shorter sequences are computed in one block
 
 
-def why_not_cudnn(*, platform: str, dtype: jnp.dtype, dropout: float, document_mask: bool, head_width: int) -> str:
-    """Returns the reason why cuDNN's fused attention cannot serve, or ''."""
+def why_not_cudnn(
+    *,
+    platform: str,
+    dtype: jnp.dtype,
+    dropout: float,
+    document_mask: bool,
+    head_width: int,
+) -> str:
+    """Returns the reason why cuDNN's fused attention cannot be used, or ''."""
+    # JAX names the platform of its devices "gpu", and that of a lowering "cuda".
     if platform not in ("gpu", "cuda"):
         return f"cudnn needs an NVIDIA GPU, and the mesh is on {platform}"
     if dtype not in (jnp.bfloat16, jnp.float16):
@@ -33,38 +41,69 @@ def why_not_cudnn(*, platform: str, dtype: jnp.dtype, dropout: float, document_m
     return ""
 
 
-def why_not_splash(*, platform: str, dropout: float, block_size: int) -> str:
-    """Returns the reason why TPU splash attention cannot serve, or ''."""
+def why_not_splash(
+    *,
+    platform: str,
+    dropout: float,
+    block_size: int,
+) -> str:
+    """Returns the reason why TPU splash attention cannot be used, or ''."""
     if platform != "tpu":
         return f"splash needs a TPU, and the mesh is on {platform}"
     if dropout:
         return "splash has no attention dropout, and model.dropout > 0"
+    # The kernel has no partial blocks. Padding T would need a mask of its own.
     if block_size % SPLASH_BLOCK:
         return f"splash needs model.block_size to be a multiple of {SPLASH_BLOCK}, and it is {block_size}"
     return ""
 
 
 def choose_backend(
-    name: str, *, platform: str, dtype: jnp.dtype, dropout: float, document_mask: bool, head_width: int, block_size: int
+    name: str,
+    *,
+    platform: str,
+    dtype: jnp.dtype,
+    dropout: float,
+    document_mask: bool,
+    head_width: int,
+    block_size: int,
 ) -> tuple[str, str]:
-    """Returns (backend, reason): what `name` means on `platform`, and why `auto` chose no fused kernel, or ''.
+    """Returns (backend, reason): the backend that compute.attention=`name` means on `platform`.
+
+    reason: why `auto` chose no fused kernel, or ''.
 
     Raises:
         ConfigError: a backend asked for by name cannot run.
     """
-    reasons = {
-        "xla": "",
-        "cudnn": why_not_cudnn(
-            platform=platform, dtype=dtype, dropout=dropout, document_mask=document_mask, head_width=head_width
-        ),
-        "splash": why_not_splash(platform=platform, dropout=dropout, block_size=block_size),
-    }
+    cudnn_reason = why_not_cudnn(
+        platform=platform,
+        dtype=dtype,
+        dropout=dropout,
+        document_mask=document_mask,
+        head_width=head_width,
+    )
+    splash_reason = why_not_splash(
+        platform=platform,
+        dropout=dropout,
+        block_size=block_size,
+    )
+    reasons = {"xla": "", "cudnn": cudnn_reason, "splash": splash_reason}
     if name != "auto":
         if reasons[name]:
-            raise ConfigError(f"compute.attention={name!r}: {reasons[name]}; try compute.attention='auto'")
+            raise ConfigError(
+                reasons[name],
+                field="compute.attention",
+                value=name,
+                remedy="try compute.attention=auto",
+            )
         return name, ""
-    fused = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(platform, "xla")
-    return ("xla", reasons[fused]) if reasons[fused] else (fused, "")
+    # "auto" never fails, because plain XLA runs everywhere. Platforms not listed below, such as cpu, have no fused
+    # kernel, and so no reason is returned.
+    fused_kernels = {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}
+    fused = fused_kernels.get(platform, "xla")
+    if reasons[fused]:
+        return "xla", reasons[fused]
+    return fused, ""
 
 
 def causal_attention(
@@ -76,92 +115,183 @@ def causal_attention(
     segments_BT: jax.Array | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
+    parallel: Parallel = ONE_DEVICE,
 ) -> jax.Array:
-    """Returns softmax(q k^T / sqrt(H)) v [B, T, N, H], each query over the keys up to its own position.
+    """Returns softmax(q k^T / sqrt(H)) v [B, T, N, H] in q's dtype, each query over the keys up to its own position.
 
-    segments_BT: int32 numbers of documents; a query sees only keys of its own. dropout_key: None means no dropout.
+    q, k, v: [B, T, N, H] in the compute dtype; under tensor parallelism N is the number of local heads.
+    segments_BT: int32 segment ids; a query attends only to keys with its id. dropout_key: None means no dropout.
     """
+    # The fused kernels never write the scores to memory, forward or backward. Both compute the softmax in float32, and
+    # sum in a different order than XLA, so the backends agree only up to rounding.
     if backend == "cudnn":
-        return jax.nn.dot_product_attention(q_BTNH, k_BTNH, v_BTNH, is_causal=True, implementation="cudnn")
+        return jax.nn.dot_product_attention(
+            q_BTNH,
+            k_BTNH,
+            v_BTNH,
+            is_causal=True,
+            implementation="cudnn",
+        )
     if backend == "splash":
-        return _splash(q_BTNH, k_BTNH, v_BTNH, segments_BT)
-    dropping = dropout if dropout_key is not None else 0.0
+        return splash_attention(q_BTNH, k_BTNH, v_BTNH, segments_BT=segments_BT)
+    if dropout_key is None:
+        dropout = 0.0
+    # Queries are taken in blocks, each over the keys up to the block's end. With four blocks 5/8 of all scores are
+    # computed; the other 3/8 would be masked anyway.
     T = q_BTNH.shape[1]
-    # In blocks of queries, each over the keys up to its end: of four, 5/8 of all scores, and 3/8 are masked anyway.
-    size = T // query_blocks(T, dropping)
-    q_BNTH, k_BNTH, v_BNTH = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BTNH, v_BTNH))
+    size = T // query_blocks(T, dropout)
+    q_BNTH = jnp.swapaxes(q_BTNH, 1, 2)
+    k_BNTH = jnp.swapaxes(k_BTNH, 1, 2)
+    v_BNTH = jnp.swapaxes(v_BTNH, 1, 2)
+    # A Python loop, since each block has a different number of keys. Tracing unrolls it.
     parts = []
     for end in range(size, T + 1, size):
-        mask = jnp.tril(jnp.ones((size, end), bool), end - size)[None, None]
+        start = end - size
+        # Query i of the block is at position start + i, so the diagonal is shifted by `start`.
+        all_keys = jnp.ones((size, end), bool)
+        # Without documents the mask is a constant of the program, and XLA fuses it into the softmax.
+        mask = jnp.tril(all_keys, start)[None, None]
         if segments_BT is not None:
-            mask &= segments_BT[:, None, end - size : end, None] == segments_BT[:, None, None, :end]
-        q = q_BNTH[:, :, end - size : end]
-        parts.append(_attend(q, k_BNTH[:, :, :end], v_BNTH[:, :, :end], mask, dropping, dropout_key))
-    return jnp.swapaxes(jnp.concatenate(parts, axis=2), 1, 2)
+            query_segment = segments_BT[:, None, start:end, None]
+            key_segment = segments_BT[:, None, None, :end]
+            mask &= query_segment == key_segment
+        part = _attend(
+            q_BNTH[:, :, start:end],
+            k_BNTH[:, :, :end],
+            v_BNTH[:, :, :end],
+            mask=mask,
+            dropout=dropout,
+            dropout_key=dropout_key,
+            parallel=parallel,
+        )
+        parts.append(part)
+    y_BNTH = jnp.concatenate(parts, axis=2)  # dim 2: queries
+    return jnp.swapaxes(y_BNTH, 1, 2)
 
 
 def query_blocks(positions: int, dropout: float) -> int:
-    """Returns in how many blocks of queries plain attention is computed."""
-    whole = dropout or positions % QUERY_BLOCKS or positions < SHORTEST_IN_BLOCKS
-    return 1 if whole else QUERY_BLOCKS
+    """Returns the number of query blocks of plain attention."""
+    # Dropout hashes an entry's index within the local scores, so query blocks would change the mask.
+    if dropout or positions % QUERY_BLOCKS:
+        return 1
+    if positions < SHORTEST_IN_BLOCKS:
+        return 1
+    return QUERY_BLOCKS
 
 
-def masked_attention(q_BTNH: jax.Array, k_BNSH: jax.Array, v_BNSH: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns attention [B, T, N, H] in plain XLA; mask [B or 1, 1, T, S] is True for seen keys."""
-    return jnp.swapaxes(_attend(jnp.swapaxes(q_BTNH, 1, 2), k_BNSH, v_BNSH, mask), 1, 2)
+def masked_attention(
+    q_BTNH: jax.Array,
+    k_BNSH: jax.Array,
+    v_BNSH: jax.Array,
+    *,
+    mask: jax.Array,
+) -> jax.Array:
+    """Returns plain XLA attention [B, T, N, H] in v's dtype. mask: bool [B or 1, 1, T, S], True for keys to attend to.
+
+    Keys and values have their heads first, [B, N, S, H], as a KV cache stores them.
+    """
+    q_BNTH = jnp.swapaxes(q_BTNH, 1, 2)
+    y_BNTH = _attend(q_BNTH, k_BNSH, v_BNSH, mask=mask)
+    return jnp.swapaxes(y_BNTH, 1, 2)
 
 
 def _attend(
     q_BNTH: jax.Array,
     k_BNSH: jax.Array,
     v_BNSH: jax.Array,
+    *,
     mask: jax.Array,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
+    parallel: Parallel = ONE_DEVICE,
 ) -> jax.Array:
     """Returns attention [B, N, T, H], softmax in float32, heads first.
 
-    The CPU's products of matrices in a batch are twice as fast so, and elsewhere nothing changes.
+    With heads leading, batched matmuls are twice as fast on a CPU; on GPUs and TPUs nothing changes.
     """
     scale = 1 / math.sqrt(q_BNTH.shape[-1])
-    scores_BNTS = jnp.einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, preferred_element_type=jnp.float32) * scale
-    weights_BNTS = jax.nn.softmax(jnp.where(mask, scores_BNTS, jnp.finfo(jnp.float32).min), axis=-1)
-    if dropout and dropout_key is not None:
-        keep = keep_mask(dropout_key, dropout, weights_BNTS.shape)
-        weights_BNTS = jnp.where(keep, weights_BNTS / (1 - dropout), 0.0)
-    return jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS.astype(v_BNSH.dtype), v_BNSH)
-
-
-def _splash(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
-    """Runs the Pallas kernel on each device's own sequences and heads."""
-    if segments_BT is None:
-        segments_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.manual_axes:
-        return splash_on_one_device(q_BTNH, k_BTNH, v_BTNH, segments_BT)
-    heads = P(BATCH_AXES, None, "tensor", None)
-    sharded = jax.shard_map(
-        splash_on_one_device, in_specs=(heads, heads, heads, P(BATCH_AXES, None)), out_specs=heads, check_vma=False
+    # preferred_element_type: bfloat16 inputs are accumulated in float32, and the softmax gets float32 scores.
+    scores_BNTS = jnp.einsum(
+        "BNTH,BNSH->BNTS",
+        q_BNTH,
+        k_BNSH,
+        preferred_element_type=jnp.float32,
     )
-    return sharded(q_BTNH, k_BTNH, v_BTNH, segments_BT)
+    # The scale is applied after the matmul, in float32. Splash attention below scales q before it.
+    scores_BNTS = scores_BNTS * scale
+    # The lowest finite value, not -inf, because a fully masked row would be NaN. A masked score's weight is exactly 0.
+    masked_BNTS = jnp.where(mask, scores_BNTS, jnp.finfo(jnp.float32).min)
+    weights_BNTS = jax.nn.softmax(masked_BNTS, axis=-1)
+    if dropout and dropout_key is not None:
+        keep = dropout_mask(dropout_key, dropout, weights_BNTS.shape, parallel=parallel)
+        # Applied to the normalised weights, as in GPT-2: a row's sum is 1 in expectation only.
+        scaled_BNTS = weights_BNTS / (1 - dropout)
+        weights_BNTS = jnp.where(keep, scaled_BNTS, 0.0)
+    # The second matmul needs both inputs in the same dtype.
+    weights_BNTS = weights_BNTS.astype(v_BNSH.dtype)
+    return jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH)
 
 
-def splash_on_one_device(
-    q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, segments_BT: jax.Array, *, interpret: bool = False
+def splash_attention(
+    q_BTNH: jax.Array,
+    k_BTNH: jax.Array,
+    v_BTNH: jax.Array,
+    *,
+    segments_BT: jax.Array | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
-    """Returns TPU splash attention [B, T, N, H] of one device's part, heads padded to the kernel's width."""
+    """Returns TPU splash attention [B, T, N, H] on one device, heads padded to the kernel's width.
+
+    q, k, v: [B, T, N, H]. segments_BT: int32, as in causal_attention. interpret: use Pallas's interpret mode, which
+    runs on any platform.
+
+    On a mesh it must run under shard_map: XLA cannot partition a Pallas kernel.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # TPU only, and slow to import
 
+    if segments_BT is None:
+        segments_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32)  # one document per row
     T, N, H = q_BTNH.shape[1:]
-    width = -(-H // SPLASH_HEAD_WIDTH) * SPLASH_HEAD_WIDTH
-    block = math.gcd(T, 512)
+    # All blocks have one size, which divides T: choose_backend has checked that T is a multiple of SPLASH_BLOCK.
+    block = math.gcd(T, LARGEST_SPLASH_BLOCK)
     sizes = splash.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
-        block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
-    )  # fmt: skip
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    # Causal blocks above the diagonal are skipped; the segment ids below mask within the others.
     mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * N)
-    kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
-    pad = functools.partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, 0), (0, width - H)))
-    q, k, v = (jnp.moveaxis(pad(x), 2, 1) for x in (q_BTNH / math.sqrt(H), k_BTNH, v_BTNH))
-    y: Any = jax.vmap(lambda q, k, v, s: kernel(q, k, v, splash.SegmentIds(s, s)))(q, k, v, segments_BT)
-    return jnp.moveaxis(y, 1, 2)[..., :H]
+    kernel = splash.make_splash_mha_single_device(
+        mask,
+        block_sizes=sizes,
+        interpret=interpret,
+    )
+    # Heads are padded with zeros. These add nothing to q k^T, and the extra columns of y are dropped at the end. q is
+    # scaled by the unpadded width, because the kernel does not scale.
+    # -(-a // b) rounds up.
+    width = -(-H // SPLASH_HEAD_WIDTH) * SPLASH_HEAD_WIDTH
+    padding = ((0, 0), (0, 0), (0, 0), (0, width - H))
+    pad = functools.partial(jnp.pad, pad_width=padding)
+    q_BTNH = q_BTNH / math.sqrt(H)
+    q_BNTH = jnp.moveaxis(pad(q_BTNH), 2, 1)
+    k_BNTH = jnp.moveaxis(pad(k_BTNH), 2, 1)
+    v_BNTH = jnp.moveaxis(pad(v_BTNH), 2, 1)
+
+    # The kernel takes one sequence, [N, T, H]; vmap adds the batch as a dimension of its grid.
+    def attend(
+        q_NTH: jax.Array,
+        k_NTH: jax.Array,
+        v_NTH: jax.Array,
+        segments_T: jax.Array,
+    ) -> Any:
+        segment_ids = splash.SegmentIds(segments_T, segments_T)
+        return kernel(q_NTH, k_NTH, v_NTH, segment_ids)
+
+    y_BNTH = jax.vmap(attend)(q_BNTH, k_BNTH, v_BNTH, segments_BT)
+    y_BTNH = jnp.moveaxis(y_BNTH, 1, 2)
+    return y_BTNH[..., :H]

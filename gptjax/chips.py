@@ -1,74 +1,204 @@
-"""What the accelerators can do, in one table: matrix units, memory, links; and the slices that there are of them."""
+"""Accelerator data sheet (matmul peaks, memory, links), and the available slice shapes."""
 
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from gptjax.errors import ConfigError
+from gptjax.gpu_memory import planned_fraction
 
-GB, GIB = 1e9, 2.0**30
+GB = 1e9  # data sheets of GPUs and of bandwidths
+GIB = 2.0**30  # TPU documentation
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Figures of one chip, at its data sheet's best; bytes and seconds."""
+    """Peak figures of one chip from its data sheet, in bytes and seconds."""
 
-    kind: str  # how JAX's device_kind begins
+    kind: str  # a prefix of JAX's device_kind
     peak_flops: float  # dense bfloat16 FLOP/s
     memory_bytes: float
     memory_bandwidth: float  # bytes/s
-    link_bandwidth: float  # bytes/s of one link, one way
-    links: int  # to other chips: two for each dimension of a torus; 1 where a switch connects all
-    network_bandwidth: float  # bytes/s to other slices or nodes, one way, a chip's share of its host's
+    link_bandwidth: float  # bytes/s per link and direction
+    links: int  # to other chips: two for each dimension of a torus; 1 to a switch
+    network_bandwidth: float  # bytes/s per direction to other slices or nodes: the chip's share of its host's
+
+    @property
+    def run_bytes(self) -> float:
+        """The memory available to a run, if nothing else uses the chip."""
+        if self.kind.startswith("NVIDIA"):
+            return self.memory_bytes * planned_fraction()
+        return self.memory_bytes
 
 
-# Sources. TPU: Google Cloud's documentation, "System architecture" of v4, v5e, v5p and v6e, read on 2026-11-24; a
-# chip's bidirectional ICI bandwidth there is 2 x links x link_bandwidth. Data center network: v5p says 50 Gbit/s a
-# chip, v5e and v6e 6.4 and 25.6 Tbit/s for 256 chips; v4 says nothing, v5p's is taken. GPU: NVIDIA's data sheets of
-# A100 40 and 80 GB, H100 SXM, H200, B200 (NVLink, one direction); the network is taken as one port of 400 Gbit/s a GPU
-# (A100: 200), as in DGX systems.
+# TPU figures are from Google Cloud's documentation, "System architecture" of v4, v5e, v5p and v6e, read on 2026-11-24.
+# It gives a chip's bidirectional ICI bandwidth, which is 2 x links x link_bandwidth. For the data-center network it
+# gives 50 Gbit/s per chip for v5p, and 6.4 and 25.6 Tbit/s per 256 chips for v5e and v6e. It gives none for v4, for
+# which the table repeats v5p's.
+# GPU figures are from NVIDIA's data sheets of A100 40 and 80 GB, H100 SXM, H200 and B200 (NVLink, one direction). The
+# network is assumed to have one port of 400 Gbit/s per GPU (A100: 200), as in DGX systems.
 CHIPS = (
-    Chip("TPU v4", 275e12, 32 * GIB, 1228 * GB, 50 * GB, 6, 6.25 * GB),
-    Chip("TPU v5 lite", 197e12, 16 * GIB, 819 * GB, 50 * GB, 4, 3.125 * GB),
-    Chip("TPU v5", 459e12, 95 * GIB, 2765 * GB, 100 * GB, 6, 6.25 * GB),  # v5p
-    Chip("TPU v6 lite", 918e12, 32 * GIB, 1638 * GB, 100 * GB, 4, 12.5 * GB),
-    Chip("NVIDIA A100-SXM4-40GB", 312e12, 40 * GB, 1555 * GB, 300 * GB, 1, 25 * GB),
-    Chip("NVIDIA A100", 312e12, 80 * GB, 2039 * GB, 300 * GB, 1, 25 * GB),
-    Chip("NVIDIA H100", 989e12, 80 * GB, 3350 * GB, 450 * GB, 1, 50 * GB),
-    Chip("NVIDIA H200", 989e12, 141 * GB, 4800 * GB, 450 * GB, 1, 50 * GB),
-    Chip("NVIDIA B200", 2250e12, 180 * GB, 7700 * GB, 900 * GB, 1, 50 * GB),
+    Chip(
+        kind="TPU v4",
+        peak_flops=275e12,
+        memory_bytes=32 * GIB,
+        memory_bandwidth=1228 * GB,
+        link_bandwidth=50 * GB,
+        links=6,  # a 3D torus
+        network_bandwidth=6.25 * GB,
+    ),
+    Chip(
+        kind="TPU v5 lite",
+        peak_flops=197e12,
+        memory_bytes=16 * GIB,
+        memory_bandwidth=819 * GB,
+        link_bandwidth=50 * GB,
+        links=4,
+        network_bandwidth=3.125 * GB,
+    ),
+    Chip(
+        kind="TPU v5",  # v5p; find_chip meets the longer "TPU v5 lite" first
+        peak_flops=459e12,
+        memory_bytes=95 * GIB,
+        memory_bandwidth=2765 * GB,
+        link_bandwidth=100 * GB,
+        links=6,
+        network_bandwidth=6.25 * GB,
+    ),
+    Chip(
+        kind="TPU v6 lite",
+        peak_flops=918e12,
+        memory_bytes=32 * GIB,
+        memory_bandwidth=1638 * GB,
+        link_bandwidth=100 * GB,
+        links=4,
+        network_bandwidth=12.5 * GB,
+    ),
+    Chip(
+        kind="NVIDIA A100-SXM4-40GB",
+        peak_flops=312e12,
+        memory_bytes=40 * GB,
+        memory_bandwidth=1555 * GB,
+        link_bandwidth=300 * GB,
+        links=1,
+        network_bandwidth=25 * GB,
+    ),
+    Chip(
+        kind="NVIDIA A100",
+        peak_flops=312e12,
+        memory_bytes=80 * GB,
+        memory_bandwidth=2039 * GB,
+        link_bandwidth=300 * GB,
+        links=1,
+        network_bandwidth=25 * GB,
+    ),
+    Chip(
+        kind="NVIDIA H100",
+        peak_flops=989e12,
+        memory_bytes=80 * GB,
+        memory_bandwidth=3350 * GB,
+        link_bandwidth=450 * GB,
+        links=1,
+        network_bandwidth=50 * GB,
+    ),
+    Chip(
+        kind="NVIDIA H200",
+        peak_flops=989e12,
+        memory_bytes=141 * GB,
+        memory_bandwidth=4800 * GB,
+        link_bandwidth=450 * GB,
+        links=1,
+        network_bandwidth=50 * GB,
+    ),
+    Chip(
+        kind="NVIDIA B200",
+        peak_flops=2250e12,
+        memory_bytes=180 * GB,
+        memory_bandwidth=7700 * GB,
+        link_bandwidth=900 * GB,
+        links=1,
+        network_bandwidth=50 * GB,
+    ),
 )
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """Returns the chip of JAX's device_kind, None if the table has none."""
+    """Returns the chip of JAX's device_kind, None if it is not in the table."""
     return next((chip for chip in CHIPS if device_kind.startswith(chip.kind)), None)
 
 
+def peak_flops(device: Any) -> float:
+    """Returns the peak bfloat16 FLOP/s of a device, or nan where it is not known."""
+    chip = find_chip(device.device_kind)
+    return chip.peak_flops if chip else math.nan
+
+
 def device_memory(device: Any) -> float:
-    """Returns the bytes of an accelerator's memory: what it says itself, or the table for one that is not there."""
+    """Returns the bytes of an accelerator that a run may use: JAX's limit, or the table's for a virtual device."""
     try:
         stats = device.memory_stats() or {}
-    except RuntimeError:  # of a topology: gptjax.plan compiles for chips that are elsewhere
+    except RuntimeError:  # a virtual device: gptjax.plan compiles for chips that this machine does not have
         stats = {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
     chip = find_chip(getattr(device, "device_kind", ""))
-    return stats.get("bytes_limit", chip.memory_bytes if chip else math.inf)
+    return chip.run_bytes if chip else math.inf
 
 
-# What XLA must know of a GPU to compile for it, from NVIDIA's data sheets and the CUDA programming guide's table of
-# compute capabilities: capability, multiprocessors, float32 lanes and KiB of shared memory of each, MiB of L2, GHz.
+class GpuTarget(NamedTuple):
+    """The properties of a GPU by which XLA chooses and tunes kernels."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    float32_lanes: int  # per multiprocessor
+    shared_kib: int  # per multiprocessor
+    l2_mib: int
+    clock_ghz: float
+
+
+# Sources: NVIDIA's data sheets, and the CUDA programming guide's table of compute capabilities.
 TARGETS = {
-    "NVIDIA A100": ((8, 0), 108, 64, 164, 40, 1.41),
-    "NVIDIA H100": ((9, 0), 132, 128, 228, 50, 1.98),
-    "NVIDIA H200": ((9, 0), 132, 128, 228, 50, 1.98),
-    "NVIDIA B200": ((10, 0), 148, 128, 228, 126, 1.965),
+    "NVIDIA A100": GpuTarget(
+        capability=(8, 0),
+        multiprocessors=108,
+        float32_lanes=64,
+        shared_kib=164,
+        l2_mib=40,
+        clock_ghz=1.41,
+    ),
+    "NVIDIA H100": GpuTarget(
+        capability=(9, 0),
+        multiprocessors=132,
+        float32_lanes=128,
+        shared_kib=228,
+        l2_mib=50,
+        clock_ghz=1.98,
+    ),
+    "NVIDIA H200": GpuTarget(
+        capability=(9, 0),
+        multiprocessors=132,
+        float32_lanes=128,
+        shared_kib=228,
+        l2_mib=50,
+        clock_ghz=1.98,
+    ),
+    "NVIDIA B200": GpuTarget(
+        capability=(10, 0),
+        multiprocessors=148,
+        float32_lanes=128,
+        shared_kib=228,
+        l2_mib=126,
+        clock_ghz=1.965,
+    ),
 }
 
 
 def gpu_target(chip: Chip) -> str:
-    """Returns XLA's description of a GPU (a GpuTargetConfigProto, as text), to compile for without one."""
-    (major, minor), cores, lanes, shared, cache, clock = TARGETS[chip.kind]
+    """Returns XLA's description of a GPU, a GpuTargetConfigProto as text, to compile for it on any machine."""
+    target = TARGETS[chip.kind]
+    major, minor = target.capability
+    # From Hopper on XLA compiles for sm_90a, sm_100a, ...: with the instructions of this one architecture.
     feature = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
     return f"""
         platform_name: "CUDA"
@@ -80,22 +210,23 @@ def gpu_target(chip: Chip) -> str:
             cuda_compute_capability {{ major: {major} minor: {minor} {feature} }}
             driver_version: "13.0.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0"
             dnn_version: "9.10.0"
-            core_count: {cores} fpus_per_core: {lanes} clock_rate_ghz: {clock}
+            core_count: {target.multiprocessors} fpus_per_core: {target.float32_lanes}
+            clock_rate_ghz: {target.clock_ghz}
             threads_per_core_limit: 2048 threads_per_block_limit: 1024 threads_per_warp: 32
             thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
             block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
             registers_per_core_limit: 65536 registers_per_block_limit: 65536
-            shared_memory_per_core: {shared * 1024} shared_memory_per_block: {48 * 1024}
-            shared_memory_per_block_optin: {(shared - 1) * 1024}
-            l2_cache_size: {cache * 2**20} device_address_bits: 64 ecc_enabled: true
+            shared_memory_per_core: {target.shared_kib * 1024} shared_memory_per_block: {48 * 1024}
+            shared_memory_per_block_optin: {(target.shared_kib - 1) * 1024}
+            l2_cache_size: {target.l2_mib * 2**20} device_address_bits: 64 ecc_enabled: true
             device_memory_size: {int(chip.memory_bytes)} memory_bandwidth: {int(chip.memory_bandwidth)}
         }}"""
 
 
 TPUS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
 GPUS = {"a100": "NVIDIA A100", "h100": "NVIDIA H100", "h200": "NVIDIA H200", "b200": "NVIDIA B200"}
-# Slices that Google Cloud offers (its documentation of each version, read on 2026-11-24); of 3D ones the larger are
-# whole cubes of 4 x 4 x 4, of which 2,048 chips are the most here.
+# Slices that Google Cloud offers, by its documentation of each version, read on 2026-11-24. The larger 3D slices
+# consist of full cubes of 4 x 4 x 4; those of more than 2,048 chips are left out.
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 SLICES = {"v4": CUBIC, "v5e": FLAT, "v5p": CUBIC, "v6e": FLAT}
@@ -103,54 +234,93 @@ SLICES = {"v4": CUBIC, "v5e": FLAT, "v5p": CUBIC, "v6e": FLAT}
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """What --topology names."""
+    """The devices that --topology and --slices describe."""
 
     kind: str  # v5e, h100, ...
-    shape: str  # 4x4; of GPUs, how many a node has
-    slices: int
+    shape: str  # of a slice, such as 4x4; for GPUs the number per node
+    slices: int  # for GPUs the number of nodes
     chip: Chip
 
     @property
     def devices(self) -> int:
-        return self.slices * math.prod(map(int, self.shape.split("x")))
+        """The number of devices in all slices or nodes."""
+        return self.slices * _chips_of(self.shape)
 
     @property
     def is_tpu(self) -> bool:
+        """Whether the chips are TPUs; otherwise they are GPUs."""
         return self.chip.kind.startswith("TPU")
 
     @property
+    def memory_bytes(self) -> float:
+        """The memory available to a run on each chip; on this machine JAX has subtracted its own share already."""
+        return self.chip.memory_bytes if self.is_local else self.chip.run_bytes
+
+    @property
     def is_local(self) -> bool:
+        """Whether the devices are those of this machine."""
         return self.kind == "local"
 
     def __str__(self) -> str:
-        return f"{self.slices} x {self.kind}:{self.shape}" if self.slices > 1 else f"{self.kind}:{self.shape}"
+        name = f"{self.kind}:{self.shape}"
+        return f"{self.slices} x {name}" if self.slices > 1 else name
+
+
+def _chips_of(shape: str) -> int:
+    """Returns the number of chips of a shape such as 4x4; 0 if it is not one."""
+    size = "[1-9][0-9]{0,5}"  # few digits, so that the ratio of two shapes is a float
+    if not re.fullmatch(f"{size}(x{size}){{0,2}}", shape):
+        return 0
+    return math.prod(map(int, shape.split("x")))
 
 
 def parse_topology(text: str, slices: int) -> Topology:
-    """Returns the topology that `text` names.
+    """Returns the topology of --topology=`text`, such as v5e:4x4 or h100:8.
 
     Raises:
-        ConfigError: there is none of that name; the nearest ones are told.
+        ConfigError: the chip or the slice does not exist; the message names the nearest ones.
     """
     kind, _, shape = text.partition(":")
     kinds = TPUS | GPUS
     if kind not in kinds:
-        raise ConfigError(f"--topology={text}: no such chip; known: {', '.join(kinds)}, as in v5e:4x4 or h100:8")
+        raise ConfigError(
+            "no such chip",
+            field="--topology",
+            value=text,
+            remedy=f"known: {', '.join(kinds)}, as in v5e:4x4 or h100:8",
+        )
     chip = find_chip(kinds[kind])
     assert chip is not None, kind
-    count = math.prod(map(int, shape.split("x"))) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) else 0
     if kind in GPUS:
-        if not shape.isdigit() or not count:
-            raise ConfigError(f"--topology={text}: expected {kind}:N, GPUs in a node; more nodes by --slices")
+        if "x" in shape or not _chips_of(shape):
+            raise ConfigError(
+                f"expected {kind}:N, the number of GPUs per node",
+                field="--topology",
+                value=text,
+                remedy="for more nodes add --slices",
+            )
     elif shape not in SLICES[kind]:
-        by_distance = sorted(
-            SLICES[kind], key=lambda s: abs(math.log(math.prod(map(int, s.split("x"))) / (count or 16)))
+        raise ConfigError(
+            "no such slice",
+            field="--topology",
+            value=text,
+            remedy=f"nearest: {', '.join(_nearest_slices(kind, shape))}",
         )
-        near = ", ".join(f"{kind}:{s}" for s in by_distance[:3])
-        raise ConfigError(f"--topology={text}: no such slice; nearest: {near}")
     return Topology(kind, shape, slices, chip)
 
 
+def _nearest_slices(kind: str, shape: str) -> list[str]:
+    """Returns the three slices whose number of chips is nearest to that of `shape`, by ratio."""
+    wanted = _chips_of(shape) or 16
+
+    def distance(offered: str) -> float:
+        return abs(math.log(_chips_of(offered) / wanted))
+
+    by_distance = sorted(SLICES[kind], key=distance)
+    return [f"{kind}:{offered}" for offered in by_distance[:3]]
+
+
 def local_topology(chip: Chip, devices: int, slices: int) -> Topology:
-    """Returns the topology of so many devices that are here, of one kind."""
-    return Topology("local", str(devices // slices), slices, chip)
+    """Returns the topology of this machine's `devices` devices; chip.memory_bytes must be JAX's limit per device."""
+    per_slice = devices // slices
+    return Topology("local", str(per_slice), slices, chip)

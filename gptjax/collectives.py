@@ -1,188 +1,300 @@
-"""The step cut by hand: what each device computes on its own parts, and what it sends to the others.
+"""Manual parallelism under shard_map: FSDP, tensor and sequence parallelism, and their collectives.
 
-Each shard of the batch computes on its own sequences, gathers weights where it needs them, and sums gradients when, and
-in the dtype, that it is told. `tensor` cuts heads, MLP width and vocabulary, and between the products the positions of
-each sequence: what enters a product is gathered, what leaves it is summed and cut again. Source: Korthikanti et al.
-2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2. Outside of a step cut so, all of
-this does nothing.
+Each device computes on its own sequences. It all-gathers a layer's weights where they are used, and reduce-scatters
+their gradients in `reduce_dtype`. `tensor` shards heads, MLP width and vocabulary. Between matmuls it shards positions:
+an all-gather comes before a column-parallel matmul, and a reduce-scatter after a row-parallel one. Source: Korthikanti
+et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4.2.
+
+Every function takes a `Parallel`. Along a mesh axis of size 1 it sends nothing.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.random import threefry_2x32
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import KeyPath
+from jax.typing import DTypeLike
 
-from gptjax.sharding import AXES, BATCH_AXES, TABLES, param_spec, path_name
+from gptjax.params import PyTree, find
+from gptjax.sharding import AXES, BATCH_AXES, param_spec, path_name
 
 LANES = 128  # of a TPU's tile
+Groups = list[list[int]] | None  # axis_index_groups of a collective; None means all devices in one group
 
 
-def on_each_shard(function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """Returns `function` run by each device on its own parts; just `function` where there is one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return function
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """The parallelism of a program under shard_map. The default: one device, or a program that XLA partitions."""
+
+    mesh: Mesh | None = None
+    dtype: jnp.dtype = jnp.dtype(jnp.float32)  # of weights and activations that are sent
+    reduce_dtype: jnp.dtype = jnp.dtype(jnp.float32)  # of sums of weight gradients over devices
+    # Collectives over all devices of a TPU slice take two stages: in one stage, XLA sends twice the bytes.
+    two_stage_collectives: bool = False
+
+    @property
+    def fsdp(self) -> int:
+        """The number of devices along `fsdp`."""
+        return self.size("fsdp")
+
+    @property
+    def tensor(self) -> int:
+        """The number of devices along `tensor`."""
+        return self.size("tensor")
+
+    def size(self, axis: str) -> int:
+        """Returns how many devices the mesh has along `axis`."""
+        if self.mesh is None:
+            return 1
+        return self.mesh.shape[axis]
+
+    def axes(self, names: Iterable[str] = AXES) -> tuple[str, ...]:
+        """Returns the mesh axes among `names` that have more than one device."""
+        # Axes of size 1 are left out everywhere, so that one device runs a program without collectives.
+        return tuple(name for name in names if self.size(name) > 1)
 
 
-def param_specs(params: Any) -> Any:
-    """Returns the PartitionSpec of each parameter, outside of a mesh that of none."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return P()
-    return jax.tree.map_with_path(lambda path, _: param_spec(path_name(path)), params)
+ONE_DEVICE = Parallel()
 
 
-def _cut(axes: Iterable[str] = AXES) -> tuple[str, ...]:
-    """Returns along which of `axes` the code that runs here is one shard of several; () outside of a step."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return tuple(axis for axis in axes if axis in mesh.manual_axes and mesh.shape[axis] > 1)
+def data_parallel_index(parallel: Parallel) -> jax.typing.ArrayLike:
+    """Returns the index of this device's shard of the batch, an int32 scalar, in the order of its sequences."""
+    axes = parallel.axes(BATCH_AXES)
+    if not axes:
+        return 0
+    return jax.lax.axis_index(axes)  # row-major, as BATCH_SPEC shards dim 1 over both axes
 
 
-def shard_index() -> jax.typing.ArrayLike:
-    """Returns which shard of the batch this is, in the order of its sequences; 0 where it is not cut by hand."""
-    return jax.lax.axis_index(_cut(BATCH_AXES)) if _cut(BATCH_AXES) else 0
+def tensor_parallel_index(parallel: Parallel) -> jax.typing.ArrayLike:
+    """Returns the index of this device's shard of heads, MLP width, vocabulary and positions, an int32 scalar."""
+    # Outside of shard_map axis_index fails, because no axis is manual there.
+    if parallel.tensor == 1:
+        return 0
+    return jax.lax.axis_index("tensor")
 
 
-def tensor_index() -> jax.typing.ArrayLike:
-    """Returns which part of heads, MLP width, vocabulary and positions this is; 0 where they are not cut by hand."""
-    return jax.lax.axis_index("tensor") if _cut(["tensor"]) else 0
+def local_sequence(
+    x: jax.Array,
+    parallel: Parallel,
+) -> jax.Array:
+    """Returns this device's shard of the positions: of x [B, T, ...] it is [B, T / tensor, ...], in x's dtype."""
+    if parallel.tensor == 1:
+        return x
+    size = x.shape[1] // parallel.tensor
+    # The index is traced, so this is a dynamic slice; its transpose is a dynamic update of zeros, and sends nothing.
+    start = tensor_parallel_index(parallel) * size
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
 
-def tensor_parts() -> int:
-    """Returns in how many parts heads, MLP width, vocabulary and positions are cut by hand here."""
-    return jax.sharding.get_abstract_mesh().shape["tensor"] if _cut(["tensor"]) else 1
+# all_gather and psum_scatter are each other's transpose, so in the backward pass the two functions below change places.
+# Both keep the dtype of x, so activations are sent and summed in the compute dtype.
+def all_gather_sequence(
+    x: jax.Array,
+    parallel: Parallel,
+) -> jax.Array:
+    """All-gathers the positions over `tensor`: from [B, T / tensor, ...] to [B, T, ...], in x's dtype.
+
+    Its transpose is a reduce-scatter.
+    """
+    if parallel.tensor == 1:
+        return x
+    return jax.lax.all_gather(x, "tensor", axis=1, tiled=True)
 
 
-def own_positions(x: jax.Array) -> jax.Array:
-    """Returns this device's part of the positions, dim 1, of `x`."""
-    size = x.shape[1] // tensor_parts()
-    return jax.lax.dynamic_slice_in_dim(x, tensor_index() * size, size, axis=1) if tensor_parts() > 1 else x
+def reduce_scatter_sequence(
+    x: jax.Array,
+    parallel: Parallel,
+) -> jax.Array:
+    """Sums x [B, T, ...] over `tensor` and keeps this device's positions: [B, T / tensor, ...], in x's dtype.
+
+    Its transpose is an all-gather.
+    """
+    if parallel.tensor == 1:
+        return x
+    return jax.lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True)
 
 
-def gather_positions(x: jax.Array) -> jax.Array:
-    """Returns `x` with all positions, dim 1, of which each device has a part; backward, their sum is cut."""
-    return jax.lax.all_gather(x, "tensor", axis=1, tiled=True) if tensor_parts() > 1 else x
+def logsumexp_over_tensor(
+    log_BT: jax.Array,
+    parallel: Parallel,
+) -> jax.Array:
+    """Returns log(sum over `tensor` of exp(log_BT)) for this device's positions: float32 [B, T / tensor].
 
-
-def sum_positions(x: jax.Array) -> jax.Array:
-    """Returns this device's part of the positions, dim 1, of the sum of `x` over `tensor`; backward, it is gathered."""
-    return jax.lax.psum_scatter(x, "tensor", scatter_dimension=1, tiled=True) if tensor_parts() > 1 else x
-
-
-def summed_product(*operands: Any, **how: Any) -> jax.Array:
-    """Returns jax.lax.dot_general of a kernel cut by rows, summed; nn.Dense adds its bias to it after that."""
-    return sum_positions(jax.lax.dot_general(*operands, **how))
-
-
-def sum_of_logs(log_BT: jax.Array) -> jax.Array:
-    """Returns log(sum over `tensor` of exp(log_BT)) of this device's positions."""
-    if tensor_parts() == 1:
+    log_BT: float32 [B, T], all positions, each over this device's part of the vocabulary.
+    """
+    if parallel.tensor == 1:
         return log_BT
-    top_BT = jax.lax.pmax(jax.lax.stop_gradient(log_BT), "tensor")
-    return own_positions(top_BT) + jnp.log(sum_positions(jnp.exp(log_BT - top_BT)))
+    # The maximum only prevents overflow of exp. It cancels out, so no gradient is needed; JAX has none for pmax.
+    constant_BT = jax.lax.stop_gradient(log_BT)
+    top_BT = jax.lax.pmax(constant_BT, "tensor")
+    scaled_BT = jnp.exp(log_BT - top_BT)
+    sum_BT = reduce_scatter_sequence(scaled_BT, parallel)
+    return local_sequence(top_BT, parallel) + jnp.log(sum_BT)
 
 
-def gathers() -> bool:
-    """Returns whether weights are cut here and must be gathered."""
-    return bool(_cut(["fsdp"]))
+def all_gather_embeddings(params: PyTree, parallel: Parallel) -> PyTree:
+    """All-gathers the embedding tables in a parameter tree over `fsdp`: sent in `dtype`, returned in float32.
 
-
-def gather_tables(params: Any, *, dtype: Any, two_stages: bool) -> Any:
-    """Returns parameters with the tables whole along the model width: they travel in `dtype` and stay float32.
-
-    Backward, what lookup and head gave as a table's gradient has been summed, and is reduced in float32.
+    In the backward pass their gradients are reduce-scattered in float32.
     """
-    how = {"dtype": dtype, "out_dtype": jnp.float32, "reduce_dtype": jnp.float32, "two_stages": two_stages}
+    if not parallel.axes():
+        return params
 
-    def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+    def gather(
+        path: KeyPath,
+        leaf: jax.Array,
+    ) -> jax.Array:
         name = path_name(path)
-        return _gather(leaf, param_spec(name), **how) if name in TABLES else leaf
+        if find(name).role != "table":
+            return leaf
+        # Called even if `fsdp` is 1: nothing is sent, but the table is rounded to `dtype`, as if `fsdp` were larger.
+        return _all_gather(
+            leaf,
+            param_spec(name),
+            out_dtype=jnp.float32,
+            reduce_dtype=jnp.float32,
+            parallel=parallel,
+        )
 
-    return jax.tree.map_with_path(whole, params) if _cut() else params
+    return jax.tree.map_with_path(gather, params)
 
 
-def gather_layer(layer: Any, *, dtype: Any, reduce_dtype: Any, two_stages: bool) -> Any:
-    """Returns one layer's parameters with the weights whole along the model width, in `dtype`.
+def all_gather_layer(layer: PyTree, parallel: Parallel) -> PyTree:
+    """All-gathers one layer's weights over `fsdp`, in `dtype`.
 
-    Backward, their gradients are summed over the shards in `reduce_dtype`, and each shard keeps its part.
+    In the backward pass their gradients are reduce-scattered in `reduce_dtype`: each device gets its shard of the sum.
     """
-    how = {"dtype": dtype, "out_dtype": dtype, "reduce_dtype": reduce_dtype, "two_stages": two_stages}
+    if parallel.fsdp == 1:
+        return layer
 
-    def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        spec = P(*param_spec(f"h/{path_name(path)}")[1:])  # a layer has no leading L
-        return _gather(leaf, spec, **how) if "fsdp" in spec else leaf
+    def gather(
+        path: KeyPath,
+        leaf: jax.Array,
+    ) -> jax.Array:
+        stacked_spec = param_spec(f"h/{path_name(path)}")
+        # `path` is relative to the layer. params.py has the path in the stack, which begins with "h/".
+        spec = P(*stacked_spec[1:])  # the scan has taken one layer: no leading L
+        if "fsdp" not in spec:
+            return leaf  # biases and LayerNorms are replicated
+        return _all_gather(
+            leaf,
+            spec,
+            out_dtype=parallel.dtype,
+            reduce_dtype=parallel.reduce_dtype,
+            parallel=parallel,
+        )
 
-    return jax.tree.map_with_path(whole, layer)
+    return jax.tree.map_with_path(gather, layer)
 
 
-def _gather(x: jax.Array, spec: P, *, dtype: Any, out_dtype: Any, reduce_dtype: Any, two_stages: bool) -> jax.Array:
-    if not gathers():
-        rounded = lambda _, x: x.astype(dtype).astype(out_dtype)  # noqa: E731
-        return jax.custom_derivatives.linear_call(rounded, lambda _, g: g, None, x)
-    dim, count = spec.index("fsdp"), jax.sharding.get_abstract_mesh().shape["fsdp"]
-    leading = (x.shape[dim], *x.shape[:dim], *x.shape[dim + 1 :])
-    # What travels is cut along a dim that no tile of memory spans: else XLA makes sums of twice the bytes of it.
-    tiles, stages = (-1, math.gcd(x.size, LANES)), _stages(count) if two_stages else [None]
+def _all_gather(
+    x: jax.Array,
+    spec: P,
+    *,
+    out_dtype: DTypeLike,
+    reduce_dtype: DTypeLike,
+    parallel: Parallel,
+) -> jax.Array:
+    dtype = parallel.dtype
+    count = parallel.fsdp
+    if count == 1:
+        # Only tables come here. They are rounded as if they had been sent, so that meshes with and without `fsdp`
+        # compute the same. Their gradient is not rounded.
+        return jax.custom_derivatives.linear_call(
+            lambda _, x: x.astype(dtype).astype(out_dtype),
+            lambda _, g: g,
+            None,
+            x,
+        )
+    dim = spec.index("fsdp")
+    other_dims = (*x.shape[:dim], *x.shape[dim + 1 :])
+    shard_shape = (x.shape[dim], *other_dims)  # the sharded dim moved to the front
+    # Sent as [devices, rows, 128]: if a shard ended within a TPU tile, XLA would use an all-reduce of twice the bytes.
+    tiles = (-1, math.gcd(x.size, LANES))
+    stages: list[Groups] = [None]
+    if parallel.two_stage_collectives:
+        stages = _stages(count)
 
-    def whole(_: None, x: jax.Array) -> jax.Array:
-        parts = jnp.moveaxis(x.astype(dtype), dim, 0).reshape(1, *tiles)
+    # The casts come before the collectives: the links carry `dtype` and `reduce_dtype`.
+    def gather(
+        _: None,
+        x: jax.Array,
+    ) -> jax.Array:
+        leading = jnp.moveaxis(x.astype(dtype), dim, 0)
+        parts = leading.reshape(1, *tiles)
         for groups in reversed(stages):
             parts = jax.lax.all_gather(parts, "fsdp", tiled=True, axis_index_groups=groups)
-        return jnp.moveaxis(parts.reshape(-1, *leading[1:]), 0, dim).astype(out_dtype)
+        gathered = parts.reshape(-1, *other_dims)
+        return jnp.moveaxis(gathered, 0, dim).astype(out_dtype)
 
-    def scatter(_: None, g: jax.Array) -> jax.Array:
-        parts = jnp.moveaxis(g.astype(reduce_dtype), dim, 0).reshape(count, *tiles)
+    def scatter(
+        _: None,
+        g: jax.Array,
+    ) -> jax.Array:
+        leading = jnp.moveaxis(g.astype(reduce_dtype), dim, 0)
+        parts = leading.reshape(count, *tiles)
         for groups in stages:
             parts = jax.lax.psum_scatter(parts, "fsdp", tiled=True, axis_index_groups=groups)
-        return jnp.moveaxis(parts.reshape(leading), 0, dim).astype(x.dtype)
+        shard = parts.reshape(shard_shape)
+        return jnp.moveaxis(shard, 0, dim).astype(x.dtype)
 
-    return jax.custom_derivatives.linear_call(whole, scatter, None, x)
+    # A linear_call, not plain astype and all_gather: their transposes would sum the gradient in `dtype`. The remat
+    # policy in model.py also recognises all-gathered weights by the name linear_call.
+    return jax.custom_derivatives.linear_call(gather, scatter, None, x)
 
 
-def _stages(count: int) -> list[list[list[int]] | None]:
-    """Returns the groups in which so many devices scatter a sum in two stages: across a grid's rows, then along.
+def _stages(count: int) -> list[Groups]:
+    """Returns the device groups of a two-stage reduce-scatter over a grid: first down the columns, then along the rows.
 
-    To gather, the other way round.
+    An all-gather takes them in reverse.
     """
-    rows = next((n for n in (4, 2, 3, 5, 7) if count % n == 0 and count > n), 1)
+    factors = (4, 2, 3, 5, 7)  # four rows first, the side of most TPU slices
+    rows = next((n for n in factors if count % n == 0 and count > n), 1)
+    if rows == 1:
+        return [None]  # one device, or no factor above divides their number
+    # Device i is at (i // columns, i % columns). After the first stage a device has 1 / rows of the sum over its
+    # column, and after the second 1 / columns of that. So device i ends with shard i, as in one stage.
     grid = np.arange(count).reshape(rows, -1)
-    return [grid.T.tolist(), grid.tolist()] if rows > 1 else [None]
+    across = grid.T.tolist()
+    along = grid.tolist()
+    return [across, along]
 
 
-def sum_gradients(grads: Any, *, reduce_dtype: Any) -> Any:
-    """Returns the devices' gradients summed over the axes that do not cut them: gathering has summed them over fsdp.
+def all_reduce_gradients(grads: PyTree, parallel: Parallel) -> PyTree:
+    """All-reduces each gradient over the axes that do not shard it: in `reduce_dtype`, or in float32 for tables.
 
-    Of tables in float32.
+    The transpose of the all-gather has already summed over `fsdp`. The result has the shapes and dtypes of `grads`.
     """
+    if not parallel.axes():
+        return grads
 
-    def total(path: tuple[Any, ...], g: jax.Array) -> jax.Array:
+    def reduce(
+        path: KeyPath,
+        g: jax.Array,
+    ) -> jax.Array:
         name = path_name(path)
-        axes = tuple(axis for axis in _cut() if axis not in param_spec(name))
-        dtype = jnp.float32 if name in TABLES else reduce_dtype
-        return jax.lax.psum(g.astype(dtype), axes).astype(g.dtype) if axes else g
+        spec = param_spec(name)
+        # A replicated vector is also summed over `tensor`: each device has the gradient of its own positions only.
+        axes = tuple(axis for axis in parallel.axes() if axis not in spec)
+        if not axes:
+            return g
+        # The gradient of a table sums over tokens of very different frequency, so it stays in float32, as in `embed`.
+        is_table = find(name).role == "table"
+        dtype = jnp.float32 if is_table else parallel.reduce_dtype
+        return jax.lax.psum(g.astype(dtype), axes).astype(g.dtype)
 
-    return jax.tree.map_with_path(total, grads) if _cut() else grads
+    return jax.tree.map_with_path(reduce, grads)
 
 
-def sum_over_shards(tree: Any) -> Any:
-    """Returns the sum of each leaf over all devices."""
-    return jax.lax.psum(tree, _cut()) if _cut() else tree
-
-
-def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
-    """Returns bool `shape`, each False with probability `rate`, for dropout, the same however the step is cut.
-
-    Each entry is a hash of the key, its sequence, dim 0, and its place in that, of which `tensor` cuts dim 1: positions
-    or heads. `key` is a threefry key.
-    """
-    entries = (shape[0], shape[1], math.prod(shape[2:]))
-    row, index, place = (jax.lax.broadcasted_iota(jnp.uint32, entries, dim) for dim in range(3))
-    row += jnp.uint32(shard_index() * shape[0])
-    index += jnp.uint32(tensor_index() * shape[1])
-    high, low = threefry_2x32(jax.random.key_data(key), jnp.stack([row, index * entries[2] + place]))
-    return ((high ^ low) < np.uint32((1 - rate) * 2**32)).reshape(shape)
+def psum_all(tree: PyTree, parallel: Parallel) -> PyTree:
+    """Returns the sum of each leaf over all devices, in its shape and dtype, the same on each of them."""
+    # No summand is replicated: each device has counted only its own tokens, also along `tensor`.
+    axes = parallel.axes()
+    if not axes:
+        return tree
+    return jax.lax.psum(tree, axes)

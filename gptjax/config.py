@@ -1,117 +1,148 @@
-"""Every setting of a run and its validation; the standard library only, so that a mistake exits before JAX loads."""
+"""Every setting of a run and its validation; imports only the standard library, so a mistake exits before JAX loads."""
 
 import dataclasses
 import difflib
-import math
+import os
 import pathlib
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from gptjax.errors import ConfigError, plain
+from gptjax.config_values import Bounds, Value, convert, nearest_divisors, wrong_value
+from gptjax.errors import ConfigError, one_line
+from gptjax.former_names import current_name, make_config_dict, rename_fields
+from gptjax.strict_json import InvalidTextError, parse_json
+
+LARGEST_SEED = 2**31 - 1
+CONFIG_FILE = "config.json"  # written to a work directory; can be given as --config, too
+IDENTITY_KEYS = ("run_id", "adopted_steps")  # stored in it, but not settings: see identity.py
+
+
+# Types of numeric fields, with the ranges that find_problems checks.
+Positive = Annotated[int, Bounds(1)]
+Count = Annotated[int, Bounds(0)]
+AtLeastMinusOne = Annotated[int, Bounds(-1)]
+Seed = Annotated[int, Bounds(0, at_most=LARGEST_SEED)]
+NonNegative = Annotated[float, Bounds(0)]
+AtLeastOne = Annotated[float, Bounds(1)]
+Fraction = Annotated[float, Bounds(0, at_most=1)]
+Rate = Annotated[float, Bounds(0, below=1)]
 
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """What fixes the parameter tree or the function that it computes: these never change within a run."""
+    """Determines the parameter tree and the function that it computes: no field may change within a run."""
 
-    block_size: int = 1024
-    vocab_size: int = 50257  # the tokenizer's true size; padded inside the model only
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0  # after the embedding, on attention weights, and before each residual
+    block_size: Positive = 1024
+    vocab_size: Positive = 50257  # the tokenizer's true size; padded inside the model only
+    n_layer: Positive = 12
+    n_head: Positive = 12
+    n_embd: Positive = 768
+    dropout: Rate = 0.0  # after the embedding, on attention weights, and on each residual branch
     bias: bool = True  # in every linear layer and LayerNorm
     tie_embeddings: bool = True  # the output head is the token embedding
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """How the function is computed: free to change on resume."""
+    """How the function is computed: every field may change on resume."""
 
-    attention: str = "auto"  # auto | xla | cudnn | splash
-    remat: str = "none"  # none | full | dots | dots_no_batch
-    unroll: int = -1  # layers per loop iteration; 0 means all of them, no loop; -1 means all on a GPU, else 1
-    dtype: str = "auto"  # of matrix products: auto | float32 | bfloat16
-    reduce_dtype: str = "auto"  # in which devices sum gradients: auto (as dtype) | float32 | bfloat16
-    loss: str = "xla"  # xla | triton: a kernel for NVIDIA GPUs that reads the logits once, not yet run on one
-    loss_chunk: int = 0  # tokens per chunk of the loss; 0 means all at once
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
+    scan_unroll: AtLeastMinusOne = -1  # layers per iteration; 0: all, without a loop; -1: all on a GPU, otherwise 1
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmul inputs; parameters are float32
+    reduce_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of gradients in collectives; auto: as dtype
+    loss: Literal["xla", "triton"] = "xla"  # triton reads the logits once; NVIDIA GPUs only, and not yet run on one
+    loss_chunk: Count = 0  # tokens per chunk of the loss; 0 means all at once
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    name: str = "adamw"  # adamw | lion | adafactor | muon
-    schedule: str = "cosine"  # cosine | wsd | constant, each after a linear warm-up
-    peak_lr: float = 6e-4
-    min_lr: float = 6e-5
-    warmup_steps: int = 2000
-    decay_fraction: float = 0.2  # wsd: the last part of the run, in which lr falls to min_lr
-    weight_decay: float = 0.1  # on matrices and embeddings only
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    muon_beta: float = 0.95
-    grad_clip: float = 1.0  # largest global norm of a gradient; 0 means none
+    """The optimizer and its learning-rate schedule: the schedule may change on resume, `name` may not."""
+
+    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # each after a linear warm-up
+    peak_lr: NonNegative = 6e-4
+    min_lr: NonNegative = 6e-5
+    warmup_steps: Count = 2000
+    decay_fraction: Fraction = 0.2  # wsd: the last part of the run, in which the rate falls to min_lr
+    weight_decay: NonNegative = 0.1  # on matrices and embeddings only
+    beta1: Rate = 0.9
+    beta2: Rate = 0.95
+    eps: NonNegative = 1e-8
+    muon_beta: Rate = 0.95
+    grad_clip: NonNegative = 1.0  # largest global gradient norm; 0 means no clipping
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
+    """Where the tokens come from, and how they are grouped into batches."""
+
     source: str = "stdlib"  # stdlib | tfds:NAME[/CONFIG] | text:PATH | lines:PATH
     path: str = ""  # a directory of shards; '' means data/<source>-<tokenizer>
     tokenizer: str = "gpt2"  # gpt2 | bytes | a saved tokenizer file
     text_feature: str = "text"  # tfds only
-    global_batch_size: int = 512  # sequences per update, over all devices and accumulation steps
-    seed: int = 0
+    global_batch_size: Positive = 512  # sequences per update, over all devices and accumulation steps
+    seed: Seed = 0
     document_mask: bool = False  # attention and positions restart at each document
-    eot_position: str = "auto"  # of end-of-text in a document: auto (meta.json, else the first token) | first | last
-    allow_changed: bool = False  # accept other data than the checkpoint was trained on
+    # Whether end-of-text begins or ends a document. auto: read from meta.json, or inferred from the first token.
+    eot_position: Literal["auto", "first", "last"] = "auto"
+    allow_changed: bool = False  # resume on data other than the checkpoint's
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; -1, at most once, means all that are left."""
+    """Devices per mesh axis; -1, at most once, means all remaining devices."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # shards the batch only; the one axis that may span slices
+    fsdp: int = 1  # shards the batch, and parameters with their optimizer state along the model width
+    tensor: int = 1  # shards heads, MLP width, vocabulary, and the sequence between matmuls
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    num_steps: int = 600_000
-    micro_batch_size: int = 0  # sequences per data-parallel shard and accumulation step; 0 means choose
-    steps_per_dispatch: int = 1
-    log_every: int = 10
-    eval_every: int = 1000  # 0 means only after the last step
-    eval_batches: int = 20  # global batches; 0 means the whole validation split
-    sample_every: int = 0  # 0 means never
+    """The length of a run, its periods, and the policy on divergence and hangs."""
+
+    num_steps: Count = 600_000
+    micro_batch_size: Count = 0  # sequences per data-parallel rank and accumulation step; 0: chosen by memory
+    steps_per_dispatch: Positive = 1  # steps in one jitted call; saves, logs and stops happen between calls
+    log_every: Positive = 10
+    eval_every: Count = 1000  # 0 means only after the last step
+    eval_batches: Count = 20  # global batches; 0 means the whole validation split
+    sample_every: Count = 0  # 0 means never
     sample_prompt: str = ""
-    seed: int = 0  # of initialisation and dropout
-    nan_policy: str = "stop"  # of a step that is not finite: stop | skip | rollback, which a spike sets off, too
-    nan_limit: int = 10  # skip: so many non-finite steps in a row end the run
-    max_rollbacks: int = 3  # rollback: one more ends the run
-    barrier_seconds: float = 600.0  # for which processes wait for each other before data, restore and saves
-    watchdog_seconds: float = 3600.0  # without a step or a batch of an evaluation that ended, leave; 0 means never
-    z_loss: float = 0.0  # weight of the squared log-partition
-    profile_step: int = -1  # write a profiler trace of this step; -1 means never
+    seed: Seed = 0  # of initialisation and dropout
+    # The reaction to a non-finite step. Only rollback looks for spikes, too.
+    nan_policy: Literal["stop", "skip", "rollback"] = "stop"
+    max_consecutive_nonfinite: Positive = 10  # skip: this many non-finite steps in a row end the run
+    max_rollbacks: Count = 3  # rollback: one more than this ends the run
+    barrier_timeout_seconds: AtLeastOne = 600.0  # how long processes wait for each other at data, restore and saves
+    watchdog_timeout_seconds: NonNegative = 3600.0  # without a step or an evaluation batch: exit; 0 means never
+    z_loss: NonNegative = 0.0  # weight of the squared log-partition function
+    profile_step: AtLeastMinusOne = -1  # write a profiler trace of this step; -1 means never
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    save_every: int = 1000
-    keep: int = 3  # the newest ones; the best by validation loss is kept beside them
-    resume: str = "auto"  # auto | require | never
+    """When checkpoints are saved, how many are kept, and which one a run resumes from."""
+
+    save_every: Positive = 1000
+    keep: Positive = 3  # the newest ones; the best by validation loss is kept in addition
+    resume: Literal["auto", "require", "never"] = "auto"
+    allow_foreign: bool = False  # resume from a checkpoint of another run
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
+    """Where metrics go in addition to metrics.jsonl and the screen."""
+
     tensorboard: bool = True
     wandb_project: str = ""  # '' means no Weights & Biases
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A whole run: batch, learning rate, dropout key and shardings are functions of this and of the step."""
+    """A run: batch, learning rate, dropout key and shardings are functions of these settings and of the step."""
 
     model: GPTConfig = GPTConfig()
     compute: ComputeConfig = ComputeConfig()
@@ -121,91 +152,55 @@ class Config:
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-    init_from: str = ""  # weights to start from: a work directory, or as --from of gptjax.convert; '' means fresh
+    init_from: str = ""  # initial weights: a work directory, or FORMAT:PATH of gptjax.convert; '' means random
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the settings as nested dicts, {"model": {"n_layer": 12, ...}, ...}."""
         return dataclasses.asdict(self)
 
 
-CHOICES = {
-    "compute.attention": ("auto", "xla", "cudnn", "splash"),
-    "compute.remat": ("none", "full", "dots", "dots_no_batch"),
-    "compute.dtype": ("auto", "float32", "bfloat16"),
-    "compute.loss": ("xla", "triton"),
-    "compute.reduce_dtype": ("auto", "float32", "bfloat16"),
-    "optim.name": ("adamw", "lion", "adafactor", "muon"),
-    "optim.schedule": ("cosine", "wsd", "constant"),
-    "data.eot_position": ("auto", "first", "last"),
-    "train.nan_policy": ("stop", "skip", "rollback"),
-    "checkpoint.resume": ("auto", "require", "never"),
-}
+def _field_types(cls: Any = Config, prefix: str = "") -> dict[str, Any]:
+    """Returns {"model.n_layer": Positive, ...}."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            found |= _field_types(field.type, f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = field.type
+    return found
 
-# The least value of each number; what is not listed may be anything finite.
-AT_LEAST = {
-    "model.block_size": 1,
-    "model.vocab_size": 1,
-    "model.n_layer": 1,
-    "model.n_head": 1,
-    "model.n_embd": 1,
-    "model.dropout": 0,
-    "compute.unroll": -1,
-    "compute.loss_chunk": 0,
-    "optim.peak_lr": 0,
-    "optim.min_lr": 0,
-    "optim.warmup_steps": 0,
-    "optim.decay_fraction": 0,
-    "optim.weight_decay": 0,
-    "optim.beta1": 0,
-    "optim.beta2": 0,
-    "optim.eps": 0,
-    "optim.muon_beta": 0,
-    "optim.grad_clip": 0,
-    "data.global_batch_size": 1,
-    "data.seed": 0,
-    "train.num_steps": 0,
-    "train.micro_batch_size": 0,
-    "train.steps_per_dispatch": 1,
-    "train.log_every": 1,
-    "train.eval_every": 0,
-    "train.eval_batches": 0,
-    "train.sample_every": 0,
-    "train.seed": 0,
-    "train.nan_limit": 1,
-    "train.max_rollbacks": 0,
-    "train.barrier_seconds": 1,
-    "train.watchdog_seconds": 0,
-    "train.z_loss": 0,
-    "train.profile_step": -1,
-    "checkpoint.save_every": 1,
-    "checkpoint.keep": 1,
-}
 
-BELOW_ONE = ("model.dropout", "optim.beta1", "optim.beta2", "optim.muon_beta")
-LARGEST_SEED = 2**31 - 1
+FIELD_TYPES = _field_types()
+# Both by dotted name. Derived from the annotations, so that a bound or a choice is written once, on its field.
+CHOICES: dict[str, tuple[str, ...]] = {}
+BOUNDS: dict[str, Bounds] = {}
+for _path, _kind in FIELD_TYPES.items():
+    if typing.get_origin(_kind) is Literal:
+        CHOICES[_path] = typing.get_args(_kind)
+    elif hasattr(_kind, "__metadata__"):  # Annotated[int, Bounds(...)]
+        BOUNDS[_path] = _kind.__metadata__[0]
+# The host sees only the ends of dispatches, so these must be multiples of train.steps_per_dispatch.
 PERIODS = ("train.log_every", "train.eval_every", "train.sample_every", "checkpoint.save_every", "train.num_steps")
 
 
 def default_config() -> Any:
-    """Returns every field with its default as a locked ConfigDict: what a config file's get_config() starts from."""
-    from ml_collections import ConfigDict  # here, so that this module needs the standard library only
-
-    config = ConfigDict(Config().to_dict())
-    config.lock()
-    return config
+    """Returns every field with its default as a locked ConfigDict; a config file's get_config() starts from it."""
+    return make_config_dict(Config().to_dict())
 
 
-def from_dict(values: Mapping[str, Any]) -> Config:
-    """Returns the validated Config of nested `values`.
+def from_dict(values: Mapping[str, object]) -> Config:
+    """Returns the validated Config of nested `values`, in which fields may have their former names.
 
     Raises:
         ConfigError: one line for every unknown field, wrong type and impossible value.
     """
-    problems: list[str] = []
-    config = _parse(Config, values, "", problems)
-    if not problems:
-        problems = find_problems(config)
-    if problems:
-        raise ConfigError("\n".join(problems))
+    errors: list[ConfigError] = []
+    config = _parse(Config, rename_fields(values, warn=False), "", errors)
+    # A field that did not parse has its default here, so a conflict with it would be a false report.
+    if not errors:
+        errors = find_problems(config)
+    if errors:
+        raise ConfigError.of(errors)
     return config
 
 
@@ -215,37 +210,92 @@ def load(path: str, overrides: Mapping[str, str]) -> Config:
     Raises:
         ConfigError: the file is missing or fails, or a field or value is wrong.
     """
-    values, known = _run_config_file(path), flatten(Config())
+    values = rename_fields(_run_config_file(path), warn=True)
     for name, text in overrides.items():
-        if name not in known:
-            raise ConfigError(unknown_field(name))
+        name = current_name(name)
+        if name not in FIELD_TYPES:
+            raise unknown_field(name)
+        # The file's values are not validated yet: a section can be missing, or something other than a dict.
         *sections, last = name.split(".")
         target: Any = values
         for section in sections:
             target = target.setdefault(section, {})
             if not isinstance(target, dict):
-                raise ConfigError(f"--config={path}: {section}={target!r}: expected a section with fields")
+                raise ConfigError(f"{section}={target!r}: expected a section with fields", field="--config", value=path)
         target[last] = text
     return from_dict(values)
 
 
+def find_configs(directory: pathlib.Path) -> list[str]:
+    """Returns the paths of possible config files in a directory; [] where it is missing or cannot be listed."""
+    try:
+        paths = sorted(directory.iterdir())
+    except OSError:
+        return []
+    return [str(path) for path in paths if path.suffix == ".py" or path.name == CONFIG_FILE]
+
+
 def _run_config_file(path: str) -> dict[str, Any]:
     file = pathlib.Path(path)
-    if not file.is_file():
-        near = ", ".join(sorted(str(p) for p in file.parent.glob("*.py"))) if file.parent.is_dir() else ""
-        raise ConfigError(f"--config={path}: no such file" + (f"; there are: {near}" if near else ""))
+    if not os.path.isfile(file):  # pathlib raises where a name is too long
+        directory = file if os.path.isdir(file) else file.parent
+        near = find_configs(directory)
+        raise ConfigError(
+            "file not found",
+            field="--config",
+            value=path,
+            remedy=f"available: {', '.join(near)}" if near else "",
+        )
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", field="--config", value=path) from error
+    if file.suffix == ".json":
+        return _read_json(path, content)
     scope: dict[str, Any] = {"__name__": file.stem, "__file__": str(file)}
     try:
-        exec(compile(file.read_text(), str(file), "exec"), scope)  # a config file is code: see SECURITY.md
+        # From bytes: Python itself reads a byte-order mark and a coding line. A config file is code: see SECURITY.md.
+        exec(compile(content, str(file), "exec"), scope)
         values = scope["get_config"]()
-    except Exception as error:
-        raise ConfigError(f"--config={path}: get_config() failed: {type(error).__name__}: {error}") from error
-    return values.to_dict() if hasattr(values, "to_dict") else dict(values)
+        return values.to_dict() if hasattr(values, "to_dict") else dict(values)
+    except Exception as error:  # user code raises anything; its traceback would show our frames, not the mistake
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ConfigError(f"get_config() failed: {reason}", field="--config", value=path) from error
 
 
-def flatten(config: Config) -> dict[str, Any]:
+def _read_json(path: str, content: bytes) -> dict[str, Any]:
+    try:
+        return settings_in(content)
+    except InvalidTextError as error:
+        raise ConfigError(
+            one_line(error),
+            field="--config",
+            value=path,
+            remedy="expected the config.json of a run",
+        ) from error
+
+
+def settings_in(content: bytes) -> dict[str, Any]:
+    """Returns the settings in the config.json of a run, without the run's identity.
+
+    Raises:
+        InvalidTextError: it is not a JSON object.
+    """
+    settings = parse_json(content, dict)
+    for name in IDENTITY_KEYS:
+        settings.pop(name, None)
+    return settings
+
+
+def default_workdir(path: str) -> str:
+    """Returns the work directory for a config file: runs/<its name>, or the directory of a run's config.json."""
+    file = pathlib.Path(path)
+    return str(file.parent) if file.name == CONFIG_FILE else f"runs/{file.stem}"
+
+
+def flatten(config: Config) -> dict[str, Value]:
     """Returns {"model.n_layer": 12, ...}."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, Value] = {}
     for name, value in config.to_dict().items():
         if isinstance(value, dict):
             flat |= {f"{name}.{key}": item for key, item in value.items()}
@@ -254,108 +304,119 @@ def flatten(config: Config) -> dict[str, Any]:
     return flat
 
 
-def unknown_field(path: str) -> str:
-    """Returns the message for a dotted `path` that no Config has, naming the nearest ones."""
-    known = list(flatten(Config()))
-    last = path.rsplit(".", 1)[-1]
-    near = difflib.get_close_matches(path, known, 3, 0.6) or [k for k in known if k.rsplit(".", 1)[-1] == last]
-    hint = f"; nearest: {', '.join(near)}" if near else ""
-    return f"{plain(path)}: no such config field{hint}"
+def unknown_field(path: str) -> ConfigError:
+    """Returns the error for a dotted `path` that is not a config field, with the nearest field names."""
+    last = path.rpartition(".")[2]
+    near = difflib.get_close_matches(path, FIELD_TYPES, n=3, cutoff=0.6)
+    if not near:
+        # A field under another section, or without one, is too far away for difflib.
+        near = [known for known in FIELD_TYPES if known.rpartition(".")[2] == last]
+    return ConfigError(
+        "no such config field",
+        field=one_line(path),
+        remedy=f"nearest: {', '.join(near)}" if near else "",
+    )
 
 
-def convert(path: str, value: Any, kind: type) -> Any:
-    """Returns `value` as a `kind` (bool, int, float or str); text is read as on a command line.
-
-    Raises:
-        ConfigError: the value is not one of that kind.
-    """
-    if kind is str and isinstance(value, str):
-        return value
-    if kind is bool and isinstance(value, str) and value.lower() in ("true", "1", "false", "0"):
-        return value.lower() in ("true", "1")
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number: float = float(value)
-            if math.isfinite(number) and isinstance(value, str) and value.lstrip("+-").isdigit():
-                number = int(value)  # exact where a float is not
-        except (ValueError, OverflowError):
-            number = math.nan
-        if kind is float and math.isfinite(number):
-            return float(number)
-        if kind is int and math.isfinite(number) and number == int(number):
-            return int(number)
-    names = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
-    raise ConfigError(f"{path}={plain(repr(value))}: expected {names[kind]}")
-
-
-def _parse(cls: Any, values: Any, prefix: str, problems: list[str]) -> Any:
+def _parse(cls: Any, values: object, prefix: str, errors: list[ConfigError]) -> Any:
+    """Returns the dataclass `cls` made from `values`; appends to `errors`, where a field keeps its default."""
     if not isinstance(values, Mapping):
-        problems.append(f"{prefix.rstrip('.')}={plain(repr(values))}: expected a section with fields")
+        errors.append(wrong_value(prefix.rstrip("."), values, expected="a section with fields"))
         return cls()
     kinds = {field.name: field.type for field in dataclasses.fields(cls)}
-    problems.extend(unknown_field(prefix + " ".join(str(key).split())) for key in values if key not in kinds)
+    for key in values:
+        if key not in kinds:
+            errors.append(unknown_field(prefix + " ".join(str(key).split())))
     chosen = {}
     for name, kind in kinds.items():
         if name not in values:
             continue
         if dataclasses.is_dataclass(kind):
-            chosen[name] = _parse(kind, values[name], f"{prefix}{name}.", problems)
+            chosen[name] = _parse(kind, values[name], f"{prefix}{name}.", errors)
             continue
         try:
-            chosen[name] = convert(prefix + name, values[name], typing.cast(type, kind))
+            chosen[name] = convert(prefix + name, values[name], _plain_type(kind))
         except ConfigError as error:
-            problems.append(str(error))
+            errors.append(error)
     return cls(**chosen)
 
 
-def find_problems(config: Config) -> list[str]:
-    """Returns one line for each impossible value or combination, naming the field, its value and the remedy."""
+def _plain_type(kind: Any) -> type:
+    """Returns bool, int, float or str for the type of a field."""
+    return str if typing.get_origin(kind) is Literal else getattr(kind, "__origin__", kind)
+
+
+def find_problems(config: Config) -> list[ConfigError]:
+    """Returns one error for each impossible value or combination, naming the field, its value and the remedy."""
     flat = flatten(config)
-    problems = [
-        f"{path}={plain(repr(flat[path]))}: expected one of {', '.join(choices)}"
-        for path, choices in CHOICES.items()
-        if flat[path] not in choices
-    ]
-    problems += [f"{p}={flat[p]}: must be at least {low}" for p, low in AT_LEAST.items() if flat[p] < low]
-    problems += [f"{path}={flat[path]}: must be below 1" for path in BELOW_ONE if flat[path] >= 1]
-    problems += [
-        f"{p}={flat[p]}: must be at most {LARGEST_SEED}" for p in ("data.seed", "train.seed") if flat[p] > LARGEST_SEED
-    ]
-    return problems or _find_conflicts(config, flat)
+    errors = []
+    for path, choices in CHOICES.items():
+        if flat[path] not in choices:
+            errors.append(wrong_value(path, flat[path], expected=f"one of {', '.join(choices)}"))
+    for path, bounds in BOUNDS.items():
+        value = typing.cast(float, flat[path])  # only numbers have bounds
+        if value < bounds.at_least:
+            errors.append(ConfigError(f"must be at least {bounds.at_least}", field=path, value=value))
+        if value >= bounds.below:
+            errors.append(ConfigError(f"must be below {bounds.below}", field=path, value=value))
+        if value > bounds.at_most:
+            errors.append(ConfigError(f"must be at most {bounds.at_most}", field=path, value=value))
+    if errors:
+        return errors
+    # Conflicts are only looked for among valid values: a modulus by 0 would raise.
+    errors += _model_conflicts(config)
+    errors += _mesh_conflicts(config.mesh)
+    errors += _period_conflicts(config, flat)
+    return errors
 
 
-def _find_conflicts(config: Config, flat: dict[str, Any]) -> list[str]:
-    model, optim, train = config.model, config.optim, config.train
-    problems = []
+def _model_conflicts(config: Config) -> list[ConfigError]:
+    model = config.model
+    optim = config.optim
+    errors = []
     if model.n_embd % model.n_head:
-        near = ", ".join(map(str, nearest_divisors(model.n_embd, model.n_head)))
-        problems.append(f"model.n_head={model.n_head}: must divide model.n_embd={model.n_embd}; nearest valid: {near}")
+        near = nearest_divisors(model.n_embd, model.n_head)
+        errors.append(
+            ConfigError(
+                f"must divide model.n_embd={model.n_embd}",
+                field="model.n_head",
+                value=model.n_head,
+                remedy=f"nearest valid: {', '.join(map(str, near))}",
+            )
+        )
     if optim.min_lr > optim.peak_lr:
-        problems.append(f"optim.min_lr={optim.min_lr}: must not exceed optim.peak_lr={optim.peak_lr}")
-    if optim.decay_fraction > 1:
-        problems.append(f"optim.decay_fraction={optim.decay_fraction}: must be at most 1")
-    sizes = {name: getattr(config.mesh, name) for name in ("data", "fsdp", "tensor")}
-    problems += [f"mesh.{n}={s}: must be positive, or -1 for the rest" for n, s in sizes.items() if s < 1 and s != -1]
+        errors.append(
+            ConfigError(f"must not exceed optim.peak_lr={optim.peak_lr}", field="optim.min_lr", value=optim.min_lr)
+        )
+    return errors
+
+
+def _mesh_conflicts(mesh: MeshConfig) -> list[ConfigError]:
+    """Checks the sizes themselves; whether they fit the devices is checked by sharding.make_mesh."""
+    errors = []
+    sizes = dataclasses.asdict(mesh)
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            errors.append(ConfigError("must be positive, or -1 for the rest", field=f"mesh.{axis}", value=size))
     if list(sizes.values()).count(-1) > 1:
-        problems.append("mesh: only one of mesh.data, mesh.fsdp, mesh.tensor may be -1")
-    every = train.steps_per_dispatch
-    problems += [
-        f"{path}={flat[path]}: must be a multiple of train.steps_per_dispatch={every}; "
-        f"nearest valid: {max(every, flat[path] // every * every)}"
-        for path in PERIODS
-        if flat[path] % every
-    ]
-    return problems
+        errors.append(ConfigError("only one of mesh.data, mesh.fsdp, mesh.tensor may be -1", field="mesh"))
+    return errors
 
 
-def nearest_divisors(number: int, wanted: int, count: int = 2) -> list[int]:
-    """Returns the `count` divisors of `number` nearest to `wanted`, in rising order.
-
-    >>> nearest_divisors(768, 13)
-    [12, 16]
-    """
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    divisors = {*small, *(number // d for d in small)}
-    return sorted(sorted(divisors, key=lambda d: (abs(d - wanted), d))[:count])
+def _period_conflicts(config: Config, flat: dict[str, Value]) -> list[ConfigError]:
+    every = config.train.steps_per_dispatch
+    errors = []
+    for path in PERIODS:
+        period = int(flat[path])
+        if period % every:
+            # Rounded down, but not to 0, which means another thing or is invalid.
+            nearest = max(every, period // every * every)
+            errors.append(
+                ConfigError(
+                    f"must be a multiple of train.steps_per_dispatch={every}",
+                    field=path,
+                    value=period,
+                    remedy=f"nearest valid: {nearest}",
+                )
+            )
+    return errors

@@ -1,258 +1,307 @@
-"""What surrounds a run: flags, exit codes, logging, JAX's settings, signals, and the lock on the work directory."""
+"""Starts JAX and joins the processes of a run: barriers, agreement, the vote to stop, and the exit notice to peers."""
 
-import argparse
 import contextlib
-import difflib
-import faulthandler
-import fcntl
+import ctypes
 import json
 import logging
 import math
 import os
 import pathlib
-import re
 import signal
 import socket
 import sys
 import threading
 import time
-import traceback
-import warnings
+import uuid
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
-from gptjax import errors
-from gptjax.errors import ConfigError, UnavailableError, UserError, WorkdirError, plain
+from gptjax import errors, gpu_memory, peers
+from gptjax.coordinator import check_coordinator, describe_missing, is_cluster
+from gptjax.errors import ConfigError, UnavailableError, UserError, is_utf8
+from gptjax.redaction import print_error, redact
+from gptjax.signals import Preemption
 
 log = logging.getLogger("gptjax")
-OVERRIDE = "--config."
-WAITING_SECONDS = 10.0  # between two lines of a process that waits for others
-LAST_WORDS_SECONDS = 60.0  # for which process 0, and the service with it, stays at most until all know why it leaves
-SECRETS = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$")  # ends of the names of variables
-SHORTEST_SECRET = 8  # characters; what is shorter would be found in words
-LEAVING_SECONDS = 2.0  # then, for the others to have ended: one that is left without the service is aborted
-# What Orbax's coroutines and tensorstore's threads meet when a read or save that failed, and was told, is over.
-FORGOTTEN = ("Event loop is closed", "Encountered error while reading array index")
-_joined: list[int] = []  # how many processes there are, once they are joined
-
-
-class Parser(argparse.ArgumentParser):
-    """Reads a command line; what is wrong with it is a ConfigError, and a mistyped flag names the nearest ones."""
-
-    def __init__(self, description: str | None) -> None:
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter)
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(plain(message))
-
-    def parse_strictly(self, arguments: list[str]) -> argparse.Namespace:
-        parsed, rest = self.parse_known_args(arguments)
-        for argument in rest:
-            raise ConfigError(self.unknown(argument))
-        return parsed
-
-    def unknown(self, argument: str) -> str:
-        near = difflib.get_close_matches(argument.split("=")[0], list(self._option_string_actions), 2)
-        return f"{plain(argument)}: no such flag" + (f"; nearest: {', '.join(near)}" if near else "")
-
-
-def run_cli(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Runs main(arguments) and leaves with a documented exit code; a user's mistake never shows a traceback."""
-    start_logging()
-    try:
-        code = main(sys.argv[1:]) or errors.OK
-    except UserError as error:
-        for line in str(error).splitlines():
-            complain(f"error: {line}")
-        code = error.exit_code
-        _leave_the_others(code, str(error))
-    except KeyboardInterrupt:
-        complain("interrupted")
-        code = errors.PREEMPTED
-        _leave_the_others(code, "interrupted")
-    except Exception as error:  # a bug of ours
-        complain(traceback.format_exc().rstrip())
-        code = 1
-        _leave_the_others(code, repr(error))
-    try:
-        sys.stdout.flush()
-    except OSError:  # where it goes is full, or gone: the code still tells how it ended
-        os._exit(code)
-    sys.exit(code)
-
-
-def complain(text: str) -> None:
-    """Prints to stderr, if it can be printed to: what ends a process must do so when nobody listens any more."""
-    with contextlib.suppress(OSError):
-        print(redact(text), file=sys.stderr, flush=True)
-
-
-def redact(text: str) -> str:
-    """Returns `text` with [NAME] in place of the value of each variable of the environment that holds a secret."""
-    for name, value in _secrets():
-        text = text.replace(value, f"[{name}]")
-    return text
-
-
-def refuse_secrets(settings: Mapping[str, Any]) -> None:
-    """Raises ConfigError if a setting holds a secret of the environment: it would be in every checkpoint."""
-    for name, value in settings.items():
-        for variable, secret in _secrets():
-            if isinstance(value, str) and secret in value:
-                raise ConfigError(f"{name}: contains the value of {variable}, which would stand in every checkpoint")
-
-
-def _secrets() -> list[tuple[str, str]]:
-    return [(n, v) for n, v in os.environ.items() if SECRETS.search(n.upper()) and len(v) >= SHORTEST_SECRET]
-
-
-class _Redacting(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
-
-
-def parse_overrides(parser: Parser, arguments: list[str]) -> dict[str, str]:
-    """Returns {"model.n_layer": "6"} of ["--config.model.n_layer=6"] or of the same as two arguments.
-
-    Raises:
-        ConfigError: an argument is of another form.
-    """
-    found, rest = {}, list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith(OVERRIDE):
-            raise ConfigError(parser.unknown(argument))
-        name, equals, value = argument[len(OVERRIDE) :].partition("=")
-        if not equals and (not rest or rest[0].startswith("--")):
-            raise ConfigError(f"{plain(argument)}: needs a value, as in {plain(argument)}=VALUE")
-        found[name] = value if equals else rest.pop(0)
-    return found
-
-
-def start_logging() -> None:
-    """Sends the project's own lines to stdout as they are, and of other libraries' the gravest only to stderr."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(_Redacting("%(message)s"))
-    log.handlers[:] = [handler]
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    for name in ("absl", "asyncio", "concurrent.futures"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # Orbax logs a page of each error that it raises as well
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own notices
-    sys.unraisablehook = tell_unraisable
-    # Orbax forgets its other coroutines when one fails; they are collected whenever.
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-
-
-def tell_unraisable(unraisable: Any) -> None:
-    """Prints what nobody could catch, but for what is FORGOTTEN."""
-    if not str(unraisable.exc_value).startswith(FORGOTTEN):
-        sys.__unraisablehook__(unraisable)
+WAITING_SECONDS = 10.0  # between two log lines of a process that waits for others
+EXIT_NOTICE_SECONDS = 60.0  # process 0, which runs JAX's service, waits at most this long until all have left a notice
+COORDINATOR_GRACE_SECONDS = 2.0  # after that, for the others to exit: without the service JAX aborts them
+# Removed from the source paths in a program, so that its hash and its key in the compile cache are the same wherever
+# gptjax is installed: the text of a Pallas kernel contains them.
+INSTALLED_AT = r"^.*[/\\](?:site|dist)-packages[/\\]|^.*[/\\](?=gptjax[/\\])"
+ACCELERATORS = {"/dev/nvidia0": "cuda", "/dev/accel0": "tpu", "/dev/vfio/0": "tpu"}  # device file -> extra of gptjax
+_handlers: list[Any] = []
+_joined: list[int] = []  # the number of processes, once they are joined
 
 
 def start_jax(
     *, coordinator: str = "", num_processes: int = 0, process_id: int = -1, join_seconds: float = 300
 ) -> None:
-    """Joins the other processes, if any, and sets what JAX needs; call it once, before the first use of a device.
+    """Joins the other processes, if any, and configures JAX; call it once, before the first use of a device.
 
-    join_seconds: after so long without one of the others the process ends with code 69 and a line that says so.
+    join_seconds: time limit of the join. After it, the process ends with code 69 and a line that names the missing one.
 
     Raises:
-        ConfigError: the numbers of the processes are wrong.
-        UnavailableError: the platform asked for is not there, or a GPU or TPU host would fall back to its CPU.
+        ConfigError: the numbers of the processes, or the coordinator's address, are wrong.
+        UnavailableError: the platform of JAX_PLATFORMS is not available, a GPU or TPU host would fall back to its CPU,
+            or the coordinator's port is in use.
     """
     import jax
 
-    jax.config.update("jax_enable_preemption_service", False)  # it swallows SIGTERM: see Preemption
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(pathlib.Path.home() / ".cache" / "gptjax" / "compiled")
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a restart compiles many small ones
-    if coordinator and not 0 <= process_id < num_processes:
-        raise ConfigError(f"--process_id={process_id} --num_processes={num_processes}: expected 0 <= id < number")
-    several = bool(coordinator) or is_cluster(os.environ)
-    if several:
-        given = (coordinator, num_processes, process_id) if coordinator else (None, None, None)
-        whom = f"process {process_id} of {num_processes}" if coordinator else "one process of a cluster"
-        log.info("%s on host %s, joining the others; run the same command on every worker", whom, socket.gethostname())
-        with _ending_after(join_seconds, lambda: f"{whom}: {_missing(coordinator, num_processes, process_id)}"):
-            jax.distributed.initialize(*given, initialization_timeout=math.ceil(join_seconds) + 60)
+    _configure_jax()
+    if coordinator:
+        if not 0 <= process_id < num_processes:
+            raise ConfigError(
+                f"expected 0 <= id < --num_processes={num_processes}",
+                field="--process_id",
+                value=process_id,
+            )
+        check_coordinator(coordinator, is_here=process_id == 0)
+    is_several = bool(coordinator) or is_cluster(os.environ)
+    if is_several:
+        _join(coordinator, num_processes, process_id, join_seconds)
+    _choose_gpu_memory(join_seconds if is_several else 0)
     _check_devices()
-    if several:
+    if is_several:
         _joined.append(jax.process_count())
         if jax.process_index():
             log.setLevel(logging.WARNING)
-        meet("start", join_seconds)
+        exit_where_jax_aborts()
+        _watch_peers(coordinator)
+        barrier("start", join_seconds)
 
 
-def meet(name: str, seconds: float) -> None:
-    """Returns when all processes have come to the point `name`, which each passes once; of one process at once.
+def _configure_jax() -> None:
+    import jax
 
-    Who is not there in time is named, with its host, and so is one that has left, with its reason; then this process
-    ends with code 69, like one whose peer is gone.
+    jax.config.update("jax_enable_preemption_service", False)  # it swallows SIGTERM, which signals.Preemption handles
+    jax.config.update("jax_compilation_cache_dir", compile_cache())
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a restart compiles many small programs
+    jax.config.update("jax_hlo_source_file_canonicalization_regex", INSTALLED_AT)
+
+
+def _join(coordinator: str, num_processes: int, process_id: int, seconds: float) -> None:
+    """Starts jax.distributed. JAX finds the other processes of a cluster itself, so it gets no address there."""
+    import jax
+
+    arguments = (coordinator, num_processes, process_id) if coordinator else (None, None, None)
+    this_process = f"process {process_id} of {num_processes}" if coordinator else "one process of a cluster"
+    log.info(
+        "%s on host %s, waiting for the other processes; run the same command on every worker",
+        this_process,
+        socket.gethostname(),
+    )
+
+    def describe() -> str:
+        return f"{this_process}: {describe_missing(coordinator, num_processes, process_id)}"
+
+    with _ending_after(seconds, describe):  # JAX's own limit is longer, since it ends the process with an abort
+        jax.distributed.initialize(*arguments, initialization_timeout=math.ceil(seconds) + 60)
+
+
+def _watch_peers(coordinator: str) -> None:
+    import jax
+
+    reason = peers.watch(
+        _client(),
+        number=jax.process_index(),
+        count=jax.process_count(),
+        coordinator=coordinator,
+    )
+    if reason:
+        log.warning("process 0 cannot be watched (%s): a process that dies is noticed after up to 100 s", reason)
+
+
+def compile_cache() -> str | None:
+    """Returns the directory of compiled programs; None, with a log line, if the user has no writable home directory.
+
+    Raises:
+        ConfigError: JAX_COMPILATION_CACHE_DIR is not valid UTF-8.
+    """
+    chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if chosen:
+        if not is_utf8(chosen):
+            raise ConfigError("not valid UTF-8 text", field="JAX_COMPILATION_CACHE_DIR", value=chosen)
+        return chosen
+    with contextlib.suppress(RuntimeError):  # no HOME, and no such user in passwd, as in some containers
+        path = pathlib.Path.home() / ".cache" / "gptjax" / "compiled"
+        nearest = next(part for part in (path, *path.parents) if os.path.exists(part))
+        if is_utf8(str(path)) and os.access(nearest, os.W_OK):
+            return str(path)
+    log.info(
+        "no home directory to write to: programs are recompiled at each start, unless JAX_COMPILATION_CACHE_DIR names "
+        "a directory for them"
+    )
+    return None
+
+
+def _choose_gpu_memory(join_seconds: float) -> None:
+    """Lets JAX take a larger share of its GPUs than by default, if nobody else uses them on any host; logs it.
+
+    join_seconds: time limit of the processes' exchange; 0 means that there is one process.
+    """
+    fraction = gpu_memory.choose_fraction()
+    if join_seconds:
+        answers = _exchange("gptjax/gpus", str(fraction), join_seconds)
+        fraction = min(map(float, answers), default=0.0)
+    if fraction > 0:
+        os.environ[gpu_memory.VARIABLE] = str(fraction)
+        percent = f"{100 * fraction:.0f} %"
+        log.info("GPU memory: nobody else uses it, so JAX takes %s; to choose: %s", percent, gpu_memory.VARIABLE)
+
+
+def _exchange(question: str, answer: str, seconds: float) -> set[str]:
+    """Returns the answers of all processes, or none if a process is lost: the next `barrier` names it."""
+    import jax
+
+    service = _client()
+    try:
+        service.key_value_set(f"{question}/{uuid.uuid4()}", answer)
+        service.wait_at_barrier(question, math.ceil(1000 * seconds))
+        return {value for _, value in service.key_value_dir_get(f"{question}/")}
+    except jax.errors.JaxRuntimeError:
+        return set()
+
+
+def _check_devices() -> None:
+    import jax
+
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    try:
+        platform = jax.devices()[0].platform
+    except (RuntimeError, AssertionError) as error:
+        reason = first_line(error) or "its plugin is not installed"
+        raise UnavailableError(
+            f"no such device: {reason}",
+            field="JAX_PLATFORMS",
+            value=wanted or "(unset)",
+            remedy="pip install 'gptjax[cuda]' or 'gptjax[tpu]'",
+        ) from error
+    present = next((extra for path, extra in ACCELERATORS.items() if os.path.exists(path)), "")
+    if platform == "cpu" and present and not wanted:
+        raise UnavailableError(
+            f"this machine has a {present} device, but JAX sees only its CPU",
+            remedy=f"pip install 'gptjax[{present}]', or set JAX_PLATFORMS=cpu to train on the CPU",
+        )
+
+
+def exit_where_jax_aborts() -> None:
+    """Turns an abort of this process into an exit with code 69 and a line on stderr.
+
+    JAX's client aborts in C++ some 85 ms after process 0 has died, whatever its settings are. A handler set by Python's
+    `signal` does not run then, but a handler set by the C library does.
+    """
+
+    def handle(_: int) -> None:
+        peers.settle()  # it names process 0, if that is the cause
+        print_error("error: aborted, as JAX does when process 0 is lost; restart the command on every host")
+        os._exit(errors.UNAVAILABLE)
+
+    handler_type = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    handler = handler_type(handle)
+    _handlers.append(handler)  # C holds its address only, so Python must not collect it
+    library = ctypes.CDLL(None)
+    library.signal.argtypes = [ctypes.c_int, handler_type]
+    library.signal.restype = ctypes.c_void_p
+    library.signal(signal.SIGABRT, handler)
+
+
+def barrier(name: str, seconds: float) -> None:
+    """Blocks until every process reaches barrier `name`, once per name; returns immediately with one process.
+
+    After `seconds` this process ends with code 69, and a line that names the missing processes with their hosts, and
+    why those have left that did. It also ends with code 69 if a peer is lost.
     """
     service = _service()
     if service is None:
         return
     import jax
 
-    mine, point = jax.process_index(), f"gptjax/meet/{name}"
+    mine = jax.process_index()
+    point = f"gptjax/meet/{name}"
     service.key_value_set(f"gptjax/host/{mine}", socket.gethostname(), allow_overwrite=True)
     service.key_value_set(f"{point}/{mine}", "here")
 
-    def read(directory: str) -> dict[int, str]:
-        return {int(key.rsplit("/", 1)[1]): value for key, value in service.key_value_dir_get(f"{directory}/")}
+    def describe() -> str:
+        return f"{name}: {_describe_absent(service, point, jax.process_count())}"
 
-    def missing() -> str:
-        hosts, here, left = read("gptjax/host"), read(point), read("gptjax/left")
-        absent = [number for number in range(jax.process_count()) if number not in here]
-        named = [f"process {n}" + (f" on host {hosts[n]}" if n in hosts else "") for n in absent]
-        gone = [f"; process {n} has left: {left[n]}" for n in absent if n in left]
-        return f"{name}: waiting for {', '.join(named) or 'an answer'}{''.join(gone)}"
+    def has_peer_left() -> bool:
+        return bool(_read_by_process(service, "gptjax/left"))
 
     def leave() -> None:
         service.key_value_set(f"gptjax/left/{mine}", "it waited for another", allow_overwrite=True)
 
-    with _ending_after(seconds, missing, over=lambda: bool(read("gptjax/left")), leave=leave):
+    with _ending_after(seconds, describe, over=has_peer_left, leave=leave):
         try:
             service.wait_at_barrier(point, math.ceil(1000 * (seconds + 60)))
         except jax.errors.JaxRuntimeError as error:
-            complain(
-                f"error: {name}: another process is gone: {first_line(error)}; start the same command again on all"
-            )
+            peers.settle()
+            print_error(f"error: {name}: lost a peer: {first_line(error)}; restart the command on every host")
             os._exit(errors.UNAVAILABLE)
     service.key_value_delete(f"{point}/{mine}")
 
 
+def _read_by_process(service: Any, directory: str) -> dict[int, str]:
+    """Returns {process: value} of the keys DIRECTORY/PROCESS in JAX's key-value store."""
+    entries = service.key_value_dir_get(f"{directory}/")
+    return {int(key.rsplit("/", 1)[1]): value for key, value in entries}
+
+
+def _describe_absent(service: Any, point: str, count: int) -> str:
+    """Returns which of `count` processes have not reached the barrier `point`, and why those left that have."""
+    hosts = _read_by_process(service, "gptjax/host")
+    arrived = _read_by_process(service, point)
+    reasons = _read_by_process(service, "gptjax/left")
+    absent = [number for number in range(count) if number not in arrived]
+    named = []
+    for number in absent:
+        host = f" on host {hosts[number]}" if number in hosts else ""
+        named.append(f"process {number}{host}")
+    gone = [f"; process {number} has left: {reasons[number]}" for number in absent if number in reasons]
+    return f"waiting for {', '.join(named) or 'an answer'}{''.join(gone)}"
+
+
 def first_line(what: object) -> str:
+    """Returns the first line of an error's text."""
     return str(what).partition("\n")[0]
 
 
 def _service() -> Any:
-    """Returns JAX's client of the service that joins several processes, None where there is one process."""
-    if max(_joined, default=1) == 1:
-        return None
+    """Returns the client of JAX's key-value store and barriers, None if there is one process."""
+    return None if max(_joined, default=1) == 1 else _client()
+
+
+def _client() -> Any:
     from orbax.checkpoint import multihost  # JAX itself has no public way to it
 
     return multihost.get_jax_distributed_client()
 
 
-def _leave_the_others(code: int, reason: str) -> None:
-    """Ends this process with `code` and tells the others why, where there are others: an orderly end waits for them."""
+def leave_the_others(code: int, reason: str) -> None:
+    """Publishes the exit reason to peers, then exits with `code`, without JAX's shutdown barrier.
+
+    It returns if there is one process. Process 0 runs JAX's service, so it waits until the others have left a notice.
+    """
     service = _service()
     if service is None:
         return
     import jax
 
-    deadline = time.monotonic() + (LAST_WORDS_SECONDS if jax.process_index() == 0 else 0)
+    peers.leave(reason)
+    deadline = time.monotonic()
+    if jax.process_index() == 0:
+        deadline += EXIT_NOTICE_SECONDS
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         service.key_value_set(f"gptjax/left/{jax.process_index()}", redact(first_line(reason)), allow_overwrite=True)
-        while time.monotonic() < deadline and len(service.key_value_dir_get("gptjax/left/")) < jax.process_count():
+        while time.monotonic() < deadline:
+            if len(service.key_value_dir_get("gptjax/left/")) >= jax.process_count():
+                break
             time.sleep(0.2)
         if deadline > time.monotonic():
-            time.sleep(LEAVING_SECONDS)
-    sys.stdout.flush()
-    sys.stderr.flush()
+            time.sleep(COORDINATOR_GRACE_SECONDS)
+    with contextlib.suppress(OSError, UserError):  # the output may be closed or full
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
@@ -264,32 +313,39 @@ def _ending_after(
     over: Callable[[], bool] = lambda: False,
     leave: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
-    """Ends this process with code 69 if what runs inside takes longer, or is `over`; says now and then what it awaits.
+    """Ends this process with code 69 if the context lasts longer than `seconds`, or when `over` returns True.
 
-    A thread must: JAX waits in C++, and there it aborts at its own limit.
+    A thread does so, because JAX waits in C++, and aborts there at its own limit. The thread also logs a line every
+    WAITING_SECONDS.
+
+    describe: returns the text of these lines and of the error. leave: called before the process ends.
     """
-    done, ending, start = threading.Event(), threading.Lock(), time.monotonic()
+    done = threading.Event()
+    ending = threading.Lock()
+    start = time.monotonic()
 
     def watch() -> None:
-        said = start
+        last_line = start
         while not done.wait(max(0.0, min(1.0, start + seconds - time.monotonic()))):
             waited = time.monotonic() - start
             try:
-                end = waited >= seconds or over()
-                what = describe()
-            except Exception as error:  # whatever the service answers that has gone with its process
-                end, what = True, f"the other processes do not answer: {first_line(error)}"
-            with ending:  # so that what has come to its end is not ended here
+                must_end = waited >= seconds or over()
+                state = describe()
+            except Exception as error:  # any error of the service, whose process has ended
+                peers.settle()
+                must_end = True
+                state = f"the other processes do not answer: {first_line(error)}"
+            with ending:  # the context may just have been left
                 if done.is_set():
                     return
-                if end:
-                    complain(f"error: {what}; start it, or start all of them again")
+                if must_end:
+                    print_error(f"error: {state}; start the missing process or restart all")
                     with contextlib.suppress(Exception):
                         leave()
                     os._exit(errors.UNAVAILABLE)
-            if start + waited >= said + WAITING_SECONDS:
-                log.warning("%s (%.0f of %.0f s)", what, waited, seconds)
-                said = start + waited
+            if start + waited >= last_line + WAITING_SECONDS:
+                log.warning("%s (%.0f of %.0f s)", state, waited, seconds)
+                last_line = start + waited
 
     threading.Thread(target=watch, daemon=True, name="joining").start()
     try:
@@ -299,95 +355,11 @@ def _ending_after(
             done.set()
 
 
-def _missing(coordinator: str, num_processes: int, process_id: int) -> str:
-    """Returns what a process that has not been joined waits for, as far as it can know."""
-    if process_id <= 0:
-        others = "process 1" if num_processes == 2 else f"one or more of processes 1 to {num_processes - 1}"
-        return f"waiting for {others if coordinator else 'the other processes'}" + (
-            f" to come to {coordinator}" if coordinator else ""
-        )
-    host, _, port = coordinator.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=2).close()
-    except (OSError, ValueError):
-        return f"waiting for process 0, which does not answer at {coordinator}"
-    return f"process 0 answers at {coordinator}; waiting for another one of the {num_processes}"
+class StopVote:
+    """Agrees across processes, at the same step, whether to stop.
 
-
-def is_cluster(environment: Mapping[str, str]) -> bool:
-    """Returns whether the environment tells of more than one process: SLURM, Open MPI, a TPU pod, or JAX's own."""
-    counts = (environment.get(name, "1") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
-    workers = environment.get("TPU_WORKER_HOSTNAMES", "")
-    return any(c.isdigit() and int(c) > 1 for c in counts) or "," in workers or "JAX_COORDINATOR_ADDRESS" in environment
-
-
-def _check_devices() -> None:
-    import jax
-
-    wanted = os.environ.get("JAX_PLATFORMS", "")
-    try:
-        platform = jax.devices()[0].platform
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "its plugin is not installed"
-        raise UnavailableError(
-            f"JAX_PLATFORMS={wanted or '(unset)'}: no such device: {reason}; "
-            "pip install 'gptjax[cuda]' or 'gptjax[tpu]'"
-        ) from error
-    accelerators = {"/dev/nvidia0": "cuda", "/dev/accel0": "tpu", "/dev/vfio/0": "tpu"}
-    present = next((extra for path, extra in accelerators.items() if os.path.exists(path)), "")
-    if platform == "cpu" and present and not wanted:
-        raise UnavailableError(
-            f"this machine has a {present} device, but JAX sees only its CPU: pip install 'gptjax[{present}]', "
-            "or set JAX_PLATFORMS=cpu to train on the CPU"
-        )
-
-
-class Preemption:
-    """Notes SIGTERM and SIGINT: the first asks the run to save and leave, the second leaves at once with code 75.
-
-    So does the first, until `has_begun`: while data are prepared or a checkpoint is read there is nothing to save.
-
-    Signals arrive through a pipe read by a thread, so that the second one works even while the main thread is inside
-    a long compilation.
-    """
-
-    def __init__(self) -> None:
-        self.requested = self.has_begun = False
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
-
-    def __enter__(self) -> "Preemption":
-        self._old_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._old = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
-        threading.Thread(target=self._listen, daemon=True, name="signals").start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._old_fd)
-        os.close(self._write)  # ends the thread
-
-    def _listen(self) -> None:
-        while received := os.read(self._read, 1):
-            if received[0] not in (signal.SIGTERM, signal.SIGINT):
-                continue
-            if self.requested:
-                os._exit(errors.PREEMPTED)
-            name = signal.Signals(received[0]).name
-            if not self.has_begun:
-                log.warning("%s: nothing has begun, nothing is lost: start the same command again", name)
-                os._exit(errors.PREEMPTED)
-            self.requested = True
-            log.warning("%s: saving a checkpoint after this step; a second signal leaves at once", name)
-        os.close(self._read)
-
-
-class Consensus:
-    """Whether to stop: what one process has been asked, all of them learn at the same step.
-
-    Of one process it is its own answer, at once. Of several, `ask` has the devices collect the answers, and `hear`
-    reads what they found: all processes call both, in the same order.
+    With one process its own answer counts at once. With several, `submit` starts an all-reduce (max) of the answers on
+    the devices, and `result` reads it. All processes must call both, in the same order.
     """
 
     def __init__(self, preemption: Preemption, mesh: Any) -> None:
@@ -395,132 +367,67 @@ class Consensus:
         import jax.numpy as jnp
         from jax.sharding import NamedSharding, PartitionSpec
 
-        self._preemption, self._heard = preemption, False
-        self._several = jax.process_count() > 1
-        self._each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        self._most = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._preemption = preemption
+        self._agreed = False  # the result of the votes so far
+        self._is_several = jax.process_count() > 1
+        self._one_per_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._max = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     @property
     def stopping(self) -> bool:
-        return self._heard if self._several else self._preemption.requested
+        """Whether to stop, according to the results read so far."""
+        return self._agreed if self._is_several else self._preemption.requested
 
-    def ask(self) -> Any:
-        """Returns what `hear` takes; nothing waits for it."""
-        if not self._several:
+    def submit(self) -> Any:
+        """Starts a vote without waiting for it.
+
+        Returns a replicated int32 scalar for `result`, or None with one process.
+        """
+        if not self._is_several:
             return None
         import jax
         import numpy as np
 
-        mine = np.full(jax.local_device_count(), self._preemption.requested, np.int32)
-        return self._most(jax.make_array_from_process_local_data(self._each, mine))
+        answers = np.full(jax.local_device_count(), self._preemption.requested, np.int32)
+        return self._max(jax.make_array_from_process_local_data(self._one_per_device, answers))
 
-    def hear(self, answer: Any) -> bool:
+    def result(self, answer: Any) -> bool:
+        """Waits for an `answer` of `submit`, None for none, and returns whether to stop."""
         if answer is not None:
-            self._heard |= bool(answer)
+            self._agreed |= bool(answer)
         return self.stopping
 
 
-def check_agreement(what: str, values: Mapping[str, Any]) -> None:
-    """Raises UnavailableError, in every process, unless all have the same `values`, which JSON can hold."""
+def gather_json(value: Any) -> list[Any]:
+    """Returns the JSON-serialisable `value` of each process, in the order of the processes; all must call it."""
     import jax
 
     if jax.process_count() == 1:
-        return
+        return [value]
     import numpy as np
     from jax.experimental import multihost_utils
 
-    text = json.dumps(values, sort_keys=True).encode()
-    length = int(np.max(multihost_utils.process_allgather(np.int32(len(text)))))
-    padded = np.frombuffer(text.ljust(length), np.uint8)
-    all_values = [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
-    lines = [
-        f"{what}: process {number} has {name}={theirs.get(name)!r}, process 0 {first!r}"
-        for number, theirs in enumerate(all_values)
-        for name, first in all_values[0].items()
-        if theirs.get(name) != first
-    ]
-    if lines:
-        raise UnavailableError("\n".join([*lines, "start the same command, with the same data, on every worker"]))
+    text = json.dumps(value, sort_keys=True).encode()
+    lengths = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.frombuffer(text.ljust(int(np.max(lengths))), np.uint8)  # JSON ignores trailing spaces
+    return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
 
 
-class Watchdog:
-    """Ends a process that hangs: with code 69 and the stacks of all threads, when no `beat` has come for so long."""
+def check_agreement(what: str, values: Mapping[str, Any]) -> None:
+    """Checks that the JSON-serialisable `values` agree on all processes; all must call it.
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds, self._done, self._last = seconds, threading.Event(), time.monotonic()
-
-    def __enter__(self) -> "Watchdog":
-        if self._seconds:
-            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-
-    def beat(self) -> None:
-        self._last = time.monotonic()
-
-    def _watch(self) -> None:
-        while not self._done.wait(max(0.0, self._last + self._seconds - time.monotonic())):
-            if time.monotonic() - self._last >= self._seconds:
-                what = f"nothing has ended for train.watchdog_seconds={self._seconds:g}"
-                complain(f"error: {what}; the stacks of all threads follow, then start the same command again")
-                with contextlib.suppress(Exception):
-                    faulthandler.dump_traceback(all_threads=True)
-                os._exit(errors.UNAVAILABLE)
-
-
-@contextlib.contextmanager
-def lock_workdir(directory: str) -> Iterator[None]:
-    """Holds the work directory for this process; a dead holder's lock is gone with it.
+    what: the subject of the message, such as "config".
 
     Raises:
-        WorkdirError: another process holds it, or the directory cannot be written.
+        UnavailableError: they differ; every process raises it.
     """
-    path = pathlib.Path(directory)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        file = open(path / ".lock", "a+")  # noqa: SIM115
-    except (OSError, ValueError) as error:
-        raise _not_writable(directory, error) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            holder = " ".join(file.read(200).split()) or "another process"
-            raise WorkdirError(f"--workdir={directory}: in use by {holder}; stop it or choose another") from error
-        try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-        except OSError as error:
-            raise _not_writable(directory, error) from error
-        yield
-
-
-def _not_writable(directory: str, error: Exception) -> WorkdirError:
-    reason = getattr(error, "strerror", None) or error
-    return WorkdirError(f"--workdir={directory}: cannot be written: {reason}; choose another")
-
-
-def fault_point(name: str) -> None:
-    """Does nothing, unless GPTJAX_FAULT=NAME:COUNT:ACTION,... asks for a fault at the COUNT-th passage of this point.
-
-    ACTION: kill (SIGKILL), term (SIGTERM), int (SIGINT), stop (SIGSTOP, until SIGCONT), hang (for ever). For tests:
-    without the variable a run never gets further.
-    """
-    wanted = os.environ.get("GPTJAX_FAULT")
-    if not wanted:
-        return
-    left, now = [], ""
-    for point, count, action in (fault.split(":") for fault in wanted.split(",")):
-        if (point, count) == (name, "1"):
-            now = action
-        else:
-            left.append(f"{point}:{int(count) - (point == name)}:{action}")
-    os.environ["GPTJAX_FAULT"] = ",".join(left)
-    while now == "hang":
-        time.sleep(60)
-    if now:
-        os.kill(os.getpid(), getattr(signal, f"SIG{now.upper()}"))
+    all_values = gather_json(values)
+    found = []
+    for number, theirs in enumerate(all_values):
+        for name, first in all_values[0].items():
+            if theirs.get(name) != first:
+                problem = f"process {number} has {name}={theirs.get(name)!r}, process 0 {first!r}"
+                found.append(UnavailableError(problem, field=what))
+    if found:
+        advice = UnavailableError("start the same command, with the same data, on every worker")
+        raise UnavailableError.of([*found, advice])

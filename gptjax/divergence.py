@@ -1,27 +1,32 @@
-"""When a step counts as diverged: it is not finite, or far above what the steps before it had."""
+"""Divergence: detects non-finite and spiking steps, and decides whether to accept, skip, roll back or stop."""
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from gptjax.data.dataset import data_index
+import numpy as np
 
-WATCHED = ("loss", "grad_norm")
-WINDOW = 128  # the last so many values of each
-LEAST = 64  # with fewer there is no judging
+from gptjax.config import TrainConfig
+from gptjax.data.dataset import batch_index
+from gptjax.errors import DivergedError
+from gptjax.history import History, Recent, SkippedRange
+
+MONITORED = ("loss", "grad_norm")
+SHOWN_WINDOWS = 8  # window ids of a batch in an error message
+WINDOW = 128  # values kept per metric
+MIN_VALUES = 64  # with fewer there is no spike detection
 SIGMAS = 6.0
-# A constant loss has no sigma, and one of roundings alone next to none. So sigma is at least a hundredth of the mean,
-# twice what one rounding of bfloat16 may be off (2**-8), and at least 0.001, where a loss is near 0: what is not 6 %
-# and 0.006 above the mean is no spike.
-RELATIVE_FLOOR, ABSOLUTE_FLOOR = 0.01, 0.001
-
-Recent = dict[str, list[float]]  # of each of WATCHED the last values, oldest first
+# The deviation of a constant loss is 0, or that of its rounding errors. So sigma is at least a hundredth of the mean,
+# more than twice the rounding error of bfloat16 (2**-8), and at least 0.001, for a loss near 0. A spike is therefore at
+# least 6 % and 0.006 above the mean.
+RELATIVE_FLOOR = 0.01
+ABSOLUTE_FLOOR = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
 class Spike:
-    """The update that made `step`, and why it is to be undone."""
+    """The step whose update must be undone, and the reason."""
 
     step: int
     why: str
@@ -35,41 +40,149 @@ class RollBackError(Exception):
         self.spike = spike
 
 
-def find_spike(recent: Mapping[str, Sequence[float]], row: Mapping[str, float], *, finite: bool = True) -> str:
-    """Returns why the metrics `row` of a step are a spike after the `recent` ones, '' if they are none."""
-    if not finite or not all(math.isfinite(row[name]) for name in WATCHED):
+def find_spike(recent: Recent, row: Mapping[str, float], *, finite: bool = True) -> str:
+    """Returns why the metrics `row` of a step are a spike after the `recent` ones, '' if they are not.
+
+    finite: whether the update was finite; a non-finite step counts as a spike.
+    """
+    if not finite or not all(math.isfinite(row[name]) for name in MONITORED):
         return f"loss {row['loss']}, gradient norm {row['grad_norm']}, update norm {row['update_norm']}: not finite"
-    for name in WATCHED:
-        values = recent.get(name, [])
-        if len(values) < LEAST:
+    for name in MONITORED:
+        values = recent.get(name, ())
+        count = len(values)
+        if count < MIN_VALUES:
             continue
-        mean = math.fsum(values) / len(values)
-        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
-        sigma = max(deviation, RELATIVE_FLOOR * abs(mean), ABSOLUTE_FLOOR)
+        # fsum rounds once: a resumed run must come to the same decision on any Python.
+        mean = math.fsum(values) / count
+        variance = math.fsum((value - mean) ** 2 for value in values) / count
+        sigma = max(math.sqrt(variance), RELATIVE_FLOOR * abs(mean), ABSOLUTE_FLOOR)
         if row[name] > mean + SIGMAS * sigma:
-            what = f"{name.replace('grad_norm', 'gradient norm')} {row[name]:.6g}"
-            return (
-                f"{what} is more than {SIGMAS:g} sigma above its last {len(values)}: mean {mean:.6g}, sigma {sigma:.3g}"
-            )
+            readable = name.replace("grad_norm", "gradient norm")
+            statistics = f"mean {mean:.6g}, sigma {sigma:.3g}"
+            return f"{readable} {row[name]:.6g} is more than {SIGMAS:g} sigma above its last {count}: {statistics}"
     return ""
 
 
-def remember(recent: Recent, row: Mapping[str, float]) -> None:
-    """Adds the metrics `row` of a step that stands to the `recent` ones."""
-    for name in WATCHED:
-        if math.isfinite(row[name]):
-            recent[name] = [*recent.get(name, []), row[name]][-WINDOW:]
+def update_window(recent: Recent, row: Mapping[str, float]) -> Recent:
+    """Returns the window of `recent` metrics with the finite ones of an accepted step appended."""
+    updated = dict(recent)
+    for name in MONITORED:
+        value = row[name]
+        if math.isfinite(value):  # a nan would disable the detection for a whole window
+            values = (*recent.get(name, ()), value)
+            updated[name] = values[-WINDOW:]
+    return updated
 
 
-def history_after(history: Mapping[str, Any], past: Mapping[str, Any], step: int, spike: Spike) -> dict[str, Any]:
-    """Returns the history to go on with from `step` after a spike: the `past` that goes with it, and this rollback.
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The decision on one step."""
 
-    All batches that were read from `step` on are left out, the last of them that of the spike.
+    action: Literal["accept", "skip", "roll back", "stop"]
+    history: History  # including this step, if its update is accepted or skipped
+    why: str = ""
+    remedy: str = ""  # advice for the user, if the run stops
+
+
+def judge(history: History, row: Mapping[str, float], policy: TrainConfig, *, finite: bool) -> Verdict:
+    """Applies train.nan_policy to one step.
+
+    Args:
+        history: up to the previous step.
+        row: the step's metrics: loss, grad_norm, update_norm.
+        finite: whether the update was applied; a non-finite one leaves the parameters unchanged.
     """
-    number, skipped = history["rollbacks"] + 1, history["skipped_ranges"]
-    batches = data_index(spike.step - 1, skipped) - data_index(step, skipped) + 1
-    # Ranges of later steps, of which a damaged checkpoint knew, are among those batches.
-    ranges = [part for part in skipped if part["step"] <= step]
-    ranges.append({"rollback": number, "step": step, "batches": batches, "spike": spike.step, "why": spike.why})
-    kept = {name: history[name] for name in ("restarts", "started_at")}
-    return dict(past) | kept | {"rollbacks": number, "skipped_ranges": ranges}
+    if policy.nan_policy == "rollback":
+        why = find_spike(history.recent, row, finite=finite)
+        if why and history.rollbacks < policy.max_rollbacks:
+            return Verdict("roll back", history, why)
+        if why:
+            why += f": no rollback is left (train.max_rollbacks={policy.max_rollbacks})"
+            return Verdict("stop", history, why, "lower optim.peak_lr, or raise train.max_rollbacks")
+    if not finite:
+        return _judge_nonfinite(history, row, policy)
+    recent = update_window(history.recent, row)
+    accepted = dataclasses.replace(history, nonfinite_in_a_row=0, recent=recent)
+    return Verdict("accept", accepted)
+
+
+def _judge_nonfinite(history: History, row: Mapping[str, float], policy: TrainConfig) -> Verdict:
+    """Applies the policies `skip` and `stop` to a step whose update the train step has discarded."""
+    in_a_row = history.nonfinite_in_a_row + 1
+    history = dataclasses.replace(
+        history,
+        skipped_steps=history.skipped_steps + 1,
+        nonfinite_in_a_row=in_a_row,
+    )
+    why = f"loss {row['loss']}, gradient norm {row['grad_norm']}"
+    if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+        why += f", update norm {row['update_norm']}"  # the only non-finite one: the optimizer overflowed
+    if policy.nan_policy == "skip" and in_a_row < policy.max_consecutive_nonfinite:
+        return Verdict("skip", history, why)
+    if policy.nan_policy == "skip":
+        why += f": {policy.max_consecutive_nonfinite} in a row"
+    else:
+        why += ": train.nan_policy='stop'"
+    remedy = "add --config.train.nan_policy=skip to leave such updates out, or lower optim.peak_lr"
+    return Verdict("stop", history, why, remedy)
+
+
+def divergence_error(
+    verdict: Verdict, *, step: int, windows: Sequence[int] | np.ndarray, last_saved: int | None, workdir: Any
+) -> DivergedError:
+    """Returns the error that stops a run at `step`: cause, batch, last checkpoint, remedy and replay command.
+
+    windows: window ids of the step's batch, int64 [B].
+    last_saved: step of the newest checkpoint, if there is one.
+    """
+    first = [int(window) for window in windows[:SHOWN_WINDOWS]]
+    cause = DivergedError(
+        f"{verdict.why}; its batch starts with windows {first} of the training data",
+        field=f"step {step}",
+        remedy=verdict.remedy,
+    )
+    restart = f"rerun the same command to resume from the checkpoint of step {last_saved}"
+    if last_saved is None:
+        restart = "there is no checkpoint yet: the same command starts from step 0"
+    inspect = f"inspect it with: {replay_command(workdir, step)}"
+    return DivergedError.of([cause, DivergedError(restart), DivergedError(inspect)])
+
+
+def replay_command(workdir: Any, step: int) -> str:
+    """Returns the command that replays the update of `step`."""
+    return f"python -m gptjax.replay --workdir={workdir} --step={step}"
+
+
+def history_after(history: History, past: History, *, step: int, spike: Spike) -> History:
+    """Returns the history with which a rollback to `step` continues.
+
+    The batches consumed since `step` are skipped from now on, including the one of the spike.
+
+    Args:
+        history: up to the spike.
+        past: the history in the checkpoint of `step`.
+        step: the step of the restored state.
+        spike: the reason for the rollback.
+    """
+    number = history.rollbacks + 1
+    skipped = history.skipped_ranges
+    # The update that makes step n consumes the batch of index n - 1, plus the skipped ones.
+    last = batch_index(spike.step - 1, skipped)
+    first = batch_index(step, skipped)
+    new_range = SkippedRange(
+        step=step,
+        batches=last - first + 1,
+        rollback=number,
+        spike=spike.step,
+        why=spike.why,
+    )
+    # Ranges of later steps come from a checkpoint that turned out to be damaged. The new range contains them.
+    kept = tuple(part for part in skipped if part.step <= step)
+    return dataclasses.replace(
+        past,
+        restarts=history.restarts,
+        started_at=history.started_at,
+        run_id=history.run_id,
+        rollbacks=number,
+        skipped_ranges=(*kept, new_range),
+    )

@@ -1,6 +1,6 @@
 """Validation loss, perplexity and bits per byte, in training and as `python -m gptjax.evaluate --workdir=DIR`.
 
-Or of weights in any form that gptjax.convert reads: `--model=hf:DIR --data=SHARDS`.
+With `--model=hf:DIR --data=SHARDS` it evaluates weights in any format that gptjax.convert reads.
 """
 
 import argparse
@@ -11,9 +11,12 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from gptjax import runtime
+from gptjax import distributed
+from gptjax.cli import Parser, run_cli
 from gptjax.config import Config, DataConfig
 from gptjax.errors import ConfigError
+from gptjax.model_flags import add_model_flags, check_model_flags
+from gptjax.redaction import say
 
 if TYPE_CHECKING:
     import jax
@@ -21,9 +24,11 @@ if TYPE_CHECKING:
     from gptjax.data.dataset import Dataset
     from gptjax.data.tokenizer import Tokenizer
     from gptjax.data.tokens import Split
+    from gptjax.setup import Run
 
-COMPRESSED_BYTES = 16 * 2**20  # at most so much text is given to gzip and xz
-ROWS = 8  # sequences per device and batch, where no config says
+COMPRESSED_BYTES = 16 * 2**20  # of text given to gzip and xz, at most
+ROWS = 8  # sequences per device and batch, for weights that come without a run's config
+LARGEST_EXPONENT = 700.0  # math.exp overflows at 710
 
 
 def evaluate(
@@ -33,30 +38,61 @@ def evaluate(
     dataset: "Dataset",
     token_bytes_V: "jax.Array",
     sharding: Any,
-    num_micro_steps: int,
+    num_microbatches: int,
     batches: int,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Returns {val_loss (nats a token), val_perplexity, val_bits_per_byte} over a fixed sample of the validation split.
+    """Returns {val_loss (nats per token), val_perplexity, val_bits_per_byte} over a fixed part of the validation split.
 
-    batches: how many global batches; 0 means all. Bits per byte divides by the bytes that the predicted tokens stand
-    for. should_stop: asked before each batch; when it says yes the result is {}.
+    Args:
+        eval_step: returns sums over a batch: losses and tokens, and bytes.
+        params: the parameters, sharded as `eval_step` expects them.
+        dataset: its validation batches are int32 [A, B, T+1].
+        token_bytes_V: the bytes of text in each token, int32 [V], replicated.
+        sharding: of a batch.
+        num_microbatches: A.
+        batches: the number of global batches; 0 means all.
+        should_stop: called before each batch; if it returns True, the result is {}.
     """
     available = dataset.num_validation_batches
-    sums, ahead = [], None
+    sums = []
+    pending = None
     for index in range(min(batches or available, available)):
         if should_stop():
             return {}
-        tokens_ABT = dataset.validation_batch(index, sharding=sharding, num_micro_steps=num_micro_steps)
-        before, ahead = ahead, eval_step(params, tokens_ABT, token_bytes_V)
-        sums += [_read(before)] if before else []  # one batch ahead of the device, never hundreds
-    sums += [_read(ahead)] if ahead else []
-    loss, tokens, size = (math.fsum(column) for column in zip(*sums, strict=True))
+        tokens_ABT = dataset.validation_batch(index, sharding=sharding, num_microbatches=num_microbatches)
+        # The host runs one batch ahead of the devices. Without this limit it would hold every batch on them.
+        previous = pending
+        pending = eval_step(params, tokens_ABT, token_bytes_V)
+        if previous is not None:
+            sums.append(_read(previous))
+    if pending is not None:
+        sums.append(_read(pending))
+    # Summed in float64 and divided once, because batches differ in their number of predicted tokens.
+    losses, tokens, sizes = zip(*sums, strict=True)
+    total_loss = math.fsum(losses)
+    loss = total_loss / math.fsum(tokens)
     return {
-        "val_loss": loss / tokens,
-        "val_perplexity": math.exp(min(loss / tokens, 700.0)),
-        "val_bits_per_byte": loss / math.log(2) / max(size, 1.0),
+        "val_loss": loss,
+        "val_perplexity": math.exp(min(loss, LARGEST_EXPONENT)),
+        "val_bits_per_byte": total_loss / math.log(2) / max(math.fsum(sizes), 1.0),
     }
+
+
+def evaluate_run(
+    run: "Run", params: Any, *, batches: int, should_stop: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
+    """Returns the result of `evaluate` for `params` on the validation split of a run, on its mesh."""
+    return evaluate(
+        run.eval_step,
+        params,
+        dataset=run.validation_data,
+        token_bytes_V=run.token_bytes_V,
+        sharding=run.batch_sharding,
+        num_microbatches=run.num_microbatches,
+        batches=batches,
+        should_stop=should_stop,
+    )
 
 
 def _read(sums: Any) -> tuple[float, float, float]:
@@ -65,21 +101,27 @@ def _read(sums: Any) -> tuple[float, float, float]:
 
 
 def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
-    """Returns the bits per byte to which `gzip -9` and `xz -9` bring `text`: what a language model should beat."""
-    sizes = {"gzip -9": len(gzip.compress(text, 9)), "xz -9": len(lzma.compress(text, preset=9))}
-    return {name: 8 * size / max(len(text), 1) for name, size in sizes.items()}
+    """Returns the bits per byte of `text` compressed by `gzip -9` and `xz -9`; a language model should need fewer."""
+    compressed = {
+        "gzip -9": gzip.compress(text, 9),
+        "xz -9": lzma.compress(text, preset=9),
+    }
+    length = max(len(text), 1)
+    return {name: 8 * len(data) / length for name, data in compressed.items()}
 
 
 def compare(split: "Split", tokenizer: "Tokenizer") -> str:
-    """Returns a line on how far general compressors bring the text of `split`, or of its first part if it is long."""
+    """Returns a line with the bits per byte of general compressors on the text of `split`, or its first part."""
     from gptjax.data.dataset import document_text
 
     text = document_text(split, tokenizer, COMPRESSED_BYTES)
-    parts = ", ".join(f"{name} {bits:.3f}" for name, bits in compressed_bits_per_byte(text).items())
+    bits_per_byte = compressed_bits_per_byte(text)
+    parts = ", ".join(f"{name} {bits:.3f}" for name, bits in bits_per_byte.items())
     return f"bits per byte of {len(text):,} bytes of the same text: {parts}"
 
 
 def describe(result: dict[str, float]) -> str:
+    """Returns the result of `evaluate` as one line."""
     return (
         f"validation loss {result['val_loss']:.4f}, perplexity {result['val_perplexity']:.2f}, "
         f"{result['val_bits_per_byte']:.3f} bits per byte"
@@ -87,73 +129,78 @@ def describe(result: dict[str, float]) -> str:
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    """Returns the command line, checked as far as that needs no model."""
-    parser = runtime.Parser(__doc__)
-    parser.add_argument("--workdir", default="", metavar="DIR", help="the work directory of a run")
-    parser.add_argument("--step", type=int, help="which checkpoint; by default the newest")
-    parser.add_argument("--model", default="", metavar="FORMAT:PATH", help="or weights: hf:DIR, llmc:FILE, ...")
+    """Returns the command line, with every check that needs no model.
+
+    Raises:
+        ConfigError: a flag is unknown, missing or contradicts another.
+    """
+    parser = Parser(__doc__)
+    add_model_flags(parser)
     parser.add_argument("--data", default="", metavar="DIR", help="shards to read; by default those of the run")
-    parser.add_argument("--tokenizer", default="", help="gpt2, bytes or a file, instead of the one beside the model")
     parser.add_argument("--batches", type=int, default=0, help="global batches to read; 0, the default, means all")
     args = parser.parse_strictly(arguments)
-    if bool(args.workdir) == bool(args.model):
-        raise ConfigError("what to evaluate: give --workdir=DIR or --model=FORMAT:PATH")
-    if args.model and args.step is not None:
-        raise ConfigError(f"--step={args.step}: is for --workdir; here it is --model=gptjax:WORKDIR@{args.step}")
+    check_model_flags(args)
     if args.model and not args.data:
-        raise ConfigError("--model needs --data=DIR, shards to read: gptjax.data.prepare makes them")
+        raise ConfigError(
+            "needs --data=DIR, a directory of shards",
+            field="--model",
+            value=args.model,
+            remedy="gptjax.data.prepare creates one",
+        )
     return args
 
 
 def main(arguments: list[str]) -> None:
+    """Evaluates a run or converted weights, and prints the result.
+
+    Raises:
+        UserError: the weights or the data are missing, damaged, or do not fit together.
+    """
     args = parse_flags(arguments)
-    runtime.start_jax()
+    distributed.start_jax()
     import jax
 
-    from gptjax.run import make_run
+    from gptjax.setup import make_run
 
     config, params, tokenizer, name = load_model(args)
     run = make_run(config, tokenizer=tokenizer)
-    params = jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, run.abstract_state.params)
-    with jax.set_mesh(run.mesh):
-        result = evaluate(
-            run.eval_step,
-            params,
-            dataset=run.validation_data,
-            token_bytes_V=run.token_bytes_V,
-            sharding=run.batch_sharding,
-            num_micro_steps=run.num_micro_steps,
-            batches=args.batches,
-        )
-    print(f"{name}: {describe(result)}")
-    print(compare(run.validation_data.split, run.tokenizer))
+    # Weights of --model are NumPy arrays on the host; those of a run are on one device.
+    params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, run.abstract_state.params)
+    result = evaluate_run(run, params, batches=args.batches)
+    say(f"{name}: {describe(result)}")
+    say(compare(run.validation_data.split, run.tokenizer))
 
 
 def load_model(args: argparse.Namespace) -> tuple[Config, Any, "Tokenizer | None", str]:
     """Returns (config, params, tokenizer or None for the config's, a name for the result) of --workdir or --model.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: the model or its tokenizer is missing or damaged.
     """
     import jax
 
-    from gptjax.checkpoint import load_params
     from gptjax.convert import formats
     from gptjax.data.tokenizer import load_tokenizer
+    from gptjax.stored import load_params
 
     if args.workdir:
         config, params, step = load_params(args.workdir, step=args.step)
-        data = dataclasses.replace(config.data, path=args.data) if args.data else config.data
-        config = dataclasses.replace(config, data=data)
-        return config, params, load_tokenizer(args.tokenizer) if args.tokenizer else None, f"step {step}"
+        if args.data:
+            data = dataclasses.replace(config.data, path=args.data)
+            config = dataclasses.replace(config, data=data)
+        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+        return config, params, tokenizer, f"step {step}"
     weights = formats.open_model(args.model, tokenizer=args.tokenizer)
     data = DataConfig(path=args.data, global_batch_size=ROWS * jax.device_count())
+    # init_from lets the model's vocabulary be larger than the tokenizer's.
     config = Config(model=weights.config, data=data, init_from=weights.origin)
-    return config, formats.load_params(weights, lambda _, leaf: leaf), weights.tokenizer, weights.origin
+    params = formats.load_params(weights, lambda _, leaf: leaf)
+    return config, params, weights.tokenizer, weights.origin
 
 
 def cli() -> None:
-    runtime.run_cli(main)
+    """Runs the command, and exits with its code."""
+    run_cli(main)
 
 
 if __name__ == "__main__":

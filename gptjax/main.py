@@ -1,45 +1,81 @@
 """Train GPT-2: python -m gptjax.main --config=configs/quickstart.py [--config.section.field=VALUE ...]
 
-Start the same command again to go on after an interruption. What a config can set: gptjax/config.py.
+Rerun the same command to resume after an interruption. gptjax/config.py lists all config fields.
 """
 
+import argparse
 import gc
-import pathlib
 import time
 
-from gptjax import config, runtime
+from gptjax import config, distributed
+from gptjax.cli import Parser, parse_overrides, run_cli
+from gptjax.redaction import refuse_secrets
+from gptjax.streams import go_on_without_output
 
 
 def main(arguments: list[str]) -> int:
-    started = time.time()
-    parser = runtime.Parser(__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="for example configs/quickstart.py")
-    parser.add_argument("--workdir", default="", metavar="DIR", help="where the run lives: runs/<config name>")
-    parser.add_argument("--coordinator", default="", help="HOST:PORT of process 0, where JAX cannot find it out")
-    parser.add_argument("--num_processes", type=int, default=0, help="with --coordinator: how many there are")
-    parser.add_argument("--process_id", type=int, default=-1, help="with --coordinator: which one this is, from 0")
-    parser.add_argument("--join_seconds", type=float, default=300, help="how long to wait for the other processes")
-    args, rest = parser.parse_known_args(arguments)
-    settings = config.load(args.config, runtime.parse_overrides(parser, rest))
-    runtime.refuse_secrets(config.flatten(settings))
-    runtime.start_jax(
+    """Reads flags and config, starts JAX, and returns the exit code of the training.
+
+    Raises:
+        UserError: a flag or a setting is wrong, or training ends early for an expected reason.
+    """
+    started = time.perf_counter()  # before the imports below, which count as start-up time in goodput
+    args, settings = parse_flags(arguments)
+    distributed.start_jax(
         coordinator=args.coordinator,
         num_processes=args.num_processes,
         process_id=args.process_id,
         join_seconds=args.join_seconds,
     )
-    from gptjax.train import train  # after the checks above: it takes seconds to import
+    # Imported here because the import takes seconds: mistakes in flags and config are reported first.
+    from gptjax.train import train
 
-    gc.freeze()  # modules stay: to look through them again and again takes a tenth of a start
-    gc.enable()
+    # Modules live until the process ends. Scanning them in every collection takes a tenth of the start-up time.
+    gc.freeze()
+    gc.enable()  # cli() had switched it off
 
-    workdir = args.workdir or f"runs/{pathlib.Path(args.config).stem}"
+    workdir = args.workdir or config.default_workdir(args.config)
     return train(settings, workdir, started=started)
 
 
+def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, config.Config]:
+    """Returns the command line and the validated config.
+
+    Raises:
+        ConfigError: a flag, the config file or a setting is wrong, or a setting contains a secret.
+    """
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="a config file, such as configs/quickstart.py, or config.json of a run",
+    )
+    parser.add_argument(
+        "--workdir",
+        default="",
+        metavar="DIR",
+        help="directory of the run; by default runs/<name of the file>, or the directory of config.json",
+    )
+    # For clusters that JAX cannot detect. JAX detects TPU pods and Slurm by itself.
+    parser.add_argument("--coordinator", default="", help="HOST:PORT of process 0, where JAX cannot detect it")
+    parser.add_argument("--num_processes", type=int, default=0, help="with --coordinator: the number of processes")
+    parser.add_argument("--process_id", type=int, default=-1, help="with --coordinator: this process's id, from 0")
+    parser.add_argument("--join_seconds", type=float, default=300, help="timeout for the other processes to join")
+    # argparse does not know the --config.section.field flags, so they end up in `rest`.
+    args, rest = parser.parse_known_args(arguments)
+
+    # From here on a closed stdout is not an error: the output of a run is its work directory.
+    go_on_without_output()
+    settings = config.load(args.config, parse_overrides(parser, rest))
+    refuse_secrets(config.flatten(settings))  # settings are written to config.json, checkpoints and logs
+    return args, settings
+
+
 def cli() -> None:
-    gc.disable()  # until all is imported
-    runtime.run_cli(main)
+    """Runs the command, and exits with its code."""
+    gc.disable()  # until all modules are imported: collections during imports find no garbage
+    run_cli(main)
 
 
 if __name__ == "__main__":

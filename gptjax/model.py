@@ -1,12 +1,10 @@
-"""GPT-2 in Flax linen, exactly, with its parameter, FLOP and memory counts by hand.
+"""GPT-2 in Flax linen, with the architecture of the released model.
 
-Letters, everywhere: B batch, T query position, S key position, D model width, N heads, H head width, F MLP width,
-V vocabulary, L layers, A accumulation micro-batches, C prompt chunk, M is B*T flattened. They name logical dimensions,
-never shards: `x_BTD` is [B, T, D].
+The letters of shapes in all modules: B batch, T query position, S key position, D model width, N heads, H head width,
+F MLP width, V vocabulary, L layers, A micro-batches of an update, C prompt chunk, M is B and T flattened. They name
+logical dimensions, never shards: `x_BTD` is [B, T, D].
 """
 
-import dataclasses
-import logging
 import math
 import typing
 from typing import Any
@@ -14,403 +12,419 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
-from gptjax.attention import SPLASH_HEAD_WIDTH, causal_attention, choose_backend, masked_attention, query_blocks
-from gptjax.config import Config, GPTConfig, nearest_divisors
-from gptjax.errors import ConfigError
-from gptjax.loss import choose_loss, masked_logits
-from gptjax.parallel import (
-    gather_layer,
-    gather_positions,
-    gathers,
-    keep_mask,
-    own_positions,
-    sum_positions,
-    summed_product,
-    tensor_index,
-    tensor_parts,
+from gptjax.attention import causal_attention, masked_attention
+from gptjax.collectives import (
+    ONE_DEVICE,
+    Parallel,
+    all_gather_layer,
+    all_gather_sequence,
+    local_sequence,
+    reduce_scatter_sequence,
+    tensor_parallel_index,
 )
-from gptjax.pointwise import gelu, layer_norm
-from gptjax.sharding import BATCH_AXES, constrain
+from gptjax.compute import ResolvedCompute
+from gptjax.config import GPTConfig
+from gptjax.dropout import DROP_ATTENTION, DROP_ATTENTION_WEIGHTS, DROP_EMBEDDING, DROP_MLP, dropout, fold_key
+from gptjax.examples import position_ids
+from gptjax.kernels.pointwise import add_bias, gelu, layer_norm
+from gptjax.kv_cache import Cache, extend_cache
+from gptjax.loss import masked_logits
+from gptjax.params import PyTree, padded_vocab_size
 
-__all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "Compute", "GPTConfig"]
+__all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig"]
 
-log = logging.getLogger("gptjax")
-VOCAB_MULTIPLE = 128
 LAYER_NORM_EPSILON = 1e-5
 INIT_STD = 0.02
+# compute.remat -> policy of jax.checkpoint, which decides for each primitive whether its output is saved.
 REMAT_POLICIES = {
-    "none": lambda primitive, *_, **__: primitive.name != "linear_call",  # gathered weights are gathered again
-    "full": None,
+    # All-gathered weights (collectives.py marks them by a linear_call) are not saved, because those of all layers
+    # together would be an unsharded model on each device. The backward pass all-gathers them a second time.
+    "none": lambda primitive, *_, **__: primitive.name != "linear_call",
+    "full": None,  # saves the input of each layer only
     "dots": jax.checkpoint_policies.checkpoint_dots,
     "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Compute:
-    """ComputeConfig with every `auto` decided for one kind of device."""
+class Linear(nn.Module):
+    """Returns (x @ kernel, bias): the next operation adds the bias, after a reduce-scatter or fused with GELU.
 
-    attention: str = "xla"
-    loss: str = "xla"
-    remat: str = "none"
-    unroll: int = 1
-    dtype: Any = jnp.float32
-    reduce_dtype: Any = jnp.float32  # in which shards sum their gradients
-    two_stages: bool = False  # the sum over all devices of a TPU slice: in one stage, XLA sends twice the bytes
-    flat: bool = True  # [B*T, D] outside attention: faster on CPU and GPU, slower on TPU, a gather under tensor
-
-
-def resolve_compute(config: Config, mesh: Mesh) -> Compute:
-    """Returns how to compute on the devices of `mesh`, present or not, saying once why a fast path is off.
-
-    Raises:
-        ConfigError: what is asked for by name cannot run there, or the heads do not divide.
+    x is [B, T, D], kernel float32 [D, *features], bias float32 [*features] or None. The product is [B, T, *features]
+    in `compute.dtype`.
     """
-    device = mesh.devices.flat[0]
-    compute, model = config.compute, config.model
-    dtype = jnp.dtype(_default_dtype(device) if compute.dtype == "auto" else compute.dtype)
-    backend, reason = choose_backend(
-        compute.attention,
-        platform=device.platform,
-        dtype=dtype,
-        dropout=model.dropout,
-        document_mask=config.data.document_mask,
-        head_width=model.n_embd // model.n_head,
-        block_size=model.block_size,
-    )
-    cut, both = mesh.shape["tensor"], math.gcd(model.n_head, model.block_size)
-    if both % cut:
-        near = ", ".join(map(str, nearest_divisors(both, cut)))
-        raise ConfigError(
-            f"mesh.tensor={cut}: must divide model.n_head={model.n_head} and model.block_size={model.block_size}; "
-            f"nearest: {near}"
-        )
-    if reason:
-        log.info("attention: xla, because %s", reason)
-    flat = device.platform != "tpu" and mesh.shape["tensor"] == 1
-    slices = len({getattr(one, "slice_index", 0) for one in mesh.devices.flat})
-    two_stages = device.platform == "tpu" and mesh.shape["fsdp"] == mesh.size // slices
-    reduce_dtype = dtype if compute.reduce_dtype == "auto" else jnp.dtype(compute.reduce_dtype)
-    loss = choose_loss(compute.loss, platform=device.platform, tensor=cut)
-    unroll = choose_unroll(compute.unroll, model.n_layer, device.platform)
-    return Compute(backend, loss, compute.remat, unroll, dtype, reduce_dtype, two_stages, flat)
 
+    features: tuple[int, ...]
+    init_std: float
+    use_bias: bool
+    compute: ResolvedCompute
 
-def choose_unroll(unroll: int, n_layer: int, platform: str) -> int:
-    """Returns how many layers an iteration of the loop over them computes.
-
-    Without a loop nothing is copied into and out of stacked arrays: GPT-2 small at 64 sequences on H200 200 GB a step
-    instead of 306. A TPU moves more without one (v5e, 8 sequences: 36 GB instead of 29).
-    """
-    if unroll < 0:
-        unroll = 0 if platform in ("gpu", "cuda") else 1
-    return unroll or n_layer
-
-
-def _default_dtype(device: Any) -> str:
-    if device.platform in ("gpu", "cuda"):  # bfloat16 matrix units came with compute capability 8.0
-        return "bfloat16" if float(getattr(device, "compute_capability", 8)) >= 8 else "float32"
-    return "bfloat16" if device.platform == "tpu" else "float32"
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        width = x_BTD.shape[-1]
+        dtype = self.compute.dtype
+        normal = nn.initializers.normal(self.init_std)
+        shape = (width, *self.features)
+        kernel = self.param("kernel", normal, shape, jnp.float32)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.features, jnp.float32)
+        # Parameters stay float32 for the optimizer, and each use casts them. Under FSDP this cast changes nothing,
+        # because all_gather_layer casts before it sends.
+        x = x_BTD.astype(dtype)
+        if self.compute.flatten_tokens:
+            x = x.reshape(-1, width)  # one matmul of B*T rows; see ResolvedCompute.flatten_tokens
+        # The kernel's first dim is contracted. jnp.dot would contract the second to last, which is wrong for c_attn's
+        # [D, 3, D].
+        contracting = ((x.ndim - 1,), (0,))
+        no_batch = ((), ())
+        y = jax.lax.dot_general(x, kernel.astype(dtype), (contracting, no_batch))
+        return y.reshape(*x_BTD.shape[:-1], *self.features), bias
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention over earlier positions; `x` is [B, T, D], or [B*T, D] with `batch` = B.
+    """Causal multi-head self-attention.
 
-    Where `tensor` cuts the step, `x` has this device's positions, and the parameters are those of its heads.
+    Under tensor parallelism `x_BTD` is this device's shard of the sequence, and the parameters are those of its heads.
     """
 
     config: GPTConfig
-    compute: Compute
+    compute: ResolvedCompute
+    parallel: Parallel
 
     @nn.compact
-    def __call__(self, x: jax.Array, batch: int, segments_BT: jax.Array | None, cache: Any) -> tuple[jax.Array, Any]:
-        c, parts = self.config, tensor_parts()
-        x = gather_positions(x)
-        width = (3, c.n_embd // parts)
-        qkv = nn.DenseGeneral(width, kernel_init=_normal(), **_linear(c, self.compute), name="c_attn")(x)
-        heads = (batch, -1, c.n_head // parts, c.n_embd // c.n_head)
-        q_BTNH, k_BTNH, v_BTNH = (qkv[..., i, :].reshape(heads) for i in range(3))
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        segments_BT: jax.Array | None,
+        cache: Cache | None,
+        dropout_key: jax.Array | None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Returns (y [B, T, D] in the compute dtype, the extended cache or None).
+
+        segments_BT: int32 segment ids, one per document; None means one document per row.
+        """
+        c = self.config
+        parallel = self.parallel
+        # Sequence parallelism: before c_attn and after c_proj a device has 1 / tensor of the positions. In between it
+        # has all positions and 1 / tensor of the heads. The reduce-scatter at the end also sums over the heads.
+        x_BTD = all_gather_sequence(x_BTD, parallel)
+        B, T, _ = x_BTD.shape  # T: all positions, also under tensor parallelism
+        local_width = c.n_embd // parallel.tensor
+        local_heads = c.n_head // parallel.tensor
+        qkv = Linear(
+            features=(3, local_width),
+            init_std=INIT_STD,
+            use_bias=c.bias,
+            compute=self.compute,
+            name="c_attn",
+        )
+        qkv_BT3D = add_bias(*qkv(x_BTD))
+        # The kernel is [D, 3, D], so that `tensor` shards q, k and v alike, by heads. Shards of a [D, 3 D] kernel,
+        # GPT-2's own layout, would hold q of some heads and k or v of others.
+        heads = (B, T, local_heads, c.n_embd // c.n_head)
+        q_BTNH = qkv_BT3D[..., 0, :].reshape(heads)
+        k_BTNH = qkv_BT3D[..., 1, :].reshape(heads)
+        v_BTNH = qkv_BT3D[..., 2, :].reshape(heads)
         if cache is None:
-            key = self.make_rng("dropout") if c.dropout and self.has_rng("dropout") else None
+            # Training and evaluation. Only this branch can use fused kernels, because a cache needs a mask of its own.
             y_BTNH = causal_attention(
-                q_BTNH, k_BTNH, v_BTNH,
-                backend=self.compute.attention, segments_BT=segments_BT, dropout=c.dropout, dropout_key=key,
-            )  # fmt: skip
+                q_BTNH,
+                k_BTNH,
+                v_BTNH,
+                backend=self.compute.attention,
+                segments_BT=segments_BT,
+                dropout=c.dropout,
+                dropout_key=fold_key(dropout_key, DROP_ATTENTION_WEIGHTS),
+                parallel=parallel,
+            )
         else:
             cache, mask = extend_cache(cache, k_BTNH, v_BTNH)
-            y_BTNH = masked_attention(q_BTNH, cache.k_BNSH, cache.v_BNSH, mask)
-        y = _summed_linear(c, self.compute)(y_BTNH.reshape(*x.shape[:-1], -1))
-        return _dropout(self, y, batch, c.dropout), cache
+            y_BTNH = masked_attention(q_BTNH, cache.k_BNSH, cache.v_BNSH, mask=mask)
+        projection = Linear(
+            features=(c.n_embd,),
+            init_std=residual_std(c),
+            use_bias=c.bias,
+            compute=self.compute,
+            name="c_proj",
+        )
+        y_BTD, bias_D = projection(y_BTNH.reshape(B, T, -1))
+        y_BTD = reduce_scatter_sequence(y_BTD, parallel)
+        # Row-parallel: the bias is added after the sum, or it would count `tensor` times.
+        y_BTD = add_bias(y_BTD, bias_D)
+        key = fold_key(dropout_key, DROP_ATTENTION)
+        return dropout(y_BTD, c.dropout, key, parallel=parallel), cache
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation along the last dimension, in the dtype of its input; parameters float32 [D]."""
+    """Layer normalisation along the last dimension. The result has the dtype of x; parameters are float32 [D]."""
 
     use_bias: bool
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale_D = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
-        bias_D = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32) if self.use_bias else None
-        return layer_norm(x, scale_D, bias_D, LAYER_NORM_EPSILON)
-
-
-class Product(nn.Module):
-    """A linear layer that gives its bias beside the product, for what comes next to add."""
-
-    features: int
-    use_bias: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        kernel = self.param("kernel", _normal(), (x.shape[-1], self.features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32) if self.use_bias else None
-        return x.astype(self.dtype) @ kernel.astype(self.dtype), bias
+        width = x.shape[-1:]
+        # Parameters are float32 under mixed precision too: layer_norm computes in float32 for any dtype of x.
+        scale_D = self.param("scale", nn.initializers.ones, width, jnp.float32)
+        bias_D = None
+        if self.use_bias:
+            bias_D = self.param("bias", nn.initializers.zeros, width, jnp.float32)
+        return layer_norm(x, scale_D, bias_D, epsilon=LAYER_NORM_EPSILON)
 
 
 class MLP(nn.Module):
-    config: GPTConfig
-    compute: Compute
-
-    @nn.compact
-    def __call__(self, x: jax.Array, batch: int) -> jax.Array:
-        c = self.config
-        width = 4 * c.n_embd // tensor_parts()
-        x, bias_F = Product(width, c.bias, self.compute.dtype, name="c_fc")(gather_positions(x))
-        x = _summed_linear(c, self.compute)(gelu(x, bias_F))
-        return _dropout(self, x, batch, c.dropout)
-
-
-class Block(nn.Module):
-    """One layer; with a cache, its keys and values are extended and returned (sample.py)."""
+    """Two linear layers with GELU between them. `x_BTD` is this device's shard of the sequence under `tensor`."""
 
     config: GPTConfig
-    compute: Compute
+    compute: ResolvedCompute
+    parallel: Parallel
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, batch: int, segments_BT: jax.Array | None = None, cache: Any = None
-    ) -> tuple[jax.Array, Any]:
+        self,
+        x_BTD: jax.Array,
+        dropout_key: jax.Array | None,
+    ) -> jax.Array:
+        """Returns y [B, T, D] in the compute dtype."""
+        c = self.config
+        parallel = self.parallel
+        x_BTD = all_gather_sequence(x_BTD, parallel)
+        width = 4 * c.n_embd // parallel.tensor  # column-parallel
+        expansion = Linear(
+            features=(width,),
+            init_std=INIT_STD,
+            use_bias=c.bias,
+            compute=self.compute,
+            name="c_fc",
+        )
+        # gelu adds the bias itself, so that the matmul's output is the only array of this size that backward needs.
+        y_BTF, bias_F = expansion(x_BTD)
+        y_BTF = gelu(y_BTF, bias_F)
+        projection = Linear(
+            features=(c.n_embd,),
+            init_std=residual_std(c),
+            use_bias=c.bias,
+            compute=self.compute,
+            name="c_proj",
+        )
+        y_BTD, bias_D = projection(y_BTF)
+        y_BTD = reduce_scatter_sequence(y_BTD, parallel)
+        y_BTD = add_bias(y_BTD, bias_D)
+        key = fold_key(dropout_key, DROP_MLP)
+        return dropout(y_BTD, c.dropout, key, parallel=parallel)
+
+
+class Block(nn.Module):
+    """One transformer layer. With a cache, it also returns the cache with the new keys and values (decode.py)."""
+
+    config: GPTConfig
+    compute: ResolvedCompute
+    parallel: Parallel = ONE_DEVICE
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        segments_BT: jax.Array | None = None,
+        cache: Cache | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Returns (x [B, T, D] after this layer, the extended cache or None); arguments as CausalSelfAttention's."""
+        parts = (self.config, self.compute, self.parallel)
+        # Pre-norm, GPT-2's order: the residual stream itself is never normalised before the last LayerNorm.
+        # Both branches take the same key: CausalSelfAttention and MLP fold constants of their own into it.
         with jax.named_scope("attention"):
-            normed = LayerNorm(self.config.bias, name="ln_1")(x)
-            y, cache = CausalSelfAttention(self.config, self.compute, name="attn")(normed, batch, segments_BT, cache)
-            x = x + y
+            normed_BTD = LayerNorm(self.config.bias, name="ln_1")(x_BTD)
+            attention = CausalSelfAttention(*parts, name="attn")
+            y_BTD, cache = attention(normed_BTD, segments_BT, cache, dropout_key)
+            x_BTD = x_BTD + y_BTD
         with jax.named_scope("mlp"):
-            normed = LayerNorm(self.config.bias, name="ln_2")(x)
-            x = x + MLP(self.config, self.compute, name="mlp")(normed, batch)
-        return constrain(x, P(BATCH_AXES, *[None] * (x.ndim - 1))), cache
+            normed_BTD = LayerNorm(self.config.bias, name="ln_2")(x_BTD)
+            y_BTD = MLP(*parts, name="mlp")(normed_BTD, dropout_key)
+            x_BTD = x_BTD + y_BTD
+        return x_BTD, cache
 
 
 class GPT(nn.Module):
-    """GPT-2. Dropout is on when apply() is given rngs={'dropout': key}, and off otherwise.
+    """GPT-2. Dropout is on if a `dropout_key` is given.
 
     Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3, and the released
     code's defaults: LayerNorm first, epsilon 1e-5, tanh GELU, learned positions, residual projections scaled at init.
     """
 
     config: GPTConfig
-    compute: Compute = Compute()
+    compute: ResolvedCompute = ResolvedCompute()
+    parallel: Parallel = ONE_DEVICE
 
     def setup(self) -> None:
+        """Creates the submodules: both embeddings, all layers, the last LayerNorm, and an untied head."""
         c = self.config
-        width = {"features": c.n_embd, "embedding_init": _normal(), "param_dtype": jnp.float32}
-        self.wte = nn.Embed(padded_vocab_size(c) // tensor_parts(), **width)
-        self.wpe = nn.Embed(c.block_size, **width)
-        self.h = scanned_blocks(c, self.compute)
+        normal = nn.initializers.normal(INIT_STD)
+        # Flax checks each parameter's shape against its declaration, so under shard_map this must be the shard's shape.
+        rows = padded_vocab_size(c) // self.parallel.tensor
+        # The tables are float32 and never cast here: `embed` sums in float32, and the loss casts the head.
+        options = {"embedding_init": normal, "param_dtype": jnp.float32}
+        self.wte = nn.Embed(rows, c.n_embd, **options)
+        self.wpe = nn.Embed(c.block_size, c.n_embd, **options)
+        self.h = stacked_blocks(c)
         self.ln_f = LayerNorm(c.bias)
         if not c.tie_embeddings:
-            self.lm_head = nn.Dense(padded_vocab_size(c), use_bias=False, kernel_init=_normal(), dtype=jnp.float32)
+            self.lm_head = nn.Dense(
+                padded_vocab_size(c),
+                use_bias=False,
+                kernel_init=normal,
+                dtype=jnp.float32,
+            )
 
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Returns logits_BTV, float32, of the true vocabulary, for tokens in one document a row."""
-        x_BTD = self.hidden(tokens_BT)
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns float32 logits [B, T, V] of the true vocabulary for int32 tokens [B, T], one document per row.
+
+        It initialises the parameters and serves as a reference. Training uses `hidden` and gptjax.loss.
+        """
+        x_BTD = self.hidden(tokens_BT, dropout_key=dropout_key)
+        # Flax creates the parameters of modules that are called during init. `head` below only reads the variables.
         if self.is_initializing() and not self.config.tie_embeddings:
             self.lm_head(x_BTD.astype(jnp.float32))
-        head_DV = head(self.variables["params"])
-        return masked_logits(x_BTD, head_DV, self.config.vocab_size)[..., : self.config.vocab_size]
+        head_DV = unembedding(self.variables["params"])
+        # masked_logits sets the padded columns to the lowest float; the slice drops them.
+        vocab_size = self.config.vocab_size
+        return masked_logits(x_BTD, head_DV, vocab_size)[..., :vocab_size]
 
-    def hidden(self, tokens_BT: jax.Array, starts_BT: jax.Array | None = None) -> jax.Array:
-        """Returns x_BTD after the last LayerNorm, what the loss takes; of a step cut over `tensor`, its own positions.
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        starts_BT: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns x [B, T, D] after the last LayerNorm, the loss's input; under tensor parallelism its local sequence.
 
-        starts_BT: bool, True where a document starts: attention and positions restart there. None: one document a row.
+        tokens_BT: int32, all positions also under tensor parallelism.
+        starts_BT: bool, True where a document starts: attention and positions restart there. None means one document
+            per row.
         """
-        segments_BT = None if starts_BT is None else jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32)
-        x_BTD = self.embed(tokens_BT, positions(tokens_BT.shape, starts_BT))
-        x_BTD = _dropout(self, x_BTD, len(tokens_BT), self.config.dropout)
-        x = x_BTD.reshape(-1, self.config.n_embd) if self.compute.flat else x_BTD
-        x, _ = self.h(x, tokens_BT.shape[0], segments_BT)
-        return self.ln_f(x).reshape(x_BTD.shape)
+        segments_BT = None
+        if starts_BT is not None:
+            segments_BT = jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32)
+        positions_BT = position_ids(tokens_BT.shape, starts_BT)
+        x_BTD = self.embed(tokens_BT, positions_BT)
+        key = fold_key(dropout_key, DROP_EMBEDDING)
+        x_BTD = dropout(x_BTD, self.config.dropout, key, parallel=self.parallel)
+        if self.is_initializing():
+            # Creates the parameters of the layers, which do not depend on the input; the result is unused.
+            self.h(jnp.zeros((1, 1, self.config.n_embd)))
+        x_BTD = self.layers(x_BTD, segments_BT, dropout_key)
+        # LayerNorm works on the local sequence. Under tensor parallelism the loss all-gathers its result.
+        return self.ln_f(x_BTD)
 
-    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """Returns token plus position embedding; looked up in float32, so that their gradient is summed in float32."""
-        x_BTD = self.look_up(tokens_BT) + self.wpe.embedding[own_positions(positions_BT)]
-        return constrain(x_BTD.astype(self.compute.dtype), P(BATCH_AXES, None, None))
+    def layers(
+        self,
+        x_BTD: jax.Array,
+        segments_BT: jax.Array | None,
+        dropout_key: jax.Array | None,
+    ) -> jax.Array:
+        """Returns x [B, T, D] after all layers: a scan over their stacked parameters, whose first dimension is L."""
+        c = self.config
+        compute = self.compute
+        parallel = self.parallel
+        # parent=None: the module is used as a function, and the scan passes its parameters.
+        block = Block(c, compute, parallel, parent=None)
+        key_L = None
+        if dropout_key is not None:
+            # One key per layer, scanned with its parameters. The embedding folds a constant into the unsplit key.
+            key_L = jax.random.split(dropout_key, c.n_layer)
+
+        def layer(
+            x_BTD: jax.Array,
+            scanned: tuple[PyTree, jax.Array | None],
+        ) -> tuple[jax.Array, None]:
+            params, key = scanned
+            params = all_gather_layer(params, parallel)  # FSDP; its transpose reduce-scatters the gradients
+            variables = {"params": params}
+            result = block.apply(variables, x_BTD, segments_BT, None, key)
+            x_BTD, _ = typing.cast(Any, result)
+            return x_BTD, None
+
+        # FSDP needs jax.checkpoint even without remat: its policy "none" drops the all-gathered weights.
+        if compute.remat != "none" or parallel.fsdp > 1:
+            # prevent_cse puts optimization barriers around the recomputation, which XLA could otherwise merge with the
+            # forward pass. A while loop separates the two already; barriers would only get in the way of fusion.
+            prevent_cse = compute.scan_unroll >= c.n_layer
+            policy = REMAT_POLICIES[compute.remat]
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=prevent_cse)
+        # The raw arrays, not self.h: calling the module would put the layers under Flax's own scan.
+        params = self.variables["params"]["h"]
+        unroll = min(compute.scan_unroll, c.n_layer)
+        scanned_L = (params, key_L)
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, scanned_L, unroll=unroll)
+        return x_BTD
+
+    def embed(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+    ) -> jax.Array:
+        """Returns token plus position embedding [B, T, D] in the compute dtype, for int32 tokens and positions.
+
+        Under tensor parallelism the arguments have all positions, and the result is the local sequence.
+        """
+        positions_BT = local_sequence(positions_BT, self.parallel)
+        # The lookup and the sum are in float32. A gather's transpose is a scatter-add, which then sums the gradients of
+        # a frequent token's many occurrences in float32, too.
+        x_BTD = self.look_up(tokens_BT) + self.wpe.embedding[positions_BT]
+        return x_BTD.astype(self.compute.dtype)
 
     def look_up(self, tokens_BT: jax.Array) -> jax.Array:
-        """Returns the tokens' rows; where `tensor` cuts the vocabulary they come from one device each, and travel."""
+        """Returns float32 token embeddings [B, T, D]; under tensor parallelism those of the local sequence."""
         table_VD = self.wte.embedding
-        if tensor_parts() == 1:
+        parallel = self.parallel
+        if parallel.tensor == 1:
             return table_VD[tokens_BT]
-        row_BT = tokens_BT - tensor_index() * len(table_VD)
-        here_BT = (row_BT >= 0) & (row_BT < len(table_VD))
-        x_BTD = jnp.where(here_BT[..., None], table_VD[jnp.where(here_BT, row_BT, 0)], 0.0)
-        return sum_positions(x_BTD.astype(self.compute.dtype)).astype(jnp.float32)  # exact: gathered in this dtype
+        # `tensor` shards the vocabulary: each row comes from the one device that owns it, and the others add zeros.
+        # A token of another shard looks up row 0, so that no index is out of range or negative (counted from the end).
+        row_BT = tokens_BT - tensor_parallel_index(parallel) * len(table_VD)
+        is_local_BT = (row_BT >= 0) & (row_BT < len(table_VD))
+        is_local_BT1 = is_local_BT[..., None]
+        row_BT = jnp.where(is_local_BT, row_BT, 0)
+        found_BTD = table_VD[row_BT]
+        x_BTD = jnp.where(is_local_BT1, found_BTD, 0.0)
+        # Exact in the compute dtype: the table was all-gathered in it, and all but one of the summands are 0.
+        x_BTD = x_BTD.astype(self.compute.dtype)
+        x_BTD = reduce_scatter_sequence(x_BTD, parallel)
+        return x_BTD.astype(jnp.float32)
 
-    def final_norm(self, x: jax.Array) -> jax.Array:
-        return self.ln_f(x)
+    def final_norm(self, x_BTD: jax.Array) -> jax.Array:
+        """Returns the last LayerNorm of x [B, T, D], in its dtype."""
+        return self.ln_f(x_BTD)
 
 
-def scanned_blocks(config: GPTConfig, compute: Compute) -> nn.Module:
-    """Returns the Blocks as one module, whose parameters have a leading dim L however it is unrolled."""
-    block: Any = Block
-    if gathers():
-        how = {"dtype": compute.dtype, "reduce_dtype": compute.reduce_dtype, "two_stages": compute.two_stages}
-        whole = lambda variables: {"params": gather_layer(variables["params"], **how)}  # noqa: E731
-        block = nn.map_variables(block, "params", trans_in_fn=whole)
-    if compute.remat != "none" or gathers():
-        policy = REMAT_POLICIES[compute.remat]
-        # A loop keeps the compiler from merging the recomputation away; without one it must be told.
-        prevent_cse = compute.unroll >= config.n_layer
-        block = nn.remat(block, policy=policy, prevent_cse=prevent_cse, static_argnums=(2,))
+def stacked_blocks(config: GPTConfig) -> nn.Module:
+    """Returns the layers as one module that creates their parameters, stacked along L. GPT.layers applies them."""
+    # nn.scan is used for init only: split_rngs gives each layer's parameters a key of their own. The forward pass is a
+    # jax.lax.scan in GPT.layers, where the all-gather of FSDP is a line of the loop.
+    # Its ResolvedCompute is the default, plain XLA: initial values do not depend on it.
     scanned = nn.scan(
-        block,
+        Block,
         variable_axes={"params": 0},
-        split_rngs={"params": True, "dropout": True},
+        split_rngs={"params": True},
         in_axes=typing.cast(Any, nn.broadcast),
         length=config.n_layer,
-        unroll=min(compute.unroll, config.n_layer),
     )
-    return scanned(config, compute)
+    return scanned(config, ResolvedCompute())
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """One layer's keys and values so far, heads first as attention reads them, and where the next ones go."""
-
-    k_BNSH: jax.Array
-    v_BNSH: jax.Array
-    positions_BT: jax.Array
-
-
-def extend_cache(cache: Cache, k_BTNH: jax.Array, v_BTNH: jax.Array) -> tuple[Cache, jax.Array]:
-    """Returns the cache with the new keys and values written at its positions, and the mask [B, 1, T, S] to attend by.
-
-    Positions beyond the cache are dropped. A slot above a query's position may hold leftovers: the mask hides it.
-    """
-    B, _, N, _ = k_BTNH.shape
-    # With a slice for the heads the compiler would transpose the whole cache at each token.
-    at = (jnp.arange(B)[:, None, None], jnp.arange(N)[:, None], cache.positions_BT[:, None, :])
-    k_BNSH, v_BNSH = (
-        whole.at[at].set(jnp.swapaxes(new, 1, 2), mode="drop")
-        for whole, new in ((cache.k_BNSH, k_BTNH), (cache.v_BNSH, v_BTNH))
-    )
-    slots_S = jnp.arange(k_BNSH.shape[2])
-    mask = slots_S[None, None, None, :] <= cache.positions_BT[:, None, :, None]
-    return Cache(k_BNSH, v_BNSH, cache.positions_BT), mask
-
-
-def head(params: Any) -> jax.Array:
-    """Returns the output head as head_DV: the token embedding transposed, or lm_head when untied."""
+def unembedding(params: PyTree) -> jax.Array:
+    """Returns the output head, float32 [D, V]: the token embedding transposed, or lm_head when untied."""
+    # The transpose is no copy: XLA folds it into the matmul.
     if "lm_head" in params:
         return params["lm_head"]["kernel"]
     return params["wte"]["embedding"].T
 
 
-def document_starts(tokens_BT: jax.Array, *, eot_id: int, eot_position: str) -> jax.Array:
-    """Returns bool [B, T], True where a document starts: position 0, and after ('last') or at ('first') each eot."""
-    eot_BT = tokens_BT == eot_id
-    if eot_position == "last":
-        eot_BT = jnp.roll(eot_BT, 1, axis=1)
-    return eot_BT.at[:, 0].set(True)
-
-
-def positions(shape: tuple[int, ...], starts_BT: jax.Array | None) -> jax.Array:
-    """Returns int32 [B, T]: 0, 1, 2, ... from each document's start."""
-    position_BT = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    if starts_BT is None:
-        return position_BT
-    return position_BT - jax.lax.cummax(jnp.where(starts_BT, position_BT, 0), axis=1)
-
-
-def _normal() -> nn.initializers.Initializer:
-    return nn.initializers.normal(INIT_STD)
-
-
-def _residual_normal(config: GPTConfig) -> nn.initializers.Initializer:
-    return nn.initializers.normal(INIT_STD / math.sqrt(2 * config.n_layer))
-
-
-def _linear(config: GPTConfig, compute: Compute) -> dict[str, Any]:
-    return {"use_bias": config.bias, "dtype": compute.dtype, "param_dtype": jnp.float32}
-
-
-def _summed_linear(config: GPTConfig, compute: Compute) -> nn.Dense:
-    """Returns the projection back to the residual stream; `tensor` cuts its kernel by rows."""
-    init = _residual_normal(config)
-    return nn.Dense(
-        config.n_embd, kernel_init=init, dot_general=summed_product, **_linear(config, compute), name="c_proj"
-    )
-
-
-def _dropout(module: nn.Module, x: jax.Array, batch: int, rate: float) -> jax.Array:
-    if not rate or not module.has_rng("dropout"):
-        return x
-    keep = keep_mask(module.make_rng("dropout"), rate, (batch, x.size // batch // x.shape[-1], x.shape[-1]))
-    keep = keep.reshape(x.shape)
-    return jnp.where(keep, x / (1 - rate), jnp.zeros((), x.dtype))
-
-
-def padded_vocab_size(config: GPTConfig) -> int:
-    """Returns the rows of the embedding table: the vocabulary rounded up so that matrix units and meshes divide it."""
-    return -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
-def count_params(config: GPTConfig) -> int:
-    """Returns the number of parameters, without vocabulary padding.
-
-    >>> count_params(GPTConfig())
-    124439808
-    """
-    D, L, b = config.n_embd, config.n_layer, int(config.bias)
-    layer = 12 * D * D + b * 9 * D + 2 * (1 + b) * D  # c_attn, two c_proj, c_fc; their biases; two LayerNorms
-    tables = config.vocab_size * D * (1 if config.tie_embeddings else 2) + config.block_size * D
-    return L * layer + tables + (1 + b) * D
-
-
-def train_flops_per_token(config: GPTConfig) -> int:
-    """Returns the matrix FLOPs of forward and backward for one token, attention counted in full, remat not counted.
-
-    Source: Chowdhery et al. 2022, "PaLM", appendix B: 6 N + 12 L D T, where N counts the matrices that multiply a
-    token: 12 D^2 a layer, and the head over the padded vocabulary.
-    """
-    D, L, T = config.n_embd, config.n_layer, config.block_size
-    matrices = 12 * D * D * L + D * padded_vocab_size(config)
-    return 6 * matrices + 12 * L * D * T
-
-
-def activation_bytes_per_sequence(config: GPTConfig, compute: Compute, loss_chunk: int, tensor: int = 1) -> float:
-    """Returns about how many bytes one sequence keeps on a device for the backward pass.
-
-    Per token and layer, in arrays of width D: the layer's input, both LayerNorms' outputs, q, k, v and attention's
-    output, the residual stream between, and the two sides of GELU, 4 each: 17, all but the LayerNorms' outputs cut by
-    `tensor`. Splash keeps q, k, v and its output padded; plain attention adds the scores of its blocks, in float32
-    and in the compute dtype. Remat by dots keeps the products, 9 with the input; full remat the input, and one layer's
-    17 at a time. The logits are counted twice, with their gradient. Counted by reading what XLA's GPU and TPU
-    compilers laid out.
-    """
-    D, L, T = config.n_embd, config.n_layer, config.block_size
-    size = jnp.dtype(compute.dtype).itemsize
-    head_width = D // config.n_head
-    padded = max(0, SPLASH_HEAD_WIDTH / head_width - 1) if compute.attention == "splash" else 0
-    blocks = query_blocks(T, config.dropout)
-    scores = T * config.n_head * (4 + size) * (blocks + 1) / (2 * blocks) if compute.attention == "xla" else 0
-    whole = (2 + (15 + 4 * padded) / tensor) * D * size + scores / tensor
-    kept = {"none": whole, "full": D * size / tensor}.get(compute.remat, 9 * D * size / tensor + scores / tensor)
-    working = whole if compute.remat != "none" else 0
-    logits = (loss_chunk or T) * padded_vocab_size(config) / tensor * 2 * size
-    return T * (L * kept + working) + logits
+def residual_std(config: GPTConfig) -> float:
+    """Returns the standard deviation at initialisation of a projection back to the residual stream."""
+    # GPT-2 divides by the square root of the number of residual branches: two per layer.
+    return INIT_STD / math.sqrt(2 * config.n_layer)

@@ -1,44 +1,52 @@
-"""The optimizer, the learning-rate schedule, and which parameter plays which role, all from config and by path."""
+"""The optimizer and the learning-rate schedule of a config, and the table of parameters with their roles."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import KeyPath
 from optax import contrib
 
 from gptjax.config import OptimConfig
-from gptjax.sharding import param_spec, path_name
+from gptjax.params import PyTree, find
+from gptjax.sharding import path_name
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
-DECAYED = r".*/(kernel|embedding)"  # matrices and tables; not biases, not LayerNorm
-MUON = r"h/.*/kernel"  # hidden matrices; tables, head, biases and LayerNorm go to AdamW
 
 
 def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
-    """Returns step -> learning rate, float32; update n (from 0) uses schedule(n).
+    """Returns a function step -> learning rate, float32 scalars; update n (from 0) uses schedule(n).
 
-    Warm-up is linear and reaches peak_lr at update `warmup_steps`, its first update already above 0. `cosine` then
-    falls to min_lr at `num_steps`; `wsd` (warm-up, stable, decay: Hu et al. 2024, "MiniCPM", section 4) stays and falls
-    linearly over the last decay_fraction of the run; `constant` stays.
+    Warm-up is linear: update 0 is already above 0, and update `warmup_steps` is at peak_lr. Then `cosine` falls to
+    min_lr at `num_steps`. `wsd` (warm-up, stable, decay: Hu et al. 2024, "MiniCPM", section 4) keeps peak_lr, and falls
+    linearly to min_lr over the last decay_fraction of the run. `constant` keeps peak_lr.
     """
-    peak, low, warmup = config.peak_lr, config.min_lr, config.warmup_steps
+    peak = config.peak_lr
+    low = config.min_lr
+    warmup = config.warmup_steps
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        # `step` is traced, the config is static, so one branch is compiled. float32 is exact for steps below 2**24.
         t = jnp.asarray(step, jnp.float32)
         if config.schedule == "cosine":
-            done = jnp.clip((t - warmup) / max(num_steps - warmup, 1), 0.0, 1.0)
+            # max(..., 1): a run may be no longer than its warm-up.
+            decay_steps = max(num_steps - warmup, 1)
+            done = jnp.clip((t - warmup) / decay_steps, 0.0, 1.0)
             after = low + (peak - low) * 0.5 * (1 + jnp.cos(jnp.pi * done))
         elif config.schedule == "wsd":
             start = num_steps * (1 - config.decay_fraction)
-            done = jnp.clip((t - start) / max(num_steps - start, 1), 0.0, 1.0)
+            decay_steps = max(num_steps - start, 1)
+            done = jnp.clip((t - start) / decay_steps, 0.0, 1.0)
             after = peak + (low - peak) * done
         else:
-            after = jnp.full_like(t, peak)
-        # The smaller one: a decay that begins within the warm-up must not make the rate jump.
-        return jnp.where(t < warmup, jnp.minimum(peak * (t + 1) / (warmup + 1), after), after)
+            after = jnp.full_like(t, peak)  # an array, like the other branches, for jnp.minimum
+        is_warming_up = t < warmup
+        # + 1 in numerator and denominator: update 0 is above 0, and update `warmup` is the first one at the peak.
+        # jnp.minimum: if the decay begins within the warm-up, the rate must not jump.
+        rising = jnp.minimum(peak * (t + 1) / (warmup + 1), after)
+        return jnp.where(is_warming_up, rising, after)
 
     return schedule
 
@@ -46,59 +54,106 @@ def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     """Returns the optimizer at learning rate 1: the step multiplies its updates by schedule(step).
 
-    So the learning rate depends on the step alone and never on a count inside the optimizer's state.
+    So the learning rate depends on the step alone and never on a count inside the optimizer's state. The updates
+    include the sign: they are added to the parameters.
     """
-    b1, b2, eps, decay = config.beta1, config.beta2, config.eps, config.weight_decay
-    adamw = optax.adamw(1.0, b1=b1, b2=b2, eps=eps, weight_decay=decay, mask=_decay_mask)
+    b1 = config.beta1
+    b2 = config.beta2
+    decay = config.weight_decay
+    # Decoupled weight decay: it is part of the update, so that the schedule scales it with the rest.
+    adamw = optax.adamw(
+        1.0,
+        b1=b1,
+        b2=b2,
+        eps=config.eps,
+        weight_decay=decay,
+        mask=_decay_mask,
+    )
     if config.name == "adamw":
         return adamw
     if config.name == "lion":
-        return optax.lion(1.0, b1=b1, b2=b2, weight_decay=decay, mask=_decay_mask)
+        return optax.lion(
+            1.0,
+            b1=b1,
+            b2=b2,
+            weight_decay=decay,
+            mask=_decay_mask,
+        )
     if config.name == "adafactor":
-        return optax.adafactor(1.0, weight_decay_rate=decay, weight_decay_mask=_decay_mask)
+        # Its second moments are factored; state_shardings shards rows and columns. It ignores beta1, beta2 and eps.
+        return optax.adafactor(
+            1.0,
+            weight_decay_rate=decay,
+            weight_decay_mask=_decay_mask,
+        )
     # consistent_rms makes updates as large as AdamW's, so that both take one learning rate (Liu et al. 2025, "Muon is
     # Scalable for LLM Training", section 2.2).
     muon = contrib.muon(
-        1.0, beta=config.muon_beta, weight_decay=decay, consistent_rms=0.2, muon_weight_dimension_numbers=_muon_dims
+        1.0,
+        beta=config.muon_beta,
+        weight_decay=decay,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=_muon_dims,
     )
+    # partition gives each optimizer a state for its own parameters only. Muon has no decay mask: all of its parameters
+    # are matrices, which decay.
     return optax.partition({"muon": muon, "adamw": adamw}, _muon_labels)
 
 
-def _by_path(params: Any, rule: Callable[[str], Any]) -> Any:
-    return jax.tree.map_with_path(lambda path, _: rule(path_name(path)), params)
+# The masks below are functions of the parameter tree, not trees. optax.partition masks the tree first, so a mask that
+# was built for the full tree would not match.
+def _by_path(params: PyTree, rule: Callable[[str], object]) -> PyTree:
+    def apply_rule(path: KeyPath, _: object) -> object:
+        return rule(path_name(path))
+
+    return jax.tree.map_with_path(apply_rule, params)
 
 
-def decays(path: str) -> bool:
-    return re.fullmatch(DECAYED, path) is not None
+def _decay_mask(params: PyTree) -> PyTree:
+    return _by_path(params, lambda path: find(path).decays)
 
 
-def uses_muon(path: str) -> bool:
-    return re.fullmatch(MUON, path) is not None
+# Muon is for hidden matrices. AdamW updates the embeddings and the head, although they are matrices, too.
+def _muon_labels(params: PyTree) -> PyTree:
+    def label(path: str) -> str:
+        return "muon" if find(path).uses_muon else "adamw"
+
+    return _by_path(params, label)
 
 
-def _decay_mask(params: Any) -> Any:
-    return _by_path(params, decays)
+def _muon_dims(params: PyTree) -> PyTree:
+    """Returns each kernel's matrix dims. Muon treats the others as batch dims: [L, D, 3, D] is 3 L matrices."""
+
+    # All kernels are [L, in, ..., out]. Dims that are neither reduction nor output are batch dims for optax.
+    def dims(path: str) -> contrib.MuonDimensionNumbers:
+        last = len(find(path).dims) - 1
+        return contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=last)
+
+    return _by_path(params, dims)
 
 
-def _muon_labels(params: Any) -> Any:
-    return _by_path(params, lambda path: "muon" if uses_muon(path) else "adamw")
+def parameter_table(params: PyTree, config: OptimConfig) -> list[dict[str, Any]]:
+    """Returns a row per parameter: path, shape, whether decay applies, optimizer, sharding.
 
+    params: arrays, or jax.ShapeDtypeStruct.
 
-def _muon_dims(params: Any) -> Any:
-    """Orthogonalise each layer's matrix alone, and q, k and v apart: [L, D, 3, D] is 3 L matrices."""
-    output = lambda path: 3 if path.endswith("c_attn/kernel") else 2  # noqa: E731
-    return _by_path(params, lambda path: contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=output(path)))
-
-
-def role_table(params: Any, config: OptimConfig) -> list[dict[str, Any]]:
-    """Returns a row a parameter: path, shape, whether decay applies, optimizer, sharding. params may be abstract."""
-    return [
-        {
-            "parameter": (path := path_name(key)),
+    Raises:
+        ConfigError: params.py does not describe a parameter.
+    """
+    table = []
+    for key, leaf in jax.tree.leaves_with_path(params):
+        path = path_name(key)
+        param = find(path)
+        # Repeats the rules of make_optimizer as names, for parameters.json.
+        optimizer = config.name
+        if optimizer == "muon" and not param.uses_muon:
+            optimizer = "adamw"
+        row = {
+            "parameter": path,
             "shape": list(leaf.shape),
-            "weight_decay": decays(path) and config.weight_decay > 0,
-            "optimizer": config.name if config.name != "muon" or uses_muon(path) else "adamw",
-            "sharding": str(param_spec(path)),
+            "weight_decay": param.decays and config.weight_decay > 0,
+            "optimizer": optimizer,
+            "sharding": str(param.spec),
         }
-        for key, leaf in jax.tree.leaves_with_path(params)
-    ]
+        table.append(row)
+    return table

@@ -1,10 +1,11 @@
-"""Everything that a config stands for, built once: mesh, model, data, and the jitted steps ("pjit")."""
+"""Builds the mesh, the model, the datasets and the jitted steps of a run from a Config."""
 
 import dataclasses
-import functools
+import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,100 +14,122 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax.checkpoint import versions
 from gptjax.chips import device_memory
-from gptjax.config import Config, nearest_divisors
-from gptjax.data.dataset import Dataset, data_index
+from gptjax.compute import ResolvedCompute, resolve_compute, resolve_parallel
+from gptjax.config import Config
+from gptjax.config_values import nearest_divisors
+from gptjax.data.dataset import Dataset, batch_index
 from gptjax.data.prepare import ensure_prepared
 from gptjax.data.tokenizer import Tokenizer, load_tokenizer
 from gptjax.data.tokens import open_split
-from gptjax.errors import ConfigError
-from gptjax.model import (
-    GPT,
-    Compute,
-    activation_bytes_per_sequence,
-    count_params,
-    resolve_compute,
-    train_flops_per_token,
-)
-from gptjax.optim import make_optimizer
+from gptjax.errors import ConfigError, OutOfMemoryError, WorkdirError
+from gptjax.exhaustion import show, show_bytes
+from gptjax.goodput import duration
+from gptjax.history import SkippedRange
+from gptjax.identity import Identity
+from gptjax.model import GPT
+from gptjax.optim import make_optimizer, parameter_table
+from gptjax.params import count_params
 from gptjax.sharding import BATCH_SPEC, bytes_per_device, data_parallel_size, make_mesh
+from gptjax.sizes import activation_bytes_per_sequence, train_flops_per_token
 from gptjax.state import TrainState, make_init
-from gptjax.step import StepFn, jit_steps
+from gptjax.step import EvalFn, StepFn, jit_steps
+from gptjax.versions import versions
+from gptjax.workdir import CONFIG_FILE, PARAMETERS_FILE, TOKENIZER_FILE, write_json
 
 log = logging.getLogger("gptjax")
-STATE_AND_GRADIENTS = 5 / 3  # of AdamW's state: gradients twice, those summed so far and a micro-step's
-MEMORY_SHARE = 0.8  # of a device's free memory, for activations
-CPU_MEMORY_SHARE = 0.25  # of the machine's memory, for everything: others live there too
+# (parameters, 2 moments, 2 gradient buffers) / (parameters, 2 moments): the memory relative to AdamW's state.
+STATE_AND_GRADIENTS = 5 / 3
+MEMORY_SHARE = 0.8  # fraction of device memory to fill; activations are only estimated, and XLA needs temporary buffers
+CPU_MEMORY_SHARE = 0.25  # of the machine's memory: other programs need it, too
+SLOW_STEP_SECONDS = 60.0  # the run warns if it expects a CPU step to take longer
+SMALL_BATCH = 4  # sequences, the batch suggested for a CPU
+CPU_EFFICIENCY = 0.5  # fraction of matmul peak that a CPU train step reaches
+MATMUL_SIZE = 1024  # width of the square matrices in the CPU speed test
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of a run. Nothing here changes while it runs."""
+    """The constant parts of a run. State and history change, so the loop takes them as arguments."""
 
     config: Config
     mesh: Mesh
-    compute: Compute
+    compute: ResolvedCompute  # config.compute with every "auto" resolved for this mesh
     model: GPT
-    abstract_state: TrainState
-    init: Callable[[], TrainState]
-    train_step: StepFn  # jitted, donates the state; takes steps_per_dispatch batches at once where that is above 1
-    eval_step: Callable[..., Any]
+    abstract_state: TrainState  # of jax.ShapeDtypeStruct with shardings, for restoring and for compiling ahead of time
+    init: Callable[[], TrainState]  # jitted: creates each shard on its device
+    train_step: StepFn  # jitted, donates the state; takes [K, A, B, T+1] where train.steps_per_dispatch is above 1
+    eval_step: EvalFn  # jitted, donates nothing
     train_data: Dataset
     validation_data: Dataset
     tokenizer: Tokenizer
-    token_bytes_V: jax.Array
-    num_micro_steps: int
-    batch_sharding: NamedSharding
-    data_identity: dict[str, Any]
+    token_bytes_V: jax.Array  # int32, replicated; for bits per byte
+    num_microbatches: int  # A, accumulation steps per update
+    batch_sharding: NamedSharding  # of [A, B, T+1]
+    data_identity: dict[str, str | int]  # a resume compares it with the one in the checkpoint
 
     @property
     def tokens_per_step(self) -> int:
+        """The tokens that one update predicts, over all devices."""
         return self.config.data.global_batch_size * self.config.model.block_size
 
     @property
     def flops_per_step(self) -> float:
+        """The FLOPs of one update on all devices, without recomputation by remat."""
         return self.tokens_per_step * train_flops_per_token(self.config.model)
 
     @property
     def machine(self) -> str:
+        """The number and kind of the devices, as "8 x TPU v4"."""
+        # Checkpoints record it, because the bits of a run depend on it.
         return f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
 
-    def batch(self, step: int, skipped: Sequence[Mapping[str, Any]] = ()) -> jax.Array:
-        """Returns the tokens of the dispatch that starts at `step`: [A, B, T+1], or [K, A, B, T+1] for K steps.
+    def batch(self, step: int, skipped: Sequence[SkippedRange] = ()) -> jax.Array:
+        """Returns the tokens of the dispatch that starts at `step`: int32 [A, B, T+1], or [K, A, B, T+1] for K steps.
 
-        skipped: as of data_index.
+        skipped: the ranges of data that rollbacks skip.
         """
         count = self.config.train.steps_per_dispatch
-        place = {"sharding": self.batch_sharding, "num_micro_steps": self.num_micro_steps}
-        batches = [self.train_data.batch(data_index(s, skipped), **place) for s in range(step, step + count)]
+        batches = []
+        for update in range(step, step + count):
+            batch = self.train_data.batch(
+                batch_index(update, skipped),
+                sharding=self.batch_sharding,
+                num_microbatches=self.num_microbatches,
+            )
+            batches.append(batch)
+        # For K = 1 there is no axis K, because that step has no scan over K.
         return batches[0] if count == 1 else jnp.stack(batches)
 
 
 def make_run(config: Config, *, tokenizer: Tokenizer | None = None) -> Run:
-    """Returns the run of `config` on all devices; data that needs no network is prepared if it is missing.
+    """Returns the run of `config` on all devices. Missing data are prepared first, if that needs no network.
 
-    tokenizer: instead of the one that data.tokenizer names.
+    tokenizer: used instead of data.tokenizer.
 
     Raises:
         ConfigError: data, model, batch and mesh do not fit together.
+        DataError: train.sample_prompt cannot be tokenized, or the data are damaged.
     """
+    # Over the devices of all processes. From here on each process must do the same things in the same order.
     mesh = make_mesh(config.mesh)
     compute = resolve_compute(config, mesh)
     tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer)
-    directory = ensure_prepared(config.data)
-    splits = [
-        open_split(directory, name, tokenizer=tokenizer, eot_position=config.data.eot_position)
-        for name in ("train", "validation")
-    ]
-    model, optimizer = GPT(config.model, compute), make_optimizer(config.optim)
+    # Tokenizing the prompt can fail. It should do so now, and not in the middle of the run.
+    if config.train.sample_every:
+        tokenizer.encode_batch([config.train.sample_prompt], names=["train.sample_prompt"])
+    model = GPT(config.model, compute, resolve_parallel(config, mesh))
+    optimizer = make_optimizer(config.optim)
+    # Nothing is allocated here: `abstract` has shapes only, and `init` has not been called.
     abstract, init = make_init(model, optimizer, mesh=mesh, seed=config.train.seed)
-    size = config.data.global_batch_size
-    num_micro_steps = choose_micro_steps(config, compute, mesh, state_bytes=bytes_per_device(abstract))
-    datasets = [Dataset(split, config.model.block_size, size, config.data.seed) for split in splits]
-    jit = functools.partial(jit_steps, model, optimizer, config, abstract)
-    train_step, eval_step = jit(eot_id=tokenizer.eot_id, eot_position=splits[0].eot_position)
+    num_microbatches = choose_num_microbatches(config, compute, mesh, state_bytes=bytes_per_device(abstract))
+    # ensure_prepared may write files, so it comes after all checks of the config: a bad config leaves no files behind.
+    directory = ensure_prepared(config.data)
+    train_data = open_dataset(config, directory, "train", tokenizer=tokenizer)
+    validation_data = open_dataset(config, directory, "validation", tokenizer=tokenizer)
+    # Traced and compiled at the first call, not here.
+    train_step, eval_step = jit_steps(model, optimizer, config, abstract=abstract, eot=train_data.split.eot)
     return Run(
         config=config,
         mesh=mesh,
@@ -116,89 +139,253 @@ def make_run(config: Config, *, tokenizer: Tokenizer | None = None) -> Run:
         init=init,
         train_step=train_step,
         eval_step=eval_step,
-        train_data=datasets[0],
-        validation_data=datasets[1],
+        train_data=train_data,
+        validation_data=validation_data,
         tokenizer=tokenizer,
         token_bytes_V=on_each_device(np.asarray(tokenizer.token_bytes()), mesh),
-        num_micro_steps=num_micro_steps,
+        num_microbatches=num_microbatches,
         batch_sharding=NamedSharding(mesh, BATCH_SPEC),
         data_identity={
-            "fingerprint": splits[0].fingerprint,
+            "fingerprint": train_data.split.fingerprint,
             "data.seed": config.data.seed,
-            "data.global_batch_size": size,
+            "data.global_batch_size": config.data.global_batch_size,
             "model.block_size": config.model.block_size,
         },
     )
 
 
+def open_dataset(config: Config, directory: str, name: str, *, tokenizer: Tokenizer) -> Dataset:
+    """Returns the dataset of the split `name` (train or validation) in `directory`, in batches as `config` sets them.
+
+    Raises:
+        DataError: it is missing, damaged, or made with another tokenizer.
+    """
+    split = open_split(directory, name, tokenizer=tokenizer, eot_position=config.data.eot_position)
+    return Dataset(split, config.model.block_size, config.data.global_batch_size, config.data.seed)
+
+
+def train_step_hash(run: Run) -> str:
+    """Returns the sha256 (hex) of the train step's StableHLO, the program that XLA compiles. It compiles nothing."""
+    config = run.config
+    batch = config.data.global_batch_size // run.num_microbatches
+    # The global shape. Inside the step each device sees its shard.
+    shape: tuple[int, ...] = (run.num_microbatches, batch, config.model.block_size + 1)
+    spec = BATCH_SPEC
+    if config.train.steps_per_dispatch > 1:
+        shape = (config.train.steps_per_dispatch, *shape)
+        spec = P(None, *spec)  # K is not sharded
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(run.mesh, spec))
+    step: Any = run.train_step  # StepFn does not declare `lower`
+    stablehlo = step.lower(run.abstract_state, tokens).as_text()
+    return hashlib.sha256(stablehlo.encode()).hexdigest()
+
+
 def on_each_device(x: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Returns `x`, whole on each device; jax.device_put would have all processes compare theirs, and wait."""
+    """Returns `x`, of any shape and dtype, replicated on all devices of `mesh`."""
+    # jax.device_put would compare `x` across processes with a collective, and block until all of them arrive.
     return jax.make_array_from_callback(x.shape, NamedSharding(mesh, P()), lambda index: x[index])
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError unless the model's vocabulary is the tokenizer's; one that was imported may be larger."""
+    """Checks that the model's vocabulary is the tokenizer's; an imported model's may be larger.
+
+    Raises:
+        ConfigError: the sizes differ.
+    """
+    # Published models often pad their vocabulary; the last ids never occur in text.
     if config.init_from and config.model.vocab_size > tokenizer.vocab_size:
         return
     if config.model.vocab_size != tokenizer.vocab_size:
         raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size}: the tokenizer {config.data.tokenizer!r} has "
-            f"{tokenizer.vocab_size} ids; set model.vocab_size={tokenizer.vocab_size}"
+            f"the tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} ids",
+            field="model.vocab_size",
+            value=config.model.vocab_size,
+            remedy=f"set model.vocab_size={tokenizer.vocab_size}",
         )
 
 
-def choose_micro_steps(config: Config, compute: Compute, mesh: Mesh, *, state_bytes: int) -> int:
-    """Returns A, the accumulation steps of one update, from train.micro_batch_size or from the devices' memory.
+def choose_num_microbatches(config: Config, compute: ResolvedCompute, mesh: Mesh, *, state_bytes: int) -> int:
+    """Returns A, the number of micro-batches per update, from train.micro_batch_size or the device memory.
+
+    state_bytes: of the optimizer and the parameters on one device.
 
     Raises:
-        ConfigError: the batch does not divide; the message names the nearest sizes that do.
+        ConfigError: the batch is not divisible by the ranks or the micro-batch; the message names the nearest sizes.
     """
-    size, parts, wanted = config.data.global_batch_size, data_parallel_size(mesh), config.train.micro_batch_size
-    if size % parts:
-        near = sorted({max(parts, size // parts * parts), (size // parts + 1) * parts})
+    # The axis `tensor` does not count: its devices work on the same sequences.
+    ranks = data_parallel_size(mesh)
+    per_rank = _sequences_per_rank(config.data.global_batch_size, ranks)
+    micro_batch = config.train.micro_batch_size
+    if micro_batch and per_rank % micro_batch:
+        near = nearest_divisors(per_rank, micro_batch)
         raise ConfigError(
-            f"data.global_batch_size={size}: must divide by the {parts} devices of mesh.data x mesh.fsdp; "
-            f"nearest valid: {', '.join(map(str, near))}"
+            f"must divide data.global_batch_size / (mesh.data x mesh.fsdp) = {per_rank}",
+            field="train.micro_batch_size",
+            value=micro_batch,
+            remedy=f"nearest valid: {', '.join(map(str, near))}",
         )
-    share = size // parts
-    if wanted and share % wanted:
-        raise ConfigError(
-            f"train.micro_batch_size={wanted}: must divide data.global_batch_size / (mesh.data x mesh.fsdp) = {share}; "
-            f"nearest valid: {', '.join(map(str, nearest_divisors(share, wanted)))}"
-        )
-    if wanted:
-        return share // wanted
-    sequence = activation_bytes_per_sequence(
-        config.model, compute, config.compute.loss_chunk, tensor=mesh.shape["tensor"]
+    if micro_batch:
+        return per_rank // micro_batch
+    sequence_bytes = activation_bytes_per_sequence(
+        config.model,
+        compute,
+        config.compute.loss_chunk,
+        tensor=mesh.shape["tensor"],
     )
-    fits = max(1, int((memory_budget(mesh.devices.flat[0]) - STATE_AND_GRADIENTS * state_bytes) / sequence))
-    return share // max(d for d in range(1, share + 1) if share % d == 0 and d <= fits)
+    free = memory_budget(mesh.devices.flat[0]) - STATE_AND_GRADIENTS * state_bytes
+    fits = max(1, int(free / sequence_bytes))  # tries one sequence even if the estimate exceeds the memory
+    divisors = [size for size in range(1, per_rank + 1) if per_rank % size == 0]
+    # Larger micro-batches use the matrix units better. A different A changes the last bits, since sums change order.
+    return per_rank // max(size for size in divisors if size <= fits)
+
+
+def _sequences_per_rank(batch_size: int, ranks: int) -> int:
+    if batch_size % ranks == 0:
+        return batch_size // ranks
+    below = batch_size // ranks * ranks
+    near = sorted({max(ranks, below), below + ranks})  # 0 is not a batch
+    raise ConfigError(
+        f"must be a multiple of mesh.data x mesh.fsdp = {ranks}",
+        field="data.global_batch_size",
+        value=batch_size,
+        remedy=f"nearest valid: {', '.join(map(str, near))}",
+    )
 
 
 def memory_budget(device: Any) -> float:
-    """Returns how many bytes of one device a run may use."""
+    """Returns the bytes of one device that a run may use."""
     if device.platform != "cpu":
         return MEMORY_SHARE * device_memory(device)
-    return CPU_MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / jax.local_device_count()
+    # All CPU devices share the machine's memory; tests have several.
+    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return CPU_MEMORY_SHARE * machine_bytes / jax.local_device_count()
 
 
 def describe_run(run: Run) -> list[str]:
-    """Returns the first lines of a run: versions, devices, mesh, model, data, step, memory."""
-    config, model = run.config, run.config.model
-    made_with = versions()
-    shape = " x ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
-    micro = config.data.global_batch_size // run.num_micro_steps // data_parallel_size(run.mesh)
-    sequence = activation_bytes_per_sequence(model, run.compute, config.compute.loss_chunk, run.mesh.shape["tensor"])
-    activations = micro * sequence
-    state = bytes_per_device(run.abstract_state)
-    train_tokens, validation_tokens = run.train_data.split.tokens, run.validation_data.split.tokens
-    ours, others = made_with.pop("gptjax"), ", ".join(f"{name} {version}" for name, version in made_with.items())
+    """Returns the first lines that a run logs: versions, devices, mesh, model, data, step, memory."""
+    libraries = versions()
+    own_version = libraries.pop("gptjax")
+    made_with = ", ".join(f"{name} {version}" for name, version in libraries.items())
+    mesh = " ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items())
+    processes = _count(jax.process_count(), "process", "processes")
+    parameters = count_params(run.config.model)
+    train_tokens = run.train_data.split.tokens
+    validation_tokens = run.validation_data.split.tokens
+    state, activations, micro_batch = estimated_memory(run)
+    accumulation = _count(run.num_microbatches, "accumulation step")
     return [
-        f"gptjax {ours} with {others}",
-        f"{run.machine} as {shape}, {jax.process_count()} process(es)",
-        f"model: {count_params(model):,} parameters, {run.compute.attention} attention, {run.compute.dtype}",
+        f"gptjax {own_version} with {made_with}",
+        f"devices: {run.machine}, mesh {mesh}, {processes}",
+        f"model: {parameters:,} parameters, {run.compute.attention} attention, {run.compute.dtype}",
         f"data: {train_tokens:,} tokens to train on, {validation_tokens:,} to validate",
-        f"step: {run.tokens_per_step:,} tokens, {run.flops_per_step:.3g} FLOP, {run.num_micro_steps} micro-step(s)",
-        f"train.micro_batch_size: {micro} sequence(s) a device and micro-step",
-        f"memory per device, estimated: {state / 1e9:.2f} GB of state, {activations / 1e9:.2f} GB of activations",
+        f"step: {run.tokens_per_step:,} tokens, {run.flops_per_step:.3g} FLOP",
+        f"micro-batch: {_count(micro_batch, 'sequence')} per data-parallel rank, {accumulation}",
+        f"memory per device, estimated: {show_bytes(state)} of state, {show_bytes(activations)} of activations",
     ]
+
+
+def _count(number: int, one: str, several: str = "") -> str:
+    """Returns `number` with a noun: "1 process", "2 processes"."""
+    noun = one if number == 1 else several or f"{one}s"
+    return f"{number} {noun}"
+
+
+def write_description(run: Run, workdir: str, identity: Identity) -> None:
+    """Logs a description of the run, and writes its files to the work directory.
+
+    Raises:
+        WorkdirError: they cannot be written.
+    """
+    write_files(run, workdir, identity)
+    roles = parameter_table(run.abstract_state.params, run.config.optim)
+    for line in [*describe_run(run), *describe_roles(roles)]:
+        log.info("%s", line)
+    # An accelerator finishes any step in seconds; a CPU may need an hour for a batch of 512.
+    if run.mesh.devices.flat[0].platform == "cpu":
+        warn_if_slow(run)
+
+
+def write_files(run: Run, workdir: str, identity: Identity) -> None:
+    """Writes config and identity, the table of parameters, and the tokenizer to the work directory.
+
+    Raises:
+        WorkdirError: they cannot be written.
+    """
+    roles = parameter_table(run.abstract_state.params, run.config.optim)
+    # With a copy of the tokenizer, sampling from the run does not depend on a file elsewhere.
+    try:
+        write_json(os.path.join(workdir, CONFIG_FILE), run.config.to_dict() | identity.to_json())
+        write_json(os.path.join(workdir, PARAMETERS_FILE), roles)
+        run.tokenizer.save(os.path.join(workdir, TOKENIZER_FILE))
+    except OSError as error:
+        raise WorkdirError(
+            f"its files cannot be written: {error.strerror}",
+            field=workdir,
+            remedy="make room or allow writing there, or choose another --workdir",
+        ) from error
+
+
+def out_of_memory_error(run: Run, size: float) -> OutOfMemoryError:
+    """Returns the error for a run that could not allocate `size` bytes, with an estimate and remedies, cheapest first.
+
+    size: 0 if it is not known.
+    """
+    model = run.config.model
+    compute = run.config.compute
+    # Estimated by formula, because JAX's message has only the size of one buffer and no names.
+    state, activations, micro_batch = estimated_memory(run)
+    # By cost: a smaller micro-batch and a chunked loss are almost free, remat adds a forward pass, devices cost money.
+    remedies = []
+    if micro_batch > 1:
+        # A divisor of the sequences per rank, as the micro-batch itself is one.
+        smaller = max(size for size in range(1, micro_batch // 2 + 1) if micro_batch % size == 0)
+        remedies.append(f"--config.train.micro_batch_size={smaller} (now {micro_batch})")
+    if not compute.loss_chunk:
+        (chunk,) = nearest_divisors(model.block_size, model.block_size // 8, 1)
+        remedies.append(f"--config.compute.loss_chunk={chunk}")
+    if compute.remat == "none":
+        remedies.append("--config.compute.remat=full")
+    remedies.append(f"shard over more devices: mesh.fsdp is {run.mesh.shape['fsdp']}, of {run.mesh.size} devices")
+    estimate = f"estimated per device: {show_bytes(state)} of state and {show_bytes(activations)} of activations"
+    cause = OutOfMemoryError(f"out of memory: {show(size)} could not be allocated; {estimate}")
+    return OutOfMemoryError.of([cause, OutOfMemoryError(f"to use less: {'; '.join(remedies)}")])
+
+
+def estimated_memory(run: Run) -> tuple[float, float, int]:
+    """Returns (bytes of state, bytes of activations, sequences of a micro-batch) per device, by formula."""
+    config = run.config
+    # Like the batch, a micro-batch is sharded over `data` and `fsdp`.
+    micro_batch = config.data.global_batch_size // run.num_microbatches // data_parallel_size(run.mesh)
+    sequence_bytes = activation_bytes_per_sequence(
+        config.model,
+        run.compute,
+        config.compute.loss_chunk,
+        tensor=run.mesh.shape["tensor"],
+    )
+    return bytes_per_device(run.abstract_state), micro_batch * sequence_bytes, micro_batch
+
+
+def describe_roles(roles: list[dict[str, Any]]) -> list[str]:
+    """Returns one line per parameter: path, shape, optimizer, weight decay, sharding."""
+    lines = []
+    for row in roles:
+        shape = "x".join(map(str, row["shape"]))
+        decay = "decay" if row["weight_decay"] else "no decay"
+        lines.append(f"  {row['parameter']:<22} {shape:<18} {row['optimizer']:<9} {decay:<8} {row['sharding']}")
+    return lines
+
+
+def warn_if_slow(run: Run) -> None:
+    """Times one matmul on this CPU, and warns if a step will take long."""
+    x = jnp.ones((MATMUL_SIZE, MATMUL_SIZE))
+    matmul = jax.jit(lambda x: x @ x)
+    matmul(x).block_until_ready()  # compiles
+    start = time.perf_counter()
+    matmul(x).block_until_ready()
+    flops_per_second = 2 * MATMUL_SIZE**3 / (time.perf_counter() - start)
+    seconds = run.flops_per_step / (CPU_EFFICIENCY * flops_per_second)
+    if seconds > SLOW_STEP_SECONDS:
+        log.warning("one step will take about %s on this CPU", duration(seconds))
+        log.warning("configs/quickstart.py is sized for a CPU")
+        if run.config.data.global_batch_size > SMALL_BATCH:
+            log.warning("a smaller batch takes less time: --config.data.global_batch_size=%d", SMALL_BATCH)

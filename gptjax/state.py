@@ -10,40 +10,62 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gptjax.collectives import ONE_DEVICE
+from gptjax.compute import ResolvedCompute
 from gptjax.model import GPT
-from gptjax.sharding import data_parallel_size, param_shardings, state_shardings
+from gptjax.params import PyTree
+from gptjax.sharding import check_params, param_shardings, state_shardings
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a run is besides its config. `step` counts finished updates."""
+    """The arrays that change during a run. A checkpoint stores them, next to the config and the history."""
 
-    step: Any
-    params: Any
-    opt_state: Any
+    step: Any  # int32 scalar: number of finished updates
+    params: PyTree  # float32
+    opt_state: PyTree
 
 
 def make_init(
-    model: GPT, optimizer: optax.GradientTransformation, *, mesh: Mesh, seed: int
+    model: GPT,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    seed: int,
 ) -> tuple[TrainState, Callable[[], TrainState]]:
-    """Returns (abstract_state, init): the state as shapes with shardings, and a function that makes it so placed.
+    """Returns (abstract_state, init): the state as shapes with shardings, and a function that creates it sharded.
 
     The values depend on `seed` only, not on the mesh.
+
+    Raises:
+        ConfigError: the model has a parameter that gptjax.params does not describe, or a mesh axis does not divide one.
     """
+    # Initial values do not depend on the kernels or the parallelism. So init uses plain XLA without shard_map, and XLA
+    # partitions `create` by its out_shardings.
+    plain = model.clone(compute=ResolvedCompute(), parallel=ONE_DEVICE)
 
-    @jax.jit  # traced once, for the shapes and for `init`: both under the mesh
+    @jax.jit  # traced once, for the shapes and for `init`
     def create() -> TrainState:
-        inputs_BT = jnp.zeros((data_parallel_size(mesh), model.config.block_size), jnp.int32)  # a kernel would cut them
-        params = model.init(jax.random.key(seed), inputs_BT)["params"]
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        key = jax.random.key(seed)
+        # One token is enough: no parameter's shape depends on the input's.
+        tokens_BT = jnp.zeros((1, 1), jnp.int32)
+        params = plain.init(key, tokens_BT)["params"]
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, params, optimizer.init(params))
 
-    with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(create)
+    # eval_shape allocates nothing: a wrong parameter or mesh axis is refused before any memory is taken.
+    shapes = jax.eval_shape(create)
+    check_params(shapes.params, model.config)
     shardings = TrainState(
         step=NamedSharding(mesh, P()),
         params=param_shardings(shapes.params, mesh),
         opt_state=state_shardings(shapes.opt_state, shapes.params, mesh),
     )
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+    def with_sharding(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    abstract = jax.tree.map(with_sharding, shapes, shardings)
+    # Each device computes its own shards only, so that no device ever holds an unsharded state.
     return abstract, jax.jit(create, out_shardings=shardings)

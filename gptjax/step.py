@@ -1,162 +1,303 @@
-"""The train and evaluation steps: pure functions, and how they are jitted with shardings ("pjit")."""
+"""The train and evaluation steps as pure functions, and their jit with shardings."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from gptjax.config import Config
-from gptjax.loss import LossSums, cross_entropy, token_losses
-from gptjax.model import GPT, Compute, document_starts, head
-from gptjax.optim import Schedule, make_schedule
-from gptjax.parallel import (
-    gather_tables,
-    on_each_shard,
-    own_positions,
-    param_specs,
-    sum_gradients,
-    sum_over_shards,
+from gptjax.collectives import (
+    Parallel,
+    all_gather_embeddings,
+    all_reduce_gradients,
+    local_sequence,
+    psum_all,
 )
-from gptjax.sharding import BATCH_SPEC
+from gptjax.config import Config
+from gptjax.documents import EndOfText
+from gptjax.examples import make_examples
+from gptjax.loss import LossSums, cross_entropy, token_losses
+from gptjax.model import GPT, unembedding
+from gptjax.optim import Schedule, make_schedule
+from gptjax.params import PyTree
+from gptjax.sharding import BATCH_AXES, BATCH_SPEC, param_specs
 from gptjax.state import TrainState
 
+# All are pure functions. A LossFn takes this device's arrays, the others global ones. model.py explains the letters.
 Metrics = dict[str, jax.Array]
 StepFn = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
+# (params, tokens_ABT, token_bytes_V) -> (sums, bytes)
+EvalFn = Callable[[PyTree, jax.Array, jax.Array], tuple[LossSums, jax.Array]]
+# (params, tokens_ABT, step) -> (gradients, sums)
+GradientFn = Callable[[PyTree, jax.Array, jax.Array], tuple[PyTree, LossSums]]
+# (params, tokens [B, T+1], dropout_key) -> sums
+LossFn = Callable[[PyTree, jax.Array, jax.Array | None], LossSums]
+ShardFn = Callable[[PyTree, jax.Array, jax.Array], PyTree]
 
 
-class Examples(NamedTuple):
-    """What a batch [B, T+1] asks for: inputs, where documents start (or None), and targets, -1 where none counts."""
+def on_shards(
+    function: ShardFn,
+    parallel: Parallel,
+    *,
+    out_specs: Callable[[PyTree], PyTree],
+) -> ShardFn:
+    """Wraps function(params, tokens_ABT, replicated) in jax.shard_map; returns it unchanged for one device.
 
-    inputs_BT: jax.Array
-    starts_BT: jax.Array | None
-    targets_BT: jax.Array
+    Params are sharded by PARAM_SPECS, tokens_ABT (int32 [A, B, T+1]) over data and fsdp, and each device has all of
+    `replicated`.
 
-
-def make_examples(tokens: jax.Array, config: Config, *, eot_id: int, eot_position: str) -> Examples:
-    """Returns the examples in `tokens` [B, T+1], of which negative ones count as nothing.
-
-    With data.document_mask attention and positions restart at each document, and a prediction across documents (from
-    a trailing end-of-text) does not count either.
+    out_specs: returns the specs of the result, given those of params.
     """
-    inputs_BT, targets_BT, starts_BT = jnp.maximum(tokens[:, :-1], 0), tokens[:, 1:], None
-    if config.data.document_mask:
-        starts_BT = document_starts(inputs_BT, eot_id=eot_id, eot_position=eot_position)
-        if eot_position == "last":
-            targets_BT = jnp.where(inputs_BT == eot_id, -1, targets_BT)
-    return Examples(inputs_BT, starts_BT, targets_BT)
+    # On one device nothing is wrapped, so that its program is plain JAX.
+    if not parallel.axes():
+        return function
+
+    def sharded(
+        params: PyTree,
+        tokens_ABT: jax.Array,
+        replicated: jax.Array,
+    ) -> PyTree:
+        specs = param_specs(params)
+        # check_vma=False: JAX does not check that a result with spec P() is equal on all devices. psum_all and
+        # all_reduce_gradients make it equal.
+        run = jax.shard_map(
+            function,
+            mesh=parallel.mesh,
+            in_specs=(specs, BATCH_SPEC, P()),
+            out_specs=out_specs(specs),
+            check_vma=False,
+        )
+        return run(params, tokens_ABT, replicated)
+
+    return sharded
 
 
-def make_loss_fn(model: GPT, config: Config, *, eot_id: int, eot_position: str) -> Callable[..., LossSums]:
-    """Returns loss_fn(params, tokens [B, T+1], dropout_key or None) -> sums over the predictions that count."""
-    return _make_loss(cross_entropy, model, config, eot_id=eot_id, eot_position=eot_position)
+def make_loss_fn(model: GPT, config: Config, *, eot: EndOfText) -> LossFn:
+    """Returns loss_fn(params, tokens, dropout_key or None) -> sums over the predictions that count.
+
+    tokens: int32 [B, T+1]; under shard_map this device's sequences. params: with the embedding tables all-gathered.
+    """
+    return _make_loss(cross_entropy, model, config, eot=eot)
 
 
-def make_token_loss_fn(model: GPT, config: Config, *, eot_id: int, eot_position: str) -> Callable[..., jax.Array]:
+def make_token_loss_fn(
+    model: GPT,
+    config: Config,
+    *,
+    eot: EndOfText,
+) -> Callable[..., jax.Array]:
     """Returns token_loss_fn(params, tokens_ABT, step) -> loss of each prediction of an update: float32 [A, B, T].
 
-    They are what the update of `step` sums, dropout included, one micro-batch in memory at a time.
+    These are the per-token terms of the training loss at `step`, with the same dropout. tokens_ABT is int32
+    [A, B, T+1]. One micro-batch at a time is in memory.
     """
-    loss_fn = _make_loss(token_losses, model, config, eot_id=eot_id, eot_position=eot_position)
+    loss_fn = _make_loss(token_losses, model, config, eot=eot)
 
-    def losses(params: Any, tokens_ABT: jax.Array, step: jax.Array) -> jax.Array:
-        whole, key = with_tables(params, model.compute), micro_keys(config, step)
-        micro = lambda a: loss_fn(whole, a[1], key(a[0]))  # noqa: E731
-        return jax.lax.map(micro, (jnp.arange(tokens_ABT.shape[0]), tokens_ABT))
+    def losses(
+        params: PyTree,
+        tokens_ABT: jax.Array,
+        step: jax.Array,
+    ) -> jax.Array:
+        # Gathers the tables as the gradient function does, so that they are rounded to the compute dtype here, too.
+        params = all_gather_embeddings(params, model.parallel)
+        key = microbatch_dropout_keys(config, step)
 
-    def split(params: Any, tokens_ABT: jax.Array, step: jax.Array) -> jax.Array:
-        cut, placed = param_specs(params), P(*BATCH_SPEC[:2], "tensor")
-        return on_each_shard(losses, in_specs=(cut, BATCH_SPEC, P()), out_specs=placed)(params, tokens_ABT, step)
+        def run_microbatch(micro: tuple[jax.Array, jax.Array]) -> jax.Array:
+            index, tokens = micro
+            return loss_fn(params, tokens, key(index))
 
-    return split
+        # lax.map is a loop; vmap would hold all micro-batches in memory.
+        index_A = jnp.arange(tokens_ABT.shape[0])
+        return jax.lax.map(run_microbatch, (index_A, tokens_ABT))
+
+    # No sum over devices here: each device returns the losses of its own sequences and positions. `tensor` shards the
+    # positions, dim 2.
+    spec = P(None, BATCH_AXES, "tensor")
+    return on_shards(losses, model.parallel, out_specs=lambda _: spec)
 
 
 def _make_loss(
-    reduce: Callable[..., Any], model: GPT, config: Config, *, eot_id: int, eot_position: str
-) -> Callable[..., Any]:
-    def loss_fn(params: Any, tokens: jax.Array, dropout_key: jax.Array | None) -> Any:
-        inputs_BT, starts_BT, targets_BT = make_examples(tokens, config, eot_id=eot_id, eot_position=eot_position)
-        rngs = None if dropout_key is None else {"dropout": dropout_key}
-        x_BTD: Any = model.apply({"params": params}, inputs_BT, starts_BT, rngs=rngs, method="hidden")
+    reduce: Callable[..., PyTree],
+    model: GPT,
+    config: Config,
+    *,
+    eot: EndOfText,
+) -> Callable[..., PyTree]:
+    def loss_fn(
+        params: PyTree,
+        tokens: jax.Array,
+        dropout_key: jax.Array | None,
+    ) -> PyTree:
+        inputs_BT, starts_BT, targets_BT = make_examples(tokens, config, eot=eot)
+        x_BTD: Any = model.apply(
+            {"params": params},
+            inputs_BT,
+            starts_BT,
+            dropout_key,
+            method="hidden",
+        )
+        # The head is taken from the gathered tables, so that tied embeddings sum both gradients before one scatter.
         with jax.named_scope("loss"):
-            of = {"vocab_size": model.config.vocab_size, "backend": model.compute.loss}
-            return reduce(x_BTD, head(params), targets_BT, chunk=config.compute.loss_chunk, **of)
+            return reduce(
+                x_BTD,
+                unembedding(params),
+                targets_BT,
+                vocab_size=model.config.vocab_size,
+                chunk=config.compute.loss_chunk,
+                backend=model.compute.loss,
+                parallel=model.parallel,
+            )
 
     return loss_fn
 
 
-def micro_keys(config: Config, step: jax.Array) -> Callable[[jax.typing.ArrayLike], jax.Array | None]:
-    """Returns a micro-step's index -> the dropout key that it has in the update of `step`; None without dropout."""
-    step_key = jax.random.fold_in(jax.random.key(config.train.seed), step)
-    return lambda index: jax.random.fold_in(step_key, index) if config.model.dropout else None
+def microbatch_dropout_keys(
+    config: Config,
+    step: jax.Array,
+) -> Callable[[jax.typing.ArrayLike], jax.Array | None]:
+    """Returns a function from micro-batch index to its dropout key in the update of `step` (an int32 scalar).
+
+    Without dropout it returns None instead of a key.
+    """
+    # The seed and the step determine the key, so that a resumed run draws the same masks without a key in its state.
+    seed_key = jax.random.key(config.train.seed)
+    step_key = jax.random.fold_in(seed_key, step)
+
+    def key_of(index: jax.typing.ArrayLike) -> jax.Array | None:
+        if not config.model.dropout:
+            return None
+        return jax.random.fold_in(step_key, index)
+
+    return key_of
 
 
 def make_gradient_fn(
-    loss_fn: Callable[..., LossSums], *, config: Config, compute: Compute
-) -> Callable[..., tuple[Any, LossSums]]:
-    """Returns gradient_fn(params, tokens_ABT, step) -> (mean gradient over all tokens, not clipped, sums)."""
+    loss_fn: LossFn,
+    *,
+    config: Config,
+    parallel: Parallel,
+) -> GradientFn:
+    """Returns gradient_fn(params, tokens_ABT, step) -> (mean gradient over all tokens, not clipped, sums).
+
+    tokens_ABT is int32 [A, B, T+1]. The gradient has the shapes, dtypes and shardings of params.
+    """
     z_weight = config.train.z_loss
 
-    def summed(params: Any, tokens: jax.Array, key: jax.Array | None) -> tuple[jax.Array, LossSums]:
+    def summed(
+        params: PyTree,
+        tokens: jax.Array,
+        key: jax.Array | None,
+    ) -> tuple[jax.Array, LossSums]:
         sums = loss_fn(params, tokens, key)
-        return sums.loss + z_weight * sums.z_loss if z_weight else sums.loss, sums
+        # The loss is a sum over this device's tokens, not a mean, so that gradients add over micro-batches and devices.
+        if not z_weight:
+            return sums.loss, sums
+        return sums.loss + z_weight * sums.z_loss, sums
 
-    def gradients(params: Any, tokens_ABT: jax.Array, step: jax.Array) -> tuple[Any, LossSums]:
-        key = micro_keys(config, step)
-        whole, scatter = jax.vjp(lambda p: with_tables(p, compute), params)
+    def gradients(
+        params: PyTree,
+        tokens_ABT: jax.Array,
+        step: jax.Array,
+    ) -> tuple[PyTree, LossSums]:
+        key = microbatch_dropout_keys(config, step)
+        # The embedding tables are all-gathered once per step, for all micro-batches. `scatter` is the transpose of that
+        # gather: it reduce-scatters their accumulated gradient, also once. The weights of the layers are all-gathered
+        # in each micro-batch, because all of them unsharded would not fit.
+        gathered, scatter = jax.vjp(lambda p: all_gather_embeddings(p, parallel), params)
 
-        def micro_step(index: jax.typing.ArrayLike, tokens: jax.Array) -> tuple[Any, LossSums]:
-            return jax.grad(summed, has_aux=True)(whole, tokens, key(index))
+        def run_microbatch(
+            index: jax.typing.ArrayLike,
+            tokens: jax.Array,
+        ) -> tuple[PyTree, LossSums]:
+            gradient = jax.grad(summed, has_aux=True)
+            return gradient(gathered, tokens, key(index))
 
-        grads, sums = accumulate(micro_step, tokens_ABT)
-        return sum_gradients(*scatter(grads), reduce_dtype=compute.reduce_dtype), sum_over_shards(sums)
+        grads, sums = accumulate(run_microbatch, tokens_ABT)
+        [grads] = scatter(grads)  # not yet summed over the axes that do not shard the parameter
+        grads = all_reduce_gradients(grads, parallel)
+        return grads, psum_all(sums, parallel)
 
-    def gradient_fn(params: Any, tokens_ABT: jax.Array, step: jax.Array) -> tuple[Any, LossSums]:
-        cut = param_specs(params)
-        split = on_each_shard(gradients, in_specs=(cut, BATCH_SPEC, P()), out_specs=(cut, P()))
-        grads, sums = split(params, tokens_ABT, step)
+    # Gradients are sharded as the params are; the sums are replicated.
+    sharded = on_shards(
+        gradients,
+        parallel,
+        out_specs=lambda specs: (specs, P()),
+    )
+
+    def gradient_fn(
+        params: PyTree,
+        tokens_ABT: jax.Array,
+        step: jax.Array,
+    ) -> tuple[PyTree, LossSums]:
+        grads, sums = sharded(params, tokens_ABT, step)
+        # Divides once, by the tokens of all devices and micro-batches. A mean of means would give the tokens of a
+        # heavily padded micro-batch more weight.
         with jax.named_scope("update"):
-            return jax.tree.map(lambda g: g / sums.tokens, grads), sums
+            mean = jax.tree.map(lambda g: g / sums.tokens, grads)
+        return mean, sums
 
     return gradient_fn
 
 
 def make_train_step(
-    loss_fn: Callable[..., LossSums],
+    loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     *,
     config: Config,
-    compute: Compute,
+    parallel: Parallel,
 ) -> StepFn:
     """Returns train_step(state, tokens_ABT) -> (state, metrics), where tokens_ABT is int32 [A, B, T+1].
 
-    One update from the mean over all tokens of the A micro-batches. Where loss, gradient or update is not finite,
-    params and optimizer state stay as they are and only `step` moves on. Metrics are float32 scalars: loss, grad_norm
-    (before clipping), update_norm, lr, tokens, finite (1 or 0).
+    It makes one update from the mean gradient over all tokens of the A micro-batches. If loss, gradient or update is
+    not finite, params and optimizer state stay the same and only `step` increases. Metrics are float32 scalars: loss,
+    grad_norm (before clipping), update_norm, lr, tokens, finite (1 or 0).
     """
-    clip, gradient_fn = config.optim.grad_clip, make_gradient_fn(loss_fn, config=config, compute=compute)
+    clip = config.optim.grad_clip
+    gradient_fn = make_gradient_fn(loss_fn, config=config, parallel=parallel)
 
-    def train_step(state: TrainState, tokens_ABT: jax.Array) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState,
+        tokens_ABT: jax.Array,
+    ) -> tuple[TrainState, Metrics]:
         grads, sums = gradient_fn(state.params, tokens_ABT, state.step)
+        # Outside of shard_map arrays are global, and XLA partitions the program by the shardings of the state. So a
+        # norm covers all shards, and the optimizer needs no explicit collectives.
         with jax.named_scope("update"):
             grad_norm = optax.tree.norm(grads)
             if clip:
-                grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / (grad_norm + 1e-6)), grads)
+                # 1e-6 as in PyTorch's clip_grad_norm_. If the norm is not finite, `finite` below discards the update.
+                grads = jax.tree.map(
+                    lambda g: g * jnp.minimum(1.0, clip / (grad_norm + 1e-6)),
+                    grads,
+                )
             lr = schedule(state.step)
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            # The optimizer runs at learning rate 1, so that its state does not contain the rate (optim.py). `lr` is
+            # traced, so a different rate does not recompile the step.
+            updates, opt_state = optimizer.update(
+                grads,
+                state.opt_state,
+                state.params,
+            )
             updates = jax.tree.map(lambda u: lr * u, updates)
             loss = sums.loss / sums.tokens
             update_norm = optax.tree.norm(updates)
-            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
-            keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+            # If any entry is not finite, the norm is not finite. The device decides, because the host reads these
+            # metrics only after it has dispatched the next step, which would start from a broken state.
+            finite = jnp.isfinite(loss)
+            finite &= jnp.isfinite(grad_norm)
+            finite &= jnp.isfinite(update_norm)
+            # A skipped step counts too, because data order and learning rate depend on `step` alone.
+            next_step = state.step + 1
+            params = optax.apply_updates(state.params, updates)
             new_state = TrainState(
-                step=state.step + 1,
-                params=keep(optax.apply_updates(state.params, updates), state.params),
-                opt_state=keep(opt_state, state.opt_state),
+                step=next_step,
+                params=_select(finite, params, state.params),
+                opt_state=_select(finite, opt_state, state.opt_state),
             )
+        # The sums are replicated, so each process can read these without a collective.
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -170,68 +311,119 @@ def make_train_step(
     return train_step
 
 
-def with_tables(params: Any, compute: Compute) -> Any:
-    """Returns a shard's parameters with the tables whole, once a step for lookup and head of all micro-batches."""
-    return gather_tables(params, dtype=compute.dtype, two_stages=compute.two_stages)
+def _select(
+    condition: jax.Array,
+    new: PyTree,
+    old: PyTree,
+) -> PyTree:
+    # jnp.where, not lax.cond: the select fuses with the computation of `new`. NaNs in `new` do not reach the result.
+    def choose(n: jax.Array, o: jax.Array) -> jax.Array:
+        return jnp.where(condition, n, o)
+
+    return jax.tree.map(choose, new, old)
 
 
-def accumulate(micro_step: Callable[..., Any], tokens_ABT: jax.Array) -> Any:
-    """Returns the sum over a of micro_step(a, tokens_ABT[a]), a tree of float32, holding one micro-batch at a time."""
+def accumulate(run_microbatch: Callable[..., PyTree], tokens_ABT: jax.Array) -> PyTree:
+    """Returns the sum over a of run_microbatch(a, tokens_ABT[a]), a tree of float32, holding one micro-batch at a time.
+
+    tokens_ABT: int32 [A, B, T+1].
+    """
     if tokens_ABT.shape[0] == 1:
-        return micro_step(0, tokens_ABT[0])
-    micro_step, index_A = jax.jit(micro_step), jnp.arange(tokens_ABT.shape[0])  # traced once
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro_step, index_A[0], tokens_ABT[0]))
+        return run_microbatch(0, tokens_ABT[0])  # no loop, and no buffer of zeros
+    # A loop, not an unrolled sum: the activations of one micro-batch are freed before the next one starts. With jit,
+    # run_microbatch is traced once for both eval_shape and the scan.
+    run_microbatch = jax.jit(run_microbatch)
+    index_A = jnp.arange(tokens_ABT.shape[0])
+    result = jax.eval_shape(run_microbatch, index_A[0], tokens_ABT[0])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result)
 
-    def add(total: Any, micro: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, micro_step(*micro)), None
+    def add(
+        total: PyTree,
+        micro: tuple[jax.Array, jax.Array],
+    ) -> tuple[PyTree, None]:
+        # Gradients have the dtype of params, float32, also where the matmuls are in bfloat16.
+        result = run_microbatch(*micro)
+        return jax.tree.map(jnp.add, total, result), None
 
-    return jax.lax.scan(add, zeros, (index_A, tokens_ABT))[0]
+    total, _ = jax.lax.scan(add, zeros, (index_A, tokens_ABT))
+    return total
 
 
 def make_multi_step(train_step: StepFn) -> StepFn:
-    """Returns train_step over K batches [K, A, B, T+1] in one dispatch; metrics gain a leading dim K."""
+    """Returns train_step over K batches, int32 [K, A, B, T+1], in one dispatch; metrics gain a leading dim K."""
+    # The result is bit-identical to K dispatches, because state.step increases inside the scan. The host waits for all
+    # K metrics at once.
     return lambda state, batches: jax.lax.scan(train_step, state, batches)
 
 
 def make_eval_step(
-    loss_fn: Callable[..., LossSums], config: Config, *, compute: Compute, eot_id: int, eot_position: str
-) -> Callable[..., tuple[LossSums, jax.Array]]:
-    """Returns eval_step(params, tokens_ABT, token_bytes_V) -> (summed loss, summed bytes of the counted targets)."""
+    loss_fn: LossFn,
+    config: Config,
+    *,
+    parallel: Parallel,
+    eot: EndOfText,
+) -> EvalFn:
+    """Returns eval_step(params, tokens_ABT, token_bytes_V) -> (summed loss, summed bytes of the counted targets).
 
-    def eval_step(params: Any, tokens_ABT: jax.Array, token_bytes_V: jax.Array) -> tuple[LossSums, jax.Array]:
-        whole = with_tables(params, compute)
+    tokens_ABT is int32 [A, B, T+1], token_bytes_V the length of each token in bytes. The sums are float32 scalars.
+    """
 
-        def micro_step(_: jax.typing.ArrayLike, tokens: jax.Array) -> tuple[LossSums, jax.Array]:
-            examples = make_examples(tokens, config, eot_id=eot_id, eot_position=eot_position)
-            targets_BT = own_positions(examples.targets_BT)
-            size_BT = jnp.where(targets_BT >= 0, token_bytes_V[jnp.maximum(targets_BT, 0)], 0)
-            return loss_fn(whole, tokens, None), jnp.sum(size_BT, dtype=jnp.float32)
+    def eval_step(
+        params: PyTree,
+        tokens_ABT: jax.Array,
+        token_bytes_V: jax.Array,
+    ) -> tuple[LossSums, jax.Array]:
+        params = all_gather_embeddings(params, parallel)
 
-        return sum_over_shards(accumulate(micro_step, tokens_ABT))
+        def run_microbatch(
+            _: jax.typing.ArrayLike,
+            tokens: jax.Array,
+        ) -> tuple[LossSums, jax.Array]:
+            examples = make_examples(tokens, config, eot=eot)
+            # Counts the local sequence, like the loss, because psum_all also sums over `tensor`. jnp.maximum keeps a
+            # target of -1 from indexing the last token.
+            targets_BT = local_sequence(examples.targets_BT, parallel)
+            counted_BT = targets_BT >= 0
+            size_BT = token_bytes_V[jnp.maximum(targets_BT, 0)]
+            size_BT = jnp.where(counted_BT, size_BT, 0)
+            sums = loss_fn(params, tokens, None)  # no key: no dropout
+            return sums, jnp.sum(size_BT, dtype=jnp.float32)
 
-    def split(params: Any, tokens_ABT: jax.Array, token_bytes_V: jax.Array) -> tuple[LossSums, jax.Array]:
-        run = on_each_shard(eval_step, in_specs=(param_specs(params), BATCH_SPEC, P()), out_specs=P())
-        return run(params, tokens_ABT, token_bytes_V)
+        sums = accumulate(run_microbatch, tokens_ABT)
+        return psum_all(sums, parallel)
 
-    return split
+    return on_shards(eval_step, parallel, out_specs=lambda _: P())
 
 
 def jit_steps(
     model: GPT,
     optimizer: optax.GradientTransformation,
     config: Config,
-    abstract: TrainState,
     *,
-    eot_id: int,
-    eot_position: str,
-) -> tuple[StepFn, Callable[..., Any]]:
-    """Returns (train_step, eval_step), jitted; the train step gives its state back where it found it."""
-    loss_fn = make_loss_fn(model, config, eot_id=eot_id, eot_position=eot_position)
+    abstract: TrainState,
+    eot: EndOfText,
+) -> tuple[StepFn, EvalFn]:
+    """Returns (train_step, eval_step) of `model`, jitted; the output state keeps the shardings of `abstract`."""
+    loss_fn = make_loss_fn(model, config, eot=eot)
     schedule = make_schedule(config.optim, config.train.num_steps)
-    step = make_train_step(loss_fn, optimizer, schedule, config=config, compute=model.compute)
+    step = make_train_step(
+        loss_fn,
+        optimizer,
+        schedule,
+        config=config,
+        parallel=model.parallel,
+    )
+    # One step per dispatch has no leading K, neither in the batches nor in the metrics.
     if config.train.steps_per_dispatch > 1:
         step = make_multi_step(step)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), jax.jit(
-        make_eval_step(loss_fn, config, compute=model.compute, eot_id=eot_id, eot_position=eot_position)
+    # The state is donated: the new state reuses the buffers of the old one, so memory holds one state, not two.
+    # out_shardings fix the shardings of the new state; if XLA chose others, the second call would recompile.
+    train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    eval_step = make_eval_step(
+        loss_fn,
+        config,
+        parallel=model.parallel,
+        eot=eot,
     )
+    return train_step, jax.jit(eval_step)

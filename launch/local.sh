@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # launch/local.sh 2 --config=configs/quickstart.py --workdir=runs/two
 #
-# Starts N processes of one run on this machine, each with a GPU of its own where there are any; every line is marked with
-# its process, and stands in $LOGS/process-<i>.log too. SIGTERM, SIGINT and SIGHUP ask all to save and leave, a second one
-# ends them at once; when one fails, the others are ended. Ends with the first failure's code, or 75 (start me again).
+# Starts N processes of one run on this machine, each with a GPU of its own if there are GPUs. Every output line starts
+# with its process number, and is also in $LOGS/process-<i>.log. SIGTERM, SIGINT and SIGHUP ask all to save and exit. A
+# second signal ends them at once. If one fails, the script stops the others. It ends with the first failure's code, or 75.
 # Variables: LOGS (a directory), PORT, GRACE_SECONDS (from the first failure to SIGKILL), PYTHON.
 set -euo pipefail
 
@@ -24,22 +24,22 @@ logs=${LOGS:-$(mktemp -d)}
 mkdir -p "$logs" && echo "$count processes, logs in $logs"
 
 mark() { while IFS= read -r line || [[ $line ]]; do printf '[%s] %s\n' "$1" "$line" 2>/dev/null || true; done; }
-start() { # one process; it alone heeds signals, so that its last lines are not lost, nor it when nobody reads them
+start() { # one process. Only Python reacts to signals: tee and mark outlive it, and mark ignores a closed stdout
     trap : TERM INT HUP
     CUDA_VISIBLE_DEVICES=${cards[$1]:-$1} "$python" -m gptjax.main "${@:2}" --coordinator="127.0.0.1:$port" \
         --num_processes="$count" --process_id="$1" 2>&1 </dev/null |
         { trap '' TERM INT HUP && tee "$logs/process-$1.log" | mark "$1"; }
 }
 send() { for pid in "${pids[@]}"; do kill "-$1" -- "-$pid" 2>/dev/null || true; done; }
-rank() { # of an exit code: 0, ended by a signal of ours, preempted, failed
+rank() { # severity of an exit code: 0, ended by our signal, preempted, failed
     if (($1 == 0)); then rank=0; elif (($1 > 128 && ending)); then rank=1; elif (($1 == 75)); then rank=2; else rank=3; fi
 }
 forward() { if ((started)); then ending=1 && send "$1"; else asked=$1; fi; }
 
 started=0 asked='' ending=0 code=0 worst=0 deadline='' pids=()
 trap 'forward TERM' TERM HUP && trap 'forward INT' INT
-trap '' PIPE # nobody may be reading any more
-set -m # every process a group of its own, out of reach of the terminal's Ctrl-C: a second signal would end it unsaved
+trap '' PIPE # the reader may have exited
+set -m # a process group each, which the terminal's Ctrl-C does not reach: a second signal would end it unsaved
 for ((i = 0; i < count && !${#asked}; i++)); do start "$i" "$@" & pids+=($!); done
 set +m && started=1 && if [[ $asked ]]; then forward "$asked"; fi
 if ((i < count)); then code=75 worst=2; fi

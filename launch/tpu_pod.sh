@@ -5,10 +5,10 @@
 # launch/tpu_pod.sh watch            (or: status; logs [WORKER|all]; delete)
 #
 # Rents one Cloud TPU slice as a queued resource and runs one gptjax command on all its workers. Every subcommand can be
-# repeated: what is done already is left alone. `watch` ends with the run. Until then it makes the slice anew when it was
-# taken away, and starts the same command again there, or where it ended with 75 or by the loss of a worker.
+# repeated, and skips completed work. `watch` ends with the run. Until then it recreates a preempted slice and restarts the
+# command there. It also restarts the command after exit code 75 and after the loss of a worker.
 # Variables: SPOT=0 (on demand), RUNTIME (the software version, by default the one for TYPE), DATA=gs://BUCKET/data/NAME
-# (copied by `install` to data/NAME on every worker), MAX_RESTARTS (on one slice), POLL_SECONDS, TAIL (of logs: -f follows).
+# (`install` copies it to data/NAME on every worker), MAX_RESTARTS (per slice), POLL_SECONDS, TAIL (of logs: -f follows).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 NAME=${NAME:-gptjax} ZONE=${ZONE:-us-west4-a} TYPE=${TYPE:-v5litepod-16} SPOT=${SPOT:-1} DATA=${DATA:-}
@@ -20,18 +20,18 @@ case $TYPE in
     *) : "${RUNTIME:=tpu-ubuntu2204-base}" ;;
 esac
 remembered=runs/tpu_pod/$NAME # the command that `start` ran
-again='0|69|75|134|137|143' # exit codes after which `watch` starts it once more: preempted, or a worker was lost
+again='0|69|75|134|137|143' # `watch` restarts the command after these exit codes: preempted, or a worker was lost
 
 queue() { gcloud compute tpus queued-resources "$@" --zone="$ZONE" --quiet; }
 tpu_vm() { gcloud compute tpus tpu-vm "$@" --zone="$ZONE" --quiet; }
 say() { echo "$NAME: $*"; }
 
 metadata='curl -s -H Metadata-Flavor:Google http://metadata.google.internal/computeMetadata/v1/instance/attributes'
-on() { # WORKER|all COMMAND: where $n is the worker's number
+on() { # WORKER|all COMMAND: runs it on the worker; $n is the worker's number
     tpu_vm ssh "$NAME" --worker="$1" --command="n=\$($metadata/agent-worker-number); $2"
 }
 
-state() { # NONE, or of the request; of the slice once the request is ACTIVE (READY, PREEMPTED, ...), or GONE
+state() { # prints the state of the request or NONE; once the request is ACTIVE, that of the slice (READY, ...) or GONE
     local found
     found=$(queue list --filter="name~\"(^|/)$NAME\$\"" --format='value(state.state)') || return
     if [[ $found == ACTIVE ]]; then
@@ -41,7 +41,7 @@ state() { # NONE, or of the request; of the slice once the request is ACTIVE (RE
     echo "${found:-NONE}"
 }
 
-create() { # returns when the slice is there
+create() { # returns when the slice is READY
     local now asked=''
     while now=$(state) || return; do
         case $now in
@@ -82,7 +82,7 @@ echo $version >installed
 echo \"worker \$n: installed\""; } || { say "install failed on a worker: repeat it, the others are left alone" && return 1; }
 }
 
-start() { # what $remembered holds. Worker 0 is where they meet: JAX finds out the rest, once told that there are others
+start() { # runs the command in $remembered. Worker 0 is the coordinator; with its address JAX finds the rest itself
     on all "set -e
 cd ~/gptjax
 if tmux has-session -t gptjax 2>/dev/null; then echo \"worker \$n: running already\"; exit; fi
@@ -122,7 +122,7 @@ watch() {
     say "no command to watch: it was never started, or deleted" && return 1
 }
 
-look() { # at all workers: starts the run again where that helps; where not, it ends or returns the run's exit code
+look() { # checks all workers: restarts a run that can resume; otherwise exits, or returns the run's exit code
     local workers codes bad
     workers=$(status | sort -V) || { say "a worker does not answer" && return; }
     if grep -m 1 ': running:' <<<"$workers"; then return; fi

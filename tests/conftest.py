@@ -14,7 +14,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.envir
 import jax
 import pytest
 
-from gptjax import runtime
+from gptjax import cli
 from tests import runs
 
 runpy.run_path(str(runs.OFFLINE / "sitecustomize.py"))  # for this process; runs.py sees to those that tests start
@@ -24,21 +24,26 @@ jax.config.update("jax_numpy_dtype_promotion", "standard")
 
 @pytest.hookimpl(trylast=True)  # pytest's own comes first, to be asked for everything else
 def pytest_configure() -> None:
-    """Leaves out what gptjax.runtime does, too."""
+    """Leaves out what gptjax.cli does, too."""
     ask = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if not str(unraisable.exc_value).startswith(runtime.FORGOTTEN):
+        if not str(unraisable.exc_value).startswith(cli.IGNORED_UNRAISABLE):
             ask(unraisable)
 
     sys.unraisablehook = hook
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Has each worker begin with some of the longest: one that came last would have all others wait.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the sweeps unless -m names them, and has each worker begin with some of the longest tests.
 
-    Of n workers of pytest-xdist, each begins with its own nth of what was collected.
+    A long test that came last would have all other workers wait. Of n workers of pytest-xdist, each begins with its own
+    nth of what was collected.
     """
+    if "sweep" not in config.option.markexpr:
+        sweeps = [item for item in items if item.get_closest_marker("sweep")]
+        items[:] = [item for item in items if item not in sweeps]
+        config.hook.pytest_deselected(items=sweeps)
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     longest = [item for item in items if item.get_closest_marker("long")]
     others = [item for item in items if item not in longest]

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from gptjax.errors import UserError
+from tests.helpers import snapshot
 
 # GPTJAX_FUZZ=10 makes ten times the cases, of another seed each time (pytest's --hypothesis-seed); without it they
 # are always the same ones, so that a failure is the change's own.
@@ -87,15 +88,6 @@ def _status(name: str) -> int:
     """Returns a line of /proc/self/status in bytes."""
     text = pathlib.Path("/proc/self/status").read_text()
     return 1024 * next(int(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name}:"))
-
-
-def snapshot(root: pathlib.Path) -> dict[str, Any]:
-    """Returns everything under `root`, with what a change of contents would change."""
-    now = {}
-    for path in sorted(root.rglob("*")):
-        status = path.lstat()
-        now[str(path)] = "directory" if path.is_dir() else (status.st_mtime_ns, status.st_size, status.st_ino)
-    return now
 
 
 @contextlib.contextmanager

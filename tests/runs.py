@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from tensorboardX.proto import event_pb2
 
-from gptjax import run as run_module
+from gptjax import setup as run_setup
 from gptjax.checkpoint import Checkpointer
 from gptjax.config import Config, from_dict
 from gptjax.data.prepare import prepare
@@ -85,7 +85,13 @@ class Lab:
         self, workdir: pathlib.Path, *overrides: str, expect: int = 0, devices: int = 1, **extra: str
     ) -> subprocess.CompletedProcess[str]:
         """Runs the command to its end, which must have the exit code `expect` and show no traceback."""
+        assert not self.is_shared(workdir), f"{workdir} is other tests', too: train in a copy"
         return self.call(self.command(workdir, *overrides), expect=expect, devices=devices, **extra)
+
+    def is_shared(self, workdir: pathlib.Path | str) -> bool:
+        """Returns whether this is a finished run of make_twin, which tests read at the same time."""
+        workdir = pathlib.Path(workdir)
+        return workdir.parent == self.root and (self.root / f"{workdir.name}-done").exists()
 
     def call(
         self, command: list[str], *, expect: int = 0, devices: int = 1, **extra: str
@@ -203,13 +209,17 @@ def temporary_directories(workdir: pathlib.Path) -> list[str]:
 
 
 def event_steps(workdir: pathlib.Path, tag: str) -> list[int]:
-    """Returns the steps of the scalar `tag` in TensorBoard's files, in their order."""
+    """Returns the steps of the scalar `tag` that TensorBoard shows of its files, in their order."""
     steps = []
     for path in sorted((workdir / "tensorboard").glob("events*")):
         data, start = path.read_bytes(), 0
-        while start < len(data):
+        while start + 16 < len(data):
             (length,) = struct.unpack_from("<Q", data, start)  # a TFRecord: length, its checksum, data, its checksum
+            if start + 16 + length > len(data):  # torn by a kill: TensorBoard continues with the next file
+                break
             event = event_pb2.Event.FromString(data[start + 12 : start + 12 + length])
+            if event.session_log.status == event_pb2.SessionLog.START:
+                steps = [step for step in steps if step < event.step]
             steps += [event.step for value in event.summary.value if value.tag == tag]
             start += 16 + length
     return steps
@@ -234,12 +244,12 @@ def wait_until_stopped(process: subprocess.Popen[str]) -> None:
 
 def make_run_on(config: Config, devices: int = 1) -> Any:
     """Returns the Run of `config` on the first so many of this process's devices."""
-    original = run_module.make_mesh
-    run_module.make_mesh = lambda mesh: make_mesh(mesh, jax.devices()[:devices])
+    original = run_setup.make_mesh
+    run_setup.make_mesh = lambda mesh: make_mesh(mesh, jax.devices()[:devices])
     try:
-        return run_module.make_run(config)
+        return run_setup.make_run(config)
     finally:
-        run_module.make_mesh = original
+        run_setup.make_mesh = original
 
 
 def restored_bytes(workdir: pathlib.Path, abstract: Any) -> tuple[int, list[bytes]]:

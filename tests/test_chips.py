@@ -1,9 +1,13 @@
 """The table of chips, and the names of topologies."""
 
+import math
+import types
+
 import pytest
 
-from gptjax.chips import CHIPS, GPUS, SLICES, TPUS, find_chip, gpu_target, local_topology, parse_topology
+from gptjax.chips import CHIPS, GPUS, SLICES, TPUS, find_chip, gpu_target, local_topology, parse_topology, peak_flops
 from gptjax.errors import ConfigError
+from tests.helpers import raises
 
 
 def test_every_name_has_a_chip():
@@ -17,11 +21,11 @@ def test_every_name_has_a_chip():
     [("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v5", 459e12), ("TPU v4", 275e12), ("NVIDIA H200", 989e12),
      ("NVIDIA H100 80GB HBM3", 989e12), ("TPU v6 lite", 918e12)],
 )  # fmt: skip
-def test_peak_by_what_jax_calls_a_device(device_kind, peak):
+def test_peak_flops_are_found_by_jax_device_kind(device_kind, peak):
     assert find_chip(device_kind).peak_flops == peak
 
 
-def test_no_kind_hides_another():
+def test_no_chip_kind_is_hidden_by_an_earlier_row():
     for number, chip in enumerate(CHIPS):
         assert find_chip(chip.kind) is CHIPS[number], "an earlier row's kind begins like this one"
 
@@ -37,7 +41,7 @@ def test_figures_are_in_bytes_and_seconds():
     ("text", "slices", "devices"),
     [("v5e:4x4", 1, 16), ("v5e:16x16", 2, 512), ("v5p:8x16x16", 1, 2048), ("v4:2x2x1", 1, 4), ("h100:8", 4, 32)],
 )
-def test_topologies(text, slices, devices):
+def test_topology_text_gives_devices_and_name(text, slices, devices):
     topology = parse_topology(text, slices)
     assert topology.devices == devices
     assert topology.is_tpu == (text[0] == "v")
@@ -45,20 +49,24 @@ def test_topologies(text, slices, devices):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "remedy"),
     [
-        ("v9:4x4", r"--topology=v9:4x4: no such chip; known: v4, v5e, v5p, v6e, a100, h100, h200, b200"),
-        ("v5e:4x5", r"--topology=v5e:4x5: no such slice; nearest: v5e:4x4, "),
-        ("v5e:4x4x4", r"no such slice; nearest: v5e:8x8"),
-        ("v5p:4x4", r"no such slice; nearest: v5p:2x2x4"),
-        ("v5e", r"no such slice"),
-        ("h100:4x4", r"expected h100:N"),
-        ("h100:0", r"expected h100:N"),
-        ("", r"no such chip"),
+        ("v9:4x4", "known: v4, v5e, v5p, v6e, a100, h100, h200, b200"),
+        ("v5e:4x5", "nearest: v5e:4x4, "),
+        ("v5e:4x4x4", "nearest: v5e:8x8"),
+        ("v5p:4x4", "nearest: v5p:2x2x4"),
+        ("v5e", "nearest: "),
+        ("h100:4x4", "--slices"),
+        ("h100:0", "--slices"),
+        ("h100:" + "9" * 5000, "--slices"),
+        ("h100:\u00b2", "--slices"),
+        ("v5e:" + "9" * 5000 + "x4", "nearest: "),
+        ("v5e:" + "9" * 400 + "x4", "nearest: "),
+        ("", "known: "),
     ],
 )
-def test_what_there_is_not(text, message):
-    with pytest.raises(ConfigError, match=message):
+def test_unknown_chip_or_slice_is_refused(text, remedy):
+    with raises(ConfigError, "--topology", value=text, remedy=remedy):
         parse_topology(text, 1)
 
 
@@ -71,15 +79,23 @@ def test_every_gpu_can_be_described_to_the_compiler():
     assert "major: 8 minor: 0  }" in gpu_target(find_chip("NVIDIA A100")), "no features of a later architecture"
 
 
-def test_what_is_here_is_named_so():
+def test_local_topology_is_named_local():
     topology = local_topology(find_chip("TPU v5 lite"), 8, 2)
     assert (topology.devices, topology.is_local, topology.is_tpu) == (8, True, True)
     assert str(topology) == "2 x local:4"
 
 
-def test_slices_are_named_by_their_chips():
+def test_slice_shapes_are_unique_and_sorted_by_chips():
     for kind, shapes in SLICES.items():
         assert len(set(shapes)) == len(shapes), kind
         assert [parse_topology(f"{kind}:{shape}", 1).devices for shape in shapes] == sorted(
             parse_topology(f"{kind}:{shape}", 1).devices for shape in shapes
         ), kind
+
+
+def test_peak_flops_of_an_unknown_device_is_nan():
+    device = lambda kind: types.SimpleNamespace(device_kind=kind)  # noqa: E731
+    assert peak_flops(device("NVIDIA H100 80GB HBM3")) == 989e12
+    assert peak_flops(device("TPU v5 lite")) == 197e12
+    assert peak_flops(device("TPU v5")) == 459e12
+    assert math.isnan(peak_flops(device("cpu")))

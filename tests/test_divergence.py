@@ -1,12 +1,15 @@
 """What counts as a spike, and what history is gone on with after one."""
 
+import dataclasses
 import math
 import random
 
 import pytest
 
-from gptjax.data.dataset import data_index
-from gptjax.divergence import LEAST, WINDOW, Spike, find_spike, history_after, remember
+from gptjax.config import TrainConfig
+from gptjax.data.dataset import batch_index
+from gptjax.divergence import MIN_VALUES, WINDOW, Spike, Verdict, find_spike, history_after, judge, update_window
+from gptjax.history import History, SkippedRange
 
 ROW = {"loss": 3.0, "grad_norm": 1.0, "update_norm": 0.1}
 
@@ -14,7 +17,7 @@ ROW = {"loss": 3.0, "grad_norm": 1.0, "update_norm": 0.1}
 def recent(count, loss=lambda n: 3.0, norm=lambda n: 1.0):
     kept = {}
     for n in range(count):
-        remember(kept, ROW | {"loss": loss(n), "grad_norm": norm(n)})
+        kept = update_window(kept, ROW | {"loss": loss(n), "grad_norm": norm(n)})
     return kept
 
 
@@ -23,7 +26,7 @@ def alternating(n):
     return 3.0 + 0.5 * (-1) ** n
 
 
-def test_six_sigma_above_the_mean_is_no_spike_and_more_is_one():
+def test_only_a_loss_above_six_sigma_is_a_spike():
     kept = recent(100, loss=alternating)
     assert find_spike(kept, ROW | {"loss": 6.0}) == ""
     assert find_spike(kept, ROW | {"loss": 6.001}) == (
@@ -32,15 +35,15 @@ def test_six_sigma_above_the_mean_is_no_spike_and_more_is_one():
     assert find_spike(kept, ROW | {"loss": -6.001}) == "", "a fall is good news"
 
 
-def test_the_gradient_norm_is_watched_as_well():
+def test_only_a_gradient_norm_above_six_sigma_is_a_spike():
     kept = recent(100, norm=alternating)
     assert find_spike(kept, ROW | {"grad_norm": 6.0}) == ""
     assert find_spike(kept, ROW | {"grad_norm": 6.001}).startswith("gradient norm 6.001 is more than 6 sigma")
 
 
 @pytest.mark.faults
-def test_g4_fewer_than_64_steps_are_no_measure():
-    assert LEAST == 64
+def test_g4_fewer_than_64_values_give_no_spike():
+    assert MIN_VALUES == 64
     assert find_spike(recent(63), ROW | {"loss": 1e9, "grad_norm": 1e9}) == ""
     assert find_spike(recent(64), ROW | {"loss": 1e9}) != ""
 
@@ -56,7 +59,7 @@ def test_g4_a_constant_loss_never_alarms(value):
 
 
 @pytest.mark.faults
-def test_g4_a_loss_that_has_come_to_0_may_leave_it_a_little():
+def test_g4_small_rise_of_a_loss_near_zero_is_no_spike():
     kept = recent(128, loss=lambda n: 1e-6, norm=lambda n: 1e-6)
     assert find_spike(kept, ROW | {"loss": 0.006, "grad_norm": 0.006}) == ""
     assert find_spike(kept, ROW | {"loss": 0.0061, "grad_norm": 0.0}) != ""
@@ -68,16 +71,16 @@ def test_g4_a_noisy_loss_that_falls_never_alarms():
     for n in range(5000):
         row = ROW | {"loss": 3 + 8 / (1 + n / 50) + rng.gauss(0, 0.1), "grad_norm": abs(rng.gauss(1, 0.2))}
         assert find_spike(kept, row) == "", n
-        remember(kept, row)
+        kept = update_window(kept, row)
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_a_spike_from_the_first_step_on(name, value):
+def test_nonfinite_value_is_a_spike_from_the_first_step(name, value):
     assert "not finite" in find_spike({}, ROW | {name: value})
 
 
-def test_so_is_an_update_that_is_not():
+def test_nonfinite_update_is_a_spike():
     assert find_spike({}, ROW | {"update_norm": math.inf}, finite=False) == (
         "loss 3.0, gradient norm 1.0, update norm inf: not finite"
     )
@@ -86,41 +89,88 @@ def test_so_is_an_update_that_is_not():
 def test_the_window_is_the_last_128_finite_values():
     assert WINDOW == 128
     kept = recent(300, loss=lambda n: math.nan if n == 290 else float(n))
-    assert kept["loss"] == [float(n) for n in range(171, 300) if n != 290]
+    assert kept["loss"] == tuple(float(n) for n in range(171, 300) if n != 290)
     assert len(kept["grad_norm"]) == 128
+
+
+# What becomes of a step
+
+BAD = ROW | {"loss": math.nan}
+
+
+def test_accepted_step_is_added_to_the_window():
+    before = History(nonfinite_in_a_row=2, recent={"loss": (4.0,)})
+    verdict = judge(before, ROW, TrainConfig(), finite=True)
+    assert verdict == Verdict("accept", History(nonfinite_in_a_row=0, recent={"loss": (4.0, 3.0), "grad_norm": (1.0,)}))
+    assert before == History(nonfinite_in_a_row=2, recent={"loss": (4.0,)}), "a value: nothing changes it"
+
+
+def test_skip_counts_and_stops_at_the_limit():
+    policy, history = TrainConfig(nan_policy="skip", max_consecutive_nonfinite=2), History(skipped_steps=5)
+    first = judge(history, BAD, policy, finite=False)
+    assert (first.action, first.why) == ("skip", "loss nan, gradient norm 1.0")
+    assert (first.history.skipped_steps, first.history.nonfinite_in_a_row) == (6, 1)
+    second = judge(first.history, BAD, policy, finite=False)
+    assert (second.action, second.why) == ("stop", "loss nan, gradient norm 1.0: 2 in a row")
+    between = judge(first.history, ROW, policy, finite=True).history
+    assert judge(between, BAD, policy, finite=False).action == "skip", "the count begins again"
+    assert judge(between, ROW | {"loss": 1e9}, policy, finite=True).action == "accept", "spikes are for rollback"
+
+
+def test_stop_policy_names_the_nonfinite_values():
+    verdict = judge(History(), ROW | {"update_norm": math.inf}, TrainConfig(nan_policy="stop"), finite=False)
+    assert verdict.action == "stop"
+    assert verdict.why == "loss 3.0, gradient norm 1.0, update norm inf: train.nan_policy='stop'"
+    assert "--config.train.nan_policy=skip" in verdict.remedy
+
+
+def test_rollback_policy_stops_after_max_rollbacks():
+    policy = TrainConfig(nan_policy="rollback", max_rollbacks=2)
+    history = History(rollbacks=1, recent=recent(100))
+    for row, finite in ((ROW | {"loss": 9.0}, True), (BAD, False)):
+        verdict = judge(history, row, policy, finite=finite)
+        assert (verdict.action, verdict.history) == ("roll back", history)
+        assert verdict.why == find_spike(history.recent, row, finite=finite) != ""
+    last = judge(dataclasses.replace(history, rollbacks=2), BAD, policy, finite=False)
+    assert last.action == "stop"
+    assert last.why.endswith("not finite: no rollback is left (train.max_rollbacks=2)")
+    assert "raise train.max_rollbacks" in last.remedy
+    assert judge(history, ROW, policy, finite=True).action == "accept"
 
 
 # The history after a rollback
 
-
-def history(**changes):
-    return {"restarts": 2, "started_at": 5.0, "rollbacks": 0, "skipped_ranges": [], "validated": 40} | changes
+HISTORY = History(restarts=2, started_at=5.0, validated=40, run_id="a")
 
 
-def test_all_batches_from_the_restored_step_to_the_spike_are_left_out():
-    past = {"validated": 0, "recent": {"loss": [1.0]}, "restarts": 0, "rollbacks": 0, "skipped_ranges": []}
-    after = history_after(history(), past, 80, Spike(91, "why"))
-    [part] = after.pop("skipped_ranges")
-    assert part == {"rollback": 1, "step": 80, "batches": 11, "spike": 91, "why": "why"}
-    assert after == {
-        "validated": 0, "recent": {"loss": [1.0]}, "restarts": 2, "started_at": 5.0, "rollbacks": 1
-    }, "what belongs to the state is the past's, and what to the run is not"  # fmt: skip
-    assert past["skipped_ranges"] == []
-    assert [data_index(step, [part]) for step in (0, 79, 80, 81)] == [0, 79, 91, 92]
+def test_rollback_skips_batches_from_restored_step_to_spike():
+    past = History(validated=0, recent={"loss": (1.0,)})
+    after = history_after(HISTORY, past, step=80, spike=Spike(91, "why"))
+    part = SkippedRange(step=80, batches=11, rollback=1, spike=91, why="why")
+    assert after == History(
+        validated=0,
+        recent={"loss": (1.0,)},
+        restarts=2,
+        started_at=5.0,
+        rollbacks=1,
+        skipped_ranges=(part,),
+        run_id="a",
+    ), "what belongs to the state is the past's, and what to the run is not"
+    assert [batch_index(step, [part]) for step in (0, 79, 80, 81)] == [0, 79, 91, 92]
 
 
-def test_a_second_rollback_to_the_same_step_goes_on_after_the_first():
-    first = history_after(history(), {}, 80, Spike(91, ""))
-    second = history_after(first, {"rollbacks": 0, "skipped_ranges": []}, 80, Spike(85, ""))
-    assert [(part["rollback"], part["batches"]) for part in second["skipped_ranges"]] == [(1, 11), (2, 5)]
-    assert second["rollbacks"] == 2
-    assert data_index(80, second["skipped_ranges"]) == 96
-    assert data_index(84, first["skipped_ranges"]) == 95, "the batch of the second spike is the last that is left out"
+def test_second_rollback_skips_batches_after_the_first():
+    first = history_after(HISTORY, History(), step=80, spike=Spike(91, ""))
+    second = history_after(first, History(), step=80, spike=Spike(85, ""))
+    assert [(part.rollback, part.batches) for part in second.skipped_ranges] == [(1, 11), (2, 5)]
+    assert second.rollbacks == 2
+    assert batch_index(80, second.skipped_ranges) == 96
+    assert batch_index(84, first.skipped_ranges) == 95, "the batch of the second spike is the last that is left out"
 
 
-def test_a_rollback_further_back_takes_later_ranges_in():
+def test_rollback_further_back_merges_later_ranges():
     """As when the checkpoint of step 80 has been damaged since the first rollback."""
-    first = history_after(history(), {}, 80, Spike(91, ""))
-    second = history_after(first, {}, 60, Spike(85, ""))
-    assert [(part["step"], part["batches"]) for part in second["skipped_ranges"]] == [(60, 36)]
-    assert data_index(60, second["skipped_ranges"]) == data_index(84, first["skipped_ranges"]) + 1
+    first = history_after(HISTORY, History(), step=80, spike=Spike(91, ""))
+    second = history_after(first, History(), step=60, spike=Spike(85, ""))
+    assert [(part.step, part.batches) for part in second.skipped_ranges] == [(60, 36)]
+    assert batch_index(60, second.skipped_ranges) == batch_index(84, first.skipped_ranges) + 1

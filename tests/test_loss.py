@@ -23,7 +23,7 @@ def make_inputs(vocab=V, length=T):
     return x_BTD, head_DV, jnp.asarray(targets_BT, jnp.int32)
 
 
-def test_value_by_hand():
+def test_cross_entropy_equals_values_by_hand():
     """Probabilities 1/2, 1/4, 1/4 and 1/8, 1/8, 3/4 as logits of logarithms: the losses are theirs, and so is log Z."""
     x_BTD = jnp.eye(2)[None]
     head_DV = jnp.log(jnp.asarray([[2.0, 1.0, 1.0], [1.0, 1.0, 6.0]]))
@@ -33,7 +33,7 @@ def test_value_by_hand():
     assert float(sums.tokens) == 2
 
 
-def test_value_against_numpy_with_targets_of_weight_zero():
+def test_cross_entropy_equals_numpy_with_ignored_targets():
     x_BTD, head_DV, targets_BT = make_inputs()
     sums = cross_entropy(x_BTD, head_DV, targets_BT, vocab_size=V)
     logits_BTV = np.asarray(x_BTD, np.float64) @ np.asarray(head_DV, np.float64)
@@ -70,7 +70,7 @@ def test_sums_are_float32_from_bfloat16():
     assert float(sums.loss) == pytest.approx(float(exact.loss), rel=0.02)
 
 
-def test_padding_columns_count_for_nothing():
+def test_padding_columns_do_not_affect_loss_or_gradient():
     x_BTD, head_DV, targets_BT = make_inputs()
     padded_DV = jnp.concatenate([head_DV, jnp.full((D, 2), 50.0)], axis=1)
 
@@ -120,7 +120,7 @@ def test_chunks_change_neither_value_nor_gradient(chunk):
         np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_a_chunk_of_everything_is_no_chunk():
+def test_chunk_of_full_length_gives_the_unchunked_program():
     traced, _ = value_and_grads(T, vocab=8)
     assert str(traced.jaxpr) == unchunked()[0]
 
@@ -143,7 +143,7 @@ def test_the_full_logits_never_exist_in_chunks():
 
 
 @pytest.mark.parametrize("chunk", [0, 4])
-def test_token_losses_are_what_the_cross_entropy_sums(chunk):
+def test_token_losses_sum_to_the_cross_entropy(chunk):
     x_BTD, head_DV, targets_BT = make_inputs()
     sums = cross_entropy(x_BTD, head_DV, targets_BT, vocab_size=V)
     losses_BT = token_losses(x_BTD, head_DV, targets_BT, vocab_size=V, chunk=chunk)

@@ -64,7 +64,7 @@ def assignments(**values):
     return "\n".join(f"{name} = {value!r}" for name, value in values.items())
 
 
-def test_they_are_there():
+def test_both_notebooks_exist():
     assert {"quickstart", "pretrained_gpt2"} <= {path.stem for path in NOTEBOOKS}
 
 
@@ -79,7 +79,7 @@ def test_outputs_are_stripped(path):
 
 
 @every_notebook
-def test_colab_opens_this_very_notebook(path):
+def test_colab_badge_links_to_the_notebook_itself(path):
     badge = f"https://colab.research.google.com/github/gptjax/gptjax/blob/main/notebooks/{path.name}"
     assert f"({badge})" in read(path).cells[0].source
 
@@ -220,7 +220,7 @@ def test_the_pretrained_gpt2_is_finetuned_and_exported(tmp_path, text_folder, hu
 
 @pytest.mark.torch
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs torch and transformers")
-def test_transformers_goes_on_with_the_same_text(tmp_path, text_folder, hub):
+def test_transformers_generates_the_same_text_from_the_export(tmp_path, text_folder, hub):
     cells = finetune(tmp_path, text_folder)
     theirs = texts(cells["transformers"])
     assert theirs.startswith("This is")

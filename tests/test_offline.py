@@ -17,7 +17,7 @@ def test_this_process_connects_to_this_machine_only():
         socket.create_connection(server.getsockname()).close()
 
 
-def test_neither_does_a_process_that_a_test_starts(lab):
+def test_child_process_cannot_connect_to_other_machines(lab):
     environment = lab.environment()
     done = subprocess.run([sys.executable, "-c", CONNECT], env=environment, capture_output=True, text=True, check=False)
     assert "a test tried to connect to 192.0.2.1" in done.stderr

@@ -10,9 +10,11 @@ import pytest
 
 from gptjax.config import CHOICES, GPTConfig, OptimConfig
 from gptjax.loss import cross_entropy
-from gptjax.model import GPT, head
-from gptjax.optim import decays, make_optimizer, make_schedule, role_table, uses_muon
-from gptjax.sharding import param_spec, path_name
+from gptjax.model import GPT, unembedding
+from gptjax.optim import make_optimizer, make_schedule, parameter_table
+from gptjax.params import find
+from gptjax.sharding import param_spec
+from tests.helpers import abstract_params, by_path, jit
 
 OPTIMIZERS = CHOICES["optim.name"]
 CONFIG = GPTConfig(block_size=8, vocab_size=16, n_layer=2, n_head=2, n_embd=16, tie_embeddings=False)
@@ -24,22 +26,10 @@ MATRICES = {
 }
 TABLES = {"wte/embedding", "wpe/embedding", "lm_head/kernel"}
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@functools.cache
-def abstract_params():
-    tokens_BT = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return jax.eval_shape(GPT(CONFIG).init, jax.random.key(0), tokens_BT)["params"]
-
 
 def make_tree(seed):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), abstract_params())
-
-
-def by_path(tree):
-    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), abstract_params(CONFIG))
 
 
 def lr(config, num_steps, *steps):
@@ -62,7 +52,7 @@ def test_warmup_is_linear_from_above_zero_to_the_peak(name):
     assert lr(schedule_config(name, warmup_steps=0), 100, 0) == [1.0]
 
 
-def test_cosine_falls_by_half_in_the_middle_and_stays_at_the_end():
+def test_cosine_schedule_falls_to_min_lr_and_stays():
     config = schedule_config("cosine", warmup_steps=20)
     assert lr(config, 120, 20, 70, 120, 121, 10**6) == pytest.approx([1.0, 0.55, 0.1, 0.1, 0.1], rel=1e-6)
     quarter = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi / 4))
@@ -76,7 +66,7 @@ def test_wsd_is_flat_then_linear():
     assert lr(schedule_config("wsd", decay_fraction=1.0, warmup_steps=0), 80, 0, 40) == pytest.approx([1.0, 0.55])
 
 
-def test_constant_stays():
+def test_constant_schedule_stays_at_the_peak():
     assert lr(schedule_config("constant"), 100, 9, 50, 100, 10**6) == [1.0] * 4
 
 
@@ -108,10 +98,10 @@ def test_schedules_are_three_and_traceable():
 # Roles
 
 
-def test_what_decays_and_what_muon_takes():
-    paths = set(by_path(abstract_params()))
-    assert {path for path in paths if decays(path)} == MATRICES | TABLES
-    assert {path for path in paths if uses_muon(path)} == MATRICES
+def test_weight_decay_and_muon_apply_to_the_expected_parameters():
+    paths = set(by_path(abstract_params(CONFIG)))
+    assert {path for path in paths if find(path).decays} == MATRICES | TABLES
+    assert {path for path in paths if find(path).uses_muon} == MATRICES
     assert {"h/ln_1/scale", "h/attn/c_attn/bias", "ln_f/bias"} <= paths - MATRICES - TABLES
 
 
@@ -135,7 +125,7 @@ def test_decay_shrinks_matrices_and_tables_only(name):
 
 def test_optimizers_differ_and_muon_is_adamw_outside_the_blocks():
     adamw, lion, muon, adafactor = (updates_of(name, 0.0) for name in ("adamw", "lion", "muon", "adafactor"))
-    for path in by_path(abstract_params()):
+    for path in by_path(abstract_params(CONFIG)):
         same = np.allclose(muon[path], adamw[path], rtol=1e-5, atol=1e-6)
         assert same == (path not in MATRICES), path
         assert set(np.unique(lion[path])) == {-1.0, 1.0}
@@ -157,7 +147,7 @@ def test_muon_orthogonalises_each_layer_and_query_key_and_value_apart():
     assert (raw.max(axis=-1) / raw.min(axis=-1) > 5).all(), "the gradient itself is far from orthogonal"
 
 
-def test_muon_treats_each_block_as_if_alone():
+def test_muon_updates_each_block_independently():
     """Scaling one layer's gradient, or its keys', changes no other block's update."""
     optimizer = make_optimizer(OptimConfig(name="muon"))
     params, grads = make_tree(0), make_tree(1)
@@ -171,8 +161,8 @@ def test_muon_treats_each_block_as_if_alone():
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_role_table_has_a_row_a_parameter(name):
-    rows = role_table(abstract_params(), OptimConfig(name=name))
-    shapes = {path: list(leaf.shape) for path, leaf in by_path(abstract_params()).items()}
+    rows = parameter_table(abstract_params(CONFIG), OptimConfig(name=name))
+    shapes = {path: list(leaf.shape) for path, leaf in by_path(abstract_params(CONFIG)).items()}
     assert {row["parameter"]: row["shape"] for row in rows} == shapes
     assert {row["parameter"] for row in rows if row["weight_decay"]} == MATRICES | TABLES
     by_name = {row["parameter"] for row in rows if row["optimizer"] == name}
@@ -180,7 +170,9 @@ def test_role_table_has_a_row_a_parameter(name):
     assert {row["optimizer"] for row in rows} == ({"muon", "adamw"} if name == "muon" else {name})
     assert all(row["sharding"] == str(param_spec(row["parameter"])) for row in rows)
     assert len({row["sharding"] for row in rows}) > 5
-    assert not any(row["weight_decay"] for row in role_table(abstract_params(), OptimConfig(weight_decay=0.0)))
+    assert not any(
+        row["weight_decay"] for row in parameter_table(abstract_params(CONFIG), OptimConfig(weight_decay=0.0))
+    )
 
 
 # Learning
@@ -192,7 +184,7 @@ def value_and_grad():
 
     def loss(params):
         x_BTD = GPT(CONFIG).apply({"params": params}, tokens_BT[:, :-1], method="hidden")
-        sums = cross_entropy(x_BTD, head(params), tokens_BT[:, 1:], vocab_size=16)
+        sums = cross_entropy(x_BTD, unembedding(params), tokens_BT[:, 1:], vocab_size=16)
         return sums.loss / sums.tokens
 
     params = jit(GPT(CONFIG).init)(jax.random.key(0), tokens_BT[:, :-1])["params"]

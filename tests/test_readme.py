@@ -1,4 +1,4 @@
-"""README.md, .ci/run and pyproject.toml say the same, and what they name exists."""
+"""README.md, .ci/run, the hooks and pyproject.toml say the same, and what they name exists."""
 
 import ast
 import pathlib
@@ -7,6 +7,7 @@ import subprocess
 import tomllib
 
 import pytest
+import yaml
 
 ROOT = pathlib.Path(__file__).parent.parent
 RUN = r"python3 -m venv .venv && .*gptjax\.main.*"
@@ -35,7 +36,7 @@ def test_readme_has_the_command_once(pattern):
     assert len(commands(pattern)) == 1
 
 
-def test_readme_commands_make_their_own_environment_and_end_as_promised():
+def test_readme_commands_consist_of_the_documented_parts():
     [run], [test] = commands(RUN), commands(TEST)
     assert [part.strip() for part in run.split("&&")] == [
         "python3 -m venv .venv",
@@ -69,6 +70,16 @@ def test_ci_takes_the_commands_from_the_readme_only():
     assert [text for text in (*commands(RUN), *commands(TEST), "gptjax.main", "python3 -m venv") if text in rest] == []
 
 
+def test_pre_commit_make_and_ci_run_the_same_linters():
+    hooks = [hook for repo in yaml.safe_load(read(".pre-commit-config.yaml"))["repos"] for hook in repo["hooks"]]
+    entries = [hook["entry"] for hook in hooks]
+    [lint] = re.findall(r"^lint:.*\n\t(.*)$", read("Makefile"), re.MULTILINE)
+    assert entries == re.findall(r"^(?:ruff|basedpyright)\b.*$", read(".ci/run"), re.MULTILINE)
+    assert entries == lint.split(" && ")
+    assert len(entries) == 3
+    assert {hook["language"] for hook in hooks} == {"system"}, "another one would download"
+
+
 def tree_lines():
     """Returns the lines of README's tree of the repository."""
     trees = [block for block in blocks() if re.search(r"^\W*gptjax/", block, re.MULTILINE) and "main.py" in block]
@@ -83,7 +94,7 @@ def test_the_tree_names_every_module():
     assert modules | configs <= named
 
 
-def test_what_the_tree_names_exists():
+def test_files_named_in_the_tree_exist():
     tree = "\n".join(tree_lines())
     files = set(re.findall(r"[\w.]+\.(?:py|ipynb|md|toml|cff)\b", tree))
     folders = set(re.findall(r"^\W*([\w.]+)/", tree, re.MULTILINE))
@@ -99,13 +110,14 @@ def tree_of(top):
     return [path for path in (ROOT / top).rglob("*") if "__pycache__" not in path.parts]
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", read("README.md"))
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_local_links_point_to_existing_files(name):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", read(name))
     local = [link for link in links if "://" not in link]
     assert [link for link in local if not (ROOT / link).exists()] == []
 
 
-def test_what_the_readme_runs_exists():
+def test_modules_and_configs_in_the_readme_exist():
     text = "\n".join(blocks())
     modules = set(re.findall(r"python -m (gptjax[\w.]*)", text))
     assert "gptjax.main" in modules
@@ -124,6 +136,16 @@ def test_scripts_exist(name):
     module, function = project()["scripts"][name].split(":")
     tree = ast.parse(read(f"{module.replace('.', '/')}.py"))
     assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_version_is_defined_only_in_the_package():
+    [node] = [node for node in ast.parse(read("gptjax/__init__.py")).body if isinstance(node, ast.Assign)]
+    assert [ast.unparse(target) for target in node.targets] == ["__version__"]
+    setting = tomllib.loads(read("pyproject.toml"))["tool"]["setuptools"]["dynamic"]["version"]
+    assert (project()["dynamic"], setting) == (["version"], {"attr": "gptjax.__version__"})
+    assert "version" not in project()
+    # Only a copy can stand in this format.
+    assert yaml.safe_load(read("CITATION.cff"))["version"] == ast.literal_eval(node.value)
 
 
 def distribution(requirement):

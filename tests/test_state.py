@@ -48,7 +48,7 @@ def test_values_depend_on_the_seed():
 
 
 @pytest.mark.parametrize("mesh_name", MESHES)
-def test_the_state_is_as_its_abstract_says(mesh_name):
+def test_state_matches_its_abstract_shapes_and_shardings(mesh_name):
     abstract, state, _ = initial(mesh_name)
     assert isinstance(state, TrainState)
     assert jax.tree.structure(abstract) == jax.tree.structure(state)
@@ -57,7 +57,7 @@ def test_the_state_is_as_its_abstract_says(mesh_name):
         assert leaf.sharding.is_equivalent_to(promised.sharding, leaf.ndim)
 
 
-def test_step_starts_at_zero_and_moments_too():
+def test_step_and_moments_start_at_zero():
     _, state, _ = initial("1")
     assert state.step.dtype == jnp.int32
     assert state.step.shape == ()
@@ -66,7 +66,7 @@ def test_step_starts_at_zero_and_moments_too():
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
 
 
-def test_a_state_is_arrays_only_and_a_tree():
+def test_train_state_is_a_pytree_of_arrays():
     _, state, _ = initial("1")
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
     assert {path[0].name for path, _ in jax.tree.leaves_with_path(state)} == {"step", "params", "opt_state"}
@@ -80,7 +80,7 @@ def largest_array(text):
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
-def test_no_device_ever_holds_a_whole_matrix():
+def test_no_device_ever_holds_an_unsharded_matrix():
     """No array in the program that one of eight devices runs is as large as the largest matrix."""
     _, _, alone = initial("1")
     _, _, sharded = initial("1x8x1")

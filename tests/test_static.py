@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from gptjax.aot import has_compiler
 from gptjax.chips import parse_topology
+from gptjax.plan.aot import has_compiler
 
 ROOT = pathlib.Path(__file__).parent.parent
 SNAPSHOT = json.loads((ROOT / "benchmarks" / "static_snapshot.json").read_text())["rows"]
@@ -59,7 +59,7 @@ def check(row, expected):
 
 @pytest.mark.plan
 @pytest.mark.skipif(NO_GPU, reason="needs jax[cuda], several GB: the extra 'static'")
-def test_h200(tmp_path):
+def test_h200_steps_match_the_snapshot_and_limits(tmp_path):
     for row, expected in compiled_anew("h200", tmp_path):
         check(row, expected)
         assert "attention=cudnn" in row["settings"]
@@ -68,7 +68,7 @@ def test_h200(tmp_path):
 
 
 @pytest.mark.plan
-def test_v5e(tmp_path):
+def test_v5e_steps_match_the_snapshot_and_limits(tmp_path):
     pytest.importorskip("libtpu", reason="needs the extra 'plan'")
     for row, expected in compiled_anew("v5e", tmp_path):
         check(row, expected)
@@ -76,7 +76,7 @@ def test_v5e(tmp_path):
         assert row["GB/step"] <= 43
 
 
-def test_the_snapshot_holds_what_the_issue_asked_for(static):
+def test_snapshot_has_every_case_within_its_limits(static):
     rows = {(row["chip"], row["batch"], row["settings"]): row for row in SNAPSHOT}
     cases = {(chip, batch, static.describe(settings, settings["attention"])) for chip, _, batch, settings in
              static.SNAPSHOT_CASES}  # fmt: skip
@@ -88,7 +88,7 @@ def test_the_snapshot_holds_what_the_issue_asked_for(static):
     assert rows["v5e", 8, "attention=splash"]["GB/step"] <= 43
 
 
-def test_what_is_beyond_five_percent_is_told(static):
+def test_differences_beyond_five_percent_are_reported(static):
     near, far = dict(SNAPSHOT[0]), dict(SNAPSHOT[0])
     near["GB/step"] *= 1.04
     far["GB/step"] *= 1.06
@@ -104,7 +104,7 @@ def test_what_is_beyond_five_percent_is_told(static):
     assert "--update" in line
 
 
-def test_large_arrays_are_seen(static):
+def test_large_buffers_are_counted(static):
     scores = "%s = bf16[8,12,1024,1024]{3,2,1,0} parameter(0)"
     logits = "%l = f32[8,1024,50304]{2,1,0} parameter(1)"
     text = "ENTRY %main (x: f32[4]) -> f32[4] {{\n  {}\n}}\n"
@@ -114,7 +114,7 @@ def test_large_arrays_are_seen(static):
     assert [list(one.values()) for one in found] == [[1, 0], [0, 1], [0, 0]]
 
 
-def test_alike_kernels_are_one_row(static):
+def test_similar_kernels_are_merged_into_one_row(static):
     kernel = static.Kernel("fusion.3", "jit(train_step)/h/mlp", "fusion", 2, 4e9, 0.0, False)
     other = static.Kernel("fusion.4", "jit(train_step)/h/mlp", "fusion", 1, 4e9, 0.0, False)
     product = static.Kernel("dot.1", "jit(train_step)/loss", "dot", 1, 1e9, 2e13, False)
@@ -125,13 +125,13 @@ def test_alike_kernels_are_one_row(static):
 
 
 @pytest.mark.skipif(not NO_GPU, reason="jax[cuda] is here")
-def test_without_a_compiler_it_says_what_to_install():
+def test_missing_gpu_compiler_error_states_what_to_install():
     code, out = run("--chips=h200")
     assert code == 69
     assert out == "h200: skipped, no GPU compiler; pip install 'gptjax[static]' or 'jax[cuda12]'\n"
 
 
-def test_a_chip_that_is_not_known():
+def test_unknown_chip_is_refused():
     code, out = run("--chips=h2000")
     assert code == 2
     assert "--chips=h2000: expected of h200, v5e, v5p, v6e" in out

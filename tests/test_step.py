@@ -9,9 +9,12 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
+from gptjax.collectives import ONE_DEVICE
+from gptjax.compute import ResolvedCompute
 from gptjax.config import from_dict
+from gptjax.documents import EndOfText
 from gptjax.loss import NOT_COUNTED, LossSums
-from gptjax.model import GPT, Compute
+from gptjax.model import GPT
 from gptjax.optim import make_optimizer, make_schedule
 from gptjax.state import TrainState
 from gptjax.step import (
@@ -22,12 +25,11 @@ from gptjax.step import (
     make_token_loss_fn,
     make_train_step,
 )
+from tests.helpers import jit, random_params
 
 MODEL = {"block_size": 8, "vocab_size": 20, "n_layer": 2, "n_head": 2, "n_embd": 16}
 EOT = 3
 METRICS = {"loss", "grad_norm", "update_norm", "lr", "tokens", "finite"}
-
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make_config(**sections):
@@ -39,27 +41,17 @@ def make_tokens(*shape):
     return np.random.default_rng(0).integers(20, size=(*shape, 9)).astype(np.int32)
 
 
-@functools.cache
 def gpt_params():
-    """Returns parameters of GPT-2's initial size, without compiling its initialisation."""
-    shapes = jax.eval_shape(GPT(make_config().model).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
-    rng = np.random.default_rng(0)
-    means = {"scale": 1.0}
-    return jax.tree.map_with_path(
-        lambda path, leaf: jnp.asarray(
-            means.get(path[-1].key, 0.0) + 0.1 * rng.standard_normal(leaf.shape), jnp.float32
-        ),
-        shapes,
-    )
+    return random_params(make_config().model, 0.1)
 
 
 def gpt_loss_fn(config, **compute):
-    return make_loss_fn(GPT(config.model, Compute(**compute)), config, eot_id=EOT, eot_position="last")
+    return make_loss_fn(GPT(config.model, ResolvedCompute(**compute)), config, eot=EndOfText(EOT, "last"))
 
 
 def make_step(config, loss_fn, optimizer=None):
     optimizer = optimizer or make_optimizer(config.optim)
-    return make_train_step(loss_fn, optimizer, make_schedule(config.optim, 10), config=config, compute=Compute())
+    return make_train_step(loss_fn, optimizer, make_schedule(config.optim, 10), config=config, parallel=ONE_DEVICE)
 
 
 def make_state(config, params, step=0, optimizer=None):
@@ -83,11 +75,11 @@ def assert_near(actual, expected, tolerance=1e-5):
 def stub_loss_fn(params, tokens, key):
     """Tokens [B, 2] are pairs (value, weight): the loss is the sum of value * weight * w."""
     value_B, weight_B = tokens[:, 0].astype(jnp.float32), tokens[:, 1].astype(jnp.float32)
-    return LossSums(params["w/kernel"][0] * jnp.sum(value_B * weight_B), jnp.float32(0), jnp.sum(weight_B))
+    return LossSums(params["wte/embedding"][0] * jnp.sum(value_B * weight_B), jnp.float32(0), jnp.sum(weight_B))
 
 
 def run_stub(config, tokens_ABT, loss_fn=stub_loss_fn, params=None, step=0):
-    params = params or {"w/kernel": jnp.asarray([2.0, 0.5])}
+    params = params or {"wte/embedding": jnp.asarray([2.0, 0.5])}
     state = make_state(config, params, step)
     new_state, metrics = make_step(config, loss_fn)(state, jnp.asarray(tokens_ABT))
     return state, new_state, metrics
@@ -105,7 +97,7 @@ def test_the_mean_is_over_tokens_not_over_micro_batches():
     assert float(metrics["tokens"]) == 4
 
 
-def test_metrics_by_name():
+def test_metrics_are_float32_scalars_with_expected_names():
     _, new_state, metrics = run_stub(make_config(), [[[1, 3]], [[5, 1]]])
     assert set(metrics) == METRICS
     assert {(value.shape, value.dtype) for value in metrics.values()} == {((), jnp.dtype(jnp.float32))}
@@ -122,13 +114,13 @@ def test_update_norm_is_how_far_the_parameters_move():
 
 
 @pytest.mark.parametrize("step", [0, 2, 7])
-def test_the_rate_is_the_schedule_of_the_step_alone(step):
+def test_learning_rate_depends_only_on_the_step(step):
     """With an optimizer state as fresh as at step 0, the update of any step is the schedule's rate times AdamW's."""
     config = make_config(optim=UNCLIPPED)
     state, new_state, metrics = run_stub(config, [[[1, 1]]], step=step)
     rate = float(make_schedule(config.optim, 10)(step))
     assert float(metrics["lr"]) == pytest.approx(rate, rel=1e-6)
-    moved = state.params["w/kernel"] - new_state.params["w/kernel"]
+    moved = state.params["wte/embedding"] - new_state.params["wte/embedding"]
     np.testing.assert_allclose(moved, [rate, 0.0], rtol=1e-4)  # AdamW's first update is the gradient's sign
     assert new_state.step == step + 1
 
@@ -139,7 +131,7 @@ def test_rates_of_the_steps_differ():
 
 
 @pytest.mark.parametrize(("clip", "kept"), [(0.0, 1.0), (10.0, 1.0), (0.5, 0.25)])
-def test_clipping_is_by_global_norm_and_reported_before(clip, kept):
+def test_gradient_norm_is_reported_before_global_clipping(clip, kept):
     """Two weights of gradient 2 / sqrt(2) each have norm 2."""
 
     def loss_fn(params, tokens, key):
@@ -148,7 +140,7 @@ def test_clipping_is_by_global_norm_and_reported_before(clip, kept):
 
     sgd = optax.sgd(1.0)
     config = make_config(optim={"grad_clip": clip, "schedule": "constant", "warmup_steps": 0})
-    step = make_train_step(loss_fn, sgd, make_schedule(config.optim, 10), config=config, compute=Compute())
+    step = make_train_step(loss_fn, sgd, make_schedule(config.optim, 10), config=config, parallel=ONE_DEVICE)
     params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
     state, metrics = step(TrainState(jnp.int32(0), params, sgd.init(params)), jnp.zeros((1, 1, 2), jnp.int32))
     assert float(metrics["grad_norm"]) == pytest.approx(2.0, rel=1e-6)
@@ -158,7 +150,7 @@ def test_clipping_is_by_global_norm_and_reported_before(clip, kept):
 
 def test_z_loss_is_trained_on_but_not_reported():
     def loss_fn(params, tokens, key):
-        w = params["w/kernel"][0]
+        w = params["wte/embedding"][0]
         return LossSums(3.0 * w, w**2, jnp.float32(1))
 
     for weight, norm in ((0.0, 3.0), (0.5, 3.0 + 0.5 * 2 * 2.0)):
@@ -173,7 +165,7 @@ def test_z_loss_is_trained_on_but_not_reported():
 
 def poisoned(params, tokens, key):
     """Token 1 makes the loss infinite, token 2 the gradient only (of a square root at 0), token 3 the loss a NaN."""
-    w, token = params["w/kernel"][0], tokens[0, 0]
+    w, token = params["wte/embedding"][0], tokens[0, 0]
     loss = jnp.where(token == 1, jnp.inf, 0.0) + jnp.where(token == 3, jnp.nan, 0.0) + w
     root = jnp.sqrt(jnp.where(token == 2, 0.0 * w, 1.0 + 0.0 * w))
     return LossSums(loss + root, jnp.float32(0), jnp.float32(1))
@@ -181,9 +173,9 @@ def poisoned(params, tokens, key):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("token", [1, 2, 3])
-def test_a_step_that_is_not_finite_keeps_everything_but_the_count(token, optimizer):
+def test_nonfinite_step_changes_only_the_step_count(token, optimizer):
     config = make_config(optim={"name": optimizer})
-    params = {"w/kernel": jnp.asarray([2.0, 0.5]), "h/x/kernel": jnp.ones((1, 2, 2))}
+    params = {"wte/embedding": jnp.asarray([2.0, 0.5]), "h/mlp/c_fc/kernel": jnp.ones((1, 2, 2))}
     good, after_good, good_metrics = run_stub(config, [[[0, 0]]], poisoned, params)
     assert good_metrics["finite"] == 1
     assert not np.array_equal(vector(after_good.params), vector(good.params))
@@ -201,17 +193,17 @@ def test_a_step_that_is_not_finite_keeps_everything_but_the_count(token, optimiz
         np.testing.assert_array_equal(kept, old)
 
 
-def test_an_update_that_overflows_is_kept_out():
+def test_overflowing_update_is_not_applied():
     """Loss and gradient are fine; the learning rate is not."""
     config = make_config(optim={"peak_lr": 3e38, "min_lr": 0.0, "warmup_steps": 0, "schedule": "constant"})
-    old, new, metrics = run_stub(config, [[[0, 0]]], poisoned, {"w/kernel": jnp.asarray([2.0, 0.5])})
+    old, new, metrics = run_stub(config, [[[0, 0]]], poisoned, {"wte/embedding": jnp.asarray([2.0, 0.5])})
     assert bool(jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"]))
     assert not bool(jnp.isfinite(metrics["update_norm"]))
     assert float(metrics["finite"]) == 0
     np.testing.assert_array_equal(vector(new.params), vector(old.params))
 
 
-def test_a_poisoned_parameter_is_noticed():
+def test_nan_parameter_makes_the_step_nonfinite():
     params = gpt_params() | {"ln_f": jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), gpt_params()["ln_f"])}
     state = make_state(make_config(), params, optimizer=MOMENTUM)
     new_state, metrics = compiled_gpt_step(**OPTIONS["accumulated, chunked"])(state, jnp.asarray(make_tokens(2, 4)))
@@ -235,7 +227,7 @@ def test_dropout_keys_differ_between_micro_batches_steps_and_seeds():
 
     def loss_fn(params, tokens, key):
         assert key is not None
-        return LossSums(params["w/kernel"][0] * jax.random.uniform(key), jnp.float32(0), jnp.float32(1))
+        return LossSums(params["wte/embedding"][0] * jax.random.uniform(key), jnp.float32(0), jnp.float32(1))
 
     def drawn(A, step=0, seed=0):
         """Returns the sum over the micro-batches."""
@@ -252,7 +244,7 @@ def test_dropout_keys_differ_between_micro_batches_steps_and_seeds():
     assert min(abs(a - b) for i, a in enumerate(draws) for b in draws[:i]) > 1e-3
 
 
-def test_without_dropout_there_is_no_key():
+def test_loss_gets_no_key_without_dropout():
     keys = []
 
     def loss_fn(params, tokens, key):
@@ -269,7 +261,7 @@ OPTIONS = {
     "plain": {},
     "accumulated, chunked": {"A": 2, "loss_chunk": 4},
     "accumulated one by one, remat": {"A": 8, "remat": "full"},
-    "all, not flat": {"A": 4, "remat": "dots", "unroll": 2, "loss_chunk": 2, "flat": False},
+    "all, not flat": {"A": 4, "remat": "dots", "scan_unroll": 2, "loss_chunk": 2, "flatten_tokens": False},
 }
 
 
@@ -325,7 +317,7 @@ def test_many_steps_at_once_equal_single_steps():
     config = make_config()
     step = make_step(config, stub_loss_fn)
     batches = jnp.asarray(np.random.default_rng(0).integers(1, 9, size=(3, 2, 4, 2)), jnp.int32)
-    first = state = make_state(config, {"w/kernel": jnp.asarray([2.0, 0.5])})
+    first = state = make_state(config, {"wte/embedding": jnp.asarray([2.0, 0.5])})
     last, metrics = jit(make_multi_step(step))(state, batches)
     assert {value.shape for value in metrics.values()} == {(3,)}
     assert len(set(np.asarray(metrics["lr"]).tolist())) == 3
@@ -346,8 +338,8 @@ def test_many_steps_at_once_equal_single_steps():
 @functools.cache
 def eval_step(document_mask=False, eot_position="last"):
     config = make_config(data={"document_mask": document_mask})
-    loss_fn = make_loss_fn(GPT(config.model), config, eot_id=EOT, eot_position=eot_position)
-    return jit(make_eval_step(loss_fn, config, compute=Compute(), eot_id=EOT, eot_position=eot_position))
+    loss_fn = make_loss_fn(GPT(config.model), config, eot=EndOfText(EOT, eot_position))
+    return jit(make_eval_step(loss_fn, config, parallel=ONE_DEVICE, eot=EndOfText(EOT, eot_position)))
 
 
 def test_evaluation_sums_losses_tokens_and_bytes():
@@ -368,7 +360,7 @@ def first_loss():
 
 
 @pytest.mark.parametrize(("eot_position", "counts"), [("last", (4, 3)), ("first", (4, 4))])
-def test_documents_are_predicted_apart(eot_position, counts):
+def test_masked_documents_are_predicted_independently(eot_position, counts):
     """With the mask, the loss of two documents in a row is the sum of each one's in a row of its own."""
     row_T = make_tokens(1)[0]
     row_T[row_T == EOT] = EOT + 1
@@ -398,7 +390,7 @@ def test_bytes_and_losses_count_the_same_targets(document_mask, targets):
 
 
 @pytest.mark.parametrize("chunk", [0, 4])
-def test_token_losses_and_gradient_are_those_of_the_step(chunk):
+def test_token_losses_and_gradient_equal_those_of_the_step(chunk):
     """With another dropout mask in each micro-batch, tokens that do not count, at a step that is not the first."""
     config = make_config(
         model=MODEL | {"dropout": 0.3},
@@ -406,11 +398,11 @@ def test_token_losses_and_gradient_are_those_of_the_step(chunk):
         compute={"loss_chunk": chunk},
         train={"num_steps": 10, "log_every": 1, "z_loss": 0.0},
     )
-    loss_fn, ends = gpt_loss_fn(config), {"eot_id": EOT, "eot_position": "last"}
+    loss_fn = gpt_loss_fn(config)
     tokens_ABT = jnp.asarray(np.concatenate([make_tokens(1, 4)] * 2))
     state = make_state(config, gpt_params(), step=3, optimizer=optax.identity())
     _, metrics = jit(make_step(config, loss_fn, optax.identity()))(state, tokens_ABT)
-    token_loss_fn = jit(make_token_loss_fn(GPT(config.model, Compute()), config, **ends))
+    token_loss_fn = jit(make_token_loss_fn(GPT(config.model, ResolvedCompute()), config, eot=EndOfText(EOT, "last")))
     losses_ABT = np.asarray(token_loss_fn(state.params, tokens_ABT, state.step))
     counted = losses_ABT != NOT_COUNTED
     assert 0 < (~counted).sum() == (np.asarray(tokens_ABT)[..., :-1] == EOT).sum()
@@ -420,6 +412,7 @@ def test_token_losses_and_gradient_are_those_of_the_step(chunk):
     elsewhere = np.asarray(token_loss_fn(state.params, tokens_ABT, jnp.int32(4)))
     assert not np.allclose(elsewhere, losses_ABT, rtol=1e-2), "and at another step"
 
-    grads, sums = jit(make_gradient_fn(loss_fn, config=config, compute=Compute()))(state.params, tokens_ABT, state.step)
+    gradient_fn = jit(make_gradient_fn(loss_fn, config=config, parallel=ONE_DEVICE))
+    grads, sums = gradient_fn(state.params, tokens_ABT, state.step)
     assert float(optax.tree.norm(grads)) == pytest.approx(float(metrics["grad_norm"]), rel=1e-6)
     assert float(sums.loss / sums.tokens) == pytest.approx(float(metrics["loss"]), rel=1e-6)

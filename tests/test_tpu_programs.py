@@ -1,4 +1,4 @@
-"""Every program that a run compiles beside its train step (test_plan.py), compiled for TPU slices; no TPU is needed."""
+"""Every program that a run compiles beside its train step (tests/plan), compiled for TPU slices; no TPU is needed."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,15 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax import checkpoint, sample
-from gptjax.aot import quiet_compiler
+from gptjax import decode, fingerprint, generate, sampling, tree_checks
+from gptjax.collectives import ONE_DEVICE
+from gptjax.compute import resolve_compute, resolve_parallel
 from gptjax.config import Config, GPTConfig, MeshConfig
-from gptjax.model import GPT, resolve_compute
+from gptjax.documents import EndOfText
+from gptjax.model import GPT
 from gptjax.optim import make_optimizer
-from gptjax.plan import LIBTPU
+from gptjax.plan.__main__ import LIBTPU
+from gptjax.plan.aot import quiet_compiler
 from gptjax.sharding import BATCH_SPEC, make_mesh
 from gptjax.state import make_init
 from gptjax.step import jit_steps
@@ -24,7 +27,7 @@ MESHES = [MeshConfig(data=2, fsdp=4, tensor=2), MeshConfig(data=1, fsdp=16)]
 
 @pytest.fixture(params=MESHES, ids=["2x4x2", "fsdp"])
 def parts(request, monkeypatch):
-    """(config, mesh, model, abstract state, init), while the mesh is the one in use, as in gptjax.train."""
+    """(config, mesh, model, abstract state, init)."""
     pytest.importorskip("libtpu", reason="needs the extra 'plan'")
     for variable, value in LIBTPU.items():
         monkeypatch.setenv(variable, value)
@@ -32,23 +35,23 @@ def parts(request, monkeypatch):
     with quiet_compiler():
         devices = topologies.get_topology_desc("v5e:4x4", "tpu").devices
     mesh = make_mesh(config.mesh, devices)
-    model = GPT(config.model, resolve_compute(config, mesh))
+    model = GPT(config.model, resolve_compute(config, mesh), resolve_parallel(config, mesh))
     assert model.compute.attention == "splash"
     abstract, init = make_init(model, make_optimizer(config.optim), mesh=mesh, seed=0)
-    with jax.set_mesh(mesh), quiet_compiler():
+    with quiet_compiler():
         yield config, mesh, model, abstract, init
 
 
-def test_the_initial_state(parts):
-    """Its values do not depend on attention, but attention is traced to find them: a kernel's batch must be cut."""
+def test_initial_state_compiles_with_its_shardings(parts):
     *_, abstract, init = parts
     made = init.lower().compile()
     assert jax.tree.leaves(made.output_shardings) == [leaf.sharding for leaf in jax.tree.leaves(abstract)]
 
 
-def test_an_evaluation(parts):
+def test_evaluation_compiles_with_the_splash_kernel(parts):
     config, mesh, model, abstract, _ = parts
-    _, eval_step = jit_steps(model, make_optimizer(config.optim), config, abstract, eot_id=50256, eot_position="last")
+    optimizer, eot = make_optimizer(config.optim), EndOfText(50256, "last")
+    _, eval_step = jit_steps(model, optimizer, config, abstract=abstract, eot=eot)
     tokens = jax.ShapeDtypeStruct((2, 32, 1025), jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
     token_bytes = jax.ShapeDtypeStruct((config.model.vocab_size,), jnp.int32, sharding=NamedSharding(mesh, P()))
     assert (
@@ -57,35 +60,35 @@ def test_an_evaluation(parts):
     )
 
 
-def test_what_a_save_looks_at(parts):
+def test_save_checks_compile_without_all_gather(parts):
     *_, abstract, _ = parts
     trees = {"params": abstract.params, "opt_state": abstract.opt_state}
-    for program in (checkpoint._count_nonfinite, checkpoint._fingerprint_all):
+    for program in (tree_checks._count_nonfinite, fingerprint._fingerprint_all):
         compiled = program.lower(trees).compile()
         assert "all-gather" not in compiled.as_text(), "each device looks at its own part"
 
 
-def test_a_sample(parts):
+def test_sampling_compiles_within_1_gib_of_temporaries(parts):
     _, mesh, model, abstract, _ = parts
-    config, dtype, size = model.config, model.compute.dtype, sample.padded_rows(1, mesh)
-    split = sample._make_split(config.n_layer, dtype).lower(abstract.params).compile()
-    shapes = jax.eval_shape(sample._make_split(config.n_layer, dtype), abstract.params)
+    config, dtype, size = model.config, model.compute.dtype, generate.padded_rows(1, mesh)
+    split = decode._make_split(config.n_layer, dtype).lower(abstract.params).compile()
+    shapes = jax.eval_shape(decode._make_split(config.n_layer, dtype), abstract.params)
     placed = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, split.output_shardings
     )
     weights = {"tables": {name: tree for name, tree in abstract.params.items() if name != "h"}, **placed}
     shape = (size, config.n_head, 256, config.n_embd // config.n_head)
-    cache = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, sample.cache_spec(config.n_head)))
+    cache = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, decode.cache_spec(config.n_head, mesh)))
     ids_B = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=NamedSharding(mesh, P()))
-    knobs = sample.Knobs(
+    chosen = sampling.SamplingParams(
         temperature=np.float32(1), top_k=np.int32(0), top_p=np.float32(1), min_p=np.float32(0),
         seed=np.uint32(0), vocab_size=np.int32(config.vocab_size),
     )  # fmt: skip
     zeros_B = np.zeros(size, np.int32)
     for tokens_BC, width, count in ((np.zeros((size, 64), np.int32), 64, 1), (None, 1, 8)):
         caches = [(cache, cache)] * config.n_layer
-        step = sample.make_step(model).lower(
+        step = decode.make_step(model.clone(parallel=ONE_DEVICE), (), mesh).lower(
             weights, caches, ids_B, tokens_BC, np.zeros((size, width), np.int32), zeros_B,
-            row_B=zeros_B, n=np.int32(0), count=count, knobs=knobs,
+            row_B=zeros_B, n=np.int32(0), count=count, sampling=chosen,
         )  # fmt: skip
         assert step.compile().memory_analysis().temp_size_in_bytes < 2**30

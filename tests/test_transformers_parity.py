@@ -9,7 +9,8 @@ import pytest
 
 from gptjax.config import GPTConfig
 from gptjax.loss import cross_entropy
-from gptjax.model import GPT, VOCAB_MULTIPLE, head
+from gptjax.model import GPT, unembedding
+from gptjax.params import VOCAB_MULTIPLE
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -71,14 +72,14 @@ def tokens_BT():
     return np.random.default_rng(0).integers(CONFIG.vocab_size, size=(3, CONFIG.block_size))
 
 
-def test_the_trees_are_the_same():
+def test_converted_transformers_tree_matches_the_model():
     expected = jax.eval_shape(GPT(CONFIG).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)  # noqa: E731
     assert shapes(params()) == shapes(expected)
     assert theirs().lm_head.weight is theirs().transformer.wte.weight
 
 
-def test_logits():
+def test_logits_equal_transformers():
     with torch.no_grad():
         expected_BTV = theirs()(torch.from_numpy(tokens_BT())).logits.numpy()
     logits_BTV = jax.jit(GPT(CONFIG).apply)({"params": params()}, jnp.asarray(tokens_BT(), jnp.int32))
@@ -87,7 +88,7 @@ def test_logits():
     assert np.abs(logits_BTV - expected_BTV).max() <= 1e-5 * np.abs(expected_BTV).max()
 
 
-def test_gradients():
+def test_gradients_equal_transformers():
     tokens = torch.from_numpy(tokens_BT())
     theirs().zero_grad()
     theirs()(tokens, labels=tokens).loss.backward()  # they shift the labels by one
@@ -95,7 +96,7 @@ def test_gradients():
 
     def loss(params, tokens_BT):
         x_BTD = GPT(CONFIG).apply({"params": params}, tokens_BT[:, :-1], method="hidden")
-        sums = cross_entropy(x_BTD, head(params), tokens_BT[:, 1:], vocab_size=CONFIG.vocab_size, chunk=0)
+        sums = cross_entropy(x_BTD, unembedding(params), tokens_BT[:, 1:], vocab_size=CONFIG.vocab_size, chunk=0)
         return sums.loss / sums.tokens
 
     grads = jax.jit(jax.grad(loss))(params(), jnp.asarray(tokens_BT(), jnp.int32))

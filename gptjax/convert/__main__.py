@@ -1,8 +1,8 @@
-"""GPT-2 weights from any common form to any other: `python -m gptjax.convert --from=hf:gpt2 --to=gptjax:runs/gpt2`.
+"""GPT-2 weights from any common format to any other: `python -m gptjax.convert --from=hf:gpt2 --to=gptjax:runs/gpt2`.
 
-Forms: hf:DIR, hf:OWNER/NAME[@REVISION], gptjax:WORKDIR[@STEP], nanogpt:ckpt.pt, llmc:model.bin, and, only to be read,
+Formats: hf:DIR, hf:OWNER/NAME[@REVISION], gptjax:WORKDIR[@STEP], nanogpt:ckpt.pt, llmc:model.bin, and, read only,
 msgpack:DIR with the old flax_model.msgpack.
-The result is read back and compared before it gets its name, so what stands there is whole and right.
+The result is read back and compared before it gets its name, so an output that exists is complete and correct.
 """
 
 from __future__ import annotations  # np.ndarray in a signature would import NumPy
@@ -20,14 +20,15 @@ from typing import Any
 
 from etils import epy
 
-from gptjax import runtime
+from gptjax.cli import Parser, run_cli
 from gptjax.errors import ConfigError, DataError, WorkdirError
-from gptjax.workdir import is_bucket
+from gptjax.redaction import say
+from gptjax.workdir import is_bucket, sync_path, sync_tree
 
 with epy.lazy_imports():  # so that a wrong flag exits before anything large loads
     import numpy as np
 
-    from gptjax import model as gpt
+    from gptjax import params
     from gptjax.convert import formats, hub
     from gptjax.convert import weights as w
 
@@ -36,86 +37,204 @@ REPORT_SECONDS = 5.0
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    """Returns the command line, checked as far as that needs no file."""
-    parser = runtime.Parser(__doc__)
-    parser.add_argument("--from", dest="source", required=True, metavar="FORMAT:PATH", help="what to convert")
-    parser.add_argument("--to", dest="target", default="", metavar="FORMAT:PATH", help="where the result goes")
-    parser.add_argument("--dtype", default="", choices=["", "float32", "bfloat16"], help="of an export")
-    parser.add_argument("--dropout", type=float, default=None, help="of the result; by default the source's")
-    parser.add_argument("--tokenizer", default="", help="gpt2, bytes or a saved tokenizer, instead of the source's own")
-    parser.add_argument("--dry_run", action="store_true", help="print the map and what differs; write nothing")
-    parser.add_argument("--force", action="store_true", help="replace an existing output")
-    parser.add_argument("--allow_nonfinite", action="store_true", help="convert NaN and infinite weights too")
-    parser.add_argument("--push", default="", metavar="OWNER/NAME", help="upload the result of --to=hf:DIR")
+    """Returns the command line, after the checks that need no file.
+
+    Raises:
+        ConfigError: a flag is unknown, missing or wrong.
+    """
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="FORMAT:PATH",
+        help="the model to convert",
+    )
+    parser.add_argument(
+        "--to",
+        dest="target",
+        default="",
+        metavar="FORMAT:PATH",
+        help="where to write the result",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="",
+        choices=["", "float32", "bfloat16"],
+        help="dtype of exported weights; default: the source's",
+    )
+    parser.add_argument(
+        "--dropout",
+        type=float,
+        default=None,
+        help="dropout rate of the result; default: the source's",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default="",
+        help="gpt2, bytes or a saved tokenizer, instead of the source's own",
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print the map of tensors and the differences; write nothing",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace an existing output",
+    )
+    parser.add_argument(
+        "--allow_nonfinite",
+        action="store_true",
+        help="convert NaN and infinite weights too",
+    )
+    parser.add_argument(
+        "--push",
+        default="",
+        metavar="OWNER/NAME",
+        help="upload the result of --to=hf:DIR",
+    )
     args = parser.parse_strictly(arguments)
-    if not args.target and not args.dry_run:
-        raise ConfigError("--to is missing: FORMAT:PATH of the result, or --dry_run to look only")
-    if args.dropout is not None and not 0 <= args.dropout < 1:
-        raise ConfigError(f"--dropout={args.dropout}: must be from 0 to below 1")
-    if args.push and not args.target.startswith("hf:"):
-        raise ConfigError("--push: only what --to=hf:DIR wrote can be uploaded")
-    if args.dtype and args.target.startswith("gptjax:"):
-        raise ConfigError(f"--dtype={args.dtype}: parameters of gptjax are float32; choose it at the export")
+    _check_flags(args)
     return args
 
 
+def _check_flags(args: argparse.Namespace) -> None:
+    if not args.target and not args.dry_run:
+        raise ConfigError("missing", field="--to", remedy="give FORMAT:PATH of the result, or --dry_run")
+    if args.dropout is not None and not 0 <= args.dropout < 1:
+        raise ConfigError(
+            "must be from 0 to below 1",
+            field="--dropout",
+            value=args.dropout,
+        )
+    if args.push and not args.target.startswith("hf:"):
+        raise ConfigError("only the result of --to=hf:DIR can be uploaded", field="--push")
+    if args.dtype and args.target.startswith("gptjax:"):
+        raise ConfigError(
+            "parameters of gptjax are float32",
+            field="--dtype",
+            value=args.dtype,
+            remedy="choose it at the export",
+        )
+
+
 def main(arguments: list[str]) -> None:
+    """Converts weights, or only describes them.
+
+    Raises:
+        UserError: the weights cannot be read, do not fit the target's format, or cannot be written.
+    """
     args = parse_flags(arguments)
-    source = formats.parse_place("--from", args.source, formats.READABLE)
-    target = formats.parse_place("--to", args.target, formats.WRITABLE) if args.target else None
+    source = formats.parse_model_ref("--from", args.source, formats.READABLE)
+    target = None
+    if args.target:
+        target = formats.parse_model_ref("--to", args.target, formats.WRITABLE)
     if target and not args.dry_run:
         check_target(source, target, force=args.force)
     weights = formats.open_weights(source, tokenizer=args.tokenizer, dropout=args.dropout)
     if target:
         weights = formats.adapt(weights, target.format)
-    form = target.format if target else "gptjax"
-    dtype = formats.export_dtype(weights, form, args.dtype)
-    describe(weights, formats.differences(weights, form, dtype) if target else [])
+    target_format = target.format if target else "gptjax"
+    dtype = formats.export_dtype(weights, target_format, args.dtype)
+    differences = formats.differences(weights, target_format, dtype) if target else []
+    describe(weights, differences)
     if args.dry_run or target is None:
-        print("\n".join(formats.map_table(weights, form, dtype)))
+        table = formats.map_table(weights, target_format, dtype)
+        say("\n".join(table))
         return
-    convert(weights, target, dtype=dtype, force=args.force, allow_nonfinite=args.allow_nonfinite)
+    convert(
+        weights,
+        target,
+        dtype=dtype,
+        force=args.force,
+        allow_nonfinite=args.allow_nonfinite,
+    )
     if args.push:
         log.info("uploaded to %s", hub.upload(target.path, args.push))
 
 
 def describe(weights: w.Weights, differences: list[str]) -> None:
-    """Says what is about to be converted, and everything about it that the user should know."""
+    """Logs the model's sizes, its notes and the differences of the result."""
     c = weights.config
-    sizes = f"{c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, {c.block_size} positions, {c.vocab_size} ids"
-    tied = "tied" if c.tie_embeddings else "untied"
-    log.info("%s: %s parameters, %s, %s, %s", weights.origin, f"{gpt.count_params(c):,}", sizes, tied, weights.dtype)
+    log.info(
+        "%s: %s parameters, %d layers, %d heads, width %d, %d positions, %d ids, %s, %s",
+        weights.origin,
+        f"{params.count_params(c):,}",
+        c.n_layer,
+        c.n_head,
+        c.n_embd,
+        c.block_size,
+        c.vocab_size,
+        "tied" if c.tie_embeddings else "untied",
+        weights.dtype,
+    )
     for note in (*weights.notes, *differences):
         log.info("  %s", note)
 
 
-def convert(weights: w.Weights, target: formats.Place, *, dtype: str, force: bool, allow_nonfinite: bool) -> None:
+def convert(
+    weights: w.Weights,
+    target: formats.ModelRef,
+    *,
+    dtype: str,
+    force: bool,
+    allow_nonfinite: bool,
+) -> None:
     """Writes `weights` as `target`, reads the result back, compares, and only then gives it its name.
 
+    dtype: of the tensors in the result.
+
     Raises:
-        DataError: a weight is not finite, or the source turns out to be damaged.
+        ConfigError: an output has appeared meanwhile, and `force` is off.
+        DataError: a weight is not finite, the source is damaged, or the result differs when it is read back.
         WorkdirError: the target cannot be written.
     """
     start = time.perf_counter()
-    source, found = w.Checksum(), w.Checksum()
-    sent = source if dtype in (weights.dtype, "float32") else w.Checksum()
+    total = params.count_params(weights.config)
+    source_sum = w.Checksum()
+    # The checksum is over float32, so only rounding makes the result's differ from the source's.
+    rounds = dtype not in (weights.dtype, "float32")
+    expected_sum = w.Checksum() if rounds else source_sum
+    found_sum = w.Checksum()
     with staged(target.path, force=force) as path:
-        tensors = w.read_tensors(weights, checksum=source, allow_nonfinite=allow_nonfinite)
-        tensors = tensors if sent is source else rounded(tensors, dtype, sent)
-        tensors = with_progress(tensors, gpt.count_params(weights.config))
-        formats.write(target, path, weights, tensors, dtype=dtype)
-        log.info("source %s  weights sha256 %s", weights.origin, source.hexdigest())
-        result = formats.open_weights(formats.Place(target.format, path))
-        for _ in w.read_tensors(result, checksum=found, allow_nonfinite=True):
+        tensors = w.read_tensors(
+            weights,
+            checksum=source_sum,
+            allow_nonfinite=allow_nonfinite,
+        )
+        if rounds:
+            tensors = rounded(tensors, dtype, expected_sum)
+        formats.write(
+            target,
+            path,
+            weights,
+            tensors=with_progress(tensors, total),
+            dtype=dtype,
+        )
+        log.info("source %s  weights sha256 %s", weights.origin, source_sum.hexdigest())
+        result = formats.open_weights(formats.ModelRef(target.format, path))
+        for _ in w.read_tensors(result, checksum=found_sum, allow_nonfinite=True):
             pass
-        if found.hexdigest() != sent.hexdigest():
-            raise DataError(f"{target}: what was written is not what is read back: is the disk damaged?")
-    log.info("result %s  weights sha256 %s", target, found.hexdigest())
+        if found_sum.hexdigest() != expected_sum.hexdigest():
+            raise DataError(
+                "the weights read back differ from those written: is the disk damaged?",
+                field=str(target),
+            )
+    log.info("result %s  weights sha256 %s", target, found_sum.hexdigest())
     log.info("read back and compared: done in %.1f s", time.perf_counter() - start)
 
 
-def rounded(tensors: Iterator[tuple[str, Any]], dtype: str, checksum: w.Checksum) -> Iterator[tuple[str, Any]]:
-    """Yields the tensors rounded to `dtype`, and adds those to `checksum`."""
+def rounded(
+    tensors: Iterator[tuple[str, Any]],
+    dtype: str,
+    checksum: w.Checksum,
+) -> Iterator[tuple[str, Any]]:
+    """Yields the tensors rounded to `dtype`, and adds the rounded ones to `checksum`.
+
+    tensors: (name, array) pairs, of any shape and float dtype.
+    """
     for name, tensor in tensors:
         cast = np.asarray(tensor, w.DTYPES[dtype])
         checksum.update(name, cast)
@@ -123,105 +242,157 @@ def rounded(tensors: Iterator[tuple[str, Any]], dtype: str, checksum: w.Checksum
 
 
 def with_progress(tensors: Iterator[tuple[str, Any]], total: int) -> Iterator[tuple[str, Any]]:
-    """Yields the tensors, with a line every few seconds on how far they have come."""
-    done, told = 0, time.perf_counter()
+    """Yields the tensors, and logs the progress every REPORT_SECONDS.
+
+    tensors: (name, array) pairs, of any shape and dtype.
+    total: the number of values in all of them.
+    """
+    done = 0
+    reported = time.perf_counter()
     for name, tensor in tensors:
         yield name, tensor
         done += tensor.size
-        if time.perf_counter() - told > REPORT_SECONDS:
-            told = time.perf_counter()
+        if time.perf_counter() - reported > REPORT_SECONDS:
+            reported = time.perf_counter()
             log.info("  %d%% of the parameters", 100 * done // total)
 
 
-def check_target(source: formats.Place, target: formats.Place, *, force: bool) -> None:
-    """Raises ConfigError if nothing can be written as `target`, or what would give way to it is not the user's to lose.
+def check_target(
+    source: formats.ModelRef,
+    target: formats.ModelRef,
+    *,
+    force: bool,
+) -> None:
+    """Checks that `target` can be written without replacing something that the user did not name.
 
-    --force may replace the source itself, but not a directory that has more than the source in it.
+    --force may replace the source itself, but not a directory that contains more than the source.
+
+    Raises:
+        ConfigError: the target is in a bucket or exists, or is a directory that the command needs.
     """
     path = target.path
     if is_bucket(path):
-        raise ConfigError(f"--to={target}: results are written to this machine's disks; copy them from there")
+        raise _bad_target(target, "results are written to this machine's disks", "copy them from there")
     if target.format in formats.FILES and os.path.isdir(path):
-        raise ConfigError(
-            f"--to={target}: is a directory; name a file, such as {os.path.join(path, formats.FILES[target.format])}"
-        )
+        example = os.path.join(path, formats.FILES[target.format])
+        raise _bad_target(target, "is a directory", f"name a file, such as {example}")
     refuse_existing(path, force=force)
     if holds(path, os.getcwd()):
-        raise ConfigError(f"--to={target}: the command runs in that directory; name another")
+        raise _bad_target(target, "the command runs in that directory", "name another")
     if holds(path, source.path) and not holds(source.path, path):
-        raise ConfigError(f"--to={target}: has the source {source} in it, which would be lost; name another")
+        raise _bad_target(target, f"contains the source {source}, which would be overwritten", "name another")
+
+
+def _bad_target(target: formats.ModelRef, problem: str, remedy: str) -> ConfigError:
+    return ConfigError(
+        problem,
+        field="--to",
+        value=str(target),
+        remedy=remedy,
+    )
 
 
 def holds(directory: str, path: str) -> bool:
-    """Returns whether `path` is the existing `directory` or lies in it."""
-    place = os.path.realpath(directory)
-    return os.path.isdir(place) and os.path.commonpath([place, os.path.realpath(path)]) == place
+    """Returns whether `path` is the existing `directory` or is inside it."""
+    root = os.path.realpath(directory)
+    inside = os.path.realpath(path)
+    return os.path.isdir(root) and os.path.commonpath([root, inside]) == root
 
 
 def refuse_existing(path: str, *, force: bool) -> None:
-    """Raises ConfigError if something stands at `path` that must not be replaced."""
-    if os.path.lexists(os.path.abspath(path)) and not force and not is_empty(path):
-        raise ConfigError(f"{path}: exists; --force replaces it")
+    """Checks that nothing at `path` would be replaced, except an empty directory.
+
+    Raises:
+        ConfigError: something exists at `path`, and `force` is off.
+    """
+    # abspath drops a trailing slash, with which a dangling link would seem not to exist.
+    exists = os.path.lexists(os.path.abspath(path))
+    if exists and not force and not is_empty(path):
+        raise ConfigError("exists", field=path, remedy="--force replaces it")
 
 
 def is_empty(path: str) -> bool:
+    """Returns whether `path` is a directory without entries."""
     return os.path.isdir(path) and not os.listdir(path)
 
 
 @contextlib.contextmanager
 def staged(path: str, *, force: bool) -> Iterator[str]:
-    """Yields a new name beside `path`; what was written there is moved to `path` at the end, or removed on failure.
+    """Yields a temporary path next to `path`, which is moved to `path` at the end, or removed on failure.
 
-    A link to an empty directory is followed; any other is replaced, and what it leads to stays.
+    A link to an empty directory is followed; any other link is replaced, and its target is kept.
+
+    Raises:
+        ConfigError: something has appeared at `path` meanwhile, and `force` is off.
+        WorkdirError: `path` cannot be written.
     """
     final = os.path.realpath(path) if is_empty(path) else os.path.abspath(path)
     parent, name = os.path.split(final)
-    made = list(itertools.takewhile(lambda place: not os.path.lexists(place), parents(parent)))
+    missing = itertools.takewhile(lambda directory: not os.path.lexists(directory), parents(parent))
+    made = list(missing)  # before they are made
     try:
         os.makedirs(parent, exist_ok=True)
-        directory = tempfile.mkdtemp(prefix=f".{name}.partial-", dir=parent)
+        staging = tempfile.mkdtemp(prefix=f".{name}.partial-", dir=parent)
     except OSError as error:
-        raise WorkdirError(f"{path}: cannot be written: {error.strerror}; choose another") from error
+        raise WorkdirError(
+            f"cannot be written: {error.strerror}",
+            field=path,
+            remedy="choose another",
+        ) from error
     try:
-        new = os.path.join(directory, "new")
+        new = os.path.join(staging, "new")
         yield new
-        refuse_existing(path, force=force)  # it may have come meanwhile
-        replace(new, final, aside=os.path.join(directory, "old"))
+        refuse_existing(path, force=force)  # it may have appeared meanwhile
+        replace(new, final, aside=os.path.join(staging, "old"))
     except OSError as error:
-        raise WorkdirError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise WorkdirError(f"cannot be written: {error.strerror or error}", field=path) from error
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        for place in made:
-            with contextlib.suppress(OSError):  # the result is in it, or somebody else has come to use it
-                os.rmdir(place)
+        shutil.rmtree(staging, ignore_errors=True)
+        for directory in made:
+            with contextlib.suppress(OSError):  # not empty: it has the result, or another process uses it
+                os.rmdir(directory)
 
 
 def parents(path: str) -> Iterator[str]:
     """Yields `path` and the directories above it."""
     while True:
         yield path
-        if path == os.path.dirname(path):
+        parent = os.path.dirname(path)
+        if parent == path:
             return
-        path = os.path.dirname(path)
+        path = parent
 
 
-def replace(new: str, path: str, *, aside: str) -> None:
-    """Moves `new` to `path` and what stood there to `aside`, or raises OSError with all as it was."""
+def replace(
+    new: str,
+    path: str,
+    *,
+    aside: str,
+) -> None:
+    """Moves `new`, synced to disk, to `path`, and whatever was at `path` to `aside`.
+
+    Raises:
+        OSError: a move fails; whatever was at `path` is there as before.
+    """
+    sync_tree(new)
     if not os.path.lexists(path):
         os.rename(new, path)
+        sync_path(os.path.dirname(os.path.abspath(path)))
         return
     os.rename(path, aside)
     try:
         os.rename(new, path)
-    except BaseException:
+        sync_path(os.path.dirname(os.path.abspath(path)))
+    except BaseException:  # also a KeyboardInterrupt between the two moves
         os.rename(aside, path)
         raise
 
 
 def cli() -> None:
-    # Nothing here is worth taking an accelerator for. Not in main(), which notebooks call among other things.
+    """Runs the command, on the CPU unless JAX_PLATFORMS is set."""
+    # A conversion needs no accelerator. Not in main(), because notebooks call it along with other work.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    runtime.run_cli(main)
+    run_cli(main)
 
 
 if __name__ == "__main__":

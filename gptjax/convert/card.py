@@ -1,30 +1,43 @@
-"""The model card of an export: what was trained, how, and how well."""
+"""The model card of an export: the model, its training data, settings and losses."""
 
 import dataclasses
 import json
+import re
 
 from gptjax.convert.weights import Weights
-from gptjax.model import count_params
+from gptjax.params import count_params
+from gptjax.redaction import shown
+
+# ASCII that may begin or end an element of Markdown or HTML, or an address that some programs turn into a link.
+MARKUP = re.compile(
+    r"[^\w\s./:@,+=%()-]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.|(?<=\w)@(?=[\w-]+\.)", re.IGNORECASE
+)
 
 
 def model_card(weights: Weights, dtype: str) -> str:
-    """Returns README.md for a model directory: front matter, then config, data, steps and loss as far as known."""
+    """Returns README.md for a model directory: front matter, then config, data, steps and losses as far as known.
+
+    dtype: of the exported tensors.
+    """
     history = weights.history
+    tokenizer = weights.tokenizer
     facts = {
         "parameters": f"{count_params(weights.config):,}",
         "weights": f"model.safetensors, {dtype}",
-        "converted from": weights.origin,
+        "converted from": as_text(weights.origin),
         "steps": _number(history.get("step")),
         "tokens seen": _number(history.get("tokens")),
         "training loss": _number(history.get("loss")),
         "validation loss": _number(history.get("val_loss")),
-        "data": history.get("data") or "not known",
-        "tokenizer": weights.tokenizer.name if weights.tokenizer else "not included",
+        "data": as_text(str(history.get("data") or "not known")),
+        "tokenizer": as_text(tokenizer.name) if tokenizer else "not included",
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     model = json.dumps(dataclasses.asdict(weights.config), indent=2)
-    run = history.get("config")
-    settings = f"\n## Settings of the run\n\n```json\n{json.dumps(run, indent=2)}\n```\n" if run else ""
+    run_config = history.get("config")
+    settings = ""
+    if run_config:
+        settings = f"\n## Settings of the run\n\n```json\n{json.dumps(run_config, indent=2)}\n```\n"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -52,6 +65,16 @@ tokenizer = AutoTokenizer.from_pretrained("DIRECTORY OF THIS FILE")
 {model}
 ```
 {settings}"""
+
+
+def as_text(text: str) -> str:
+    """Returns `text` as one line of Markdown without markup: special characters become character references."""
+    line = " ".join(shown(text).split())
+    return MARKUP.sub(_character_references, line)
+
+
+def _character_references(match: re.Match[str]) -> str:
+    return "".join(f"&#{ord(character)};" for character in match[0])
 
 
 def _number(value: float | None) -> str:

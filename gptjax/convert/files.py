@@ -1,47 +1,58 @@
-"""Finds the files of a model directory that somebody else made, and nothing outside it."""
+"""Finds the files of an untrusted model directory, and nothing outside it."""
 
-import json
 import os
 from typing import Any
 
-from gptjax.errors import DataError, plain
+from gptjax.errors import DataError, one_line
+from gptjax.strict_json import InvalidTextError, parse_json, read_at_most
 
-LONGEST_NAME = 255  # letters
-LARGEST_JSON = 32 * 2**20  # an index of ten thousand tensors takes one
+LONGEST_NAME = 255  # characters
+LARGEST_JSON = 32 * 2**20  # bytes; the index of a model with ten thousand tensors needs about one MiB
 
 
 def resolve_inside(directory: str, name: str) -> str:
     """Returns the real path of the file `name` of `directory`, which may be a link.
 
-    A link has to stay in the directory. In a snapshot of a Hugging Face cache it may lead to the cache's own `blobs`.
+    A link must stay in the directory. In a snapshot of a Hugging Face cache it may lead to the cache's own `blobs`.
 
     Raises:
-        DataError: the name or a link leads elsewhere, or to what is not a file.
-        FileNotFoundError: there is no such file.
+        DataError: the name or a link leads outside, or to something that is not a regular file.
+        FileNotFoundError: the file does not exist.
     """
-    unlike = not name or not name.isprintable() or len(name) > LONGEST_NAME or os.path.isabs(name) or "\\" in name
-    if unlike or ".." in name.split("/"):
-        raise DataError(f"{directory}: {name[:LONGEST_NAME]!r} is not the name of a file inside it")
+    if not _is_relative_name(name):
+        raise DataError(f"{name[:LONGEST_NAME]!r} is not the name of a file inside it", field=directory)
     root = os.path.realpath(directory)
-    allowed = [root]
-    if os.path.basename(os.path.dirname(root)) == "snapshots":
-        # Not resolved: a `blobs` that is itself a link leads elsewhere.
-        allowed.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
     path = os.path.realpath(os.path.join(root, name))
-    if not any(os.path.commonpath([path, place]) == place for place in allowed):
-        raise DataError(f"{directory}: {name!r} is a link that leads out of the directory")
+    if not any(os.path.commonpath([path, allowed]) == allowed for allowed in _allowed_roots(root)):
+        raise DataError(f"{name!r} is a link that leads out of the directory", field=directory)
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{directory}: there is no {name!r}")
-    if not os.path.isfile(path):  # opening a pipe would wait for ever
-        raise DataError(f"{directory}: {name!r} is not a file")
+        raise FileNotFoundError(f"{directory}: no file {name!r}")
+    if not os.path.isfile(path):  # opening a pipe would block forever
+        raise DataError(f"{name!r} is not a file", field=directory)
     return path
 
 
+def _is_relative_name(name: str) -> bool:
+    """Returns whether `name` is a printable relative path without `..`."""
+    if not name or not name.isprintable() or len(name) > LONGEST_NAME:
+        return False
+    return not os.path.isabs(name) and "\\" not in name and ".." not in name.split("/")
+
+
+def _allowed_roots(root: str) -> list[str]:
+    """Returns the directories in which a file of the real directory `root` may be stored."""
+    parent = os.path.dirname(root)
+    if os.path.basename(parent) != "snapshots":
+        return [root]
+    # Not resolved: a `blobs` that is itself a link leads outside the cache.
+    return [root, os.path.join(os.path.dirname(parent), "blobs")]
+
+
 def locate(directory: str, name: str) -> str | None:
-    """Returns the path of the file `name` of `directory` after the checks of `resolve_inside`; None if it is not there.
+    """Returns the path of the file `name` of `directory` after the checks of `resolve_inside`; None if it is missing.
 
     Raises:
-        DataError: the name or a link leads elsewhere, or to what is not a file.
+        DataError: the name or a link leads outside, or to something that is not a regular file.
     """
     try:
         resolve_inside(directory, name)
@@ -51,15 +62,14 @@ def locate(directory: str, name: str) -> str | None:
 
 
 def read_json(path: str) -> Any:
-    """Returns what a small JSON file says.
+    """Returns the value in a small JSON file. NaN and infinities are accepted, because transformers writes them.
 
     Raises:
-        DataError: it is no JSON, or enormous.
+        DataError: `parse_json` rejects the file, or it is longer than LARGEST_JSON.
     """
-    if os.path.getsize(path) > LARGEST_JSON:
-        raise DataError(f"{path}: {os.path.getsize(path)} bytes; expected a small JSON file")
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({plain(error)})") from error
+        return parse_json(read_at_most(path, LARGEST_JSON), nan="keep")
+    except OSError as error:
+        raise DataError(f"cannot be read: {one_line(error)}", field=path) from error
+    except InvalidTextError as error:
+        raise DataError(one_line(error), field=path, remedy="expected a small JSON file") from error

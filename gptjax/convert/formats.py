@@ -1,36 +1,47 @@
-"""Every format by its name: which can read a model, which can write one, and what they cannot hold."""
+"""Every format by its name: which ones can be read, which written, and which parts of a model each cannot hold."""
 
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gptjax.config import GPTConfig
 from gptjax.convert import huggingface, llmc, msgpack, nanogpt, native
-from gptjax.convert.names import Row, layers, leaf_shape, rows, shape
-from gptjax.convert.weights import Weights, describe, read_leaves, read_tensors, with_biases
+from gptjax.convert.names import Shape, layers
+from gptjax.convert.weights import NamedTensors, Weights, format_shape, read_leaves, read_tensors, with_biases
 from gptjax.data.tokenizer import Tokenizer, load_tokenizer
 from gptjax.errors import ConfigError, DataError
-from gptjax.model import padded_vocab_size
+from gptjax.params import Param, leaf_shape, padded_vocab_size, rows, tensor_shape
 from gptjax.sharding import nest
 
 log = logging.getLogger("gptjax")
 READABLE = ("gptjax", "hf", "nanogpt", "llmc", "msgpack")
 WRITABLE = ("gptjax", "hf", "nanogpt", "llmc")
-PADDED = ("gptjax", "llmc")  # formats with more rows than the vocabulary has
-FILES = {
+PADDED = ("gptjax", "llmc")  # formats whose embedding table has more rows than the vocabulary
+FILES = {  # formats of one file, with a usual name for it; the others are directories
     "nanogpt": "ckpt.pt",
     "llmc": "model.bin",
-}  # formats of one file, and a name for it; the others are directories
-GPT2_VOCABULARIES = range(50257, 50305)  # nanoGPT pads GPT-2's 50,257 ids up to 50,304 and says no more
-FORMS = "hf:DIR, hf:OWNER/NAME[@REVISION], gptjax:WORKDIR[@STEP], nanogpt:ckpt.pt, llmc:model.bin, msgpack:DIR"
+}
+GPT2_VOCABULARIES = range(50257, 50305)  # nanoGPT pads GPT-2's 50,257 ids up to 50,304, and does not store the number
+# Fields of GPTConfig. Any other field may change the function, and other programs would not know it.
+GPT2_FIELDS = {
+    "block_size",
+    "vocab_size",
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "dropout",
+    "bias",
+    "tie_embeddings",
+}
+FORMATS_HELP = "hf:DIR, hf:OWNER/NAME[@REVISION], gptjax:WORKDIR[@STEP], nanogpt:ckpt.pt, llmc:model.bin, msgpack:DIR"
 
 
-class Place(NamedTuple):
-    """What --from, --to and --model name."""
+class ModelRef(NamedTuple):
+    """A model as --from, --to and --model name it."""
 
     format: str
     path: str
@@ -39,130 +50,217 @@ class Place(NamedTuple):
         return f"{self.format}:{self.path}"
 
 
-def parse_place(flag: str, text: str, formats: tuple[str, ...]) -> Place:
-    """Returns the Place of FORMAT:PATH.
+def parse_model_ref(flag: str, text: str, formats: tuple[str, ...]) -> ModelRef:
+    """Returns the ModelRef of FORMAT:PATH.
 
     Raises:
-        ConfigError: there is no such format, or no path.
+        ConfigError: the format is not one of `formats`, or the path is empty.
     """
-    name, colon, path = text.partition(":")
-    if not colon or not path or name not in formats:
-        raise ConfigError(f"{flag}={text}: expected one of {', '.join(formats)}, a colon and a path, such as {FORMS}")
-    return Place(name, os.path.expanduser(path))
+    name, _, path = text.partition(":")
+    if not path or name not in formats:
+        raise ConfigError(
+            f"expected one of {', '.join(formats)}, a colon and a path, such as {FORMATS_HELP}",
+            field=flag,
+            value=text,
+        )
+    return ModelRef(name, os.path.expanduser(path))
 
 
-def open_weights(place: Place, *, tokenizer: str = "", dropout: float | None = None) -> Weights:
+def open_weights(
+    place: ModelRef,
+    *,
+    tokenizer: str = "",
+    dropout: float | None = None,
+) -> Weights:
     """Returns the model at `place`, after comparing it strictly with GPT-2; no tensor is read yet.
 
-    tokenizer: what to use instead of the source's own: a name or a file as in data.tokenizer.
-    dropout: of the result; None takes the source's.
+    tokenizer: replaces the source's own: a name or a file as in data.tokenizer.
+    dropout: of the result; None means the source's.
 
     Raises:
-        DataError: it is damaged, or not exactly a GPT-2.
-        UnavailableError: an extra is missing, or a server.
+        DataError: the model is damaged, or not exactly a GPT-2.
+        UnavailableError: an extra is missing, or a server cannot be reached.
     """
     weights = _open(place, dropout)
-    chosen = load_tokenizer(tokenizer) if tokenizer else weights.tokenizer
-    notes = weights.notes
-    if chosen is None and place.format in FILES:
-        chosen, note = _guess_tokenizer(weights.config.vocab_size)
-        notes = (*notes, note)
-    if chosen is not None and chosen.vocab_size > weights.config.vocab_size:
-        notes = (*notes, f"tokenizer {chosen.name} left out: {chosen.vocab_size} ids, vocab_size is less")
+    vocab_size = weights.config.vocab_size
+    notes = list(weights.notes)
+    chosen = weights.tokenizer
+    if tokenizer:
+        chosen = load_tokenizer(tokenizer)
+    elif chosen is None and place.format in FILES:
+        chosen, note = _guess_tokenizer(vocab_size)
+        notes.append(note)
+    # A model may have unused ids, but a tokenizer may not produce ids that the model lacks.
+    if chosen is not None and chosen.vocab_size > vocab_size:
+        notes.append(f"tokenizer {chosen.name} left out: {chosen.vocab_size} ids, vocab_size is less")
         chosen = None
-    return dataclasses.replace(weights, tokenizer=chosen, notes=notes)
+    return dataclasses.replace(weights, tokenizer=chosen, notes=tuple(notes))
 
 
 def open_model(text: str, *, tokenizer: str = "") -> Weights:
-    """Returns what --model names, to be used as it is: dropout off, and with a tokenizer.
+    """Returns the model that --model names, for sampling and evaluation: with a tokenizer, and dropout off.
 
     Raises:
-        ConfigError: there is no tokenizer with it.
+        ConfigError: --model is not FORMAT:PATH, or the model has no tokenizer.
+        DataError: the model is damaged, or not exactly a GPT-2.
+        UnavailableError: an extra is missing, or a server cannot be reached.
     """
-    weights = open_weights(parse_place("--model", text, READABLE), tokenizer=tokenizer, dropout=0.0)
+    place = parse_model_ref("--model", text, READABLE)
+    weights = open_weights(place, tokenizer=tokenizer, dropout=0.0)
     if weights.tokenizer is None:
-        raise ConfigError("\n".join([*weights.notes, f"--model={text}: has no tokenizer: give one with --tokenizer"]))
+        problem = ConfigError(
+            "has no tokenizer",
+            field="--model",
+            value=text,
+            remedy="give one with --tokenizer",
+        )
+        reasons = [ConfigError(note) for note in weights.notes]
+        raise ConfigError.of([problem, *reasons])
     return weights
 
 
-def _open(place: Place, dropout: float | None) -> Weights:
-    path, origin = place.path, str(place)
+def _open(place: ModelRef, dropout: float | None) -> Weights:
+    path = place.path
     if place.format == "hf":
-        if not os.path.isdir(path):
-            from gptjax.convert import hub
-
-            if os.path.lexists(path) or not hub.NAME.fullmatch(path):
-                raise DataError(f"{path}: no such directory, and not OWNER/NAME[@REVISION] of the Hub")
-            log.info("%s: no directory here, so it is looked for on the Hub", path)
-            repo, _, revision = path.partition("@")
-            path, commit = hub.download(repo, revision)
-            origin = f"hf:{repo}@{commit}"
-            if not huggingface.has_weights(path):  # then it is msgpack: others may have put that beside better ones
-                return msgpack.read(path, origin=origin, dropout=dropout)
-        return huggingface.read(path, origin=origin, dropout=dropout)
+        if os.path.isdir(path):
+            return huggingface.read(path, origin=str(place), dropout=dropout)
+        return _open_from_hub(path, dropout)
     if place.format == "gptjax":
         return native.read(path, dropout=dropout)
-    readers: dict[str, Callable[..., Weights]] = {"nanogpt": nanogpt.read, "llmc": llmc.read, "msgpack": msgpack.read}
-    return readers[place.format](path, origin=origin, dropout=dropout)
+    readers: dict[str, Callable[..., Weights]] = {
+        "nanogpt": nanogpt.read,
+        "llmc": llmc.read,
+        "msgpack": msgpack.read,
+    }
+    read = readers[place.format]
+    return read(path, origin=str(place), dropout=dropout)
+
+
+def _open_from_hub(name: str, dropout: float | None) -> Weights:
+    """Downloads and opens the model OWNER/NAME[@REVISION]."""
+    from gptjax.convert import hub
+
+    # A file that exists is a mistake in the command, and its name shall not reach a server.
+    if os.path.lexists(name) or not hub.NAME.fullmatch(name):
+        raise DataError("no such directory, and not OWNER/NAME[@REVISION] of the Hub", field=name)
+    log.info("%s: no such directory on this machine, searching the Hub", name)
+    repo, _, revision = name.partition("@")
+    snapshot, commit = hub.download(repo, revision)
+    # Other programs may have put flax_model.msgpack next to better files in the same snapshot.
+    read = huggingface.read if huggingface.has_weights(snapshot) else msgpack.read
+    return read(snapshot, origin=f"hf:{repo}@{commit}", dropout=dropout)
 
 
 def _guess_tokenizer(vocab_size: int) -> tuple[Tokenizer | None, str]:
+    """Returns GPT-2's tokenizer if the size of the vocabulary is GPT-2's, and a note for the user."""
     if vocab_size in GPT2_VOCABULARIES:
-        return load_tokenizer("gpt2"), f"no tokenizer in the source: GPT-2's is taken, as vocab_size={vocab_size}"
-    return None, f"no tokenizer in the source, and vocab_size={vocab_size} is not GPT-2's: give one with --tokenizer"
+        note = f"no tokenizer in the source: using GPT-2's, because of vocab_size={vocab_size}"
+        return load_tokenizer("gpt2"), note
+    note = f"no tokenizer in the source, and vocab_size={vocab_size} is not GPT-2's: give one with --tokenizer"
+    return None, note
 
 
 def adapt(weights: Weights, target: str) -> Weights:
-    """Returns the same function in a form that the format `target` can hold.
+    """Returns a model that computes the same function and that the format `target` can hold.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the format cannot hold any such model.
     """
+    if target != "gptjax":
+        _require_gpt2(weights.config, target)
     if target in FILES and not weights.config.tie_embeddings:
-        raise ConfigError(f"--to={target}: that format has no lm_head of its own, and this model is untied; use hf:DIR")
+        raise ConfigError(
+            "that format has no lm_head of its own, and this model is untied",
+            field="--to",
+            value=target,
+            remedy="use hf:DIR",
+        )
     return with_biases(weights) if target in ("hf", "llmc") else weights
 
 
+def _require_gpt2(config: GPTConfig, target: str) -> None:
+    """Raises ConfigError, naming it, for a parameter or setting of the model that only gptjax's own format can hold."""
+    remedy = f"--to={target}: that format has no place for it; use gptjax:DIR"
+    for row in rows(config):
+        if not row.name:
+            raise ConfigError("GPT-2 has no such parameter", field=row.path, remedy=remedy)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in GPT2_FIELDS and value != field.default:
+            raise ConfigError(
+                "GPT-2 has no such setting",
+                field=f"model.{field.name}",
+                value=value,
+                remedy=remedy,
+            )
+
+
 def export_dtype(weights: Weights, target: str, wanted: str) -> str:
-    """Returns the dtype to write: the one asked for, else the source's where the format has it."""
-    if target == "gptjax" or (target == "llmc" and not wanted and weights.dtype == "float16"):
+    """Returns the dtype to write: `wanted`, or if that is "" the source's dtype where the format supports it."""
+    if target == "gptjax":
         return "float32"
-    return wanted or weights.dtype
+    if wanted:
+        return wanted
+    if target == "llmc" and weights.dtype == "float16":
+        return "float32"
+    return weights.dtype
 
 
-def stored_as(row: Row, config: GPTConfig, target: str) -> tuple[str, tuple[int, ...]]:
-    """Returns (name, shape) of the tensors of `row` in the format `target`; {} is the layer."""
+def stored_as(row: Param, config: GPTConfig, target: str) -> tuple[str, Shape]:
+    """Returns (name, shape) of the tensors of `row` in the format `target`; {} in the name is the layer."""
     if target == "gptjax":
         return row.path, leaf_shape(row, config)
-    sizes = shape(row, config)
+    shape = tensor_shape(row, config)
     if target in FILES and row.linear:
-        sizes = sizes[::-1]
+        shape = shape[::-1]
     if target == "llmc":
-        return row.name, (padded_vocab_size(config), *sizes[1:]) if row.name == "wte.weight" else sizes
-    return row.name if row.path.startswith("lm_head") else huggingface.PREFIX + row.name, sizes
+        if row.name == "wte.weight":
+            shape = (padded_vocab_size(config), config.n_embd)
+        return row.name, shape
+    if row.path.startswith("lm_head"):
+        return row.name, shape
+    return huggingface.PREFIX + row.name, shape
 
 
 def map_table(weights: Weights, target: str, dtype: str) -> list[str]:
-    """Returns a line for each kind of tensor: what it is in the source, and what it becomes in `target`."""
-    lines = [("source", "", "", f"-> {target}", "", "")]
-    for row in rows(weights.config):
-        names = [name for _, name in layers(row, weights.config)]
-        first, count = weights.tensors[names[0]], f" x {len(names)}" if row.layered else ""
-        name, sizes = stored_as(row, weights.config, target)
-        many = count if "{}" in name else ""
-        found = f"{first.label}{count}", describe(shape(row, weights.config)), str(first.dtype)
-        lines.append((*found, name.format(0) + many, describe(sizes), dtype))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    """Returns a line for each kind of tensor: its name, shape and dtype in the source and in `target`."""
+    config = weights.config
+    table = [("source", "", "", f"-> {target}", "", "")]
+    for row in rows(config):
+        names = [name for _, name in layers(row, config)]
+        first = weights.tensors[names[0]]
+        count = f" x {len(names)}" if row.layered else ""
+        stored_name, stored_shape = stored_as(row, config, target)
+        stored_count = count if "{}" in stored_name else ""  # gptjax stacks the layers in one array
+        cells = (
+            first.label + count,
+            format_shape(tensor_shape(row, config)),
+            str(first.dtype),
+            stored_name.format(0) + stored_count,
+            format_shape(stored_shape),
+            dtype,
+        )
+        table.append(cells)
+
+    widths = []
+    for column in zip(*table, strict=True):
+        widths.append(max(map(len, column)))
+    lines = []
+    for cells in table:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
+        lines.append("  ".join(padded).rstrip())
+    return lines
 
 
 def differences(weights: Weights, target: str, dtype: str) -> list[str]:
-    """Returns a line for everything in which the result is not what the source is."""
-    config, lines = weights.config, []
+    """Returns a line for every difference between the source and the result."""
+    config = weights.config
+    padded = padded_vocab_size(config)
+    lines = []
     if dtype != weights.dtype:
         lines.append(f"{weights.dtype} becomes {dtype}")
-    if target in PADDED and padded_vocab_size(config) != config.vocab_size:
-        lines.append(f"{config.vocab_size} rows of the vocabulary are padded with zeros to {padded_vocab_size(config)}")
+    if target in PADDED and padded != config.vocab_size:
+        lines.append(f"{config.vocab_size} rows of the vocabulary are padded with zeros to {padded}")
     if target in FILES:
         lines.append("matrices of layers are stored as [out, in]")
     if target in FILES and weights.tokenizer is not None:
@@ -172,18 +270,46 @@ def differences(weights: Weights, target: str, dtype: str) -> list[str]:
     return lines
 
 
-def write(place: Place, path: str, weights: Weights, tensors: Iterator[tuple[str, np.ndarray]], *, dtype: str) -> None:
-    """Writes the model in the format of `place` to `path`, from which it will be moved to where it belongs."""
+def write(
+    place: ModelRef,
+    path: str,
+    weights: Weights,
+    *,
+    tensors: NamedTensors,
+    dtype: str,
+) -> None:
+    """Writes the model in the format of `place` to `path`, from which the caller moves it to `place.path`.
+
+    tensors: (name, tensor) in the order of `read_tensors`.
+    dtype: of the tensors in the result.
+
+    Raises:
+        OSError: a file cannot be written.
+        UnavailableError: an extra is missing.
+    """
     if place.format == "gptjax":
         os.mkdir(path)
-        native.write(path, place.path, weights, tensors)
+        native.write(path, place.path, weights, tensors=tensors)
         return
     if place.format == "hf":
         os.mkdir(path)
-    writers: dict[str, Any] = {"hf": huggingface.write, "nanogpt": nanogpt.write, "llmc": llmc.write}
-    writers[place.format](path, weights, tensors, dtype=dtype)
+    writers: dict[str, Callable[..., None]] = {
+        "hf": huggingface.write,
+        "nanogpt": nanogpt.write,
+        "llmc": llmc.write,
+    }
+    write_format = writers[place.format]
+    write_format(path, weights, tensors, dtype=dtype)
 
 
 def load_params(weights: Weights, place: Callable[[str, np.ndarray], Any]) -> Any:
-    """Returns gptjax's parameter tree of the model, each leaf as place(path, array) gives it; one is read at a time."""
-    return nest((path, place(path, leaf)) for path, leaf in read_leaves(weights, read_tensors(weights)))
+    """Returns gptjax's parameter tree of the model, holding one leaf at a time in host memory.
+
+    place: called with the path and the float32 array, of `params.leaf_shape`, of each parameter; its result becomes
+        the leaf.
+
+    Raises:
+        DataError: a tensor is damaged, or has values that are NaN or infinite.
+    """
+    leaves = read_leaves(weights, read_tensors(weights))
+    return nest((path, place(path, leaf)) for path, leaf in leaves)

@@ -1,36 +1,51 @@
 """The old flax_model.msgpack of transformers, with its config.json: read only."""
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from gptjax.convert import huggingface
-from gptjax.convert.files import locate, plain
-from gptjax.convert.names import ROWS
+from gptjax.convert.files import locate
 from gptjax.convert.tokenizer_files import read_tokenizer
-from gptjax.convert.weights import Tensor, Weights, check_name, make_weights, show
-from gptjax.errors import DataError
+from gptjax.convert.weights import ReadTensor, Tensor, Weights, check_name, make_weights, short_repr
+from gptjax.errors import DataError, one_line
+from gptjax.params import PARAMS
 
 FILE = "flax_model.msgpack"
 
 
-def read(directory: str, *, origin: str, dropout: float | None = None) -> Weights:
+def read(
+    directory: str,
+    *,
+    origin: str,
+    dropout: float | None = None,
+) -> Weights:
     """Returns the model of a directory with flax_model.msgpack and config.json.
+
+    directory: it, or the path of its flax_model.msgpack.
+    dropout: of the result; None means the rate in config.json.
 
     Raises:
         DataError: a file is missing or damaged, or the model is not exactly a GPT-2.
     """
-    directory = os.path.dirname(directory) or "." if directory.endswith(FILE) else directory
+    if directory.endswith(FILE):
+        directory = os.path.dirname(directory) or "."
     config = huggingface.read_config(directory, dropout=dropout)
     path = locate(directory, FILE)
     if path is None:
-        raise DataError(f"{directory}: no {FILE}")
-    leaves = _flatten(_load(path), path)
-    tensors = {_torch_name(name): tensor for name, tensor in leaves.items()}
-    tokenizer, line = read_tokenizer(directory)
-    return make_weights(origin, config, tensors, tokenizer=tokenizer, notes=(line,))
+        raise DataError(f"no {FILE}", field=directory)
+    tensors = {}
+    for name, tensor in _flatten(_load(path), path).items():
+        tensors[_torch_name(name)] = tensor
+    tokenizer, note = read_tokenizer(directory)
+    return make_weights(
+        origin,
+        config,
+        tensors,
+        tokenizer=tokenizer,
+        notes=(note,),
+    )
 
 
 def _load(path: str) -> Any:
@@ -40,34 +55,40 @@ def _load(path: str) -> Any:
         data = file.read()
     try:
         return serialization.msgpack_restore(data)
-    except Exception as error:  # msgpack fails in many ways on damaged bytes, and each one means the same
-        raise DataError(f"{path}: not a file of flax: {plain(error)}") from error
+    except Exception as error:  # msgpack fails in many ways on damaged bytes, which all mean the same
+        raise DataError(f"not a file of flax: {one_line(error)}", field=path) from error
 
 
 def _flatten(tree: Any, path: str) -> dict[str, Tensor]:
-    """Returns the arrays by path, 'h/0/attn/c_attn/kernel', matrices as [in, out]: FlaxConv1D keeps [out, in]."""
+    """Returns the arrays by path, 'h/0/attn/c_attn/kernel'. Kernels become [in, out]: FlaxConv1D stores [out, in]."""
     flat: dict[str, Tensor] = {}
-    pending = [("", tree)]
+    pending = [("", tree)]  # a stack of (path, subtree)
     while pending:
         prefix, node = pending.pop()
         if isinstance(node, dict):
-            pending += [(f"{prefix}/{key}", value) for key, value in reversed(node.items())]
-        elif isinstance(node, np.ndarray):
-            name = check_name(path, prefix.removeprefix("/").removeprefix("transformer/"))
-            array = node.T if name.endswith("/kernel") else node
-            flat[name] = Tensor(array.shape, array.dtype, _constant(array), name)
-        else:
-            raise DataError(f"{path}: {show(prefix)} is a {type(node).__name__}, expected an array")
+            for key, value in reversed(node.items()):
+                pending.append((f"{prefix}/{key}", value))
+            continue
+        if not isinstance(node, np.ndarray):
+            kind = type(node).__name__
+            raise DataError(f"{short_repr(prefix)} is a {kind}, expected an array", field=path)
+        short = prefix.removeprefix("/").removeprefix("transformer/")
+        name = check_name(path, short)
+        array = node.T if name.endswith("/kernel") else node
+        flat[name] = Tensor(array.shape, array.dtype, read=_constant(array), label=name)
     return flat
 
 
-def _constant(array: np.ndarray) -> Callable[[], np.ndarray]:
+def _constant(array: np.ndarray) -> ReadTensor:
     return lambda: array
 
 
 def _torch_name(name: str) -> str:
-    """Returns GPT-2's name of a path, 'h.0.attn.c_attn.weight'."""
+    """Returns GPT-2's name of a path, such as 'h.0.attn.c_attn.weight'; dots for slashes if GPT-2 has none."""
     first, _, rest = name.partition("/")
     layer, _, inner = rest.partition("/")
     path = f"h/{inner}" if first == "h" else name
-    return next((row.name.format(layer) for row in ROWS if row.path == path), name.replace("/", "."))
+    for row in PARAMS:
+        if row.path == path:
+            return row.tensor_name(layer)
+    return name.replace("/", ".")

@@ -1,155 +1,316 @@
 """gptjax's own checkpoints as a format to convert from and to."""
 
 import dataclasses
-import json
 import os
 import re
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from etils import epath
+from orbax.checkpoint import v1 as ocp
 
-from gptjax.checkpoint import Checkpointer, Damaged, StoredParams, save_params
-from gptjax.config import Config, DataConfig
-from gptjax.convert.files import plain
-from gptjax.convert.names import from_leaf, layers, leaf_shape, rows, shape
-from gptjax.convert.weights import DTYPES, Tensor, Weights, make_history, make_weights, read_leaves
+from gptjax.checkpoint import Checkpointer
+from gptjax.config import Config, DataConfig, GPTConfig
+from gptjax.convert.names import from_leaf, layers
+from gptjax.convert.weights import (
+    DTYPES,
+    NamedTensors,
+    ReadTensor,
+    Tensor,
+    Weights,
+    make_history,
+    make_weights,
+    read_leaves,
+)
 from gptjax.data.tokenizer import Tokenizer, load_tokenizer
-from gptjax.errors import ConfigError, DataError
-from gptjax.workdir import write_json
+from gptjax.errors import ConfigError, DataError, one_line
+from gptjax.fingerprint import fingerprint_array
+from gptjax.identity import read_identity
+from gptjax.logs import parse_rows
+from gptjax.orbax_context import CHUNK_BYTES, saving_context
+from gptjax.params import Param, check_paths, leaf_shape, rows, tensor_shape
+from gptjax.record import CorruptCheckpointError, Record, seal
+from gptjax.sharding import nest
+from gptjax.stored import StoredParams
+from gptjax.versions import versions
+from gptjax.workdir import CONFIG_FILE, METRICS_FILE, TOKENIZER_FILE, check_bucket, read_file, write_json
 
-MOST_LAYERS = 10_000  # before a loop is as long as a number in a file says
-TOKENIZER_FILE = "tokenizer.json"
+STEP = "[0-9]{1,18}"  # a step as text; int() refuses thousands of digits, and str.isdigit() accepts superscripts
+MOST_LAYERS = 10_000  # so that no loop over layers is as long as a number in a damaged file
 
 
 def read(path: str, *, dropout: float | None = None) -> Weights:
-    """Returns the model of WORKDIR, or WORKDIR@STEP, or of one checkpoint's directory; of a run, the newest checkpoint.
+    """Returns the model of WORKDIR, WORKDIR@STEP, or one checkpoint's directory. WORKDIR means its newest checkpoint.
+
+    dropout: of the result; None means the checkpoint's.
 
     Raises:
-        DataError: there is none, or it is damaged.
+        DataError: no such checkpoint exists, or it is damaged.
     """
-    workdir, step = _locate(path)
-    steps = Checkpointer(workdir).steps()
-    if not steps or (step is not None and step not in steps):
-        have = ", ".join(map(str, steps)) or "none"
-        raise DataError(f"{workdir}: no checkpoint{'' if step is None else f' of step {step}'}; there are: {have}")
-    step = steps[-1] if step is None else step
+    workdir, wanted = _locate(path)
+    step = _choose_step(workdir, wanted)
     try:
         stored = StoredParams(workdir, step)
-    except (Damaged, ConfigError) as damage:
+    except (CorruptCheckpointError, ConfigError) as damage:
         raise _damaged(workdir, step, damage) from damage
-    config, origin = stored.config.model, f"gptjax:{workdir}@{step}"
-    if config.n_layer > MOST_LAYERS:
-        raise DataError(f"{origin}: n_layer={config.n_layer}: expected at most {MOST_LAYERS}")
-    config = config if dropout is None else dataclasses.replace(config, dropout=dropout)
-    imported = stored.record.history.get("imported") if step == 0 else None
-    imported = imported if isinstance(imported, dict) else {}
+    if wanted is None:
+        _require_own(workdir, stored)
+    origin = f"gptjax:{workdir}@{step}"
+    config = stored.config.model
+    _check_parameters(stored, config, origin)
+    if dropout is not None:
+        config = dataclasses.replace(config, dropout=dropout)
+
+    # Step 0 of an imported model keeps its source's dtype and history.
+    imported: Any = stored.record.history.get("imported") if step == 0 else None
+    if not isinstance(imported, dict):
+        imported = {}
     dtype = imported.get("dtype")
+    history = _history(workdir, stored) if step else make_history(imported.get("history"))
     return make_weights(
         origin,
         config,
         _tensors(workdir, stored),
         dtype=dtype if isinstance(dtype, str) and dtype in DTYPES else "float32",
         tokenizer=read_tokenizer(workdir),
-        history=_history(workdir, stored) if step else make_history(imported.get("history")),
+        history=history,
     )
 
 
 def _locate(text: str) -> tuple[str, int | None]:
-    """Returns (work directory, step, if one is named) of what `read` takes; a name that is there is no WORKDIR@STEP."""
-    path, match = epath.Path(text), re.fullmatch(r"(.+)@(\d+)", text)
-    if path.name.isdigit() and path.parent.name == "checkpoints":
+    """Returns (work directory, step or None) of `text`, as `read` accepts it.
+
+    A path that exists is a work directory or a checkpoint, even if it ends in @STEP.
+    """
+    check_bucket(text)
+    path = epath.Path(text)
+    if re.fullmatch(STEP, path.name) and path.parent.name == "checkpoints":
         return str(path.parent.parent), int(path.name)
     if path.exists():
         return text, None
-    if match and epath.Path(match[1]).exists():
-        return match[1], int(match[2])
-    raise DataError(f"{match[1] if match else text}: no such directory")
+    match = re.fullmatch(rf"(.+)@({STEP})", text)
+    if match is None:
+        raise DataError("no such directory", field=text)
+    workdir, step = match.groups()
+    if not epath.Path(workdir).exists():
+        raise DataError("no such directory", field=workdir)
+    return workdir, int(step)
+
+
+def _choose_step(workdir: str, wanted: int | None) -> int:
+    """Returns `wanted` or the newest step, if it has a checkpoint."""
+    steps = Checkpointer(workdir).steps()
+    if steps and wanted is None:
+        return steps[-1]
+    if wanted in steps:
+        return wanted
+    of_step = "" if wanted is None else f" of step {wanted}"
+    available = ", ".join(map(str, steps)) or "none"
+    raise DataError(f"no checkpoint{of_step}; available: {available}", field=workdir)
+
+
+def _require_own(workdir: str, stored: StoredParams) -> None:
+    """Raises DataError if the newest checkpoint belongs to another run than the work directory."""
+    identity = read_identity(workdir)
+    if identity.owns(stored.record):
+        return
+    raise DataError(
+        identity.explain(stored.record),
+        field=f"{workdir}/checkpoints/{stored.step}",
+        remedy=f"to use it anyway: {workdir}@{stored.step}",
+    )
+
+
+def _check_parameters(stored: StoredParams, config: GPTConfig, origin: str) -> None:
+    """Raises DataError unless the checkpoint's parameters are those of a model of `config`."""
+    if config.n_layer > MOST_LAYERS:
+        raise DataError(f"n_layer={config.n_layer}: expected at most {MOST_LAYERS}", field=origin)
+    saved = []
+    for name in stored.record.fingerprints:
+        if name.startswith("params/"):
+            saved.append(name.removeprefix("params/"))
+    try:
+        check_paths(saved, config)
+    except ConfigError as error:
+        raise DataError.about(origin, error) from error
 
 
 def _damaged(workdir: str, step: int, damage: Exception) -> DataError:
     others = [str(other) for other in Checkpointer(workdir).steps() if other != step]
-    remedy = f"; take another with @STEP: {', '.join(others)}" if others else ""
-    return DataError(f"{workdir}/checkpoints/{step}: damaged: {plain(damage)}{remedy}")
+    remedy = f"take another with @STEP: {', '.join(others)}" if others else ""
+    return DataError(
+        f"damaged: {one_line(damage)}",
+        field=f"{workdir}/checkpoints/{step}",
+        remedy=remedy,
+    )
 
 
 def _tensors(workdir: str, stored: StoredParams) -> dict[str, Tensor]:
     config = stored.config.model
-    by_path = {row.path: row for row in rows(config)}
+    # One leaf stays in memory: a leaf has all layers of its tensors, which are asked for one after another.
+    newest: dict[str, np.ndarray] = {}
 
-    newest: dict[str, np.ndarray] = {}  # one leaf: tensors are asked for layer after layer
-
-    def leaf(path: str) -> np.ndarray:
-        if path not in newest:
+    def read_leaf(row: Param) -> np.ndarray:
+        if row.path not in newest:
             newest.clear()
             try:
-                newest[path] = stored.read(path, leaf_shape(by_path[path], config))
-            except Damaged as damage:
+                newest[row.path] = stored.read(row.path, leaf_shape(row, config))
+            except CorruptCheckpointError as damage:
                 raise _damaged(workdir, stored.step, damage) from damage
-        return newest[path]
+        return newest[row.path]
 
-    return {
-        name: Tensor(
-            shape(row, config),
-            DTYPES["float32"],
-            lambda row=row, layer=layer: from_leaf(row, leaf(row.path), layer, config),
-            name,
-        )
-        for row in rows(config)
-        for layer, name in layers(row, config)
-    }
+    def reader(row: Param, layer: int | None) -> ReadTensor:
+        return lambda: from_leaf(row, read_leaf(row), config, layer=layer)
+
+    tensors = {}
+    for row in rows(config):
+        for layer, name in layers(row, config):
+            tensors[name] = Tensor(
+                shape=tensor_shape(row, config),
+                dtype=DTYPES["float32"],
+                read=reader(row, layer),
+                label=name,
+            )
+    return tensors
 
 
 def read_tokenizer(workdir: str) -> Tokenizer | None:
-    """Returns the tokenizer that is kept beside the checkpoints."""
+    """Returns the tokenizer that is stored next to the checkpoints, or None.
+
+    Raises:
+        DataError: the file is damaged.
+    """
     path = epath.Path(workdir) / TOKENIZER_FILE
     return load_tokenizer(str(path)) if path.exists() else None
 
 
 def _history(workdir: str, stored: StoredParams) -> dict[str, Any]:
-    """Returns what a model card can say of the checkpoint of a run; an imported one says what its source did."""
+    """Returns the history of a trained checkpoint, for a model card."""
     config = stored.config
+    tokens_per_step = config.data.global_batch_size * config.model.block_size
     source = config.data.path or config.data.source
+    fingerprint = stored.record.data.get("fingerprint", "no fingerprint")
     history = {
         "step": stored.step,
-        "tokens": stored.step * config.data.global_batch_size * config.model.block_size,
-        "data": f"{source} ({stored.record.data.get('fingerprint', 'no fingerprint')})",
+        "tokens": stored.step * tokens_per_step,
+        "data": f"{source} ({fingerprint})",
         "config": stored.record.config,
     }
     return history | _losses(workdir, stored.step)
 
 
 def _losses(workdir: str, step: int) -> dict[str, float]:
-    """Returns the newest losses up to `step` in metrics.jsonl, which may be damaged or missing: then none."""
-    path, found = epath.Path(workdir) / "metrics.jsonl", {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step:
-            found |= make_history({name: row.get(name) for name in ("loss", "val_loss")})
+    """Returns the newest losses up to `step` in metrics.jsonl. If that is damaged or missing, there are none."""
+    found = {}
+    content = read_file(workdir, METRICS_FILE) or b""
+    for row in parse_rows(content):
+        if row["step"] <= step:
+            losses = {name: row.get(name) for name in ("loss", "val_loss")}
+            found |= make_history(losses)
     return found
 
 
-def write(directory: str, final: str, weights: Weights, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
+def write(
+    directory: str,
+    final: str,
+    weights: Weights,
+    *,
+    tensors: NamedTensors,
+) -> None:
     """Writes a work directory with the checkpoint of step 0, config.json and the tokenizer.
 
-    final: where the directory will be in the end.
+    final: the path to which the directory will be moved.
+    tensors: (name, tensor) in the order of `read_tensors`.
+
+    Raises:
+        OSError: a file cannot be written.
     """
-    name = _tokenizer_name(weights.tokenizer, final)
-    config = Config(model=weights.config, data=DataConfig(tokenizer=name), init_from=weights.origin)
-    imported = {"from": weights.origin, "dtype": weights.dtype, "history": dict(weights.history)}
-    save_params(directory, read_leaves(weights, tensors), config=config, history={"imported": imported})
-    write_json(f"{directory}/config.json", config.to_dict())
-    if weights.tokenizer is not None:
-        weights.tokenizer.save(f"{directory}/{TOKENIZER_FILE}")
+    tokenizer = weights.tokenizer
+    config = Config(
+        model=weights.config,
+        data=DataConfig(tokenizer=_tokenizer_name(tokenizer, final)),
+        init_from=weights.origin,
+    )
+    imported = {
+        "from": weights.origin,
+        "dtype": weights.dtype,
+        "history": dict(weights.history),
+    }
+    save_params(
+        directory,
+        read_leaves(weights, tensors),
+        config=config,
+        history={"imported": imported},
+    )
+    write_json(f"{directory}/{CONFIG_FILE}", config.to_dict())
+    if tokenizer is not None:
+        tokenizer.save(f"{directory}/{TOKENIZER_FILE}")
 
 
 def _tokenizer_name(tokenizer: Tokenizer | None, final: str) -> str:
-    """Returns what data.tokenizer says for `tokenizer`: a built-in's name, or the file in the work directory."""
+    """Returns data.tokenizer for `tokenizer`: the name of a built-in one, or the path of the saved file."""
+    if tokenizer is None:
+        return "gpt2"
     for name in ("gpt2", "bytes"):
-        if tokenizer is not None and tokenizer.name == name and tokenizer.sha256 == load_tokenizer(name).sha256:
+        # A file may have the name of a built-in tokenizer and other tokens.
+        if tokenizer.name == name and tokenizer.sha256 == load_tokenizer(name).sha256:
             return name
-    return os.path.join(os.path.abspath(final), TOKENIZER_FILE) if tokenizer is not None else "gpt2"
+    return os.path.join(os.path.abspath(final), TOKENIZER_FILE)
+
+
+def save_params(
+    workdir: str,
+    leaves: Iterable[tuple[str, np.ndarray]],
+    *,
+    config: Config,
+    history: dict[str, Any],
+) -> None:
+    """Writes the checkpoint of step 0, without optimizer state.
+
+    One leaf at a time is in memory: Orbax saves each leaf by itself, then a tree of broadcast zeros. Then the leaves'
+    directories replace those of the zeros.
+
+    leaves: (path, parameter) pairs, each of `params.leaf_shape`, float32.
+
+    Raises:
+        OSError: the checkpoint cannot be written.
+    """
+    root = os.path.abspath(workdir)
+    checkpoint = epath.Path(root) / "checkpoints" / "0"
+    context = saving_context()
+    context.memory.deepcopy_host_arrays = False
+    context.memory.write_concurrent_bytes = 2 * CHUNK_BYTES
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    fingerprints = {}
+    zeros = []
+    parts = epath.Path(tempfile.mkdtemp(prefix="leaves-", dir=root))
+    try:
+        with context:
+            for path, leaf in leaves:
+                fingerprints[f"params/{path}"] = fingerprint_array(leaf)
+                _save_now(parts / path.replace("/", "."), {"params": nest([(path, leaf)])})
+                zero = np.zeros((), leaf.dtype)
+                zeros.append((path, np.broadcast_to(zero, leaf.shape)))  # a view: takes no memory
+                del leaf  # before the next one is made
+            record = Record(0, config.to_dict(), history, {}, fingerprints, versions())
+            sealed: Any = seal(record)
+            _save_now(checkpoint, {"params": nest(zeros)}, custom_metadata=sealed)
+        for part in parts.iterdir():
+            final = checkpoint / "params" / part.name
+            final.rmtree()
+            (part / "params" / part.name).rename(final)
+    finally:
+        parts.rmtree()
+
+
+def _save_now(path: Any, trees: dict[str, Any], **options: Any) -> None:
+    try:
+        ocp.save_checkpointables(path, trees, **options)
+    except ValueError as error:  # tensorstore's type for the errors of a file system, such as a full disk
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise OSError(one_line(error)) from error
+        number = int(code[1])
+        raise OSError(number, os.strerror(number)) from error

@@ -1,17 +1,17 @@
-"""Files that torch.save wrote, read without running anything in them."""
+"""Files written by torch.save, read without running any code in them."""
 
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from gptjax.convert.files import plain
-from gptjax.convert.weights import DTYPES, Tensor, check_name
-from gptjax.errors import DataError, UnavailableError
+from gptjax.convert.weights import DTYPES, ReadTensor, Tensor, check_name
+from gptjax.errors import DataError, UnavailableError, one_line
 
-LEAST_TORCH = (2, 10)  # CVE-2025-32434 and CVE-2026-24747: before it, weights_only=True could be made to run code
+LEAST_TORCH = (2, 10)  # CVE-2025-32434 and CVE-2026-24747: in older ones a file can run code despite weights_only=True
 REMEDY = "pip install 'gptjax[torch]'"
+UNKNOWN_DTYPE = np.dtype("V1")  # `make_weights` rejects it by the tensor's name
 
 
 def import_torch(path: str) -> Any:
@@ -23,61 +23,90 @@ def import_torch(path: str) -> Any:
     try:
         import torch  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:
-        raise UnavailableError(f"{path}: a file of torch.save needs torch: {REMEDY}") from error
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+        raise UnavailableError("a file of torch.save needs torch", field=path, remedy=REMEDY) from error
+    release = torch.__version__.split("+")[0]
+    version = tuple(int(part) for part in release.split(".")[:2])
     if version < LEAST_TORCH:
         least = ".".join(map(str, LEAST_TORCH))
-        raise UnavailableError(f"{path}: torch {torch.__version__} is not safe to read it, {least} is: {REMEDY}")
+        raise UnavailableError(
+            f"torch {torch.__version__} is not safe to read it, {least} is",
+            field=path,
+            remedy=REMEDY,
+        )
     return torch
 
 
 def load(path: str) -> Any:
-    """Returns what is in the file: tensors and plain Python values only.
+    """Returns the content of the file: tensors and plain Python values only.
 
     Raises:
-        DataError: it is damaged, or has something else in it, of which nothing is run.
+        DataError: the file is damaged, or contains anything else, such as code. No code of the file runs.
         UnavailableError: torch is missing or too old.
     """
     torch = import_torch(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # unpickling can fail in any way, and each one means the same
+        return torch.load(
+            path,
+            map_location="cpu",
+            weights_only=True,
+            mmap=zipfile.is_zipfile(path),  # only the zip format can be mapped
+        )
+    except Exception as error:  # unpickling fails in many ways, which all mean the same
         reason = str(error).split("WeightsUnpickler error:")[-1] or type(error).__name__
-        raise DataError(f"{path}: not a file of tensors and plain values: {plain(reason)}; nothing was run") from error
+        raise DataError(
+            f"not a file of tensors and plain values: {one_line(reason)}; nothing was run",
+            field=path,
+        ) from error
 
 
 def tensors(state: Any, path: str) -> dict[str, Tensor]:
-    """Returns the tensors of a state_dict.
+    """Returns the tensors of a state_dict by name, in torch's layout and in their own dtypes.
 
     Raises:
-        DataError: it is not one.
+        DataError: `state` is not a state_dict, or an entry is not a tensor.
     """
     torch = import_torch(path)
     if not isinstance(state, Mapping) or not state:
-        raise DataError(f"{path}: expected a state_dict, found {type(state).__name__}")
+        raise DataError(f"expected a state_dict, found {type(state).__name__}", field=path)
     found = {}
     for name, value in state.items():
         check_name(path, name)
         if not isinstance(value, torch.Tensor):
-            raise DataError(f"{path}: {name} is a {type(value).__name__}, expected a tensor")
-        dtype = DTYPES.get(str(value.dtype).removeprefix("torch."), np.dtype("V1"))
-        found[name] = Tensor(tuple(value.shape), dtype, _reader(torch, path, name, value), name)
+            raise DataError(f"{name} is a {type(value).__name__}, expected a tensor", field=path)
+        dtype_name = str(value.dtype).removeprefix("torch.")
+        found[name] = Tensor(
+            shape=tuple(value.shape),
+            dtype=DTYPES.get(dtype_name, UNKNOWN_DTYPE),
+            read=_reader(torch, path, name, value),
+            label=name,
+        )
     return found
 
 
-def _reader(torch: Any, path: str, name: str, value: Any) -> Callable[[], np.ndarray]:
+def _reader(
+    torch: Any,
+    path: str,
+    name: str,
+    value: Any,
+) -> ReadTensor:
     def read() -> np.ndarray:
         try:
             dense = value.detach().contiguous()
-            if dense.dtype == torch.bfloat16:
+            if dense.dtype == torch.bfloat16:  # which torch cannot give to NumPy
                 return dense.view(torch.uint16).numpy().view(DTYPES["bfloat16"])
             return dense.numpy()
         except (RuntimeError, TypeError, NotImplementedError) as error:  # sparse, meta, quantised
-            raise DataError(f"{path}: {name} is not a plain tensor: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0]
+            raise DataError(f"{name} is not a plain tensor: {reason}", field=path) from error
 
     return read
 
 
 def transposed(tensor: Tensor) -> Tensor:
-    """Returns a matrix [out, in] of nn.Linear as [in, out]."""
-    return Tensor(tensor.shape[::-1], tensor.dtype, lambda: tensor.read().T, tensor.label)
+    """Returns an nn.Linear weight [out, in] as [in, out], in the same dtype."""
+    return Tensor(
+        shape=tensor.shape[::-1],
+        dtype=tensor.dtype,
+        read=lambda: tensor.read().T,
+        label=tensor.label,
+    )

@@ -1,4 +1,4 @@
-"""Where documents come from: each source yields (id, text) in a fixed order."""
+"""The sources of documents: each yields (id, text) in a fixed order."""
 
 import contextlib
 import dataclasses
@@ -15,17 +15,18 @@ if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
 
 Document = tuple[str, str]  # id and text
+# Yields the documents of one file, from its path and its name. Their ids begin with the name.
+Reader = Callable[[str, str], Iterator[Document]]
 
-KINDS = "stdlib, tfds:NAME[/CONFIG], text:PATH or lines:PATH"
-TFDS_REMEDY = "run it again to go on with the download; `pip install tensorflow` helps where its error asks for it"
+TFDS_REMEDY = "rerun the command to continue the download; `pip install tensorflow` helps if its error asks for it"
 
-# Folders of the standard library's directory that are not its source text.
+# Directories of the standard library that do not hold its source text.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Documents in a fixed order, the same at every call of `documents`, and as many of the totals as are known."""
+    """Documents in a fixed order, the same at every call of `documents`, with the totals that are known."""
 
     name: str
     documents: Callable[[], Iterator[Document]]
@@ -39,20 +40,29 @@ def needs_network(name: str) -> bool:
 
 
 def canonical_name(name: str) -> str:
-    """Returns the name of the source that means the same from any working directory.
+    """Returns the source's name with an absolute path, so that it is the same in any working directory.
 
     Raises:
         ConfigError: there is no such kind of source.
     """
     kind, _, path = name.partition(":")
-    if kind in ("text", "lines") and path:
+    if kind in READERS and path:
         return f"{kind}:{os.path.abspath(path)}"
     if name == "stdlib" or (kind == "tfds" and path):
         return name
-    raise ConfigError(f"data.source={name!r}: expected {KINDS}")
+    raise ConfigError(
+        f"expected {kinds()}",
+        field="data.source",
+        value=name,
+    )
 
 
-def open_source(name: str, *, text_feature: str = "text", work_dir: str) -> Source:
+def open_source(
+    name: str,
+    *,
+    text_feature: str = "text",
+    work_dir: str,
+) -> Source:
     """Returns the source: `stdlib` is prepared under `work_dir`, `tfds:` in TFDS's own directory, files stay in place.
 
     Raises:
@@ -68,29 +78,47 @@ def open_source(name: str, *, text_feature: str = "text", work_dir: str) -> Sour
 
 
 def _open_files(kind: str, path: str) -> Source:
+    name = f"{kind}:{path}"
     paths = _list_files(path)
     if not paths:
-        raise ConfigError(f"data.source={kind}:{path}: no such file or folder, or no file in it")
-    read = _read_whole if kind == "text" else _read_lines
-    root = path if os.path.isdir(path) else os.path.dirname(path)
+        raise ConfigError(
+            "no such file or folder, or no file in it",
+            field="data.source",
+            value=name,
+        )
+    read = READERS[kind]
+    root = path
+    if not os.path.isdir(path):
+        root = os.path.dirname(path)
 
     def documents() -> Iterator[Document]:
         for file in paths:
             yield from read(file, os.path.relpath(file, root))
 
-    total_documents = len(paths) if kind == "text" else 0
-    return Source(f"{kind}:{path}", documents, total_documents, sum(map(os.path.getsize, paths)))
+    return Source(
+        name,
+        documents,
+        total_documents=len(paths) if kind == "text" else 0,
+        total_bytes=sum(map(os.path.getsize, paths)),
+    )
 
 
 def _list_files(path: str) -> list[str]:
-    """Returns the file, or the files below the folder in rising order of their paths, without hidden ones."""
+    """Returns the file, or all files below the folder, sorted by path and without hidden ones."""
     if not os.path.isdir(path):
         return [path] if os.path.isfile(path) else []
     found = []
-    for folder, folders, files in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(folder, name) for name in files if not name.startswith(".")]
-    return sorted(file for file in found if os.path.isfile(file))
+    for folder, folders, names in os.walk(path):
+        folders[:] = filter(_is_visible, folders)  # in place: os.walk does not descend into the others
+        for name in filter(_is_visible, names):
+            file = os.path.join(folder, name)
+            if os.path.isfile(file):
+                found.append(file)
+    return sorted(found)
+
+
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".")
 
 
 def _read_whole(path: str, name: str) -> Iterator[Document]:
@@ -104,20 +132,39 @@ def _read_lines(path: str, name: str) -> Iterator[Document]:
             yield f"{name}:{number}", line.rstrip("\r\n")
 
 
+# By the kind of source: functions that yield the documents of one file. text: a file is one document.
+READERS: dict[str, Reader] = {
+    "text": _read_whole,
+    "lines": _read_lines,
+}
+
+
+def kinds() -> str:
+    """Returns the forms of data.source, for messages."""
+    forms = ["stdlib", "tfds:NAME[/CONFIG]"]
+    forms += [f"{kind}:PATH" for kind in READERS]
+    return ", ".join(forms)
+
+
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[io.TextIOBase]:
     try:
-        # newline="\n": the text is what is in the file, whatever the line ends.
-        with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        with open(
+            path,
+            encoding="utf-8",
+            errors="replace",
+            newline="\n",  # keeps the file's line ends
+        ) as file:
             yield file
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        raise DataError(f"cannot be read ({error.strerror})", field=path) from error
 
 
 def _open_stdlib(work_dir: str) -> Source:
-    # Another Python has another library: what an interrupted run left of it must not pass for this one.
-    builder = _make_stdlib_builder(os.path.join(work_dir, f"python-{platform.python_version()}"))
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS's own report: nothing is downloaded here
+    # Another Python has another library. The leftovers of an interrupted run with it must not be taken for this one.
+    version = platform.python_version()
+    builder = _make_stdlib_builder(os.path.join(work_dir, f"python-{version}"))
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS reports a download there, but nothing is downloaded
         builder.download_and_prepare()
     return _read_builder(builder, "stdlib", "text", id_feature="id")
 
@@ -133,8 +180,17 @@ def _make_stdlib_builder(work_dir: str) -> "DatasetBuilder":
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self) -> tfds.core.DatasetInfo:
-            features = tfds.features.FeaturesDict({"id": tfds.features.Text(), "text": tfds.features.Text()})
-            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+            features = tfds.features.FeaturesDict(
+                {
+                    "id": tfds.features.Text(),
+                    "text": tfds.features.Text(),
+                }
+            )
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=features,
+                disable_shuffling=True,
+            )
 
         def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
             return {"train": self._generate_examples()}
@@ -151,7 +207,8 @@ def _read_stdlib() -> Iterator[Document]:
     root = sysconfig.get_path("stdlib")
     for path in sorted(_list_files(root)):
         name = os.path.relpath(path, root)
-        if not name.endswith(".py") or LEFT_OUT & set(name.split(os.sep)[:-1]):
+        folders = os.path.dirname(name).split(os.sep)
+        if not name.endswith(".py") or LEFT_OUT.intersection(folders):
             continue
         with open(path, "rb") as file, contextlib.suppress(UnicodeDecodeError):  # a few are in other encodings
             yield name, file.read().decode("utf-8")
@@ -162,35 +219,64 @@ def _open_tfds(name: str, text_feature: str) -> Source:
 
     try:
         builder = tfds.builder(name, file_format="array_record")
-    except (ValueError, ImportError) as error:  # its message lists every data set there is
-        raise ConfigError(f"data.source=tfds:{name}: {str(error).splitlines()[0]}") from error
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            _first_line(error),  # the other lines list all data sets
+            field="data.source",
+            value=f"tfds:{name}",
+        ) from error
     features = list(cast(Iterable[str], builder.info.features or ()))
     if text_feature not in features:
-        raise ConfigError(f"data.text_feature={text_feature!r}: tfds:{name} has {', '.join(features) or 'no features'}")
+        available = ", ".join(features) or "no features"
+        raise ConfigError(
+            f"tfds:{name} has {available}",
+            field="data.text_feature",
+            value=text_feature,
+        )
     try:
         builder.download_and_prepare()
-    except Exception as error:  # of whatever library the data set's own code uses
-        reason = (str(error).splitlines() or [""])[0]
+    except Exception as error:  # from any library that the data set's own code uses
+        reason = f"{type(error).__name__}: {_first_line(error)}"
         raise UnavailableError(
-            f"tfds:{name} cannot be prepared ({type(error).__name__}: {reason}); {TFDS_REMEDY}"
+            f"cannot be prepared ({reason})",
+            field="data.source",
+            value=f"tfds:{name}",
+            remedy=TFDS_REMEDY,
         ) from error
     return _read_builder(builder, f"tfds:{name}", text_feature)
 
 
-def _read_builder(builder: "DatasetBuilder", name: str, text_feature: str, *, id_feature: str = "") -> Source:
-    # Only the training split where there is one: a data set's own test split stays unseen.
-    splits = [split for split in builder.info.splits if split == "train"] or list(builder.info.splits)
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else ""
+
+
+def _read_builder(
+    builder: "DatasetBuilder",
+    name: str,
+    text_feature: str,
+    *,
+    id_feature: str = "",
+) -> Source:
+    splits = list(builder.info.splits)
+    if "train" in splits:  # a data set's own test split stays unseen
+        splits = ["train"]
 
     def documents() -> Iterator[Document]:
         for split in splits:
             rows = cast(Any, builder).as_data_source(split)
             for index in range(len(rows)):
                 row = rows[index]
-                name = _to_text(row[id_feature]) if id_feature else f"{split}/{index}"
-                yield name, _to_text(row[text_feature])
+                document_id = f"{split}/{index}"
+                if id_feature:
+                    document_id = _to_text(row[id_feature])
+                yield document_id, _to_text(row[text_feature])
 
-    return Source(name, documents, sum(builder.info.splits[split].num_examples for split in splits))
+    counts = [builder.info.splits[split].num_examples for split in splits]
+    return Source(name, documents, total_documents=sum(counts))
 
 
 def _to_text(value: str | bytes) -> str:
-    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="replace")
+    return value

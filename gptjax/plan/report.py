@@ -1,46 +1,68 @@
-"""What a plan tells, as a dict and as lines: memory, communication beside the least that would do, time, cost."""
+"""Reports a plan as a dict and as lines: memory, communication compared with the minimum, time and cost."""
 
 import dataclasses
 import importlib.metadata
 import math
+from collections.abc import Iterator
 from typing import Any
 
-from gptjax.aot import peak_bytes
 from gptjax.chips import GIB, Topology
-from gptjax.estimate import Setting, Shape, estimate_memory, minimum_traffic, roofline, split_sum, step_flops
-from gptjax.hlo import Collective, read_collectives, sum_traffic
-from gptjax.model import count_params
+from gptjax.params import count_params
+from gptjax.plan.aot import peak_bytes
+from gptjax.plan.estimate import (
+    Candidate,
+    StepLayout,
+    estimate_memory,
+    hierarchical_all_reduce,
+    minimum_traffic,
+    roofline,
+    step_flops,
+)
+from gptjax.plan.traffic import Collective, read_collectives, sum_traffic
 
 
 def make_report(
-    setting: Setting, topology: Topology, compiled: Any, *, target_tokens: float, price_per_chip_hour: float
+    setting: Candidate,
+    topology: Topology,
+    compiled: Any,
+    *,
+    target_tokens: float,
+    price_per_chip_hour: float,
 ) -> dict[str, Any]:
-    """Returns all figures of a plan, as --json writes them; `compiled` is None where there are formulas only."""
-    config, shape, chip = setting.config, setting.shape, topology.chip
-    minimum = minimum_traffic(setting)
-    collectives = read_traffic(compiled, shape, topology) if compiled else []
-    traffic = sum_traffic(collectives) if compiled else minimum
-    roof = roofline(setting, chip, traffic)
-    memory = estimate_memory(setting)
-    if compiled:
-        memory = measured_memory(memory, peak_bytes(compiled))
+    """Returns all figures of a plan, as --json writes them; `compiled` is None for a plan by formulas only."""
+    config = setting.config
+    chip = topology.chip
     tokens_per_step = config.data.global_batch_size * config.model.block_size
     target = target_tokens or config.train.num_steps * tokens_per_step
-    flops, hours = step_flops(config), target / tokens_per_step * roof.seconds / 3600
+    minimum = minimum_traffic(setting)
+    if compiled:
+        source = compiler_version(topology)
+        collectives = read_traffic(compiled, setting.shape, topology)
+        traffic = sum_traffic(collectives)
+        memory = measured_memory(estimate_memory(setting), peak_bytes(compiled))
+    else:
+        source = "analytic: formulas only, nothing was compiled"
+        collectives = []
+        traffic = minimum
+        memory = estimate_memory(setting)
+    roof = roofline(setting, chip, traffic)
+    flops = step_flops(config)
+    hours = target / tokens_per_step * roof.seconds / 3600
+    chip_hours = hours * topology.devices
     return {
         "topology": str(topology),
         "chips": topology.devices,
         "device_kind": chip.kind,
-        "source": compiler_version(topology) if compiled else "analytic: formulas only, nothing was compiled",
-        "mesh": dict(shape.mesh),
-        "slices": shape.slices,
+        "source": source,
+        "mesh": dict(setting.shape.mesh),
+        "slices": setting.shape.slices,
         "parameters": count_params(config.model),
-        "micro_steps": shape.micro_steps,
-        "micro_batch": shape.micro_batch,
+        "num_microbatches": setting.shape.num_microbatches,
+        "micro_batch": setting.shape.micro_batch,
         "attention": setting.compute.attention,
         "remat": setting.compute.remat,
         "memory_bytes": memory,
-        "memory_available_bytes": chip.memory_bytes,
+        "memory_available_bytes": topology.memory_bytes,
         "flops_per_step": flops,
         "tokens_per_step": tokens_per_step,
         "collectives": compare_traffic(collectives, minimum),
@@ -52,90 +74,134 @@ def make_report(
         "best_case_tokens_per_second": tokens_per_step / roof.seconds,
         "target_tokens": target,
         "hours": hours,
-        "chip_hours": hours * topology.devices,
-        "cost": hours * topology.devices * price_per_chip_hour if price_per_chip_hour else None,
+        "chip_hours": chip_hours,
+        "cost": chip_hours * price_per_chip_hour if price_per_chip_hour else None,
     }
 
 
 def compiler_version(topology: Topology) -> str:
+    """Returns the name and version of the package that compiles for `topology`."""
     package = "libtpu" if topology.is_tpu else "jaxlib"
     return f"compiled with {package} {importlib.metadata.version(package)}"
 
 
-def read_traffic(compiled: Any, shape: Shape, topology: Topology) -> list[Collective]:
-    """Returns the collectives of a compiled step, what goes between slices or nodes apart."""
+def read_traffic(
+    compiled: Any,
+    shape: StepLayout,
+    topology: Topology,
+) -> list[Collective]:
+    """Returns the collectives of a compiled step; those between slices or nodes are separate entries."""
+    text = compiled.as_text()
     if topology.is_tpu:
-        return read_collectives(compiled.as_text(), shape.mesh, shape.slices)
+        return read_collectives(text, shape.mesh, shape.slices)
     found = []
-    for c in read_collectives(compiled.as_text(), shape.mesh):
-        if shape.slices == 1 or "data" not in c.axes or c.kind != "all-reduce":
-            found.append(c)
-            continue
-        # One sum over all nodes, which NCCL does as well as it can: within each, and one part of it across.
-        devices = math.prod(shape.mesh[axis] for axis in c.axes)
-        parts = split_sum(shape, c.axes, c.bytes / 2 * devices / (devices - 1))
-        found += [dataclasses.replace(c, kind=kind, axes=axes, bytes=sent) for (kind, axes), sent in parts.items()]
+    for collective in read_collectives(text, shape.mesh):
+        crosses_nodes = shape.slices > 1 and "data" in collective.axes and collective.kind == "all-reduce"
+        if crosses_nodes:
+            found += _split_by_network(collective, shape)
+        else:
+            found.append(collective)
     return found
 
 
+def _split_by_network(collective: Collective, shape: StepLayout) -> Iterator[Collective]:
+    """Yields the parts of an all-reduce over all nodes: XLA has one collective, which NCCL does hierarchically."""
+    devices = math.prod(shape.mesh[axis] for axis in collective.axes)
+    amount = collective.bytes / 2 * devices / (devices - 1)  # the ring sends 2 (n - 1) / n of the operand's bytes
+    parts = hierarchical_all_reduce(shape, collective.axes, amount)
+    for (kind, axes), sent in parts.items():
+        yield dataclasses.replace(collective, kind=kind, axes=axes, bytes=sent)
+
+
 def measured_memory(memory: dict[str, float], peak: float) -> dict[str, float]:
-    """Returns the bytes of one device by kind as the compiler laid them out; `memory` has those of the state."""
+    """Returns the bytes of one device by kind: the state from the formulas in `memory`, the rest of the peak below it.
+
+    The compiler reports one peak. The state's size is exact, so the rest belongs to gradients and activations.
+    """
     state = {name: memory[name] for name in ("parameters", "optimizer")}
     rest = peak - sum(state.values())
     return state | {"gradients and activations": rest, "peak": peak}
 
 
 def compare_traffic(collectives: list[Any], minimum: dict[Any, float]) -> list[dict[str, Any]]:
-    """Returns a row for each kind and axes of what is sent, with the least that would do where they are the same."""
+    """Returns a row for each kind and axes of `collectives`, most bytes first, then a row for each entry of `minimum`.
+
+    The compiler may choose other kinds than the formulas, so the two are not matched row by row.
+    """
     rows: dict[Any, dict[str, Any]] = {}
-    for c in collectives:
-        row = rows.setdefault((c.kind, c.axes), {"kind": c.kind, "axes": list(c.axes), "runs": 0, "bytes": 0.0})
-        row["runs"] += c.count
-        row["bytes"] += c.total_bytes
-    least = [{"kind": kind, "axes": list(axes), "minimum_bytes": amount} for (kind, axes), amount in minimum.items()]
-    return sorted(rows.values(), key=lambda row: -row["bytes"]) + least
+    for collective in collectives:
+        empty = {"kind": collective.kind, "axes": list(collective.axes), "runs": 0, "bytes": 0.0}
+        row = rows.setdefault((collective.kind, collective.axes), empty)
+        row["runs"] += collective.count
+        row["bytes"] += collective.total_bytes
+    compared = sorted(rows.values(), key=lambda row: -row["bytes"])
+    for (kind, axes), amount in minimum.items():
+        compared.append({"kind": kind, "axes": list(axes), "minimum_bytes": amount})
+    return compared
 
 
 def describe(report: dict[str, Any]) -> list[str]:
-    """Returns the lines that tell a report."""
-    r, memory = report, report["memory_bytes"]
-    mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items())
-    total = memory.get("peak", sum(memory.values()))
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items() if name != "peak")
-    verdict = "fits" if total <= r["memory_available_bytes"] else "does not fit"
+    """Returns the lines of a report."""
+    r = report
+    mesh = " ".join(f"{axis}={size}" for axis, size in r["mesh"].items())
     return [
-        f"{r['config']} on {r['topology']}: {r['chips']} x {r['device_kind']} as {mesh}",
+        f"{r['config']} on {r['topology']}: {r['chips']} x {r['device_kind']}, mesh {mesh}",
         f"{r['source']}",
         f"model: {r['parameters']:,} parameters, {r['attention']} attention, remat {r['remat']}",
-        f"step: {r['tokens_per_step']:,} tokens, {r['flops_per_step']:.3g} FLOP (by hand)",
-        f"  {r['micro_steps']} micro-step(s) of {r['micro_batch']} sequence(s) a device",
-        f"memory of a device in GiB: {parts}; {total / GIB:.2f} of {r['memory_available_bytes'] / GIB:.2f}: {verdict}",
+        f"step: {r['tokens_per_step']:,} tokens, {r['flops_per_step']:.3g} FLOP (by formula)",
+        f"  accumulation steps: {r['num_microbatches']}, sequences per device and micro-batch: {r['micro_batch']}",
+        _describe_memory(r),
         *describe_traffic(r),
         describe_times(r),
         f"best case: {100 * r['best_case_mfu']:.1f}% MFU, {r['best_case_tokens_per_second']:,.0f} tokens/s (estimate)",
-        f"{r['target_tokens']:.4g} tokens: at least {r['hours'] / 24:.2f} days, {r['chip_hours']:,.0f} chip hours"
-        + (f", cost {r['cost']:,.0f}" if r["cost"] is not None else ""),
+        _describe_cost(r),
     ]
 
 
+def _describe_memory(r: dict[str, Any]) -> str:
+    memory = r["memory_bytes"]
+    available = r["memory_available_bytes"]
+    total = memory["peak"] if "peak" in memory else sum(memory.values())
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items() if name != "peak")
+    verdict = "fits" if total <= available else "does not fit"
+    return f"memory per device (GiB): {parts}; {total / GIB:.2f} of {available / GIB:.2f}: {verdict}"
+
+
+def _describe_cost(r: dict[str, Any]) -> str:
+    days = r["hours"] / 24
+    line = f"{r['target_tokens']:.4g} tokens: at least {days:.2f} days, {r['chip_hours']:,.0f} chip hours"
+    if r["cost"] is None:
+        return line
+    return f"{line}, cost {r['cost']:,.0f}"
+
+
 def describe_traffic(r: dict[str, Any]) -> list[str]:
-    lines = ["sent by a device in a step:" if r["collectives"] else "one device: nothing is sent"]
+    """Returns the lines of a report on the bytes that a device sends per step."""
+    if not r["collectives"]:
+        return ["one device: nothing is sent"]
+    lines = ["communication per device and step:"]
     for row in r["collectives"]:
-        name, axes = row["kind"], "+".join(row["axes"])
+        kind = row["kind"]
+        axes = "+".join(row["axes"])
         if "bytes" in row:
-            lines.append(f"  {name:<27} {axes:<12} {row['runs']:>6} times {row['bytes'] / 1e6:>10.1f} MB")
+            megabytes = row["bytes"] / 1e6
+            lines.append(f"  {kind:<27} {axes:<12} {row['runs']:>6} times {megabytes:>10.1f} MB")
         else:
-            lines.append(f"  at least: {name:<17} {axes:<12} {'':>12} {row['minimum_bytes'] / 1e6:>10.1f} MB")
-    if r["minimum_traffic_bytes"] and r["traffic_bytes"] != r["minimum_traffic_bytes"]:
-        ratio = r["traffic_bytes"] / r["minimum_traffic_bytes"]
-        lines.append(f"  in all {r['traffic_bytes'] / 1e6:.1f} MB, {ratio:.2f} times the least")
+            megabytes = row["minimum_bytes"] / 1e6
+            lines.append(f"  at least: {kind:<17} {axes:<12} {'':>12} {megabytes:>10.1f} MB")
+    total = r["traffic_bytes"]
+    minimum = r["minimum_traffic_bytes"]
+    if minimum and total != minimum:
+        lines.append(f"  total {total / 1e6:.1f} MB, {total / minimum:.2f}x minimum")
     return lines
 
 
 def describe_times(r: dict[str, Any]) -> str:
-    s = r["seconds"]
+    """Returns the line of a report on the least time of a step by resource, and the bound."""
+    milliseconds = {name: 1e3 * seconds for name, seconds in r["seconds"].items()}
+    bound = r["bound"].replace("_", " ")
     return (
-        f"a step takes at least: matrix units {1e3 * s['matrix_units']:.2f} ms, memory {1e3 * s['memory']:.2f} ms "
-        f"(estimate), links {1e3 * s['links']:.2f} ms (estimate), network {1e3 * s['network']:.2f} ms; "
-        f"bound by {r['bound'].replace('_', ' ')}"
+        f"a step takes at least: matrix units {milliseconds['matrix_units']:.2f} ms, "
+        f"memory {milliseconds['memory']:.2f} ms (estimate), links {milliseconds['links']:.2f} ms (estimate), "
+        f"network {milliseconds['network']:.2f} ms; bound by {bound}"
     )

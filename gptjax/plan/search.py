@@ -1,265 +1,326 @@
-"""What a run needs on chips that are not here: memory, communication, time and cost, before anything is rented.
-
-    python -m gptjax.plan --config=configs/gpt2_xl.py --topology=v5e:16x16 --config.mesh.fsdp=64
-    python -m gptjax.plan --config=configs/gpt2_small.py --topology=v5p:4x4x4 --search
-
-The real train step is compiled by the real TPU compiler (pip install 'gptjax[plan]'); no TPU is needed. For GPUs, as
---topology=h100:8 --slices=4 for four nodes of eight, it is compiled where 'gptjax[cuda]' is installed, no GPU needed
-either; else the figures come from formulas and say so. --topology=local plans for the devices of this machine.
-"""
-
-from __future__ import annotations  # Config in a signature would need nothing, but jax's types would load it
+"""Plans one config on one topology, and searches for the fastest mesh, micro-batch size and remat policy."""
 
 import argparse
 import contextlib
 import dataclasses
 import itertools
-import json
 import logging
 import math
-import os
-import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
 
-from etils import epy
+import jax
+import numpy as np
 
 from gptjax import config as config_module
-from gptjax import runtime
-from gptjax.chips import GIB, Topology, parse_topology
+from gptjax import setup, sharding
+from gptjax.chips import GIB, Topology
+from gptjax.compute import resolve_compute, resolve_parallel
 from gptjax.config import Config
-from gptjax.errors import ConfigError, PlanError
-
-with epy.lazy_imports():  # so that a wrong flag exits before anything large loads
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from gptjax import aot, estimate, report, run, sharding
-    from gptjax import model as gpt
+from gptjax.errors import PlanError
+from gptjax.params import leaf_shape, rows
+from gptjax.plan import aot, estimate, report
 
 log = logging.getLogger("gptjax")
-LIBTPU = {  # on a machine without TPUs, else it asks a server for what it is
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "TPU_MIN_LOG_LEVEL": "3",
-}
-FULL = 0.9  # of the memory, by the formulas: beyond, a setting is not worth compiling
+MEMORY_SHARE = 0.9  # of the memory that a candidate may need by the formulas; the compiler's layout needs more
 LARGEST_MICRO_BATCH = 64
-SHOWN = 10
-COMPILED = 2  # of the settings that a search finds, so many are compiled
+REMATS = ("none", "full")
+SHOWN = 10  # candidates in the table of a search
+COMPILED = 2  # candidates that a search compiles, the fastest by the formulas
 
 
-def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
-    """Returns the command line and the config, checked as far as that needs no compiler."""
-    parser = runtime.Parser(__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="for example configs/gpt2_small.py")
-    parser.add_argument("--topology", required=True, metavar="KIND:SHAPE", help="v5e:4x4, v5p:4x4x4, h100:8, or local")
-    parser.add_argument("--slices", type=int, default=1, help="TPU slices, or GPU nodes, joined by the network")
-    parser.add_argument("--target_tokens", type=float, default=0, help="to train on; by default the config's steps")
-    parser.add_argument("--price_per_chip_hour", type=float, default=0, help="in your currency, for the cost")
-    parser.add_argument("--search", action="store_true", help="rank meshes, micro-batches and remat that fit")
-    parser.add_argument("--json", default="", metavar="FILE", help="write the report there, too")
-    args, rest = parser.parse_known_args(arguments)
-    for name in ("slices", "target_tokens", "price_per_chip_hour"):
-        value = getattr(args, name)
-        if not (math.isfinite(value) and value >= (name == "slices")):
-            raise ConfigError(f"--{name}={value}: must be a positive number")
-    return args, config_module.load(args.config, runtime.parse_overrides(parser, rest))
-
-
-def make_setting(config: Config, topology: Topology, mesh: Any) -> estimate.Setting:
-    """Returns the setting of `config` on `mesh`, real or of a topology.
+def make_setting(
+    config: Config,
+    topology: Topology,
+    mesh: Any,
+) -> estimate.Candidate:
+    """Returns the candidate of `config` on `mesh`, real or of a topology.
 
     Raises:
-        ConfigError: mesh, batch or model do not divide.
+        ConfigError: the mesh does not divide the batch or the model.
     """
-    compute, tree = gpt.resolve_compute(config, mesh), param_tree(config)
+    compute = resolve_compute(config, mesh)
+    tree = sharding.abstract_params(config.model)
     shardings = sharding.param_shardings(tree, mesh)
-    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-    stored = (1 + estimate.OPTIMIZER_BYTES / 4) * sharding.bytes_per_device(placed)
-    micro_steps = run.choose_micro_steps(config, compute, mesh, state_bytes=int(stored))
-    micro_batch = config.data.global_batch_size // micro_steps // sharding.data_parallel_size(mesh)
-    params = shapes_by_path(tree)
-    shape = estimate.Shape(dict(mesh.shape), micro_steps, micro_batch, topology.slices)
-    return estimate.Setting(config, compute, shape, params)
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        tree,
+        shardings,
+    )
+    optimizer_share = estimate.OPTIMIZER_BYTES / estimate.FLOAT32_BYTES
+    state_bytes = (1 + optimizer_share) * sharding.bytes_per_device(placed)
+    num_microbatches = setup.choose_num_microbatches(config, compute, mesh, state_bytes=int(state_bytes))
+    sequences = config.data.global_batch_size // num_microbatches
+    shape = estimate.StepLayout(
+        mesh=dict(mesh.shape),
+        num_microbatches=num_microbatches,
+        micro_batch=sequences // sharding.data_parallel_size(mesh),
+        slices=topology.slices,
+    )
+    return estimate.Candidate(
+        config=config,
+        compute=compute,
+        parallel=resolve_parallel(config, mesh),
+        shape=shape,
+        params=param_shapes(config),
+    )
 
 
-def plan(config: Config, topology: Topology, args: argparse.Namespace, *, remedy: bool = True) -> dict[str, Any]:
+def plan(
+    config: Config,
+    topology: Topology,
+    args: argparse.Namespace,
+    *,
+    remedy: bool = True,
+) -> dict[str, Any]:
     """Returns the report of one config on one topology.
 
     Raises:
-        PlanError: it does not fit; the message says by how much and, with `remedy`, names a setting that does.
+        PlanError: it does not fit; the message has the shortfall and, with `remedy`, names a candidate that fits.
     """
     mesh = aot.make_mesh(config, topology)
     setting = make_setting(config, topology, mesh)
-    start = time.perf_counter()
     try:
-        if not aot.has_compiler(topology):
-            need, have = analytic_bytes(setting), topology.chip.memory_bytes
-            if need > have:
-                raise aot.too_large("does not fit, by the formulas", need, have)
-            return make_report(setting, topology, None, args)
-        log.info("compiling %s for %s ...", args.config, topology)
-        compiled = aot.compile_step(setting, mesh, memory_bytes=topology.chip.memory_bytes)
+        compiled = _compile(setting, topology, mesh, name=args.config)
     except PlanError as error:
         if not remedy:
             raise
-        raise PlanError(f"{args.config} on {topology}: {error}; {nearest_that_fits(config, topology)}") from error
+        fits = nearest_that_fits(config, topology)
+        raise PlanError.about(f"{args.config} on {topology}", error, remedy=fits) from error
+    return make_report(setting, topology, args, compiled=compiled)
+
+
+def _compile(
+    setting: estimate.Candidate,
+    topology: Topology,
+    mesh: Any,
+    *,
+    name: str,
+) -> Any:
+    """Returns the compiled train step, or None where the topology has no compiler here.
+
+    Raises:
+        PlanError: it does not fit, according to the compiler or, without one, to the formulas.
+    """
+    if not aot.has_compiler(topology):
+        need = analytic_bytes(setting)
+        if need > topology.memory_bytes:
+            raise aot.out_of_memory_error("does not fit, by the formulas", need, topology.memory_bytes)
+        return None
+    start = time.perf_counter()
+    log.info("compiling %s for %s ...", name, topology)
+    compiled = aot.compile_step(setting, mesh, memory_bytes=topology.memory_bytes)
     log.info("compiled in %.0f s", time.perf_counter() - start)
-    return make_report(setting, topology, compiled, args)
+    return compiled
 
 
-def make_report(setting: estimate.Setting, topology: Topology, compiled: Any, args: argparse.Namespace) -> Any:
-    chosen = {"target_tokens": args.target_tokens, "price_per_chip_hour": args.price_per_chip_hour}
-    return {"config": args.config} | report.make_report(setting, topology, compiled, **chosen)
+def make_report(
+    setting: estimate.Candidate,
+    topology: Topology,
+    args: argparse.Namespace,
+    *,
+    compiled: Any,
+) -> dict[str, Any]:
+    """Returns the report of one candidate; `compiled` is None for a plan by formulas only."""
+    figures = report.make_report(
+        setting,
+        topology,
+        compiled,
+        target_tokens=args.target_tokens,
+        price_per_chip_hour=args.price_per_chip_hour,
+    )
+    return {"config": args.config} | figures
 
 
-def analytic_bytes(setting: estimate.Setting) -> float:
+def analytic_bytes(setting: estimate.Candidate) -> float:
+    """Returns the bytes per device that a candidate needs by the formulas."""
     return sum(estimate.estimate_memory(setting).values())
 
 
-def candidates(config: Config, topology: Topology, params: dict[str, tuple[int, ...]]) -> Iterator[estimate.Setting]:
+def candidates(
+    config: Config,
+    topology: Topology,
+    params: dict[str, tuple[int, ...]],
+) -> Iterator[estimate.Candidate]:
     """Yields `config` with every mesh, micro-batch and remat that divides, within limits."""
-    count, cut = topology.devices, math.gcd(config.model.n_head, config.model.block_size)
-    device = np.array([aot.AbsentDevice(0, topology.chip.kind, "tpu" if topology.is_tpu else "gpu")], object)
-    one = jax.sharding.Mesh(device.reshape(1, 1, 1), sharding.AXES)
-    remats = {remat: with_remat(config, remat) for remat in ("none", "full")}
-    computes = {remat: gpt.resolve_compute(changed, one) for remat, changed in remats.items()}
-    for fsdp, tensor in itertools.product(*[[n for n in range(1, count + 1) if count % n == 0]] * 2):
-        data, parts = count // (fsdp * tensor), count // tensor
-        mesh = {"data": data, "fsdp": fsdp, "tensor": tensor}
-        share, rest = divmod(config.data.global_batch_size, parts)
-        if count % (fsdp * tensor) or rest or not share or cut % tensor or data % topology.slices:
-            continue
+    # The formulas use only those fields of ResolvedCompute that do not depend on the mesh, so one device suffices.
+    one_device = _one_device_mesh(topology)
+    configs = {remat: with_remat(config, remat) for remat in REMATS}
+    computes = {remat: resolve_compute(configs[remat], one_device) for remat in REMATS}
+    parallel = resolve_parallel(config, one_device)  # the formulas use its dtypes only
+    for mesh in _meshes(config, topology):
         if not sharding.divides(params, mesh):
             continue
-        for micro, remat in itertools.product((2**n for n in range(LARGEST_MICRO_BATCH.bit_length())), remats):
-            if share % micro == 0:
-                train = dataclasses.replace(config.train, micro_batch_size=micro)
-                changed = dataclasses.replace(remats[remat], mesh=config_module.MeshConfig(**mesh), train=train)
-                shape = estimate.Shape(mesh, share // micro, micro, topology.slices)
-                yield estimate.Setting(changed, computes[remat], shape, params)
+        rank_sequences = config.data.global_batch_size // (mesh["data"] * mesh["fsdp"])
+        for micro_batch, remat in itertools.product(_micro_batches(rank_sequences), REMATS):
+            shape = estimate.StepLayout(
+                mesh=mesh,
+                num_microbatches=rank_sequences // micro_batch,
+                micro_batch=micro_batch,
+                slices=topology.slices,
+            )
+            train = dataclasses.replace(config.train, micro_batch_size=micro_batch)
+            mesh_config = config_module.MeshConfig(**mesh)
+            yield estimate.Candidate(
+                config=dataclasses.replace(
+                    configs[remat],
+                    mesh=mesh_config,
+                    train=train,
+                ),
+                compute=computes[remat],
+                parallel=parallel,
+                shape=shape,
+                params=params,
+            )
+
+
+def _one_device_mesh(topology: Topology) -> jax.sharding.Mesh:
+    platform = "tpu" if topology.is_tpu else "gpu"
+    device = aot.VirtualDevice(0, topology.chip.kind, platform)
+    grid = np.array([[[device]]], object)
+    return jax.sharding.Mesh(grid, sharding.AXES)
+
+
+def _meshes(config: Config, topology: Topology) -> Iterator[dict[str, int]]:
+    """Yields the meshes of a topology that divide the global batch, the heads and the sequence."""
+    devices = topology.devices
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    tensor_limit = math.gcd(config.model.n_head, config.model.block_size)
+    for fsdp, tensor in itertools.product(divisors, divisors):
+        if devices % (fsdp * tensor) or tensor_limit % tensor:
+            continue
+        data = devices // (fsdp * tensor)
+        if data % topology.slices or config.data.global_batch_size % (data * fsdp):
+            continue
+        yield {"data": data, "fsdp": fsdp, "tensor": tensor}
+
+
+def _micro_batches(rank_sequences: int) -> Iterator[int]:
+    """Yields the powers of two, up to LARGEST_MICRO_BATCH, that divide a rank's sequences."""
+    micro_batch = 1
+    while micro_batch <= LARGEST_MICRO_BATCH:
+        if rank_sequences % micro_batch == 0:
+            yield micro_batch
+        micro_batch *= 2
 
 
 def with_remat(config: Config, remat: str) -> Config:
-    return dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))
+    """Returns `config` with another compute.remat."""
+    compute = dataclasses.replace(config.compute, remat=remat)
+    return dataclasses.replace(config, compute=compute)
 
 
-def param_tree(config: Config) -> Any:
-    """Returns the parameters as shapes."""
-    tokens = jnp.zeros((1, config.model.block_size), jnp.int32)
-    return jax.eval_shape(gpt.GPT(config.model).init, jax.random.key(0), tokens)["params"]
+def param_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each parameter, by its path."""
+    return {param.path: leaf_shape(param, config.model) for param in rows(config.model)}
 
 
-def shapes_by_path(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {sharding.path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
+def analytic_seconds(setting: estimate.Candidate, topology: Topology) -> float:
+    """Returns the least seconds of a step by the formulas, with no communication hidden behind computation.
 
-
-def analytic_seconds(setting: estimate.Setting, topology: Topology) -> float:
-    """Returns the least seconds of a step by the formulas, if communication is not hidden behind computation at all.
-
-    Of two settings that the same thing bounds, this tells the one that leaves less to be hidden.
+    The roofline alone would not distinguish two candidates with the same bound; this prefers the one with less to hide.
     """
     roof = estimate.roofline(setting, topology.chip, estimate.minimum_traffic(setting))
     return max(roof.matrix_units, roof.memory) + roof.links + roof.network
 
 
-def rank(config: Config, topology: Topology) -> list[tuple[float, estimate.Setting]]:
-    """Returns (seconds a step by the formulas, setting) of all that should fit: fastest first, fewest micro-steps."""
-    room = FULL * topology.chip.memory_bytes
-    found = [s for s in candidates(config, topology, shapes_by_path(param_tree(config))) if analytic_bytes(s) < room]
-    timed = ((analytic_seconds(s, topology), s) for s in found)
-    return sorted(timed, key=lambda pair: (pair[0], pair[1].shape.micro_steps))
+def rank(config: Config, topology: Topology) -> list[tuple[float, estimate.Candidate]]:
+    """Returns (seconds per step by the formulas, candidate) of all that should fit, the fastest first.
+
+    Of equally fast candidates, the one with the fewest micro-batches comes first.
+    """
+    available = MEMORY_SHARE * topology.memory_bytes
+    timed = []
+    for setting in candidates(config, topology, param_shapes(config)):
+        if analytic_bytes(setting) < available:
+            timed.append((analytic_seconds(setting, topology), setting))
+    return sorted(timed, key=lambda pair: (pair[0], pair[1].shape.num_microbatches))
 
 
-def overrides(setting: estimate.Setting) -> str:
-    """Returns the flags that set what a search chooses."""
-    c, mesh = setting.config, setting.shape.mesh
-    values = {f"mesh.{axis}": size for axis, size in mesh.items()}
-    values |= {"train.micro_batch_size": c.train.micro_batch_size, "compute.remat": c.compute.remat}
+def overrides(setting: estimate.Candidate) -> str:
+    """Returns the flags that set the fields which a search chooses."""
+    config = setting.config
+    values: dict[str, Any] = {f"mesh.{axis}": size for axis, size in setting.shape.mesh.items()}
+    values["train.micro_batch_size"] = config.train.micro_batch_size
+    values["compute.remat"] = config.compute.remat
     return " ".join(f"--config.{name}={value}" for name, value in values.items())
 
 
 def nearest_that_fits(config: Config, topology: Topology) -> str:
-    """Returns which setting fits where `config` does not: compiled where that can be, or that none does.
+    """Returns, as text, the nearest candidate that fits where `config` does not, compiled where that is possible.
 
-    The nearest keeps the mesh if one of that mesh fits, and of the same mesh the remat; the fastest comes first.
+    A candidate with the same mesh is nearer than one with another; then one with the same remat; then a faster one.
     """
-    asked = dict(zip(sharding.AXES, sharding.mesh_sizes(config.mesh, topology.devices, topology.slices), strict=True))
-
-    def distance(setting: estimate.Setting) -> tuple[bool, bool]:
-        return setting.shape.mesh != asked, setting.config.compute.remat != config.compute.remat
-
-    by_distance = sorted((setting for _, setting in rank(config, topology)), key=distance)
-    smallest = sorted(by_distance, key=analytic_bytes)[:1]  # the last resort: what compiles is larger than formulas
+    by_distance = _by_distance(config, topology)
+    # The compiler's layout needs more than the formulas say, so the smallest candidate is the last resort.
+    smallest = sorted(by_distance, key=analytic_bytes)[:1]
     for setting in by_distance[:COMPILED] + smallest:
         if not aot.has_compiler(topology):
             return f"by the formulas this fits: {overrides(setting)}"
         mesh = aot.make_mesh(setting.config, topology)
         with contextlib.suppress(PlanError):
-            as_it_trains = make_setting(setting.config, topology, mesh)
-            aot.compile_step(as_it_trains, mesh, memory_bytes=topology.chip.memory_bytes)
+            # Made from its config as a run makes it, which may resolve "auto" differently than the formulas.
+            as_trained = make_setting(setting.config, topology, mesh)
+            aot.compile_step(as_trained, mesh, memory_bytes=topology.memory_bytes)
             return f"this fits (compiled): {overrides(setting)}"
     return "nothing was found that fits: take more chips, or a smaller data.global_batch_size"
 
 
-def search(config: Config, topology: Topology, args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the report of the fastest setting that fits, with all that were ranked; prints the table.
+def _by_distance(config: Config, topology: Topology) -> list[estimate.Candidate]:
+    """Returns the candidates that should fit, the nearest to `config` first."""
+    sizes = sharding.mesh_sizes(config.mesh, topology.devices, topology.slices)
+    mesh = dict(zip(sharding.AXES, sizes, strict=True))
+
+    def distance(setting: estimate.Candidate) -> tuple[bool, bool]:
+        differs_in_mesh = setting.shape.mesh != mesh
+        differs_in_remat = setting.config.compute.remat != config.compute.remat
+        return differs_in_mesh, differs_in_remat
+
+    fastest_first = [setting for _, setting in rank(config, topology)]
+    return sorted(fastest_first, key=distance)
+
+
+def search(
+    config: Config,
+    topology: Topology,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    """Returns the report of the fastest candidate that fits, with the ranking; logs the table.
 
     Raises:
         PlanError: nothing fits.
     """
-    ranked, reports = rank(config, topology), []
-    print(f"{len(ranked)} settings should fit; ms a step by the formulas, communication not hidden:")
-    print(f"  {'data':>5} {'fsdp':>5} {'tensor':>6} {'micro-batch':>11} {'remat':>6} {'ms':>9} {'GiB':>6}")
-    for seconds, s in ranked[:SHOWN]:
-        mesh, size = s.shape.mesh, analytic_bytes(s) / GIB
-        print(f"  {mesh['data']:>5} {mesh['fsdp']:>5} {mesh['tensor']:>6} {s.shape.micro_batch:>11} "
-              f"{s.compute.remat:>6} {1e3 * seconds:>9.2f} {size:>6.2f}")  # fmt: skip
+    ranked = rank(config, topology)
+    _log_table(ranked)
+    reports = []
     for _, setting in ranked[:COMPILED]:
         try:
-            reports.append(plan(setting.config, topology, args, remedy=False) | {"overrides": overrides(setting)})
+            found = plan(setting.config, topology, args, remedy=False)
         except PlanError as error:
             log.info("  %s: %s", overrides(setting), error)
-        if reports and not aot.has_compiler(topology):
-            break
+            continue
+        reports.append(found | {"overrides": overrides(setting)})
+        if not aot.has_compiler(topology):
+            break  # the formulas have ranked the candidates already
     if not reports:
-        raise PlanError(f"{args.config} on {topology}: {nearest_that_fits(config, topology)}")
+        raise PlanError(nearest_that_fits(config, topology), field=f"{args.config} on {topology}")
     best = min(reports, key=lambda found: found["seconds"]["step"])
-    shown = [{"seconds": seconds, "overrides": overrides(s)} for seconds, s in ranked[:SHOWN]]
+    shown = [{"seconds": seconds, "overrides": overrides(setting)} for seconds, setting in ranked[:SHOWN]]
     return best | {"ranked": shown}
 
 
-def command(found: dict[str, Any], args: argparse.Namespace) -> str:
-    return f"python -m gptjax.main --config={args.config} {found['overrides']}"
-
-
-def main(arguments: list[str]) -> None:
-    args, config = parse_flags(arguments)
-    if args.topology == "local":
-        if args.slices > 1:
-            raise ConfigError(f"--slices={args.slices}: --topology=local finds its slices itself; leave it out")
-        topology = aot.find_local()
-    else:
-        topology = parse_topology(args.topology, args.slices)
-        os.environ.update({name: os.environ.get(name, value) for name, value in LIBTPU.items()})
-        os.environ["JAX_PLATFORMS"] = "cpu"  # the chips of the plan are elsewhere, and those here are not taken
-    found = search(config, topology, args) if args.search else plan(config, topology, args)
-    for line in report.describe(found):
-        print(line)
-    if args.search:
-        print(f"start it with: {command(found, args)}")
-    if args.json:
-        pathlib.Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
-
-
-def cli() -> None:
-    runtime.run_cli(main)
-
-
-if __name__ == "__main__":
-    cli()
+def _log_table(ranked: list[tuple[float, estimate.Candidate]]) -> None:
+    log.info("%d candidates should fit; estimated ms per step, communication not overlapped:", len(ranked))
+    log.info(f"  {'data':>5} {'fsdp':>5} {'tensor':>6} {'micro-batch':>11} {'remat':>6} {'ms':>9} {'GiB':>6}")
+    for seconds, setting in ranked[:SHOWN]:
+        log.info(
+            "  %5d %5d %6d %11d %6s %9.2f %6.2f",
+            setting.shape.mesh["data"],
+            setting.shape.mesh["fsdp"],
+            setting.shape.mesh["tensor"],
+            setting.shape.micro_batch,
+            setting.compute.remat,
+            1e3 * seconds,
+            analytic_bytes(setting) / GIB,
+        )

@@ -1,20 +1,24 @@
-"""A replayed step for the eye: a few tables of text, and one HTML file that needs nothing else."""
+"""Renders a replayed step as tables of text, and as one self-contained HTML file."""
 
 import codecs
 import dataclasses
 import html
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from gptjax.documents import EndOfText
 from gptjax.loss import NOT_COUNTED
+from gptjax.redaction import shown
 
 SHOWN_ROWS = 16  # in the text
-SHADES = 10  # of a token's loss, the last from log(vocabulary) on: what guessing would cost
+SHADES = 10  # of a token's loss; the last is log(vocabulary), the loss of a uniform guess, or more
+PREVIEW_LENGTH = 40  # characters of a row's text in the text
 PART_OF_A_CHARACTER = "\N{DOTTED CIRCLE}"
+LINE_END = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,19 +29,20 @@ class Row:
     window: int  # of the training data
     shard: str  # file name
     start: int  # the first token's number in the shard
-    tokens: np.ndarray  # [T+1]
-    losses: np.ndarray  # [T], of predicting tokens[1:]; NOT_COUNTED where none counts
+    tokens: np.ndarray  # int [T+1]
+    losses: np.ndarray  # float [T], of predicting tokens[1:]; NOT_COUNTED where a target does not count
     documents: list[range]  # of positions in `tokens`
 
     @property
     def loss(self) -> float:
         """The mean over the tokens that count."""
-        counted = self.losses[self.losses != NOT_COUNTED].astype(np.float64)
+        is_counted = self.losses != NOT_COUNTED
+        counted = self.losses[is_counted].astype(np.float64)
         return float(np.mean(counted)) if counted.size else 0.0
 
 
-class Words(NamedTuple):
-    """What a page must know of a tokenizer."""
+class TokenText(NamedTuple):
+    """The part of a tokenizer that a page needs."""
 
     decode: Callable[[int], bytes]  # of one id
     eot_id: int
@@ -46,103 +51,159 @@ class Words(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Replayed:
-    """One update, as it was computed again."""
+    """One recomputed update."""
 
     title: str
-    notes: list[str]  # how it was computed, and whether it is what the run logged
+    notes: list[str]  # how it was computed, and whether it equals the run's log
     metrics: dict[str, float]
     rows: list[Row]
     norms: dict[str, np.ndarray]  # of the gradient, by parameter: [L] for those of the layers, [1] for others
-    words: Words
+    words: TokenText
 
 
-def split_documents(tokens: np.ndarray, *, eot_id: int, eot_position: str) -> list[range]:
-    """Returns where in `tokens` each document, or the part of one, lies, its end-of-text token included."""
-    ends = np.flatnonzero(tokens == eot_id) + (1 if eot_position == "last" else 0)
-    cuts = [0, *(int(end) for end in ends if 0 < end < len(tokens)), len(tokens)]
-    return [range(a, b) for a, b in itertools.pairwise(cuts)]
+def split_documents(tokens: np.ndarray, eot: EndOfText) -> list[range]:
+    """Returns the positions of each document, or part of one, in `tokens` [T+1], its end-of-text token included."""
+    boundaries = np.flatnonzero(tokens == eot.id)
+    if eot.position == "last":
+        boundaries += 1
+    inner = [int(at) for at in boundaries if 0 < at < len(tokens)]
+    edges = [0, *inner, len(tokens)]
+    return [range(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+def is_layered(path: str) -> bool:
+    """Returns whether the parameter at `path` is stacked over layers."""
+    return path.startswith("h/")
 
 
 def layer_norms(norms: dict[str, np.ndarray]) -> dict[str, float]:
-    """Returns the gradient's norm of each layer, and of each parameter that is of none, in the order of the model."""
-    layers = [norm for path, norm in norms.items() if path.startswith("h/")]
-    squares = np.sum([np.square(norm, dtype=np.float64) for norm in layers], axis=0) if layers else []
-    found = {f"layer {number}": math.sqrt(square) for number, square in enumerate(squares)}
-    groups: dict[str, list[float]] = {}
+    """Returns the gradient's norm of each layer, and of each module outside the layers, in the order of the model.
+
+    norms: [L] or [1] by parameter, as in `Replayed`.
+    """
+    outside: dict[str, list[float]] = {}
     for path, norm in norms.items():
-        if not path.startswith("h/"):
-            groups.setdefault(path.split("/")[0], []).append(float(norm[0]))
-    rest = {name: math.hypot(*values) for name, values in groups.items()}
-    first = {name: norm for name, norm in rest.items() if name in ("wte", "wpe")}
-    return dict(sorted(first.items(), reverse=True)) | found | {n: norm for n, norm in rest.items() if n not in first}
+        if not is_layered(path):
+            module = path.split("/")[0]
+            outside.setdefault(module, []).append(float(norm[0]))
+    modules = {name: math.hypot(*values) for name, values in outside.items()}
+    embeddings = [name for name in ("wte", "wpe") if name in modules]
+    ordered = {name: modules.pop(name) for name in embeddings}
+    squares = []
+    for path, norm in norms.items():
+        if is_layered(path):
+            squares.append(np.square(norm, dtype=np.float64))
+    if squares:
+        for number, square in enumerate(np.sum(squares, axis=0)):
+            ordered[f"layer {number}"] = math.sqrt(square)
+    return ordered | modules
 
 
 def whole_norms(norms: dict[str, np.ndarray]) -> dict[str, float]:
-    """Returns the gradient's norm of each parameter, over all layers."""
-    return {path: math.sqrt(np.sum(np.square(norm, dtype=np.float64))) for path, norm in norms.items()}
+    """Returns the gradient's norm of each parameter, over all layers; norms: [L] or [1] by parameter."""
+    whole = {}
+    for path, norm in norms.items():
+        squares = np.square(norm, dtype=np.float64)
+        whole[path] = math.sqrt(np.sum(squares))
+    return whole
+
+
+def _infinite_if_nan(loss: float) -> float:
+    """Returns `loss`, or infinity for one that is not finite, so that it counts as the highest."""
+    return loss if math.isfinite(loss) else math.inf
 
 
 def worst_first(rows: Iterable[Row]) -> list[Row]:
-    """Returns the rows of highest loss first, and those that are not finite before them."""
-    return sorted(rows, key=lambda row: -row.loss if math.isfinite(row.loss) else -math.inf)
+    """Returns the rows with a non-finite loss, then the others from the highest loss to the lowest."""
+    return sorted(rows, key=lambda row: -_infinite_if_nan(row.loss))
 
 
 def nonfinite_first(norms: dict[str, float]) -> list[tuple[str, float]]:
+    """Returns the (name, norm) pairs of `norms`, those that are not finite first."""
     return sorted(norms.items(), key=lambda item: math.isfinite(item[1]))
 
 
 def text_lines(step: Replayed) -> Iterator[str]:
     """Yields the lines for a screen."""
-    yield step.title
-    yield from (f"  {note}" for note in step.notes)
-    yield "  " + "  ".join(f"{name} {value:.6g}" for name, value in step.metrics.items())
+    yield one_line(step.title)
+    for note in step.notes:
+        yield f"  {note}"
+    metrics = [f"{name} {value:.6g}" for name, value in step.metrics.items()]
+    yield "  " + "  ".join(metrics)
     yield ""
-    width = max((len(row.shard) for row in step.rows), default=5)
+    yield from _row_lines(step)
+    yield from _norm_lines("layer", layer_norms(step.norms))
+    yield from _norm_lines("parameter", whole_norms(step.norms))
+
+
+def _row_lines(step: Replayed) -> Iterator[str]:
+    widths = [len(one_line(row.shard)) for row in step.rows]
+    width = max(widths, default=5)
     yield f"{'row':>5} {'window':>10}  {'shard':<{width}} {'from token':>12} {'loss':>8} {'highest':>8}  documents"
     for row in worst_first(step.rows)[:SHOWN_ROWS]:
-        worst = max(row.losses.tolist(), key=lambda loss: loss if math.isfinite(loss) else math.inf)
-        said = f"{len(row.documents)}: {preview(row, step.words, 40)}"
-        yield (f"{row.number:>5} {row.window:>10}  {row.shard:<{width}} {row.start:>12} "
-               f"{row.loss:>8.4f} {worst:>8.4f}  {said}")  # fmt: skip
-    if len(step.rows) > SHOWN_ROWS:
-        yield f"  and {len(step.rows) - SHOWN_ROWS} of lower loss"
-    for name, norms in (("layer", layer_norms(step.norms)), ("parameter", whole_norms(step.norms))):
-        yield ""
-        yield f"{name:<22} gradient norm"
-        for path, norm in nonfinite_first(norms):
-            yield f"{path:<22} {norm:.6g}" + ("" if math.isfinite(norm) else "  NOT FINITE")
+        shard = one_line(row.shard)
+        highest = max(row.losses.tolist(), key=_infinite_if_nan)
+        place = f"{row.number:>5} {row.window:>10}  {shard:<{width}} {row.start:>12}"
+        documents = f"{len(row.documents)}: {preview(row, step.words, PREVIEW_LENGTH)}"
+        yield f"{place} {row.loss:>8.4f} {highest:>8.4f}  {documents}"
+    hidden = len(step.rows) - SHOWN_ROWS
+    if hidden > 0:
+        yield f"  and {hidden} of lower loss"
 
 
-def preview(row: Row, words: Words, length: int) -> str:
+def _norm_lines(title: str, norms: dict[str, float]) -> Iterator[str]:
+    yield ""
+    yield f"{title:<22} gradient norm"
+    for name, norm in nonfinite_first(norms):
+        mark = "" if math.isfinite(norm) else "  NOT FINITE"
+        yield f"{name:<22} {norm:.6g}{mark}"
+
+
+def preview(row: Row, words: TokenText, length: int) -> str:
     """Returns the start of a row's text in quotes, on one line, safe to print."""
-    text = b"".join(words.decode(int(i)) for i in row.tokens[:length] if i != words.eot_id)
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in repr(text.decode(errors="replace")))[:length]
+    first = [int(token) for token in row.tokens[:length] if token != words.eot_id]
+    text = b"".join(map(words.decode, first)).decode(errors="replace")
+    return _escaped(repr(text))[:length]
 
 
-def token_texts(ids: Iterable[int], words: Words) -> Iterator[str]:
-    """Yields what each token shows: a character of several tokens stands with its last; what is no text is escaped."""
+def _escaped(text: str) -> str:
+    """Returns `text` with escapes for the characters that are not printable."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def token_texts(ids: Iterable[int], words: TokenText) -> Iterator[str]:
+    """Yields the text of each token: a character of several tokens appears at the last, invalid bytes are escaped."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="backslashreplace")
     for token in ids:
         if token == words.eot_id:
-            yield visible(decoder.decode(b"", final=True)) + "<|endoftext|>"
+            incomplete = decoder.decode(b"", final=True)
             decoder.reset()
+            yield visible(incomplete) + "<|endoftext|>"
         else:
-            yield visible(decoder.decode(words.decode(token))) or PART_OF_A_CHARACTER
+            text = decoder.decode(words.decode(token))
+            yield visible(text) or PART_OF_A_CHARACTER
+
+
+def one_line(name: str) -> str:
+    """Returns a file's name on one line, with escapes for control characters and markup of a terminal."""
+    return shown(name).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def visible(text: str) -> str:
-    """Returns `text` with line ends marked, and escapes for what would not show, or would turn the text around."""
-    marked = {"\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n", "\t": "\t"}
-    return "".join(marked.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in text)
+    """Returns `text` with line ends marked, and escapes for invisible characters and those that reverse the text."""
+    marked = {"\n": LINE_END, "\t": "\t"}
+    return "".join(marked[c] if c in marked else _escaped(c) for c in text)
 
 
-def shade(loss: float, words: Words) -> str:
-    """Returns the style of a token's loss: none, n for not finite, or a digit."""
+def shade(loss: float, words: TokenText) -> str:
+    """Returns the style of a token's loss: a digit, "n" for a non-finite loss, "" where the token does not count."""
     if loss == NOT_COUNTED:
         return ""
     if not math.isfinite(loss):
         return "n"
-    return str(min(SHADES - 1, max(0, int(loss / math.log(words.vocab_size) * (SHADES - 1)))))
+    share = loss / math.log(words.vocab_size)
+    digit = int(share * (SHADES - 1))
+    return str(min(SHADES - 1, max(0, digit)))
 
 
 STYLE = """
@@ -161,68 +222,116 @@ summary { cursor: pointer; }
 
 
 def render(step: Replayed, *, full_rows: int = 0) -> Iterator[str]:
-    """Yields one HTML file, which loads nothing; the text of the `full_rows` rows of highest loss, 0 means of all."""
-    title, rows = html.escape(step.title), worst_first(step.rows)
+    """Yields one HTML file that loads nothing; it has the text of the `full_rows` rows of highest loss, 0: of all."""
+    title = html.escape(one_line(step.title))
     yield f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{title}</title>"
     yield f"<meta name=viewport content='width=device-width'><style>{STYLE}</style>\n<h1>{title}</h1>"
-    yield "<ul>" + "".join(f"<li>{html.escape(note)}" for note in step.notes) + "</ul>"
-    yield table(["", *step.metrics], [["this update", *step.metrics.values()]])
+    yield "<ul>"
+    for note in step.notes:
+        yield f"<li>{html.escape(shown(note))}"
+    yield "</ul>"
+    metrics = ["this update", *step.metrics.values()]
+    yield table(["", *step.metrics], [metrics])
     yield "<h2>Gradient norms</h2>"
-    yield table(["layer", "norm"], [list(item) for item in nonfinite_first(layer_norms(step.norms))])
-    depth = max((norm.size for norm in step.norms.values()), default=0)
-    whole = whole_norms(step.norms)
-    columns = [f"layer {number}" for number in range(depth)] if depth > 1 else []
-    yield table(
-        ["parameter", "norm", *columns],
-        [
-            [path, norm, *(step.norms[path].tolist() if path.startswith("h/") and columns else [])]
-            for path, norm in nonfinite_first(whole)
-        ],
-    )
+    layers = nonfinite_first(layer_norms(step.norms))
+    yield table(["layer", "norm"], layers)
+    yield _parameter_table(step.norms)
     yield "<h2>Rows, highest loss first</h2>"
     yield f"<p>The colour of a token is the loss of predicting it: {scale(step.words)}. Point at one for the number."
-    shown = rows[: full_rows or None]
-    for row in shown:
+    rows = worst_first(step.rows)
+    full = rows[:full_rows] if full_rows else rows
+    for row in full:
         yield from render_row(row, step.words)
-    if rest := rows[len(shown) :]:
+    if rest := rows[len(full) :]:
         yield f"<p>{len(rest)} more rows, without their text (--rows=0 shows all):"
-        lines = [[f"row {r.number}", r.window, r.shard, r.start, r.loss, len(r.documents)] for r in rest]
-        yield table(["", "window", "shard", "from token", "loss", "documents"], lines)
+        yield _row_table(rest)
     yield "</html>\n"
 
 
-def scale(words: Words) -> str:
+def _parameter_table(norms: dict[str, np.ndarray]) -> str:
+    """Returns the table of the norm of each parameter, and of its part in each layer."""
+    sizes = [norm.size for norm in norms.values()]
+    depth = max(sizes, default=0)
+    has_layers = depth > 1  # the norms of a single layer would repeat the first column
+    layers = [f"layer {number}" for number in range(depth)] if has_layers else []
+    lines = []
+    for path, norm in nonfinite_first(whole_norms(norms)):
+        line: list[object] = [path, norm]
+        if has_layers and is_layered(path):
+            line += norms[path].tolist()
+        lines.append(line)
+    return table(["parameter", "norm", *layers], lines)
+
+
+def _row_table(rows: Iterable[Row]) -> str:
+    lines = []
+    for row in rows:
+        lines.append(
+            [
+                f"row {row.number}",
+                row.window,
+                one_line(row.shard),
+                row.start,
+                row.loss,
+                len(row.documents),
+            ]
+        )
+    return table(["", "window", "shard", "from token", "loss", "documents"], lines)
+
+
+def scale(words: TokenText) -> str:
+    """Returns the HTML of the colour scale of token losses."""
     top = math.log(words.vocab_size)
-    steps = (f"<b class=s{i}>&nbsp;{top * i / (SHADES - 1):.1f}&nbsp;</b>" for i in range(SHADES))
-    return "".join(steps) + f" nats, <b class=n>not finite</b>; guessing would cost {top:.1f}"
+    parts = []
+    for number in range(SHADES):
+        loss = top * number / (SHADES - 1)
+        parts.append(f"<b class=s{number}>&nbsp;{loss:.1f}&nbsp;</b>")
+    return "".join(parts) + f" nats, <b class=n>not finite</b>; guessing would cost {top:.1f}"
 
 
-def table(head: list[str], lines: list[list[object]]) -> str:
-    """Returns a table; numbers that are not finite are marked."""
-    parts = ["<table><tr>", *(f"<th>{html.escape(name)}" for name in head)]
+def table(head: list[str], lines: Sequence[Sequence[object]]) -> str:
+    """Returns an HTML table; floats that are not finite are marked."""
+    parts = ["<table><tr>"]
+    for name in head:
+        parts.append(f"<th>{html.escape(name)}")
     for line in lines:
         parts.append("<tr>")
-        for cell in line:
-            text = f"{cell:.6g}" if isinstance(cell, float) else html.escape(str(cell))
-            bad = isinstance(cell, float) and not math.isfinite(cell)
-            parts.append(f"<td class=bad>{text}" if bad else f"<td>{text}")
-    return "".join([*parts, "</table>\n"])
+        parts += map(_cell, line)
+    parts.append("</table>\n")
+    return "".join(parts)
 
 
-def render_row(row: Row, words: Words) -> Iterator[str]:
-    end = row.start + len(row.tokens)
-    bad = "" if math.isfinite(row.loss) else " class=bad"
-    yield f"<details open><summary{bad}>row {row.number}: loss {row.loss:.4f}, window {row.window}, "
-    yield f"tokens {row.start} to {end - 1} of {html.escape(row.shard)}, {len(row.documents)} documents</summary>"
-    texts = list(token_texts(map(int, row.tokens), words))
-    losses = [NOT_COUNTED, *row.losses.tolist()]
+def _cell(value: object) -> str:
+    if not isinstance(value, float):
+        return f"<td>{html.escape(str(value))}"
+    mark = "" if math.isfinite(value) else " class=bad"
+    return f"<td{mark}>{value:.6g}"
+
+
+def render_row(row: Row, words: TokenText) -> Iterator[str]:
+    """Yields the HTML of one row: its loss, its place in the data, and its tokens by document."""
+    mark = "" if math.isfinite(row.loss) else " class=bad"
+    last = row.start + len(row.tokens) - 1
+    shard = html.escape(one_line(row.shard))
+    yield f"<details open><summary{mark}>row {row.number}: loss {row.loss:.4f}, window {row.window}, "
+    yield f"tokens {row.start} to {last} of {shard}, {len(row.documents)} documents</summary>"
+    ids = row.tokens.tolist()
+    texts = list(token_texts(ids, words))
+    losses = [NOT_COUNTED, *row.losses.tolist()]  # no position predicts the first token
     for document in row.documents:
         yield "<pre>"
         for at in document:
-            loss, about = losses[at], f"token {row.start + at}, id {int(row.tokens[at])}"
-            about = f"loss {loss:.4f}, {about}" if loss != NOT_COUNTED else f"not predicted, {about}"
-            kind = shade(loss, words)
-            style = f" class={kind if kind == 'n' else 's' + kind}" if kind else ""
-            yield f'<b{style} title="{about}">{html.escape(texts[at])}</b>'
+            token = f"token {row.start + at}, id {ids[at]}"
+            yield _token(texts[at], losses[at], words, token=token)
         yield "</pre>\n"
     yield "</details>\n"
+
+
+def _token(text: str, loss: float, words: TokenText, *, token: str) -> str:
+    """Returns the HTML of one token, in the colour of its loss."""
+    outcome = "not predicted" if loss == NOT_COUNTED else f"loss {loss:.4f}"
+    style = shade(loss, words)
+    if style.isdigit():
+        style = f"s{style}"
+    attribute = f" class={style}" if style else ""
+    return f'<b{attribute} title="{outcome}, {token}">{html.escape(text)}</b>'

@@ -1,138 +1,111 @@
-"""One step of a run again, to look at: `python -m gptjax.replay --workdir=DIR --step=N`.
+"""Recomputes one update of a run with its own train step, from the newest earlier checkpoint."""
 
-Restores the newest checkpoint before the step, or the initial state, takes the run's own train step from there, and
-shows the rows and documents of update N, the loss of each token, and the gradient's norm by layer and parameter: on
-the screen, and in one HTML file. The work directory is only read, so that a run may train in it meanwhile.
---config.section.field=VALUE changes a setting, as mesh.fsdp where this machine has other devices.
-"""
-
-from __future__ import annotations  # jax.Array in a signature would import JAX
-
-import argparse
 import dataclasses
-import json
 import logging
 import math
 import os
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from etils import epath, epy
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from gptjax import runtime
-from gptjax.config import Config, MeshConfig, flatten, from_dict, unknown_field
-from gptjax.errors import CheckpointError, ConfigError, WorkdirError
-from gptjax.workdir import local_directory
-
-with epy.lazy_imports():  # imported at their first use, so that a wrong flag exits before JAX loads
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from gptjax import checkpoint, page, sharding, start, step
-    from gptjax import run as runs
-    from gptjax.data import dataset
-
-if TYPE_CHECKING:
-    from gptjax.checkpoint import Checkpointer, Record
-    from gptjax.page import Replayed, Row
-    from gptjax.run import Run
-    from gptjax.state import TrainState
+from gptjax import resume, sharding, step
+from gptjax.checkpoint import Checkpointer
+from gptjax.config import Config, MeshConfig, from_dict, settings_in
+from gptjax.data.dataset import batch_index
+from gptjax.errors import CheckpointError, ConfigError, one_line
+from gptjax.former_names import rename_fields
+from gptjax.history import History, SkippedRange
+from gptjax.identity import Identity
+from gptjax.logs import parse_rows
+from gptjax.record import CorruptCheckpointError, Record
+from gptjax.replay.report import Replayed, Row, TokenText, is_layered, split_documents
+from gptjax.setup import Run
+from gptjax.state import TrainState
+from gptjax.strict_json import InvalidTextError
+from gptjax.workdir import CONFIG_FILE, METRICS_FILE, read_file
 
 log = logging.getLogger("gptjax")
-PROGRESS_SECONDS = 5.0
-FULL_ROWS = 64  # whose text the HTML file has, unless told otherwise
+PROGRESS_SECONDS = 5.0  # between two lines of progress
 COMPARED = ("loss", "grad_norm", "update_norm", "lr")
 
-Ranges = list[dict[str, Any]]
+Ranges = Sequence[SkippedRange]
 
 
-def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-    """Returns the command line, and what it changes in the config."""
-    parser = runtime.Parser(__doc__)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="the work directory of a run")
-    parser.add_argument("--step", required=True, type=int, metavar="N", help="the update that makes step N")
-    parser.add_argument("--out", default="", metavar="FILE", help="the HTML file: replay-N.html in the work directory")
-    parser.add_argument("--rows", type=int, default=FULL_ROWS, help="so many rows have their text in it; 0 means all")
-    parser.add_argument(
-        "--rollbacks", type=int, default=-1, help="the run as it was after so many rollbacks; by default as it is now"
-    )
-    args, rest = parser.parse_known_args(arguments)
-    if args.step < 1:
-        raise ConfigError(f"--step={args.step}: the first update makes step 1")
-    if args.rows < 0:
-        raise ConfigError(f"--rows={args.rows}: must be at least 0")
-    overrides = runtime.parse_overrides(parser, rest)
-    for name in overrides:
-        if name not in flatten(Config()):
-            raise ConfigError(unknown_field(name))
-    return args, overrides
-
-
-def main(arguments: list[str]) -> None:
-    args, overrides = parse_flags(arguments)
-    runtime.start_jax()
-    records = read_records(checkpoint.Checkpointer(args.workdir))
-    skipped = skipped_ranges(records, args.rollbacks)
-    config = find_config(args.workdir, args.step, records, overrides)
-    config = fit(config, history_of(records, args.step), overrides)
-    if args.step > config.train.num_steps:
-        raise ConfigError(f"--step={args.step}: the run has train.num_steps={config.train.num_steps}")
-    run = runs.make_run(config)
-    with jax.set_mesh(run.mesh):
-        replayed = replay(run, args.workdir, args.step, records, skipped)
-    for line in page.text_lines(replayed):
-        print(line)
-    name = args.out or os.path.join(local_directory(args.workdir), f"replay-{args.step}.html")
-    write(name, "".join(page.render(replayed, full_rows=args.rows)))
-    print(f"\n{name}")
-
-
-def read_records(checkpointer: Checkpointer) -> dict[int, Record]:
-    """Returns the records of all checkpoints that can be read, the newest first."""
+def read_records(checkpointer: Checkpointer, identity: Identity) -> dict[int, Record]:
+    """Returns the readable records of this run's checkpoints by step, the newest first."""
     records = {}
     for number in reversed(checkpointer.steps()):
         try:
-            records[number] = checkpointer.read_record(number)
-        except checkpoint.Damaged as damage:
+            record = checkpointer.read_record(number)
+            resume.read_history(record)
+        except CorruptCheckpointError as damage:
             log.warning("checkpoint of step %d left out: %s", number, damage)
+            continue
+        if identity.owns(record):
+            records[number] = record
+        else:
+            log.warning("%s/%d: %s: left out", checkpointer.directory, number, identity.explain(record))
     return records
 
 
 def skipped_ranges(records: Mapping[int, Record], rollbacks: int) -> Ranges:
-    """Returns which data the run skips, as its newest checkpoint knows it, or as it was after so many rollbacks."""
-    newest = next(iter(records.values()), None)
-    ranges: Ranges = newest.history.get("skipped_ranges", []) if newest else []
-    if rollbacks > len(ranges):
-        raise ConfigError(f"--rollbacks={rollbacks}: the newest checkpoint knows of {len(ranges)}")
-    return [part for part in ranges if rollbacks < 0 or part["rollback"] <= rollbacks]
+    """Returns the data that the run skips, according to its newest checkpoint.
 
-
-def history_of(records: Mapping[int, Record], number: int) -> Mapping[str, Any]:
-    """Returns what is known of the process that made step `number`: the history in the first checkpoint from there on.
-
-    Where there is none, that in the newest one.
-    """
-    later = [record.history for at, record in records.items() if at >= number]
-    return later[-1] if later else next((record.history for record in records.values()), {})
-
-
-def find_config(workdir: str, number: int, records: Mapping[int, Record], overrides: Mapping[str, str]) -> Config:
-    """Returns the config that made step `number`: of the first checkpoint from there on, else of the last start.
+    rollbacks: the run as it was after this many rollbacks; -1: as it is now.
 
     Raises:
-        CheckpointError: there is none.
+        ConfigError: the run has had fewer rollbacks.
     """
-    later = [record.config for at, record in records.items() if at >= number]
-    path = epath.Path(workdir) / "config.json"
-    try:
-        values = later[-1] if later else json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        if not records:
-            raise CheckpointError(f"--workdir={workdir}: no run there: no checkpoint and no config.json") from error
-        values = next(iter(records.values())).config
-    values = from_dict(values).to_dict()
+    newest = next(iter(records.values()), None)
+    ranges = resume.read_history(newest).skipped_ranges if newest else ()
+    if rollbacks > len(ranges):
+        raise ConfigError(
+            f"the newest checkpoint knows of {len(ranges)}",
+            field="--rollbacks",
+            value=rollbacks,
+        )
+    if rollbacks < 0:
+        return list(ranges)
+    return [part for part in ranges if part.rollback <= rollbacks]
+
+
+def history_of(records: Mapping[int, Record], number: int) -> History:
+    """Returns the history of the process that made step `number`.
+
+    It is in the first checkpoint from that step on; without one, the newest checkpoint is the best guess.
+    """
+    record = _first_from(records, number) or next(iter(records.values()), None)
+    return resume.read_history(record) if record else History()
+
+
+def _first_from(records: Mapping[int, Record], number: int) -> Record | None:
+    """Returns the record of the first checkpoint from step `number` on; `records` has the newest first."""
+    later = [record for at, record in records.items() if at >= number]
+    return later[-1] if later else None
+
+
+def find_config(
+    workdir: str,
+    number: int,
+    *,
+    records: Mapping[int, Record],
+    overrides: Mapping[str, str],
+) -> Config:
+    """Returns the config that made step `number`, with `overrides`.
+
+    It is in the first checkpoint from that step on; without one, config.json has it from the last start.
+
+    Raises:
+        CheckpointError: no config is found.
+        ConfigError: an override is wrong.
+    """
+    record = _first_from(records, number)
+    config = from_dict(record.config) if record else _config_of_last_start(workdir, records)
+    values = config.to_dict()
     for name, text in overrides.items():
         *sections, last = name.split(".")
         target = values[sections[0]] if sections else values
@@ -140,182 +113,320 @@ def find_config(workdir: str, number: int, records: Mapping[int, Record], overri
     return from_dict(values)
 
 
-def fit(config: Config, about: Mapping[str, Any], overrides: Mapping[str, str]) -> Config:
-    """Returns the config for this machine's devices, with the run's number of micro-steps if that can be.
+def _config_of_last_start(workdir: str, records: Mapping[int, Record]) -> Config:
+    """Returns the config in config.json, or in the newest checkpoint where that file is missing or damaged.
 
-    A micro-step's number is in its dropout key.
+    Raises:
+        CheckpointError: there is no checkpoint either.
     """
-    count, size = jax.device_count(), config.data.global_batch_size
+    problem = ""
+    try:
+        content = read_file(workdir, CONFIG_FILE)
+        if content is not None:
+            return from_dict(rename_fields(settings_in(content), warn=True))
+    except (OSError, InvalidTextError, ConfigError) as error:
+        problem = f"{workdir}/{CONFIG_FILE}: {one_line(error)}"
+    if not records:
+        missing = problem or f"no {CONFIG_FILE}"
+        raise CheckpointError(
+            f"no run there: no checkpoint and {missing}",
+            field="--workdir",
+            value=workdir,
+        )
+    number, record = next(iter(records.items()))
+    if problem:
+        log.warning("%s: using the config of the checkpoint of step %d", problem, number)
+    return from_dict(record.config)
+
+
+def fit(
+    config: Config,
+    history: History,
+    overrides: Mapping[str, str],
+) -> Config:
+    """Returns the config for this machine's devices, with the run's number of micro-batches where that is possible.
+
+    A micro-batch's number is in its dropout key, so another number of them draws other dropout masks.
+    """
+    config = _fit_mesh(config)
+    num_microbatches = history.num_microbatches
+    if not num_microbatches or "train.micro_batch_size" in overrides:
+        return config
+    data, fsdp, _ = sharding.mesh_sizes(config.mesh, jax.device_count())
+    micro_batch, rest = divmod(config.data.global_batch_size, num_microbatches * data * fsdp)
+    if rest:
+        log.info(
+            "note: the run's %d micro-batches do not fit the devices here: dropout, if any, is not the same",
+            num_microbatches,
+        )
+        return config
+    train = dataclasses.replace(config.train, micro_batch_size=micro_batch)
+    return dataclasses.replace(config, train=train)
+
+
+def _fit_mesh(config: Config) -> Config:
+    """Returns the config with one mesh axis for all devices, where its own mesh does not fit them."""
+    count = jax.device_count()
     try:
         sharding.mesh_sizes(config.mesh, count)
     except ConfigError:
         axis = "fsdp" if config.model.n_embd % count == 0 else "data"
         log.info("note: the run's mesh does not fit the %d device(s) here: mesh.%s=%d instead", count, axis, count)
-        config = dataclasses.replace(config, mesh=MeshConfig(**{"data": 1, "fsdp": 1, axis: count}))
-    data, fsdp, _ = sharding.mesh_sizes(config.mesh, count)
-    known = about.get("num_micro_steps", 0)
-    if known and "train.micro_batch_size" not in overrides:
-        share, left = divmod(size, known * data * fsdp)
-        if left:
-            log.info("note: the run's %d micro-steps cannot be had here: dropout, if any, is not the same", known)
-        else:
-            config = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch_size=share))
+        sizes = {"data": 1, "fsdp": 1}
+        sizes[axis] = count
+        return dataclasses.replace(config, mesh=MeshConfig(**sizes))
     return config
 
 
-def replay(run: Run, workdir: str, number: int, records: Mapping[int, Record], skipped: Ranges) -> Replayed:
-    """Returns the update that makes step `number`, computed again."""
-    state = restore_before(run, workdir, number, records, skipped)
-    origin, index = int(state.step), dataset.data_index(number - 1, skipped)
-    state, at = advance(run, state, number - 1, skipped)
-    metrics, losses, norms = compute(run, state, at, number - 1, skipped)
+def replay(
+    run: Run,
+    workdir: str,
+    number: int,
+    *,
+    records: Mapping[int, Record],
+    skipped: Ranges,
+) -> Replayed:
+    """Returns the update that makes step `number`, recomputed.
+
+    Raises:
+        UserError: a checkpoint does not belong to the run's config, or its files cannot be read.
+    """
+    target = number - 1  # the step that the update starts from
+    state = restore_before(run, workdir, number, records=records, skipped=skipped)
+    origin = int(state.step)
+    index = batch_index(target, skipped)
+    state, at = advance(run, state, target, skipped=skipped)
+    metrics, losses, norms = compute(
+        run,
+        state,
+        at=at,
+        target=target,
+        skipped=skipped,
+    )
     source = f"the checkpoint of step {origin}" if origin in records else "the initial state"
+    rollbacks = f", after {len(skipped)} rollback(s)" if skipped else ""
     notes = [
-        f"from {source} and the {number - 1 - origin} steps between",
-        f"batch {index} of the data" + (f", after {len(skipped)} rollback(s)" if skipped else ""),
-        compare_with_log(workdir, number, metrics, skipped),
+        f"replayed {target - origin} steps from {source}",
+        f"batch {index} of the data{rollbacks}",
+        compare_with_log(workdir, number, metrics, skipped=skipped),
     ]
-    machine = history_of(records, number).get("machine", "devices that are not known")
+    machine = history_of(records, number).machine or "unknown devices"
     if machine != run.machine:
         notes.append(f"the run was on {machine}, this is {run.machine}: last bits may differ")
-    return page.Replayed(
+    return Replayed(
         title=f"step {number} of {workdir}",
         notes=notes,
         metrics=metrics,
         rows=make_rows(run, index, losses),
         norms=norms,
-        words=page.Words(lambda i: run.tokenizer.decode_bytes([i]), run.tokenizer.eot_id, run.tokenizer.vocab_size),
+        words=_token_text(run),
     )
 
 
-def restore_before(run: Run, workdir: str, number: int, records: Mapping[int, Record], skipped: Ranges) -> TrainState:
-    """Returns the newest state before step `number` that comes from the same data."""
+def _token_text(run: Run) -> TokenText:
+    tokenizer = run.tokenizer
+    return TokenText(
+        decode=lambda token: tokenizer.decode_bytes([token]),
+        eot_id=tokenizer.eot_id,
+        vocab_size=tokenizer.vocab_size,
+    )
 
-    def before(ranges: Ranges, at: int) -> list[tuple[int, int]]:
-        return [(part["step"], part["batches"]) for part in ranges if part["step"] < at]
 
-    checkpointer = checkpoint.Checkpointer(workdir)
+def restore_before(
+    run: Run,
+    workdir: str,
+    number: int,
+    *,
+    records: Mapping[int, Record],
+    skipped: Ranges,
+) -> TrainState:
+    """Returns the newest state before step `number` that was trained on the same data.
+
+    A checkpoint from before a rollback has seen data that the run skips since, and the other way round.
+
+    Raises:
+        UserError: a checkpoint does not belong to the run's config, or its files cannot be read.
+    """
+    checkpointer = Checkpointer(workdir)
     for at, record in records.items():
-        if at >= number or before(record.history.get("skipped_ranges", []), at) != before(skipped, at):
+        if at >= number:
+            continue
+        seen = resume.read_history(record).skipped_ranges
+        if _skipped_before(seen, at) != _skipped_before(skipped, at):
             continue
         try:
-            start.check_record(run, record)
+            resume.check_record(run, record)
             return checkpointer.restore(record, run.abstract_state)
-        except checkpoint.Damaged as damage:
+        except CorruptCheckpointError as damage:
             log.warning("checkpoint of step %d left out: %s", at, damage)
-    return start.initial_state(run)
+    return resume.initial_state(run)
 
 
-def advance(run: Run, state: TrainState, target: int, skipped: Ranges) -> tuple[TrainState, int]:
-    """Returns the state of the dispatch in which the update from step `target` on lies, and the step it starts at."""
-    first = at = int(state.step)
-    count, said = run.config.train.steps_per_dispatch, time.monotonic()
+def _skipped_before(ranges: Ranges, step: int) -> list[tuple[int, int]]:
+    return [(part.step, part.batches) for part in ranges if part.step < step]
+
+
+def advance(
+    run: Run,
+    state: TrainState,
+    target: int,
+    *,
+    skipped: Ranges,
+) -> tuple[TrainState, int]:
+    """Returns (state, step) at the start of the dispatch that contains the update from step `target`.
+
+    `state` is donated. Only whole dispatches run, as in the run, so that the bits are the same.
+    """
+    first = int(state.step)
+    at = first
+    count = run.config.train.steps_per_dispatch
+    last_report = time.monotonic()
     while at + count <= target:
         state, metrics = run.train_step(state, run.batch(at, skipped))
         at += count
         jax.block_until_ready(metrics)
-        if time.monotonic() - said > PROGRESS_SECONDS:
+        if time.monotonic() - last_report > PROGRESS_SECONDS:
             log.info("replay: step %d of %d, from %d", at, target, first)
-            said = time.monotonic()
+            last_report = time.monotonic()
     return state, at
 
 
 def compute(
-    run: Run, state: TrainState, at: int, target: int, skipped: Ranges
+    run: Run,
+    state: TrainState,
+    *,
+    at: int,
+    target: int,
+    skipped: Ranges,
 ) -> tuple[dict[str, float], np.ndarray, dict[str, np.ndarray]]:
-    """Returns (metrics of the update from step `target` on, loss of each token, gradient norms by parameter).
+    """Returns (metrics, token losses, gradient norms) of the update from step `target`.
 
-    The state is of step `at`, where the update's dispatch starts, and is used up. Metrics are of the whole dispatch, as
-    the run takes it.
+    state: at step `at`, where the update's dispatch starts; it is donated.
+    Losses are float [sequences, T]; norms are as in `look`. Metrics come from the whole dispatch, as the run makes it.
     """
-    several, inside = run.config.train.steps_per_dispatch > 1, target - at
-    batches = run.batch(at, skipped)
-    metrics: Any = {}
+    batches = run.batch(at, skipped)  # [K, A, B, T+1] with several steps per dispatch, otherwise [A, B, T+1]
+    inside = target - at
     if inside:
-        _, metrics = run.train_step(jax.tree.map(jnp.copy, state), batches)
+        # The dispatch runs twice: on a copy for the metrics, and up to the update for its state.
+        copy = jax.tree.map(jnp.copy, state)
+        _, metrics = run.train_step(copy, batches)
         state, _ = run.train_step(state, batches[:inside])
-    losses, norms = look(run, state, batches[inside] if several else batches)
-    if not inside:
+        losses, norms = look(run, state, batches[inside])
+    else:
+        is_stacked = run.config.train.steps_per_dispatch > 1
+        losses, norms = look(run, state, batches[0] if is_stacked else batches)
         _, metrics = run.train_step(state, batches)
-    values = {name: float(np.reshape(np.asarray(metrics[name]), -1)[inside]) for name in COMPARED}
+    values = {}
+    for name in COMPARED:
+        steps = np.reshape(np.asarray(metrics[name]), -1)
+        values[name] = float(steps[inside])
     return values, losses, norms
 
 
-def look(run: Run, state: TrainState, tokens_ABT: jax.Array) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Returns each token's loss [rows, T], and the gradient's norm by parameter, by layer where it has layers."""
-    ends = {"eot_id": run.tokenizer.eot_id, "eot_position": run.train_data.split.eot_position}
-    loss_fn = step.make_loss_fn(run.model, run.config, **ends)
-    gradient_fn = step.make_gradient_fn(loss_fn, config=run.config, compute=run.compute)
+def look(
+    run: Run,
+    state: TrainState,
+    tokens_ABT: jax.Array,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Returns each token's loss, float [A * B, T], and the norms of the update's gradient by parameter.
 
-    def norms(*of: Any) -> dict[str, jax.Array]:
-        leaves = [(sharding.path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(gradient_fn(*of)[0])]
-        return {path: norm_of(path, leaf) for path, leaf in leaves}
+    tokens_ABT: int [A, B, T+1]. Norms are float [L] for parameters that are stacked over layers, otherwise [1].
+    """
+    eot = run.train_data.split.eot
+    token_loss_fn = step.make_token_loss_fn(run.model, run.config, eot=eot)
+    loss_fn = step.make_loss_fn(run.model, run.config, eot=eot)
+    gradient_fn = step.make_gradient_fn(
+        loss_fn,
+        config=run.config,
+        parallel=run.model.parallel,
+    )
 
-    of = (state.params, tokens_ABT, state.step)
-    losses_ABT = jax.jit(step.make_token_loss_fn(run.model, run.config, **ends))(*of)
-    found = {path: np.asarray(norm) for path, norm in jax.jit(norms)(*of).items()}
-    return np.asarray(losses_ABT).reshape(-1, losses_ABT.shape[-1]), found
+    def norms_fn(
+        params: Any,
+        tokens_ABT: jax.Array,
+        number: jax.Array,
+    ) -> dict[str, jax.Array]:
+        gradient, _ = gradient_fn(params, tokens_ABT, number)
+        norms = {}
+        for path, leaf in jax.tree.leaves_with_path(gradient):
+            name = sharding.path_name(path)
+            norms[name] = norm_of(name, leaf)
+        return norms
+
+    losses_ABT = jax.jit(token_loss_fn)(state.params, tokens_ABT, state.step)
+    norms = jax.jit(norms_fn)(state.params, tokens_ABT, state.step)
+    sequence_length = losses_ABT.shape[-1]
+    losses = np.asarray(losses_ABT).reshape(-1, sequence_length)
+    return losses, {name: np.asarray(norm) for name, norm in norms.items()}
 
 
 def norm_of(path: str, leaf: jax.Array) -> jax.Array:
-    """Returns the norm of a gradient: of each layer [L] where it has them, else [1]."""
-    rows = leaf if path.startswith("h/") else leaf[None]
-    return jnp.sqrt(jnp.sum(jnp.square(rows), axis=tuple(range(1, rows.ndim))))
+    """Returns the norm of a gradient: float [L], one per layer, for leaves [L, ...] of the layers, otherwise [1]."""
+    rows = leaf if is_layered(path) else leaf[None]
+    inner = tuple(range(1, rows.ndim))
+    return jnp.sqrt(jnp.sum(jnp.square(rows), axis=inner))
 
 
-def make_rows(run: Run, index: int, losses: np.ndarray) -> list[Row]:
-    """Returns the rows of batch `index` of the data."""
-    data, rows = run.train_data, []
-    windows = data.row_ids(index)
-    for number, (window, tokens) in enumerate(zip(windows.tolist(), data.read(windows), strict=True)):
-        shard, first = data.find(window)
-        documents = page.split_documents(tokens, eot_id=run.tokenizer.eot_id, eot_position=data.split.eot_position)
-        file = os.path.basename(data.split.paths[shard])
-        rows.append(page.Row(number, window, file, first, tokens, losses[number], documents))
+def make_rows(
+    run: Run,
+    index: int,
+    losses: np.ndarray,
+) -> list[Row]:
+    """Returns the rows of batch `index` of the data; losses: float [rows, T]."""
+    data = run.train_data
+    windows = data.window_ids(index)
+    tokens = data.read(windows)
+    rows = []
+    for number, window in enumerate(windows.tolist()):
+        shard, start = data.locate(window)
+        path = data.split.paths[shard]
+        rows.append(
+            Row(
+                number=number,
+                window=window,
+                shard=os.path.basename(path),
+                start=start,
+                tokens=tokens[number],
+                losses=losses[number],
+                documents=split_documents(tokens[number], data.split.eot),
+            )
+        )
     return rows
 
 
-def compare_with_log(workdir: str, number: int, metrics: Mapping[str, float], skipped: Ranges) -> str:
-    """Returns a line on whether the run logged the same."""
-    path, found = epath.Path(workdir) / "metrics.jsonl", None
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:  # the last one, half written
-            continue
-        if isinstance(row, dict) and row.get("step") == number and "loss" in row:
-            found = row
-    if found is None:
+def compare_with_log(
+    workdir: str,
+    number: int,
+    metrics: Mapping[str, float],
+    *,
+    skipped: Ranges,
+) -> str:
+    """Returns a line that reports whether the run logged the same metrics."""
+    content = read_file(workdir, METRICS_FILE) or b""
+    row = _last_train_row(parse_rows(content), number)
+    if not row:
         return "metrics.jsonl has no such step"
-    if found.get("rollbacks", 0) != len(skipped):
-        return f"metrics.jsonl has this step after {found.get('rollbacks', 0)} rollback(s): not compared"
-    logged = {name: found[name] for name in COMPARED if name in found}
-    other = [f"{name} {value}" for name, value in logged.items() if value != _as_logged(metrics[name])]
-    return (
-        f"DIFFERENT from metrics.jsonl, which has {', '.join(other)}"
-        if other
-        else "equal to metrics.jsonl, bit for bit"
-    )
+    rollbacks = row.get("rollbacks", 0)
+    if rollbacks != len(skipped):
+        return f"metrics.jsonl has this step after {one_line(rollbacks)} rollback(s): not compared"
+    different = []
+    for name in COMPARED:
+        if name in row and row[name] != _as_logged(metrics[name]):
+            different.append(f"{name} {one_line(row[name])}")
+    if different:
+        return f"DIFFERENT from metrics.jsonl, which has {', '.join(different)}"
+    return "equal to metrics.jsonl, bit for bit"
+
+
+def _last_train_row(rows: Iterable[dict[str, Any]], number: int) -> dict[str, Any]:
+    """Returns the last training row of a step, {} without one: after a rollback or resume the log has several."""
+    found: dict[str, Any] = {}
+    for row in rows:
+        if row["step"] == number and "loss" in row:
+            found = row
+    return found
 
 
 def _as_logged(value: float) -> float | None:
+    """Returns a metric as a row has it: null where it is not finite."""
     return value if math.isfinite(value) else None
-
-
-def write(path: str, text: str) -> None:
-    """Writes the file at once or not at all."""
-    partial = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(partial, path)
-    except OSError as error:
-        raise WorkdirError(f"{path}: cannot be written: {error.strerror}; choose another with --out=FILE") from error
-
-
-def cli() -> None:
-    runtime.run_cli(main)
-
-
-if __name__ == "__main__":
-    cli()

@@ -10,10 +10,11 @@ import pytest
 
 from gptjax.convert import __main__ as command
 from gptjax.convert import formats, hub
-from gptjax.convert.formats import Place
+from gptjax.convert.formats import ModelRef
 from gptjax.convert.weights import read_tensors
 from gptjax.errors import ConfigError, DataError, WorkdirError
 from tests.convert.models import CONFIG, write_hf, write_llmc
+from tests.helpers import raises
 
 
 def convert(source, target, *flags):
@@ -22,7 +23,7 @@ def convert(source, target, *flags):
 
 def tensors(place):
     kind, _, path = place.partition(":")
-    return {n: (t.dtype, t.tobytes()) for n, t in read_tensors(formats.open_weights(Place(kind, path)))}
+    return {n: (t.dtype, t.tobytes()) for n, t in read_tensors(formats.open_weights(ModelRef(kind, path)))}
 
 
 def left(folder):
@@ -30,7 +31,7 @@ def left(folder):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_there_and_back_gives_the_same_bytes(tmp_path, dtype, said):
+def test_hf_round_trip_through_gptjax_keeps_every_byte(tmp_path, dtype, said):
     write_hf(tmp_path / "a", dtype=dtype)
     convert(f"hf:{tmp_path}/a", f"gptjax:{tmp_path}/b")
     convert(f"gptjax:{tmp_path}/b", f"hf:{tmp_path}/c")
@@ -41,7 +42,7 @@ def test_there_and_back_gives_the_same_bytes(tmp_path, dtype, said):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_llmc_there_and_back_gives_the_same_file(tmp_path, dtype):
+def test_llmc_round_trip_through_gptjax_writes_the_same_file(tmp_path, dtype):
     write_llmc(tmp_path / "a.bin", dtype=dtype)
     convert(f"llmc:{tmp_path}/a.bin", f"gptjax:{tmp_path}/b", "--dropout=0.1")
     convert(f"gptjax:{tmp_path}/b", f"llmc:{tmp_path}/c.bin")
@@ -50,7 +51,7 @@ def test_llmc_there_and_back_gives_the_same_file(tmp_path, dtype):
     assert config["model"]["dropout"] == 0.1
 
 
-def test_a_rounded_export_is_told_and_compared_with_what_was_sent(tmp_path, said):
+def test_bfloat16_export_reports_the_rounding_and_both_checksums(tmp_path, said):
     write_hf(tmp_path / "a")
     convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/b", "--dtype=bfloat16")
     expected = {n: t.read().astype("bfloat16").tobytes() for n, t in open_tensors(tmp_path / "a").items()}
@@ -60,7 +61,7 @@ def test_a_rounded_export_is_told_and_compared_with_what_was_sent(tmp_path, said
 
 
 def open_tensors(path):
-    return formats.open_weights(Place("hf", str(path))).tensors
+    return formats.open_weights(ModelRef("hf", str(path))).tensors
 
 
 ROWS = 16  # kinds of tensors in a tied model
@@ -114,7 +115,7 @@ DIFFERENCES = {
 
 
 @pytest.mark.parametrize("kind", DIFFERENCES)
-def test_what_differs_is_told(tmp_path, capsys, said, kind):
+def test_dry_run_reports_the_differences_of_each_target(tmp_path, capsys, said, kind):
     write_hf(tmp_path / "a")
     dry_run(capsys, f"hf:{tmp_path}/a", f"--to={kind}:{tmp_path}/b")
     first, tokenizer, *rest = said
@@ -123,7 +124,7 @@ def test_what_differs_is_told(tmp_path, capsys, said, kind):
     assert [line.strip() for line in rest] == DIFFERENCES[kind]
 
 
-def test_a_tokenizer_that_has_no_place_is_told(tmp_path, capsys, said):
+def test_tokenizer_that_the_target_cannot_store_is_reported(tmp_path, capsys, said):
     write_hf(tmp_path / "a", config=CONFIG | {"vocab_size": 257})
     dry_run(capsys, f"hf:{tmp_path}/a", f"--to=llmc:{tmp_path}/b", "--tokenizer=bytes")
     assert any("the tokenizer is left out" in line for line in said)
@@ -133,7 +134,7 @@ def test_an_existing_output_is_kept_unless_forced(tmp_path):
     write_hf(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine").write_text("x")
-    with pytest.raises(ConfigError, match="b: exists; --force replaces it"):
+    with raises(ConfigError, f"{tmp_path}/b", remedy="--force replaces it"):
         convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/b")
     assert left(tmp_path / "b") == ["mine"]
     convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/b", "--force")
@@ -142,7 +143,7 @@ def test_an_existing_output_is_kept_unless_forced(tmp_path):
     assert left(tmp_path) == ["a", "b"]
 
 
-def test_an_empty_directory_is_not_an_output_yet(tmp_path):
+def test_empty_output_directory_is_accepted(tmp_path):
     write_hf(tmp_path / "a")
     (tmp_path / "b").mkdir()
     convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/b")
@@ -150,23 +151,24 @@ def test_an_empty_directory_is_not_an_output_yet(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("target", "message"),
+    ("target", "problem"),
     [
-        ("hf:gs://bucket/model", "written to this machine's disks"),
-        ("llmc:full", r"is a directory; name a file, such as full/model\.bin"),
-        ("nanogpt:empty", r"is a directory; name a file, such as empty/ckpt\.pt"),
-        ("hf:full", r"has the source llmc:full/m\.bin in it"),
-        ("hf:.", "the command runs in that directory"),
-        ("hf:{0}", "the command runs in that directory"),
+        ("hf:gs://bucket/model", "this machine's disks"),
+        ("llmc:full", r"such as full/model\.bin"),
+        ("nanogpt:empty", r"such as empty/ckpt\.pt"),
+        ("hf:full", "contains the source"),
+        ("hf:.", "the command runs"),
+        ("hf:{0}", "the command runs"),
     ],
 )
-def test_force_takes_away_nothing_but_an_old_output(tmp_path, monkeypatch, target, message):
+def test_force_replaces_only_an_old_output(tmp_path, monkeypatch, target, problem):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     write_llmc(tmp_path / "full" / "m.bin")
-    with pytest.raises(ConfigError, match=message):
-        convert("llmc:full/m.bin", target.format(tmp_path), "--force")
+    target = target.format(tmp_path)
+    with raises(ConfigError, "--to", value=target, match=problem):
+        convert("llmc:full/m.bin", target, "--force")
     assert (left(tmp_path), left(tmp_path / "full")) == (["empty", "full"], ["m.bin"])
 
 
@@ -178,7 +180,7 @@ def test_the_source_itself_may_be_replaced(tmp_path):
     assert "README.md" in left(tmp_path / "a")
 
 
-def test_an_output_that_comes_meanwhile_is_kept(tmp_path, monkeypatch):
+def test_output_created_during_the_conversion_is_kept(tmp_path, monkeypatch):
     write_hf(tmp_path / "a")
     plain = formats.write
 
@@ -187,13 +189,13 @@ def test_an_output_that_comes_meanwhile_is_kept(tmp_path, monkeypatch):
         (tmp_path / "b").write_text("theirs")
 
     monkeypatch.setattr(formats, "write", write_while_another_does)
-    with pytest.raises(ConfigError, match="b: exists; --force"):
+    with raises(ConfigError, f"{tmp_path}/b", remedy="--force"):
         convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/b")
     assert (tmp_path / "b").read_text() == "theirs"
     assert left(tmp_path) == ["a", "b"]
 
 
-def test_a_link_to_an_empty_directory_is_followed_and_any_other_replaced(tmp_path):
+def test_output_link_is_followed_only_to_an_empty_directory(tmp_path):
     write_hf(tmp_path / "a")
     (tmp_path / "disk").mkdir()
     (tmp_path / "b").symlink_to("disk")
@@ -202,27 +204,29 @@ def test_a_link_to_an_empty_directory_is_followed_and_any_other_replaced(tmp_pat
     found = left(tmp_path / "disk")
     assert "model.safetensors" in found
     convert(f"hf:{tmp_path}/a", f"llmc:{tmp_path}/c.bin")
-    with pytest.raises(ConfigError, match="exists; --force"):
+    with raises(ConfigError, f"{tmp_path}/b/", remedy="--force"):
         convert(f"llmc:{tmp_path}/c.bin", f"hf:{tmp_path}/b/")
     (tmp_path / "d").symlink_to("nowhere")
-    with pytest.raises(ConfigError, match="exists; --force"):  # abspath: with the slash, nothing would seem to be there
+    with raises(
+        ConfigError, f"{tmp_path}/d/", remedy="--force"
+    ):  # abspath: with the slash, nothing would seem to be there
         convert(f"llmc:{tmp_path}/c.bin", f"hf:{tmp_path}/d/")
     convert(f"llmc:{tmp_path}/c.bin", f"hf:{tmp_path}/b/", "--force")
     assert not (tmp_path / "b").is_symlink()
     assert left(tmp_path / "disk") == found
 
 
-def test_a_failure_leaves_the_old_output_as_it_was(tmp_path):
+def test_failed_conversion_leaves_the_old_output_unchanged(tmp_path):
     write_hf(tmp_path / "a", changes={"ln_f.bias": lambda t: t * np.float32(np.nan)})
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine").write_text("x")
-    with pytest.raises(DataError, match=r"ln_f\.bias"):
+    with raises(DataError, f"hf:{tmp_path}/a", remedy="--allow_nonfinite", match=r"ln_f\.bias"):
         convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/b", "--force")
     assert left(tmp_path) == ["a", "b"]
     assert left(tmp_path / "b") == ["mine"]
 
 
-def test_what_is_read_back_must_be_what_was_sent(tmp_path, monkeypatch):
+def test_conversion_fails_if_the_output_reads_back_differently(tmp_path, monkeypatch):
     write_hf(tmp_path / "a")
     plain = formats.write
 
@@ -233,36 +237,35 @@ def test_what_is_read_back_must_be_what_was_sent(tmp_path, monkeypatch):
         file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
 
     monkeypatch.setattr(formats, "write", write_and_rot)
-    with pytest.raises(DataError, match="is not what is read back"):
+    with raises(DataError, f"hf:{tmp_path}/b", match="read back differ"):
         convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/b")
     assert left(tmp_path) == ["a"]
 
 
-def test_a_target_that_cannot_be_written(tmp_path):
+def test_unwritable_target_is_reported(tmp_path):
     write_hf(tmp_path / "a")
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(WorkdirError, match="cannot be written"):
+    with raises(WorkdirError, f"{tmp_path}/file/b"):
         convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/file/b")
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "parts"),
     [
-        (["--from=hf:a"], "--to is missing"),
-        (["--from=hf:a", "--to=hf:b", "--dropout=1"], "--dropout=1.0: must"),
-        (["--from=hf:a", "--to=llmc:b", "--push=me/it"], "--push: only"),
-        (["--from=hf:a", "--to=gptjax:b", "--dtype=bfloat16"], "parameters of gptjax are float32"),
-        (["--from=hf:a", "--to=hf:b", "--dtype=float8"], "invalid choice: 'float8'"),
-        (["--from=hf:a", "--too=hf:b"], "--too=hf:b: no such flag; nearest: --to"),
+        ([], {"field": "--to", "remedy": "give FORMAT:PATH"}),
+        (["--to=hf:b", "--dropout=1"], {"field": "--dropout", "value": 1.0}),
+        (["--to=llmc:b", "--push=me/it"], {"field": "--push"}),
+        (["--to=gptjax:b", "--dtype=bfloat16"], {"field": "--dtype", "value": "bfloat16"}),
+        (["--to=hf:b", "--dtype=float8"], {"match": "--dtype.* 'float8'"}),
+        (["--too=hf:b"], {"field": "--too=hf:b", "remedy": "nearest: --to"}),
     ],
 )
-def test_a_wrong_flag_is_told(flags, message):
-    with pytest.raises(ConfigError) as caught:
-        command.main(flags)
-    assert message in str(caught.value)
+def test_wrong_flag_is_refused_with_a_reason(flags, parts):
+    with raises(ConfigError, **parts):
+        command.main(["--from=hf:a", *flags])
 
 
-def test_what_was_written_is_uploaded_and_nothing_else(tmp_path, monkeypatch, said):
+def test_push_uploads_the_output_except_in_a_dry_run(tmp_path, monkeypatch, said):
     sent = []
     monkeypatch.setattr(hub, "upload", lambda *names: sent.append((*names, left(tmp_path))) or "https://there/1")
     write_hf(tmp_path / "a")
@@ -273,14 +276,14 @@ def test_what_was_written_is_uploaded_and_nothing_else(tmp_path, monkeypatch, sa
     assert said[-1] == "uploaded to https://there/1"
 
 
-def test_progress_is_told_every_few_seconds(monkeypatch, said):
+def test_progress_is_logged_every_few_seconds(monkeypatch, said):
     now = iter(range(100))
     monkeypatch.setattr(command.time, "perf_counter", lambda: next(now))
     list(command.with_progress(((name, np.zeros(1)) for name in "abcdefghijkl"), 12))
     assert said == ["  50% of the parameters", "  100% of the parameters"]
 
 
-def test_progress_is_told_on_long_work(tmp_path, monkeypatch, said):
+def test_conversion_logs_progress_up_to_100_percent(tmp_path, monkeypatch, said):
     monkeypatch.setattr(command, "REPORT_SECONDS", 0.0)
     write_hf(tmp_path / "a")
     convert(f"hf:{tmp_path}/a", f"hf:{tmp_path}/b")
@@ -289,14 +292,14 @@ def test_progress_is_told_on_long_work(tmp_path, monkeypatch, said):
     assert percents == sorted(percents)
 
 
-def test_the_command_takes_no_accelerator_and_leaves_a_notebook_its_own(tmp_path, monkeypatch):
+def test_only_the_command_line_sets_jax_platforms_to_cpu(tmp_path, monkeypatch):
     write_hf(tmp_path / "a")
     flags = [f"--from=hf:{tmp_path}/a", "--dry_run"]
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     command.main(flags)
     assert "JAX_PLATFORMS" not in os.environ
     monkeypatch.setattr("sys.argv", ["gptjax-convert", *flags])
-    monkeypatch.setattr(command.runtime, "start_logging", lambda: None)
+    monkeypatch.setattr("gptjax.cli.start_logging", lambda: None)
     with pytest.raises(SystemExit) as left_with:
         command.cli()
     assert left_with.value.code == 0
@@ -304,7 +307,7 @@ def test_the_command_takes_no_accelerator_and_leaves_a_notebook_its_own(tmp_path
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
 
 
-def test_the_card_says_what_is_known(tmp_path, twin):
+def test_model_card_states_the_known_training_history(tmp_path, twin):
     convert(f"gptjax:{twin}@8", f"hf:{tmp_path}/a")
     card = (tmp_path / "a" / "README.md").read_text()
     logged = [json.loads(line) for line in (twin / "metrics.jsonl").read_text().splitlines()]

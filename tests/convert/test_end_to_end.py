@@ -1,5 +1,6 @@
 """Weights brought from elsewhere: trained, exported to each form, brought back, sampled and evaluated as they are."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -8,16 +9,18 @@ import sys
 import numpy as np
 import pytest
 
-from gptjax.checkpoint import load_params
+from gptjax.config import GPTConfig
 from gptjax.convert import __main__ as command
 from gptjax.convert import formats
-from gptjax.convert.formats import Place
+from gptjax.convert.formats import ModelRef
 from gptjax.convert.tokenizer_files import write_tokenizer
 from gptjax.convert.weights import read_tensors
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.errors import ConfigError
-from gptjax.start import compare_models
+from gptjax.resume import compare_models
+from gptjax.stored import load_params
 from tests.convert.models import make_tensors, write_hf, write_llmc
+from tests.helpers import raises
 from tests.runs import rows
 
 # As large as the model of tests/runs.py, so that its data and its compiled steps serve here.
@@ -49,7 +52,7 @@ def convert(lab, source, target, **options):
 
 def bits(place):
     kind, _, path = place.partition(":")
-    return {n: t.tobytes() for n, t in read_tensors(formats.open_weights(Place(kind, str(path))))}
+    return {n: t.tobytes() for n, t in read_tensors(formats.open_weights(ModelRef(kind, str(path))))}
 
 
 def test_training_starts_from_the_weights(lab, source, tuned):
@@ -61,7 +64,7 @@ def test_training_starts_from_the_weights(lab, source, tuned):
     assert [name for name in before if before[name] == trained[name]] == []
 
 
-def test_a_run_from_an_import_starts_with_the_very_bits(lab, source, tmp_path):
+def test_first_step_starts_from_the_exact_imported_weights(lab, source, tmp_path):
     lab.train(tmp_path / "run", f"init_from=hf:{source}", "train.num_steps=1", "optim.warmup_steps=1000000")
     _, params, step = load_params(str(tmp_path / "run"))
     moved = np.asarray(params["wpe"]["embedding"]) - make_tensors(SIZES)["wpe.weight"]
@@ -72,7 +75,7 @@ def test_a_run_from_an_import_starts_with_the_very_bits(lab, source, tmp_path):
 @pytest.mark.parametrize(
     "form", ["hf:{0}/out", "llmc:{0}/out.bin", pytest.param("nanogpt:{0}/out.pt", marks=pytest.mark.torch)]
 )
-def test_every_form_and_back_is_bit_equal(lab, tuned, tmp_path, form):
+def test_export_and_reimport_of_each_format_is_bit_equal(lab, tuned, tmp_path, form):
     if form.startswith("nanogpt"):
         pytest.importorskip("torch")
     there = form.format(tmp_path)
@@ -90,7 +93,7 @@ def test_every_form_and_back_is_bit_equal(lab, tuned, tmp_path, form):
 
 
 @pytest.mark.torch
-def test_every_pair_of_forms(lab, source, tmp_path):
+def test_chain_of_all_format_conversions_is_bit_equal(lab, source, tmp_path):
     """A round trip through all of them, each made from the one before."""
     pytest.importorskip("torch")
     places = [f"hf:{source}", f"nanogpt:{tmp_path}/a.pt", f"llmc:{tmp_path}/b.bin", f"gptjax:{tmp_path}/c"]
@@ -100,7 +103,7 @@ def test_every_pair_of_forms(lab, source, tmp_path):
     assert bits(places[-1]) == bits(places[0])
 
 
-def test_sampling_needs_no_conversion(lab, source, tuned, tmp_path):
+def test_sampling_gives_the_same_text_from_every_format(lab, source, tuned, tmp_path):
     """The same text from the work directory and from each form of it."""
     flags = ["--prompt=def ", "--max_new_tokens=24", "--temperature=0.7", "--seed=3"]
     sample = [sys.executable, "-m", "gptjax.sample"]
@@ -116,10 +119,10 @@ def test_sampling_needs_no_conversion(lab, source, tuned, tmp_path):
 def test_a_model_without_a_tokenizer_cannot_be_sampled(lab, tmp_path):
     write_llmc(tmp_path / "m.bin")
     command = [sys.executable, "-m", "gptjax.sample", f"--model=llmc:{tmp_path}/m.bin"]
-    assert "has no tokenizer: give one with --tokenizer" in lab.call(command, expect=2).stderr
+    assert "has no tokenizer; give one with --tokenizer" in lab.call(command, expect=2).stderr
 
 
-def test_evaluation_needs_no_conversion(lab, tuned, tmp_path):
+def test_evaluation_of_an_export_equals_that_of_the_run(lab, tuned, tmp_path):
     evaluate = [sys.executable, "-m", "gptjax.evaluate"]
     pattern = r"validation loss ([\d.]+), perplexity ([\d.]+), ([\d.]+) bits per byte"
     expected = re.search(pattern, lab.call([*evaluate, f"--workdir={tuned}", "--batches=4"]).stdout)
@@ -132,10 +135,12 @@ def test_evaluation_needs_no_conversion(lab, tuned, tmp_path):
     assert found.groups() == expected.groups()
     assert said.startswith(f"hf:{tmp_path}/hf: validation loss")
     refused = lab.call([*evaluate, f"--model=hf:{tmp_path}/hf"], expect=2).stderr
-    assert refused == "error: --model needs --data=DIR, shards to read: gptjax.data.prepare makes them\n"
+    assert refused == (
+        f"error: --model=hf:{tmp_path}/hf: needs --data=DIR, a directory of shards; gptjax.data.prepare creates one\n"
+    )
 
 
-def test_an_import_with_more_rows_than_tokens_is_evaluated_as_it_is(lab, tmp_path):
+def test_import_with_a_larger_vocabulary_can_be_evaluated(lab, tmp_path):
     write_llmc(tmp_path / "m.bin", config=SIZES | {"vocab_size": 260}, padded=384)
     command.main([f"--from=llmc:{tmp_path}/m.bin", f"--to=gptjax:{tmp_path}/c", "--tokenizer=bytes"])
     evaluate = [sys.executable, "-m", "gptjax.evaluate", f"--data={lab.data}", "--batches=1"]
@@ -143,7 +148,7 @@ def test_an_import_with_more_rows_than_tokens_is_evaluated_as_it_is(lab, tmp_pat
     assert re.match(r"step 0: validation loss 5\.\d", said)
 
 
-def test_converted_weights_are_no_run_to_go_on_with(lab, source, tmp_path):
+def test_training_refuses_to_resume_from_converted_weights(lab, source, tmp_path):
     convert(lab, f"hf:{source}", f"gptjax:{tmp_path}/c")
     refused = lab.train(tmp_path / "c", "train.num_steps=2", expect=2).stderr
     assert f"choose another, with --config.init_from=gptjax:{tmp_path}/c" in refused
@@ -159,7 +164,7 @@ def test_positions_that_a_run_does_not_use_are_left_out(lab, source, tmp_path):
     assert "it has block_size=32, this run model.block_size=64" in refused
 
 
-def test_a_larger_vocabulary_than_the_tokenizer_s_is_trained_as_it_is(lab, tmp_path):
+def test_import_with_a_larger_vocabulary_can_be_trained(lab, tmp_path):
     """As of a nanoGPT checkpoint, whose 50,304 rows are more than GPT-2's 50,257 tokens."""
     write_llmc(tmp_path / "m.bin", config=SIZES | {"vocab_size": 260}, padded=384)
     flags = ["model.vocab_size=260", "train.num_steps=1"]
@@ -168,7 +173,20 @@ def test_a_larger_vocabulary_than_the_tokenizer_s_is_trained_as_it_is(lab, tmp_p
     assert "set model.vocab_size=257" in lab.train(tmp_path / "b", *flags, expect=2).stderr
 
 
-def test_another_model_is_told_by_its_fields(source):
-    config = formats.open_weights(Place("hf", str(source))).config
-    with pytest.raises(ConfigError, match=r"n_head=2, this run model\.n_head=4"):
+@pytest.mark.parametrize("field", dataclasses.fields(GPTConfig), ids=lambda field: field.name)
+def test_model_with_any_other_field_except_dropout_is_refused(field):
+    """But for dropout, which is the run's own, and for positions that are left out."""
+    found = GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=16)
+    value = getattr(found, field.name)
+    wanted = dataclasses.replace(found, **{field.name: not value if isinstance(value, bool) else value * 4 + 0.5})
+    if field.name == "dropout":
+        compare_models(found, wanted, "x")
+        return
+    with raises(ConfigError, "init_from", value="x", match=f"{field.name}={value}, .*model.{field.name}="):
+        compare_models(found, wanted, "x")
+
+
+def test_model_mismatch_error_states_both_values(source):
+    config = formats.open_weights(ModelRef("hf", str(source))).config
+    with raises(ConfigError, "init_from", value="x", match=r"n_head=2, .*model\.n_head=4"):
         compare_models(config, type(config)(**vars(config) | {"n_head": 4}), "x")

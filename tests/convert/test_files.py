@@ -7,6 +7,7 @@ import pytest
 
 from gptjax.convert.files import resolve_inside
 from gptjax.errors import DataError
+from tests.helpers import raises
 
 
 @pytest.fixture
@@ -20,11 +21,11 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["config.json", "sub/weights"])
-def test_a_file_inside_is_found(model: Path, name: str) -> None:
+def test_file_inside_the_model_directory_is_resolved(model: Path, name: str) -> None:
     assert resolve_inside(str(model), name) == os.path.realpath(model / name)
 
 
-def test_a_relative_directory_will_do(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_directory_may_be_relative(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(model)
     assert resolve_inside(".", "config.json") == os.path.realpath(model / "config.json")
 
@@ -44,13 +45,13 @@ def test_a_relative_directory_will_do(model: Path, monkeypatch: pytest.MonkeyPat
         "a\nb",
     ],
 )
-def test_a_name_that_leads_elsewhere_is_refused(model: Path, name: str) -> None:
-    with pytest.raises(DataError, match="is not the name of a file inside") as error:
+def test_file_name_outside_the_directory_is_refused(model: Path, name: str) -> None:
+    with raises(DataError, str(model), match="not the name") as error:
         resolve_inside(str(model), name)
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_file_is_missing(model: Path) -> None:
+def test_missing_file_raises_file_not_found(model: Path) -> None:
     with pytest.raises(FileNotFoundError):
         resolve_inside(str(model), "none")
     with pytest.raises(FileNotFoundError):
@@ -63,24 +64,24 @@ def test_a_link_inside_is_followed(model: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["../secret", "../nothing", "/etc/hosts", "sub/out/secret", "../model2/config.json"])
-def test_a_link_that_leads_out_is_refused(model: Path, target: str) -> None:
+def test_link_out_of_the_directory_is_refused(model: Path, target: str) -> None:
     (model.parent / "model2").mkdir()
     (model.parent / "model2" / "config.json").write_text("{}")
     (model / "sub" / "out").symlink_to(model.parent)
     (model / "link").symlink_to(target)
-    with pytest.raises(DataError, match="leads out of the directory"):
+    with raises(DataError, str(model), match="leads out"):
         resolve_inside(str(model), "link")
 
 
-def test_a_linked_directory_is_looked_into(model: Path) -> None:
+def test_linked_model_directory_is_followed(model: Path) -> None:
     (model.parent / "other").symlink_to(model)
     assert resolve_inside(str(model.parent / "other"), "config.json") == os.path.realpath(model / "config.json")
 
 
 @pytest.mark.parametrize("kind", ["directory", "pipe"])
-def test_what_is_not_a_file_is_refused(model: Path, kind: str) -> None:
+def test_directory_or_pipe_in_place_of_a_file_is_refused(model: Path, kind: str) -> None:
     (model / "thing").mkdir() if kind == "directory" else os.mkfifo(model / "thing")
-    with pytest.raises(DataError, match="'thing' is not a file"):
+    with raises(DataError, str(model), match="'thing' is not"):
         resolve_inside(str(model), "thing")
 
 
@@ -103,12 +104,12 @@ def test_a_snapshot_may_link_to_its_blobs(snapshot: Path) -> None:
 
 def test_only_a_snapshot_may_link_to_blobs(snapshot: Path) -> None:
     folder = snapshot.parent.rename(snapshot.parent.parent / "others") / snapshot.name
-    with pytest.raises(DataError, match="leads out"):
+    with raises(DataError, str(folder), match="leads out"):
         resolve_inside(str(folder), "config.json")
 
 
 @pytest.mark.parametrize("through", ["link", "blob", "blobs"])
-def test_a_snapshot_leads_nowhere_else(snapshot: Path, tmp_path: Path, through: str) -> None:
+def test_snapshot_link_outside_its_blobs_is_refused(snapshot: Path, tmp_path: Path, through: str) -> None:
     blobs = tmp_path / "models--a--b" / "blobs"
     (snapshot / "link").symlink_to("../../blobs/secret" if through != "link" else tmp_path / "secret")
     if through == "blob":
@@ -116,5 +117,5 @@ def test_a_snapshot_leads_nowhere_else(snapshot: Path, tmp_path: Path, through: 
     if through == "blobs":
         blobs.rename(tmp_path / "kept")
         blobs.symlink_to(tmp_path)
-    with pytest.raises(DataError, match="leads out"):
+    with raises(DataError, str(snapshot), match="leads out"):
         resolve_inside(str(snapshot), "link")

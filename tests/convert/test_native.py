@@ -6,13 +6,17 @@ import types
 import numpy as np
 import pytest
 
-from gptjax.checkpoint import Checkpointer, load_params, save_params
+from gptjax.checkpoint import Checkpointer
 from gptjax.config import GPTConfig, from_dict
 from gptjax.convert import huggingface, native
+from gptjax.convert.native import save_params
 from gptjax.convert.weights import read_leaves, read_tensors
 from gptjax.data.tokenizer import load_tokenizer, make_tokenizer
 from gptjax.errors import DataError
+from gptjax.params import rows
+from gptjax.stored import load_params
 from tests.convert.models import CONFIG, write_hf
+from tests.helpers import raises
 
 
 @pytest.fixture
@@ -21,7 +25,7 @@ def imported(tmp_path):
     tensors = write_hf(tmp_path / "hf", dtype="bfloat16")
     weights = huggingface.read(str(tmp_path / "hf"), origin="hf:x")
     (tmp_path / "run").mkdir()
-    native.write(str(tmp_path / "run"), str(tmp_path / "run"), weights, read_tensors(weights))
+    native.write(str(tmp_path / "run"), str(tmp_path / "run"), weights, tensors=read_tensors(weights))
     return tmp_path / "run", tensors
 
 
@@ -29,7 +33,7 @@ def read(path):
     return native.read(str(path))
 
 
-def test_the_way_back_is_exact_and_remembers_the_dtype(imported):
+def test_import_reads_back_exactly_and_keeps_its_dtype(imported):
     workdir, tensors = imported
     weights = read(workdir)
     assert weights.origin == f"gptjax:{workdir}@0"
@@ -39,7 +43,7 @@ def test_the_way_back_is_exact_and_remembers_the_dtype(imported):
     assert {n: t.astype("bfloat16").tobytes() for n, t in found.items()} == {n: t.tobytes() for n, t in tensors.items()}
 
 
-def test_the_trainer_s_own_reader_takes_it(imported):
+def test_load_params_reads_an_import(imported):
     workdir, tensors = imported
     config, params, step = load_params(str(workdir))
     assert (step, config.model.n_layer, config.data.tokenizer) == (0, 2, "gpt2")
@@ -48,14 +52,14 @@ def test_the_trainer_s_own_reader_takes_it(imported):
     assert json.loads((workdir / "config.json").read_text()) == config.to_dict()
 
 
-def test_a_directory_and_a_checkpoint_in_it_are_the_same(imported):
+def test_workdir_and_checkpoint_paths_give_the_same_weights(imported):
     workdir, _ = imported
     tensors = [dict(read_tensors(read(place))) for place in (workdir, workdir / "checkpoints" / "0")]
     assert {n: t.tobytes() for n, t in tensors[0].items()} == {n: t.tobytes() for n, t in tensors[1].items()}
     assert read(f"{workdir}@0").origin == read(workdir / "checkpoints" / "0").origin == f"gptjax:{workdir}@0"
 
 
-def test_an_at_sign_in_a_name_is_no_step(imported):
+def test_at_sign_in_a_directory_name_is_not_a_step(imported):
     workdir, _ = imported
     twin = workdir.rename(workdir.with_name("me@home"))
     assert read(twin).origin == f"gptjax:{twin}@0"
@@ -64,15 +68,19 @@ def test_an_at_sign_in_a_name_is_no_step(imported):
     assert read(f"{twin}@0").origin == f"gptjax:{twin}@0"
 
 
-def test_what_is_not_there_is_told(imported, tmp_path):
+def test_missing_checkpoint_or_directory_is_reported(imported, tmp_path):
     workdir, _ = imported
-    with pytest.raises(DataError, match=r"no checkpoint of step 7; there are: 0"):
-        read(f"{workdir}@7")
-    with pytest.raises(DataError, match="no such directory"):
-        read(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no checkpoint; there are: none"):
-        read(tmp_path / "empty")
+    with raises(DataError, str(workdir), match="step 7; available: 0"):
+        read(f"{workdir}@7")
+    for step in ("9" * 5000, "\u00b2"):
+        with raises(DataError, f"{workdir}@{step}", match="no such directory"):
+            read(f"{workdir}@{step}")
+    with raises(DataError, f"{workdir}/checkpoints/\u00b2", match="no such directory"):
+        read(workdir / "checkpoints" / "\u00b2")
+    for place, problem in ((tmp_path / "nowhere", "no such directory"), (tmp_path / "empty", "available: none")):
+        with raises(DataError, str(place), match=problem):
+            read(place)
 
 
 @pytest.mark.parametrize("folder", [False, True])
@@ -83,7 +91,7 @@ def test_a_link_in_a_checkpoint_is_refused(imported, tmp_path, folder):
     place = next(p for p in sorted(step.rglob("*")) if p.is_dir() == folder)
     place.rename(tmp_path / "elsewhere")
     place.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match=f"damaged: '{place.name}' is a link"):
+    with raises(DataError, str(step), match=f"'{place.name}' is a link"):
         read(workdir)
 
 
@@ -92,7 +100,7 @@ def rewrite_record(workdir, **model):
     record = Checkpointer(str(workdir)).read_record(0)
     config = record.config | {"model": record.config["model"] | model}
     shutil.rmtree(workdir / "checkpoints" / "0")
-    params = [("wte/embedding", np.zeros((128, 16), np.float32))]
+    params = [(row.path, np.zeros((128, 16), np.float32)) for row in rows(GPTConfig())]
     save_params(str(workdir), params, config=types.SimpleNamespace(to_dict=lambda: config), history={})
 
 
@@ -100,39 +108,46 @@ def rewrite_record(workdir, **model):
     "said",
     [[1], {"dtype": "int8", "history": 3}, {"dtype": ["x"], "history": {"step": "x", "loss": float("nan"), "data": 1}}],
 )
-def test_an_import_that_says_nonsense_of_its_source_is_read_without_that(imported, said):
+def test_invalid_import_history_is_ignored(imported, said):
     workdir, _ = imported
     weights = read(workdir)
-    leaves, config = list(read_leaves(weights, read_tensors(weights))), Checkpointer(str(workdir)).read_record(0).config
+    leaves, config = (
+        list(read_leaves(weights, read_tensors(weights))),
+        Checkpointer(str(workdir)).read_record(0).config,
+    )
     shutil.rmtree(workdir / "checkpoints" / "0")
     save_params(str(workdir), leaves, config=from_dict(config), history={"imported": said})
     weights = read(workdir)
     assert (weights.dtype, weights.history) == ("float32", {})
 
 
-def test_a_record_of_another_shape_is_damaged(imported):
+def test_record_with_an_invalid_history_is_damaged(imported):
     workdir, _ = imported
     weights = read(workdir)
-    leaves, config = list(read_leaves(weights, read_tensors(weights))), Checkpointer(str(workdir)).read_record(0).config
+    leaves, config = (
+        list(read_leaves(weights, read_tensors(weights))),
+        Checkpointer(str(workdir)).read_record(0).config,
+    )
     shutil.rmtree(workdir / "checkpoints" / "0")
     save_params(str(workdir), leaves, config=from_dict(config), history=[1])
-    with pytest.raises(DataError, match="damaged: record unreadable"):
+    with raises(DataError, f"{workdir}/checkpoints/0", match="record unreadable"):
         read(workdir)
 
 
 @pytest.mark.parametrize(
-    ("model", "reason"),
+    ("model", "field", "problem"),
     [
-        ({"n_layer": 10**9}, "n_layer=1000000000: expected at most"),
-        ({"n_layer": 0}, "damaged: model.n_layer=0: must be at least 1"),
-        ({"n_embd": "x"}, "damaged: model.n_embd='x': expected a whole number"),
-        ({"n_embd": 2**31, "n_head": 2}, "damaged: wte/embedding"),
+        ({"n_layer": 10**9}, "gptjax:{}@0", "n_layer=1000000000"),
+        ({"n_layer": 0}, "{}/checkpoints/0", "model.n_layer=0"),
+        ({"n_embd": "x"}, "{}/checkpoints/0", "model.n_embd=x"),
+        ({"n_embd": 2**31, "n_head": 2}, "{}/checkpoints/0", "wte/embedding"),
+        ({"block_size": 300}, "{}/checkpoints/0", r"wpe/embedding .*\[128, 16\].*\[300, 16\]"),
     ],
 )
-def test_a_record_that_promises_too_much(imported, model, reason):
+def test_record_with_impossible_sizes_is_refused(imported, model, field, problem):
     workdir, _ = imported
     rewrite_record(workdir, **model)
-    with pytest.raises(DataError, match=reason):
+    with raises(DataError, field.format(workdir), match=problem):
         list(read_tensors(read(workdir)))
 
 
@@ -144,7 +159,7 @@ def test_one_flipped_bit_in_any_data_file_is_found(imported):
     for path in files:
         whole = path.read_bytes()
         path.write_bytes(whole[:-20] + bytes([whole[-20] ^ 16]) + whole[-19:])
-        with pytest.raises(DataError, match=r"damaged: .* is (not what was saved|unreadable)"):
+        with raises(DataError, f"{workdir}/checkpoints/0", match="not what was saved|unreadable"):
             dict(read_tensors(read(workdir)))
         path.write_bytes(whole)
     assert len(dict(read_tensors(read(workdir)))) == len(tensors)
@@ -153,13 +168,14 @@ def test_one_flipped_bit_in_any_data_file_is_found(imported):
 def test_a_damaged_record_names_the_other_checkpoints(twin, tmp_path):
     shutil.copytree(twin, tmp_path / "run")
     steps = Checkpointer(str(tmp_path / "run")).steps()
-    (tmp_path / "run" / "checkpoints" / str(steps[-1]) / "_CHECKPOINT_METADATA").write_text("{}")
-    with pytest.raises(DataError, match=rf"{steps[-1]}: damaged: record unreadable .* take another with @STEP: 4, 8"):
+    newest = tmp_path / "run" / "checkpoints" / str(steps[-1])
+    (newest / "_CHECKPOINT_METADATA").write_text("{}")
+    with raises(DataError, str(newest), remedy="with @STEP: 4, 8", match="record unreadable"):
         read(tmp_path / "run")
     assert read(f"{tmp_path}/run@8").origin.endswith("run@8")
 
 
-def test_a_trained_run_says_what_was_trained_and_how_well(twin):
+def test_trained_run_has_its_history_losses_and_tokenizer(twin):
     weights = read(f"{twin}@8")
     history = weights.history
     rows = [json.loads(line) for line in (twin / "metrics.jsonl").read_text().splitlines()]
@@ -171,7 +187,7 @@ def test_a_trained_run_says_what_was_trained_and_how_well(twin):
     assert weights.dtype == "float32"
 
 
-def test_a_tokenizer_of_one_s_own_is_kept_by_its_file(tmp_path):
+def test_custom_tokenizer_is_saved_in_the_work_directory(tmp_path):
     write_hf(tmp_path / "hf", config=CONFIG | {"vocab_size": 258})
     saved = json.loads(load_tokenizer_bytes(tmp_path))
     saved["name"], saved["tokens"] = "mine", [*saved["tokens"], "YWI="]
@@ -179,14 +195,14 @@ def test_a_tokenizer_of_one_s_own_is_kept_by_its_file(tmp_path):
     weights = huggingface.read(str(tmp_path / "hf"), origin="hf:x")
     weights = type(weights)(**vars(weights) | {"tokenizer": load_tokenizer(str(tmp_path / "mine.json"))})
     (tmp_path / "new").mkdir()
-    native.write(str(tmp_path / "new"), str(tmp_path / "run"), weights, read_tensors(weights))
+    native.write(str(tmp_path / "new"), str(tmp_path / "run"), weights, tensors=read_tensors(weights))
     (tmp_path / "new").rename(tmp_path / "run")
     config, _, _ = load_params(str(tmp_path / "run"))
     assert config.data.tokenizer == str(tmp_path / "run" / "tokenizer.json")
     assert load_tokenizer(config.data.tokenizer).sha256 == weights.tokenizer.sha256
 
 
-def test_a_tokenizer_of_one_s_own_may_have_the_name_of_a_built_in_one():
+def test_custom_tokenizer_may_have_a_built_in_name():
     mine = make_tokenizer("bytes", ".", {bytes([byte]): byte for byte in range(256)})
     assert native._tokenizer_name(mine, "run") == os.path.abspath("run/tokenizer.json")
     assert native._tokenizer_name(load_tokenizer("bytes"), "run") == "bytes"

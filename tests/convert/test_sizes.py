@@ -72,7 +72,7 @@ def convert(folder, source, target):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_there_and_back_is_the_same_byte_for_byte(tmp_path: pathlib.Path, size):
+def test_round_trip_is_byte_equal_within_the_memory_limit(tmp_path: pathlib.Path, size):
     n_layer, n_head, n_embd = SIZES[size]
     config = {"vocab_size": 50257, "n_positions": 1024, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
     expected = write_random(tmp_path / "a", config)

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptjax.convert.tokenizer_files import read_tokenizer, write_tokenizer
-from gptjax.data.tokenizer import END_OF_TEXT, GPT2_PATTERN, Tokenizer, load_tokenizer, make_tokenizer
+from gptjax.data.patterns import CL100K, GPT2_PATTERN, LLAMA3
+from gptjax.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -32,14 +33,6 @@ TEXTS = [
     "a  \nb\nc $  \n  d  ",
     " clean up . , ! ? n't 's these",
 ]
-CL100K = (
-    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"""
-    r"""|\s++$|\s*[\r\n]|\s+(?!\S)|\s"""
-)
-LLAMA3 = (
-    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
-    r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
-)
 PATTERNS = {
     "cl100k": CL100K,
     "llama3": LLAMA3,
@@ -95,7 +88,9 @@ NAMES = ["gpt2", "bytes", *PATTERNS]
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_the_ids_of_hard_texts(name: str, text: str, root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_transformers_gives_our_ids_for_hard_texts(
+    name: str, text: str, root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     ours, theirs = pair(name, root)
     ids = theirs(text)["input_ids"]
     assert ids == ours.encode(text)
@@ -106,7 +101,7 @@ def test_the_ids_of_hard_texts(name: str, text: str, root: Path, capfd: pytest.C
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=60) | st.text("aeth1 '\r\n\t12sS.\u017f\x85", max_size=60))
-def test_the_ids_of_any_text(name: str, root: Path, text: str) -> None:
+def test_transformers_gives_our_ids_for_any_text(name: str, root: Path, text: str) -> None:
     ours, theirs = pair(name, root)
     ids = theirs(text)["input_ids"]
     assert ids == ours.encode(text)
@@ -114,7 +109,7 @@ def test_the_ids_of_any_text(name: str, root: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "cl100k"])
-def test_the_ids_of_every_character(name: str, root: Path) -> None:
+def test_transformers_gives_our_ids_for_every_character(name: str, root: Path) -> None:
     ours, theirs = pair(name, root)
     letters = [chr(code) for code in range(0x20000) if not 0xD800 <= code < 0xE000]  # all planes took 25 s
     for start in range(0, len(letters), 1000):
@@ -122,13 +117,13 @@ def test_the_ids_of_every_character(name: str, root: Path) -> None:
         assert theirs(text, verbose=False)["input_ids"] == ours.encode(text)
 
 
-def test_patterns_differ() -> None:
+def test_patterns_of_these_tests_give_different_ids() -> None:
     ids = {tuple(grow(pattern).encode("".join(TEXTS))) for pattern in PATTERNS.values()}
     assert len(ids) == len(PATTERNS) - 1  # Llama 3's is cl100k's without possessive quantifiers
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_special_token(name: str, root: Path) -> None:
+def test_end_of_text_is_bos_eos_and_unk_in_transformers(name: str, root: Path) -> None:
     ours, theirs = pair(name, root)
     assert [theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id] == [ours.eot_id] * 3
     assert len(theirs) == ours.vocab_size
@@ -138,7 +133,7 @@ def test_the_special_token(name: str, root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_transformers_takes_what_was_written(name: str, root: Path) -> None:
+def test_transformers_keeps_the_written_class_and_pre_tokenizer(name: str, root: Path) -> None:
     ours, theirs = pair(name, root)
     wanted = "GPT2Tokenizer" if ours.pattern == GPT2_PATTERN else "TokenizersBackend"
     assert type(theirs).__name__ == wanted
@@ -148,7 +143,7 @@ def test_transformers_takes_what_was_written(name: str, root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tokenizers_alone_reads_the_file(name: str, root: Path) -> None:
+def test_tokenizers_library_gives_our_ids_from_the_file(name: str, root: Path) -> None:
     ours, _ = pair(name, root)
     theirs = tokenizers.Tokenizer.from_file(str(root / name / "tokenizer.json"))
     for text in TEXTS:
@@ -157,7 +152,7 @@ def test_tokenizers_alone_reads_the_file(name: str, root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_transformers_saves_again_is_the_same(name: str, root: Path, tmp_path: Path) -> None:
+def test_tokenizer_resaved_by_transformers_keeps_its_hash(name: str, root: Path, tmp_path: Path) -> None:
     ours, theirs = pair(name, root)
     theirs.save_pretrained(str(tmp_path))
     again, line = read_tokenizer(str(tmp_path))
@@ -165,7 +160,7 @@ def test_what_transformers_saves_again_is_the_same(name: str, root: Path, tmp_pa
     assert again.sha256 == ours.sha256
 
 
-def test_a_padding_token_of_theirs_is_left_out(root: Path, tmp_path: Path) -> None:
+def test_padding_token_of_transformers_is_left_out(root: Path, tmp_path: Path) -> None:
     ours, _ = pair("gpt2", root)
     theirs = load(root / "gpt2")
     theirs.add_special_tokens({"pad_token": "[PAD]"})
@@ -193,7 +188,7 @@ def train(folder: Path, *, special_first: bool) -> Any:
     return theirs
 
 
-def test_a_tokenizer_of_theirs_makes_the_same_ids_here(tmp_path: Path) -> None:
+def test_tokenizer_trained_by_tokenizers_gives_the_same_ids(tmp_path: Path) -> None:
     theirs = train(tmp_path / "trained", special_first=False)
     ours, line = read_tokenizer(str(tmp_path / "trained"))
     assert ours is not None, line
@@ -202,7 +197,7 @@ def test_a_tokenizer_of_theirs_makes_the_same_ids_here(tmp_path: Path) -> None:
         assert ours.encode(text) == theirs.encode(text).ids
 
 
-def test_special_tokens_first_cannot_be_represented(tmp_path: Path) -> None:
+def test_tokenizer_with_special_tokens_first_is_refused(tmp_path: Path) -> None:
     train(tmp_path / "trained", special_first=True)
     ours, line = read_tokenizer(str(tmp_path / "trained"))
     assert ours is None

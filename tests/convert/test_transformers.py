@@ -11,11 +11,12 @@ import pytest
 from gptjax.config import GPTConfig
 from gptjax.convert import __main__ as command
 from gptjax.convert import formats
-from gptjax.convert.names import rows, shapes
+from gptjax.convert.names import shapes
 from gptjax.convert.weights import read_leaves, read_tensors
+from gptjax.generate import generate
 from gptjax.loss import cross_entropy
-from gptjax.model import GPT, count_params, head
-from gptjax.sample import generate
+from gptjax.model import GPT, unembedding
+from gptjax.params import count_params, rows
 from gptjax.sharding import path_name
 
 torch = pytest.importorskip("torch")
@@ -44,7 +45,7 @@ def theirs(directory):
 
 @pytest.fixture(scope="module")
 def weights(directory):
-    return formats.open_weights(formats.Place("hf", str(directory)))
+    return formats.open_weights(formats.ModelRef("hf", str(directory)))
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +57,12 @@ def tokens_BT(shape):
     return np.random.default_rng(1).integers(50257, size=shape)
 
 
-def test_it_is_gpt2_small(weights):
+def test_imported_model_is_gpt2_small(weights):
     assert weights.config == GPTConfig(dropout=0.0)
     assert count_params(weights.config) == 124_439_808
 
 
-def test_logits(theirs, weights, params):
+def test_logits_equal_transformers(theirs, weights, params):
     tokens = tokens_BT((2, 96))
     with torch.no_grad():
         expected_BTV = theirs(torch.from_numpy(tokens)).logits.numpy()
@@ -71,7 +72,7 @@ def test_logits(theirs, weights, params):
     assert np.abs(logits_BTV - expected_BTV).max() <= 1e-5 * np.abs(expected_BTV).max()
 
 
-def test_gradients(theirs, weights, params):
+def test_gradients_equal_transformers(theirs, weights, params):
     tokens, config = tokens_BT((1, 65)), weights.config
     theirs.zero_grad()
     theirs(torch.from_numpy(tokens), labels=torch.from_numpy(tokens)).loss.backward()
@@ -81,7 +82,7 @@ def test_gradients(theirs, weights, params):
 
     def loss(params, tokens_BT):
         x_BTD = GPT(config).apply({"params": params}, tokens_BT[:, :-1], method="hidden")
-        sums = cross_entropy(x_BTD, head(params), tokens_BT[:, 1:], vocab_size=config.vocab_size, chunk=0)
+        sums = cross_entropy(x_BTD, unembedding(params), tokens_BT[:, 1:], vocab_size=config.vocab_size, chunk=0)
         return sums.loss / sums.tokens
 
     grads = jax.jit(jax.grad(loss))(params, jnp.asarray(tokens, jnp.int32))
@@ -91,7 +92,7 @@ def test_gradients(theirs, weights, params):
     assert {name: error for name, error in errors.items() if not error <= 1e-4} == {}
 
 
-def test_greedy_generation_is_equal_for_100_tokens(theirs, weights, params):
+def test_greedy_generation_equals_transformers_for_100_tokens(theirs, weights, params):
     prompt = tokens_BT((7,)).tolist()
     with torch.no_grad():
         expected = theirs.generate(
@@ -123,7 +124,7 @@ def complaints(caplog):
     transformers.logging.disable_propagation()
 
 
-def test_the_export_loads_without_a_complaint_and_is_the_same(theirs, exported, complaints):
+def test_export_loads_into_transformers_unchanged_and_without_warnings(theirs, exported, complaints):
     model, info = transformers.GPT2LMHeadModel.from_pretrained(exported, output_loading_info=True)
     assert {name: list(found) for name, found in info.items() if found} == {}
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
@@ -134,14 +135,14 @@ def test_the_export_loads_without_a_complaint_and_is_the_same(theirs, exported, 
     assert tokenizer("Hello world")["input_ids"] == [15496, 995]
 
 
-def test_the_complaints_would_be_seen(exported, complaints, tmp_path):
+def test_complaints_fixture_captures_warnings_of_transformers(exported, complaints, tmp_path):
     settings = transformers.GPT2Config.from_pretrained(exported)
     settings.tie_word_embeddings, settings.add_cross_attention = False, True
     transformers.GPT2LMHeadModel.from_pretrained(exported, config=settings)
     assert complaints() != []
 
 
-def test_automatic_classes_find_everything(exported, complaints):
+def test_auto_classes_load_the_export(exported, complaints):
     model = transformers.AutoModelForCausalLM.from_pretrained(exported)
     assert type(model).__name__ == "GPT2LMHeadModel"
     assert (model.generation_config.eos_token_id, model.config.n_positions) == (50256, 1024)
@@ -149,7 +150,7 @@ def test_automatic_classes_find_everything(exported, complaints):
     assert complaints() == []
 
 
-def test_a_bfloat16_export_is_theirs_rounded(theirs, directory, tmp_path):
+def test_bfloat16_export_equals_the_rounded_original(theirs, directory, tmp_path):
     command.main([f"--from=hf:{directory}", f"--to=hf:{tmp_path}/half", "--dtype=bfloat16"])
     model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "half")
     assert model.dtype == torch.bfloat16
@@ -160,7 +161,7 @@ def test_a_bfloat16_export_is_theirs_rounded(theirs, directory, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_kind_of_theirs_comes_back_bit_for_bit(dtype, tied, tmp_path):
+def test_round_trip_of_transformers_models_is_bit_equal(dtype, tied, tmp_path):
     settings = transformers.GPT2Config(
         n_positions=16, vocab_size=67, n_layer=2, n_head=2, n_embd=8, tie_word_embeddings=tied,
         bos_token_id=0, eos_token_id=0,
@@ -178,7 +179,7 @@ def test_every_kind_of_theirs_comes_back_bit_for_bit(dtype, tied, tmp_path):
     assert [name for name in expected if not torch.equal(expected[name], back[name])] == []
 
 
-def test_the_pickled_form_reads_the_same(tmp_path):
+def test_pickled_and_safetensors_weights_read_the_same(tmp_path):
     settings = transformers.GPT2Config(n_positions=16, vocab_size=67, n_layer=2, n_head=2, n_embd=8)
     model = transformers.GPT2LMHeadModel(settings)
     model.save_pretrained(tmp_path / "a")
@@ -187,7 +188,9 @@ def test_the_pickled_form_reads_the_same(tmp_path):
     torch.save(model.state_dict(), tmp_path / "b" / "pytorch_model.bin")
     torch.save(model.state_dict(), tmp_path / "legacy", _use_new_zipfile_serialization=False)
     read = lambda: {  # noqa: E731
-        kind: {n: t.tobytes() for n, t in read_tensors(formats.open_weights(formats.Place("hf", f"{tmp_path}/{kind}")))}
+        kind: {
+            n: t.tobytes() for n, t in read_tensors(formats.open_weights(formats.ModelRef("hf", f"{tmp_path}/{kind}")))
+        }
         for kind in ("a", "b")
     }
     both = read()

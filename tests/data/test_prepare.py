@@ -13,11 +13,13 @@ import pytest
 
 from gptjax.config import DataConfig
 from gptjax.data import prepare as prepare_module
-from gptjax.data import tokens
+from gptjax.data import progress, tokens
+from gptjax.data.meta import read_meta
 from gptjax.data.prepare import default_path, ensure_prepared, prepare
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.data.tokens import open_split
-from gptjax.errors import ConfigError, DataError
+from gptjax.errors import ConfigError, DataError, WorkdirError
+from tests.helpers import raises
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = load_tokenizer("bytes")
@@ -97,7 +99,7 @@ def read_all(folder: Path) -> dict[str, bytes]:
 
 def documents_of(folder: Path, split: str) -> list[str]:
     shards = open_split(str(folder), split, tokenizer=TOKENIZER).shards
-    ids = np.concatenate(shards)
+    ids = np.concatenate([shard.read() for shard in shards])
     assert ids[-1] == TOKENIZER.eot_id
     parts = np.split(ids, np.flatnonzero(ids == TOKENIZER.eot_id) + 1)[:-1]
     return [TOKENIZER.decode(part[:-1]) for part in parts]
@@ -113,8 +115,8 @@ def test_every_document_is_in_one_split(corpus: Path, prepared: Path) -> None:
     assert train == [text for text in texts if text in set(train)]  # in the order of the source
 
 
-def test_meta_counts_what_is_there(prepared: Path) -> None:
-    meta = tokens.read_meta(str(prepared))
+def test_meta_counts_documents_bytes_and_tokens(prepared: Path) -> None:
+    meta = read_meta(str(prepared))
     assert meta is not None
     for split in ("train", "validation"):
         documents, part = documents_of(prepared, split), meta.splits[split]
@@ -150,13 +152,13 @@ def test_batches_do_not_change_the_result(
 
 @pytest.mark.faults
 @pytest.mark.parametrize("every", [0, 50, 90])
-def test_k1_killed_at_every_write_it_ends_in_the_same_bytes(
+def test_k1_prepare_killed_at_every_write_ends_byte_equal(
     corpus: Path, prepared: Path, tmp_path: Path, every: int
 ) -> None:
     """every=0: killed at the 2nd, then at the 4th, ... write; else each run gets so far, or to its end."""
     out = tmp_path / "out"
     arguments = [sys.executable, "-c", KILLER, str(every), *command(corpus, out)]
-    run = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout.split("runs ")[-1]) > 1
     assert re.search(r"continuing after \d+ documents", run.stdout)
@@ -167,7 +169,7 @@ def test_k1_killed_at_every_write_it_ends_in_the_same_bytes(
 
 def interrupt(corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch, batches: int = 3) -> None:
     """Leaves a preparation as a kill after some batches would."""
-    write, count = prepare_module._write_journal, iter(range(10**9))
+    write, count = prepare_module.write_journal, iter(range(10**9))
 
     def stop(partial: str, journal: prepare_module.Journal) -> None:
         write(partial, journal)
@@ -176,13 +178,13 @@ def interrupt(corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch, batches:
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module, "BATCH_BYTES", 4000)
-        patch.setattr(prepare_module, "_write_journal", stop)
+        patch.setattr(prepare_module, "write_journal", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare_corpus(corpus, out)
 
 
 @pytest.mark.faults
-def test_k1_what_was_written_after_the_journal_is_taken_away(
+def test_k1_bytes_written_after_the_journal_are_removed(
     corpus: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt(corpus, tmp_path / "out", monkeypatch)
@@ -197,16 +199,35 @@ def test_k1_what_was_written_after_the_journal_is_taken_away(
 
 
 @pytest.mark.faults
-def test_x1_less_than_the_journal_says(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["lock", "shards/train_000000.bin", "shards/train_000001.bin"])
+def test_l2_a_link_in_an_unfinished_preparation_is_not_written_through(
+    name: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     interrupt(corpus, tmp_path / "out", monkeypatch)
-    os.truncate(tmp_path / "out.partial" / "shards" / "train_000000.bin", 1500)
-    with pytest.raises(DataError, match=r"train_000000\.bin: less is left than the journal says: remove"):
+    outside, path = tmp_path / "outside", tmp_path / "out.partial" / name
+    content = path.read_bytes() if path.exists() else b""
+    outside.write_bytes(content + b"do not touch")
+    path.unlink(missing_ok=True)
+    path.symlink_to(outside)
+    with raises(WorkdirError, f"{tmp_path}/out", match="symbolic link"):
+        prepare_corpus(corpus, tmp_path / "out")
+    assert outside.read_bytes() == content + b"do not touch"
+
+
+@pytest.mark.faults
+def test_x1_shard_shorter_than_the_journal_is_refused(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(corpus, tmp_path / "out", monkeypatch)
+    path = f"{tmp_path}/out.partial/shards/train_000000.bin"
+    os.truncate(path, 1500)
+    with raises(DataError, path, remedy=f"remove {tmp_path}/out.partial"):
         prepare_corpus(corpus, tmp_path / "out")
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("change", ["text", "name", "fewer", "journal"])
-def test_o2_a_changed_source_starts_over(
+def test_o2_changed_source_restarts_the_preparation(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     copy = tmp_path / "corpus"
@@ -231,7 +252,7 @@ def test_o2_a_changed_source_starts_over(
     assert read_all(tmp_path / "out") == read_all(tmp_path / "twin")
 
 
-def test_other_settings_start_over(
+def test_changed_settings_restart_the_preparation(
     corpus: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, lines = tmp_path / "out", []
@@ -241,32 +262,31 @@ def test_other_settings_start_over(
     assert read_all(out) != read_all(prepared)
 
 
-def test_an_existing_directory(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+def test_existing_output_is_kept_or_refused(corpus: Path, prepared: Path, tmp_path: Path) -> None:
     before, lines = read_all(prepared), []
     prepare_corpus(corpus, prepared, lines)
     assert "already prepared" in lines[0]
-    with pytest.raises(ConfigError, match=f"already prepared from source text:{corpus} and tokenizer bytes"):
+    with raises(ConfigError, str(prepared), remedy="choose another --out", match=f"source text:{corpus}"):
         prepare_corpus(corpus, prepared, source=f"lines:{corpus}")
-    with pytest.raises(ConfigError, match="tokenizer bytes"):
+    with raises(ConfigError, str(prepared), match="tokenizer bytes"):
         prepare(source=f"text:{corpus}", tokenizer=load_tokenizer("gpt2"), out=str(prepared))
     assert read_all(prepared) == before
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(ConfigError, match="was not written by prepare"):
-        prepare_corpus(corpus, tmp_path)
-    with pytest.raises(ConfigError, match="was not written by prepare"):
-        prepare_corpus(corpus, tmp_path / "mine.txt")
+    for path in (tmp_path, tmp_path / "mine.txt"):
+        with raises(ConfigError, str(path), remedy="choose another --out"):
+            prepare_corpus(corpus, path)
     (tmp_path / "empty").mkdir()
     prepare_corpus(corpus, tmp_path / "empty")
     assert read_all(tmp_path / "empty") == before
 
 
 @pytest.mark.faults
-def test_l1_two_at_once_and_a_dead_holder(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+def test_l1_waiting_preparations_continue_after_the_holder_dies(corpus: Path, prepared: Path, tmp_path: Path) -> None:
     """One prepares, the other waits and finds it done; the lock of a killed process is free."""
     out = tmp_path / "out"
     slow = (
-        "import sys, time; from gptjax.data import prepare as p; p.BATCH_BYTES = 4000; write = p._write_journal;"
-        "p._write_journal = lambda *a: (write(*a), print('batch', flush=True), time.sleep(float(sys.argv.pop(1))));"
+        "import sys, time; from gptjax.data import prepare as p; p.BATCH_BYTES = 4000; write = p.write_journal;"
+        "p.write_journal = lambda *a: (write(*a), print('batch', flush=True), time.sleep(float(sys.argv.pop(1))));"
         "sys.argv[1:1] = [sys.argv[1]] * 99; p.main([a for a in sys.argv if a.startswith('--')])"
     )
 
@@ -283,7 +303,7 @@ def test_l1_two_at_once_and_a_dead_holder(corpus: Path, prepared: Path, tmp_path
             assert third.stdout is not None
             assert "another process is preparing it: waiting" in third.stdout.readline()
             dead.kill()
-            said = waiting.communicate(timeout=30)[0] + third.communicate(timeout=30)[0]
+            said = waiting.communicate(timeout=120)[0] + third.communicate(timeout=30)[0]
     assert (waiting.returncode, third.returncode) == (0, 0)
     assert said.count("continuing after") == 1
     assert said.count("by another process or") == 1
@@ -295,26 +315,27 @@ def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "one.txt").write_text("a line\nanother\n")
-    with pytest.raises(DataError, match=r"try more than one document, or --source=lines:.*one\.txt to take each line"):
-        prepare_corpus(corpus, tmp_path / "out", source=f"text:{corpus}/one.txt")
+    path = f"{corpus}/one.txt"
+    with raises(DataError, "data.source", value=f"text:{path}", remedy=f"--source=lines:{path}"):
+        prepare_corpus(corpus, tmp_path / "out", source=f"text:{path}")
     (corpus / "two.txt").write_text("other")
     for fraction, split in ((1e-9, "validation"), (1 - 1e-9, "train")):
-        with pytest.raises(DataError, match=f"no document for the {split} split, out of 2 in all: try --val_fraction"):
+        with raises(DataError, "data.source", value=f"text:{corpus}", remedy="--val_fraction", match=f"{split} split"):
             prepare_corpus(corpus, tmp_path / "out", val_fraction=fraction)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_source_that_is_not_there_leaves_nothing_behind(
+def test_missing_source_leaves_nothing_and_loses_no_progress(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="no such file or folder"):
+    with raises(ConfigError, "data.source", value=f"text:{tmp_path}/none"):
         prepare_corpus(tmp_path / "none", tmp_path / "out")
     assert not os.listdir(tmp_path)
     moved = tmp_path / "corpus"
     moved.symlink_to(corpus)
     interrupt(moved, tmp_path / "out", monkeypatch)
     moved.unlink()
-    with pytest.raises(ConfigError, match="no such file or folder"):
+    with raises(ConfigError, "data.source", value=f"text:{moved}"):
         prepare_corpus(moved, tmp_path / "out")
     moved.symlink_to(corpus)
     lines: list[str] = []
@@ -322,20 +343,20 @@ def test_a_source_that_is_not_there_leaves_nothing_behind(
     assert lines[0].startswith("continuing after")
 
 
-def test_an_out_within_the_source_is_refused(corpus: Path) -> None:
-    with pytest.raises(ConfigError, match="lies in the source"):
+def test_output_directory_inside_the_source_is_refused(corpus: Path) -> None:
+    with raises(ConfigError, f"{corpus}/data", remedy="choose another --out", match="inside"):
         prepare_corpus(corpus, corpus / "data")
     assert not (corpus / "data.partial").exists()
 
 
-def test_bad_arguments(corpus: Path, tmp_path: Path) -> None:
-    for options in ({"val_fraction": 0.0}, {"val_fraction": 1.0}, {"val_fraction": float("nan")}, {"shard_tokens": 0}):
-        with pytest.raises(ConfigError, match=next(iter(options))):
-            prepare_corpus(corpus, tmp_path / "out", **options)
+def test_bad_arguments_are_refused(corpus: Path, tmp_path: Path) -> None:
+    for name, value in (("val_fraction", 0.0), ("val_fraction", 1.0), ("val_fraction", np.nan), ("shard_tokens", 0)):
+        with raises(ConfigError, name, value=value):
+            prepare_corpus(corpus, tmp_path / "out", **{name: value})
     assert not os.listdir(tmp_path)
 
 
-def test_default_paths() -> None:
+def test_default_path_is_unique_per_source_and_tokenizer() -> None:
     assert default_path("stdlib", "gpt2") == "data/stdlib-gpt2"
     assert default_path("tfds:wiki40b/en", "bytes") == "data/tfds-wiki40b-en-bytes"
     assert re.fullmatch(r"data/text-b-[0-9a-f]{8}-gpt2", default_path("text:/a/b", "gpt2"))
@@ -355,7 +376,7 @@ def test_ensure_prepared_prepares_once(
     with caplog.at_level(logging.INFO, "gptjax"):
         path = ensure_prepared(config)
     assert path == default_path(config.source, "bytes")
-    assert f"preparing it, once, as does: python -m gptjax.data.prepare --source=text:{corpus}" in caplog.text
+    assert f"preparing it now (same as: python -m gptjax.data.prepare --source=text:{corpus}" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO, "gptjax"):
         assert ensure_prepared(config) == path
@@ -363,29 +384,28 @@ def test_ensure_prepared_prepares_once(
     assert open_split(path, "train", tokenizer=TOKENIZER).tokens > 0
 
 
-def test_ensure_prepared_takes_what_is_there(prepared: Path) -> None:
+def test_ensure_prepared_uses_existing_data(prepared: Path) -> None:
     assert ensure_prepared(DataConfig(source="tfds:lm1b", path=str(prepared))) == str(prepared)
 
 
 def test_ensure_prepared_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError) as error:
-        ensure_prepared(DataConfig(source="tfds:lm1b", text_feature="a b"))
     flags = "--source=tfds:lm1b --tokenizer=gpt2 '--text_feature=a b' --out=data/tfds-lm1b-gpt2"
-    assert str(error.value).endswith(f"run: python -m gptjax.data.prepare {flags}")
+    with raises(ConfigError, "data/tfds-lm1b-gpt2", remedy=f"run: python -m gptjax.data.prepare {flags}"):
+        ensure_prepared(DataConfig(source="tfds:lm1b", text_feature="a b"))
     assert not os.listdir(tmp_path)
 
 
 def test_ensure_prepared_never_fills_a_path_that_was_given(corpus: Path, tmp_path: Path) -> None:
     path = tmp_path / "typo"
-    with pytest.raises(ConfigError, match=f"data.path='{path}': no data there.*--out={path}"):
+    with raises(ConfigError, "data.path", value=str(path), remedy=f"--out={path}"):
         ensure_prepared(DataConfig(source=f"text:{corpus}", tokenizer="bytes", path=str(path)))
     assert not path.exists()
 
 
 def run_cli(*flags: str) -> subprocess.CompletedProcess[str]:
     arguments = [sys.executable, "-m", "gptjax.data.prepare", *flags]
-    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_command_line_prepares_and_verifies(corpus: Path, prepared: Path, tmp_path: Path) -> None:
@@ -412,17 +432,17 @@ def test_command_line_prepares_and_verifies(corpus: Path, prepared: Path, tmp_pa
         (["--verify", "--out=/no/such/place"], 65),
     ],
 )
-def test_mistakes_are_one_message_and_a_code(flags: list[str], code: int) -> None:
+def test_mistakes_exit_with_a_code_and_no_traceback(flags: list[str], code: int) -> None:
     run = run_cli(*flags)
     assert run.returncode == code
     assert run.stderr
     assert "Traceback" not in run.stderr
 
 
-def test_stdlib_to_bytes(tmp_path: Path) -> None:
+def test_stdlib_is_prepared_with_the_bytes_tokenizer(tmp_path: Path) -> None:
     lines: list[str] = []
     prepare(source="stdlib", tokenizer=TOKENIZER, out=str(tmp_path / "out"), log=lines.append)
-    meta = tokens.read_meta(str(tmp_path / "out"))
+    meta = read_meta(str(tmp_path / "out"))
     assert meta is not None
     train, validation = meta.splits["train"], meta.splits["validation"]
     assert train.bytes > 8e6
@@ -431,9 +451,9 @@ def test_stdlib_to_bytes(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_progress_tells_the_time_left(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_line_states_the_remaining_time(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare_module, "BATCH_BYTES", 4000)
-    monkeypatch.setattr(prepare_module, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "REPORT_SECONDS", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
     lines: list[str] = []
     prepare_corpus(corpus, tmp_path / "out", lines)

@@ -10,7 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from gptjax import train as train_module
 from gptjax.config import Config
-from gptjax.run import Run
+from gptjax.setup import Run
 from tests import runs
 
 

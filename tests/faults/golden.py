@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.checkpoint import FORMAT, Checkpointer
+from gptjax.checkpoint import Checkpointer
 from gptjax.config import ComputeConfig, Config, GPTConfig, MeshConfig, OptimConfig
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer
+from gptjax.record import FORMAT
 from gptjax.sharding import make_mesh
 from gptjax.state import make_init
 
@@ -25,7 +26,7 @@ HISTORY = {"restarts": 2, "skipped_steps": 1, "nonfinite_in_a_row": 0, "validate
 DATA = {"fingerprint": "0123", "data.seed": 3, "data.global_batch_size": 8, "model.block_size": 8}
 CONFIG = Config(
     model=GPTConfig(block_size=8, vocab_size=100, n_layer=2, n_head=2, n_embd=16),
-    compute=ComputeConfig(unroll=1),  # the default when format 1 was written
+    compute=ComputeConfig(scan_unroll=1),  # the default when format 1 was written
     optim=OptimConfig(),
 )
 

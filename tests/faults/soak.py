@@ -30,7 +30,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 
-from gptjax import runtime
+from gptjax import cli
 from tests import processes, runs
 from tests.faults import test_damage
 from tests.runs import Lab, kill, last_step, losses, restored_bytes, said, temporary_directories, validations, wait_for
@@ -232,7 +232,7 @@ def flips(soak: Soak, tally: Tally, count: int) -> Iterator[None]:
 
 def fuzz(soak: Soak, tally: Tally, count: int) -> Iterator[None]:
     """F1: rounds of all fuzz tests, each of other seeds than the one before."""
-    files = ["tests/faults/test_fuzz.py", "tests/faults/test_conversion.py"]
+    files = ["tests/faults/test_fuzz.py", "tests/faults/conversion/test_conversion_fuzz.py"]
     while tally.injected < count:
         seed = tally.injected
         command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "f1", *files, f"--hypothesis-seed={seed}"]
@@ -258,7 +258,7 @@ def hangs(soak: Soak, tally: Tally, count: int) -> Iterator[None]:
     while tally.injected < count:
         workdir = soak.root / f"h1-{tally.injected}"
         fault = {"GPTJAX_FAULT": "step:7:hang", "GPTJAX_SOAK": soak.token}
-        done = soak.lab.train(workdir, *LONG, "train.watchdog_seconds=15", expect=69, **fault)
+        done = soak.lab.train(workdir, *LONG, "train.watchdog_timeout_seconds=15", expect=69, **fault)
         tally.injected += 1
         tally.survived += "in fault_point" in done.stderr and done.stderr.count("Thread 0x") > 1
         tally.orphans += soak.orphans()
@@ -363,7 +363,7 @@ def main() -> int:
     if path.exists():
         tallies |= {name: Tally(**values) for name, values in json.loads(path.read_text()).items()}
     logging.disable(logging.CRITICAL)  # of the damage done in this process, as is the next
-    sys.unraisablehook = runtime.tell_unraisable
+    sys.unraisablehook = cli.print_unraisable
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with tempfile.TemporaryDirectory(prefix="gptjax-soak-") as root:
         soak = Soak(runs.make_lab(pathlib.Path(root) / "lab"), pathlib.Path(root) / "runs", pathlib.Path(root).name)

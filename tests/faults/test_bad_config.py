@@ -9,6 +9,7 @@ import pytest
 from gptjax.data.prepare import prepare
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.errors import ConfigError
+from tests.helpers import sweep
 from tests.runs import checkpoint_steps, losses, make_run_on
 
 pytestmark = pytest.mark.faults
@@ -18,13 +19,13 @@ BAD = {
     "unknown section": (["--config.optimizer.name=lion"], ["optimizer.name: no such config field", "optim.name"]),
     "unknown flag": (["--workdri=x"], ["--workdri=x: no such flag; nearest: --workdir"]),
     "no value": (["--config.model.n_layer"], ["--config.model.n_layer: needs a value"]),
-    "not a number": (["--config.model.n_layer=two"], ["model.n_layer='two': expected a whole number"]),
-    "not a whole number": (["--config.train.num_steps=2.5"], ["train.num_steps='2.5': expected a whole number"]),
-    "nan": (["--config.optim.peak_lr=nan"], ["optim.peak_lr='nan': expected a finite number"]),
+    "not a number": (["--config.model.n_layer=two"], ["model.n_layer=two: expected a whole number"]),
+    "not a whole number": (["--config.train.num_steps=2.5"], ["train.num_steps=2.5: expected a whole number"]),
+    "nan": (["--config.optim.peak_lr=nan"], ["optim.peak_lr=nan: expected a finite number"]),
     "negative steps": (["--config.train.num_steps=-5"], ["train.num_steps=-5: must be at least 0"]),
     "heads": (["--config.model.n_head=3"], ["model.n_head=3: must divide model.n_embd=32; nearest valid: 2, 4"]),
-    "choice": (["--config.optim.name=adam"], ["optim.name='adam': expected one of adamw, lion, adafactor, muon"]),
-    "boolean": (["--config.model.bias=perhaps"], ["model.bias='perhaps': expected true or false"]),
+    "choice": (["--config.optim.name=adam"], ["optim.name=adam: expected one of adamw, lion, adafactor, muon"]),
+    "boolean": (["--config.model.bias=perhaps"], ["model.bias=perhaps: expected true or false"]),
     "dropout": (["--config.model.dropout=1"], ["model.dropout=1.0: must be below 1"]),
     "section as value": (["--config.model=3"], ["model: no such config field"]),
     "two mistakes": (["--config.model.n_layer=0", "--config.data.seed=-1"], ["model.n_layer=0", "data.seed=-1"]),
@@ -36,7 +37,7 @@ def call_main(lab, *arguments, expect=2):
 
 
 @pytest.mark.parametrize("mistake", BAD)
-def test_b1_bad_configs(mistake, lab, tmp_path):
+def test_b1_bad_config_is_refused_before_anything_is_written(mistake, lab, tmp_path):
     arguments, messages = BAD[mistake]
     workdir = tmp_path / "run"
     refused = call_main(lab, f"--config={lab.config_file}", f"--workdir={workdir}", *arguments)
@@ -48,9 +49,9 @@ def test_b1_bad_configs(mistake, lab, tmp_path):
     assert list(tmp_path.iterdir()) == [], "nothing may be written"
 
 
-def test_b1_missing_and_broken_config_files(lab, tmp_path):
+def test_b1_missing_or_broken_config_file_is_refused(lab, tmp_path):
     missing = call_main(lab, f"--config={lab.root}/tini.py", f"--workdir={tmp_path}/run")
-    assert missing.stderr == f"error: --config={lab.root}/tini.py: no such file; there are: {lab.config_file}\n"
+    assert missing.stderr == f"error: --config={lab.root}/tini.py: file not found; available: {lab.config_file}\n"
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config():\n    return 1 / 0\n")
     failed = call_main(lab, f"--config={broken}", f"--workdir={tmp_path}/run")
@@ -71,12 +72,12 @@ def test_b1_help_is_quick_and_does_not_import_jax(lab):
     assert not imported & {"jax", "numpy", "orbax", "flax", "tensorflow_datasets"}
 
 
-def test_m3_a_batch_that_does_not_divide(lab, said):
+def test_m3_batch_that_does_not_divide_names_nearest_sizes(lab, said):
     with pytest.raises(ConfigError) as caught:
         make_run_on(lab.config(data={"global_batch_size": 12}, train={"micro_batch_size": 0}), devices=8)
     assert caught.value.exit_code == 2
     assert str(caught.value) == (
-        "data.global_batch_size=12: must divide by the 8 devices of mesh.data x mesh.fsdp; nearest valid: 8, 16"
+        "data.global_batch_size=12: must be a multiple of mesh.data x mesh.fsdp = 8; nearest valid: 8, 16"
     )
     with pytest.raises(ConfigError) as caught:
         make_run_on(lab.config(data={"global_batch_size": 24}, train={"micro_batch_size": 5}), devices=2)
@@ -88,7 +89,7 @@ def test_m3_a_batch_that_does_not_divide(lab, said):
         make_run_on(lab.config(data={"global_batch_size": 3}, train={"micro_batch_size": 0}), devices=8)
 
 
-def test_m3_at_the_command_line(lab, tmp_path):
+def test_m3_command_refuses_a_micro_batch_that_does_not_divide(lab, tmp_path):
     refused = lab.train(tmp_path / "run", "train.micro_batch_size=3", expect=2)
     (line,) = refused.stderr.splitlines()
     assert line.startswith("error: train.micro_batch_size=3: must divide ")
@@ -126,7 +127,7 @@ def other_data(lab, tmp_path_factory):
     return root / "data"
 
 
-@pytest.mark.parametrize("change", ["fingerprint", "data.seed", "data.global_batch_size"])
+@pytest.mark.parametrize("change", ["fingerprint", sweep("data.seed"), sweep("data.global_batch_size")])
 def test_o2_other_data_is_refused_unless_allowed(change, lab, workdir, other_data, train_on, said):
     sections = {
         "fingerprint": {"data": {"path": str(other_data)}},
@@ -135,7 +136,7 @@ def test_o2_other_data_is_refused_unless_allowed(change, lab, workdir, other_dat
     }[change]
     lines = refused(lab, workdir, lambda: train_on(workdir, train={"num_steps": 17}, **sections))
     assert lines[0].startswith(f"the data changed since the checkpoint: {change} was ")
-    assert lines[1:] == ["to go on all the same: --config.data.allow_changed=True"]
+    assert lines[1:] == ["to resume anyway: --config.data.allow_changed=True"]
     del said[:]
     sections["data"]["allow_changed"] = True
     assert train_on(workdir, train={"num_steps": 17}, **sections) == 0

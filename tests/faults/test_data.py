@@ -7,12 +7,14 @@ import struct
 
 import pytest
 
-from gptjax import run as run_module
+from gptjax import setup as run_setup
 from gptjax.data import tokens as tokens_module
 from gptjax.data.dataset import Dataset
+from gptjax.data.header import HEADER_BYTES
 from gptjax.data.tokenizer import load_tokenizer
-from gptjax.data.tokens import HEADER_BYTES, open_split
+from gptjax.data.tokens import open_split
 from gptjax.errors import DataError
+from tests.helpers import raises
 from tests.runs import checkpoint_steps, rows
 
 pytestmark = pytest.mark.faults
@@ -26,17 +28,14 @@ def put(data, at, value, form):
 
 
 DAMAGES = {
-    "truncated": (lambda data: data[:-100], r"bytes, but the header counts \d+ tokens"),
-    "flipped": (lambda data: put(data, 5000, data[5000] ^ 1, "B"), r"the shard is damaged \(sha256 "),
-    "wrong magic": (lambda data: put(data, 0, 123, "<i"), "the header has magic 123, expected one of "),
-    "wrong count": (lambda data: put(data, 8, 99, "<i"), "the header counts 99 tokens, which take 1222 bytes"),
-    "odd size": (lambda data: data + b"x", r"bytes, but the header counts \d+ tokens"),
-    "large id": (
-        lambda data: put(data, HEADER_BYTES + 2 * TOKEN, 300, "<H"),
-        f"token {TOKEN} is id 300, but the tokenizer has 257 ids",
-    ),
-    "empty": (lambda data: b"", "the shard is empty"),
-    "missing": (None, r"the shard cannot be read \(No such file or directory\)"),
+    "truncated": (lambda data: data[:-100], "which take"),
+    "flipped": (lambda data: put(data, 5000, data[5000] ^ 1, "B"), "sha256"),
+    "wrong magic": (lambda data: put(data, 0, 123, "<i"), "magic 123"),
+    "wrong count": (lambda data: put(data, 8, 99, "<i"), "counts 99"),
+    "odd size": (lambda data: data + b"x", "which take"),
+    "large id": (lambda data: put(data, HEADER_BYTES + 2 * TOKEN, 300, "<H"), f"token {TOKEN} is"),
+    "empty": (lambda data: b"", "is empty"),
+    "missing": (None, "No such file"),
 }
 
 
@@ -58,34 +57,31 @@ def damage(data, what):
 @pytest.mark.parametrize("what", DAMAGES)
 def test_x1_a_damaged_shard_is_named_before_anything_runs(what, lab, data):
     path = damage(data, what)
-    with pytest.raises(DataError, match=DAMAGES[what][1]) as caught:
-        run_module.make_run(lab.config(data={"path": str(data)}))
-    assert caught.value.exit_code == 65
-    assert str(caught.value).startswith(f"{path}: ")
-    assert len(str(caught.value).splitlines()) == 1
+    with raises(DataError, path, match=DAMAGES[what][1]) as caught:
+        run_setup.make_run(lab.config(data={"path": str(data)}, train={"micro_batch_size": 1}))
+    assert "\n" not in str(caught.value)
 
 
-def test_x1_at_the_command_line(lab, data, tmp_path):
+def test_x1_command_exits_65_for_a_damaged_shard(lab, data, tmp_path):
     path = damage(data, "large id")
     refused = lab.train(tmp_path / "run", f"data.path={data}", expect=65)
-    where = f"{path}: token {TOKEN} is id 300"
-    assert refused.stderr == f"error: {where}, but the tokenizer has 257 ids; is it the right one?\n"
+    problem = f"{path}: token {TOKEN} is id 300, but the tokenizer has 257 ids"
+    assert refused.stderr == f"error: {problem}; use the tokenizer that the data was made with, or restore the shard\n"
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_x1_a_bad_id_in_a_large_shard_is_found_when_it_is_read(data, tiny_run, train_here, monkeypatch, tmp_path):
+def test_x1_bad_id_in_a_large_shard_ends_the_run(data, tiny_run, train_here, monkeypatch, tmp_path):
     """Too much to be hashed at every start: the run meets it as it trains, and no loss is ever made of it."""
     monkeypatch.setattr(tokens_module, "SMALL_BYTES", 0)
     monkeypatch.setattr(tokens_module, "EDGE_TOKENS", 100)
-    windows = tiny_run.train_data.row_ids(5)  # of the update that makes step 6
+    windows = tiny_run.train_data.window_ids(5)  # of the update that makes step 6
     token = int(windows[3]) * tiny_run.config.model.block_size + 7
     path = data / SHARD
     path.write_bytes(put(bytearray(path.read_bytes()), HEADER_BYTES + 2 * token, 300, "<H"))
     split = open_split(str(data), "train", tokenizer=load_tokenizer("bytes"))
     bad = Dataset(split, tiny_run.config.model.block_size, tiny_run.config.data.global_batch_size, 0)
-    with pytest.raises(DataError, match=f"{path}: token {token} is id 300") as caught:
+    with raises(DataError, str(path), match=f"token {token} is id 300"):
         train_here(tmp_path / "run", parts={"train_data": bad})
-    assert caught.value.exit_code == 65
     found = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
     assert 3 <= len(found) <= 5
     assert all(loss is not None and math.isfinite(loss) for loss in found)

@@ -10,8 +10,20 @@ import sys
 
 import pytest
 
+from gptjax.errors import WorkdirError
+from gptjax.identity import Identity
+from gptjax.setup import write_description
 from tests import runs
-from tests.runs import checkpoint_steps, event_steps, losses, restored_bytes, temporary_directories, wait_until_stopped
+from tests.helpers import sweep
+from tests.runs import (
+    checkpoint_steps,
+    copy_until,
+    event_steps,
+    losses,
+    restored_bytes,
+    temporary_directories,
+    wait_until_stopped,
+)
 
 pytestmark = pytest.mark.faults
 LONG = ("train.num_steps=48", "checkpoint.save_every=4")
@@ -65,20 +77,22 @@ class SmallFiles:
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-@pytest.mark.parametrize("kind", [SmallDisk, SmallFiles])
-def test_d1_a_full_disk(kind, lab, long_twin, tiny_run, tmp_path):
+@pytest.mark.parametrize("kind", [sweep(SmallDisk), SmallFiles])
+def test_d1_full_disk_ends_the_run_after_three_failed_saves(kind, lab, twin, long_twin, tiny_run, tmp_path):
+    """The disk is full before a save begins: one that has begun may end in time."""
     with contextlib.ExitStack() as stack:
         disk = kind(tmp_path, stack)
         workdir = disk.workdir
+        shutil.copytree(copy_until(twin, tmp_path / "at-4", 4), workdir, dirs_exist_ok=True)
 
         # It stays full: three saves fail, and then the run ends.
-        with lab.start(workdir, *LONG, GPTJAX_FAULT="save:2:stop") as process:
+        with lab.start(workdir, *LONG, GPTJAX_FAULT="step:1:stop") as process:
             wait_until_stopped(process)
             disk.fill(process)
             process.send_signal(signal.SIGCONT)
             assert process.wait(timeout=120) == 74, runs.said(workdir)
         lines = runs.said(workdir).splitlines()
-        assert sum("save failed, training goes on: " in line for line in lines) == 2, lines
+        assert sum("checkpoint save failed, training continues: " in line for line in lines) == 2, lines
         assert lines[-1].startswith(f"error: {workdir}/checkpoints: 3 saves failed: "), lines
         assert "Traceback" not in runs.said(workdir)
         assert temporary_directories(workdir) == []
@@ -86,7 +100,7 @@ def test_d1_a_full_disk(kind, lab, long_twin, tiny_run, tmp_path):
         disk.free()
 
         # It is full for a while: training goes on, and the next save succeeds.
-        with lab.start(workdir, *LONG, GPTJAX_FAULT="save:2:stop,save:3:stop") as process:
+        with lab.start(workdir, *LONG, GPTJAX_FAULT="step:1:stop,step:9:stop") as process:  # at 5, 13
             wait_until_stopped(process)
             disk.fill(process)
             process.send_signal(signal.SIGCONT)
@@ -96,14 +110,14 @@ def test_d1_a_full_disk(kind, lab, long_twin, tiny_run, tmp_path):
             assert process.wait(timeout=120) == 0, runs.said(workdir)
         said = runs.said(workdir)
         assert "resumed from step 4" in said
-        assert 1 <= said.count("save failed, training goes on: ") <= 2
+        assert 1 <= said.count("checkpoint save failed, training continues: ") <= 2
         assert losses(workdir) == losses(long_twin)
         assert event_steps(workdir, "loss") == list(losses(long_twin))
         assert temporary_directories(workdir) == []
         assert restored_bytes(workdir, tiny_run.abstract_state) == restored_bytes(long_twin, tiny_run.abstract_state)
 
 
-def test_d1_no_room_for_a_checkpoint_is_said_before_the_first_step(lab, tmp_path):
+def test_d1_too_little_disk_space_is_reported_before_training(lab, tmp_path):
     with contextlib.ExitStack() as stack:
         disk = SmallDisk(tmp_path, stack)
         disk.fill(leave=2**16)
@@ -125,7 +139,14 @@ def refuse(lab, workdir):
     return line
 
 
-def test_d2_a_read_only_disk(lab, twin, tmp_path):
+@pytest.mark.parametrize("name", ["config.json", "parameters.json", "tokenizer.json"])
+def test_d3_unwritable_description_file_ends_the_run(name, tiny_run, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(WorkdirError, match=rf"^{tmp_path}: its files cannot be written: Is a directory; make room "):
+        write_description(tiny_run, str(tmp_path), Identity())
+
+
+def test_d2_read_only_disk_is_refused(lab, twin, tmp_path):
     with mounted(tmp_path / "disk", "size=12m"):
         shutil.copytree(twin, tmp_path / "disk" / "run")
         subprocess.run(["mount", "-o", "remount,ro", tmp_path / "disk"], check=True)
@@ -133,11 +154,11 @@ def test_d2_a_read_only_disk(lab, twin, tmp_path):
         refuse(lab, tmp_path / "disk" / "new")
 
 
-def test_d2_where_nobody_may_write(lab):
+def test_d2_unwritable_work_directory_is_refused(lab):
     refuse(lab, "/proc/self/gptjax" if sys.platform == "linux" else "/dev/null/x")
 
 
-def test_d2_a_file_in_the_place_of_the_checkpoints(lab, tmp_path):
+def test_d2_file_in_place_of_the_checkpoints_is_refused(lab, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / "checkpoints").write_text("mine")

@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.checkpoint import FORMAT, Checkpointer, StoredParams, load_params
+from gptjax.checkpoint import Checkpointer
+from gptjax.record import FORMAT
 from gptjax.sharding import path_name
+from gptjax.stored import StoredParams, load_params
 from tests.faults import golden
 from tests.runs import state_bytes
 
@@ -15,14 +17,14 @@ pytestmark = pytest.mark.faults
 FORMATS = [f"format-{number}" for number in range(1, FORMAT + 1)]
 
 
-def test_c5_every_format_is_there():
+def test_c5_every_released_format_has_a_golden_checkpoint():
     assert sorted(path.name for path in golden.GOLDEN.iterdir()) == FORMATS
     files = [path for path in golden.GOLDEN.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 2**18 * len(FORMATS)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_c5_it_loads_bit_equal(name, said, tmp_path):
+def test_c5_golden_checkpoint_loads_bit_equal(name, said, tmp_path):
     shutil.copytree(golden.GOLDEN / name, tmp_path / "run")
     abstract, state = golden.make_golden_state()
     restored, record = Checkpointer(str(tmp_path / "run")).restore_latest(abstract)

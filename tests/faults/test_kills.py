@@ -71,11 +71,11 @@ def finish(lab, workdir):
 
 
 @pytest.mark.long
-def test_k1_kills_at_random_moments(lab, long_twin, tiny_run, tmp_path):
+def test_k1_run_killed_at_random_moments_ends_bit_equal(lab, long_twin, tiny_run, tmp_path):
     """Every other time a save is waited for first, so that the run gets on however slow the disk is."""
     workdir, moment = tmp_path / "run", random.Random(1)
     resumed = []
-    for number in range(10):
+    for number in range(4):  # 200 in the soak
         is_saved = a_save_was_renamed(workdir)
 
         def at_random(process, number=number, is_saved=is_saved):
@@ -89,7 +89,7 @@ def test_k1_kills_at_random_moments(lab, long_twin, tiny_run, tmp_path):
         resumed.append(start_and_kill(lab, workdir, at_random))
     resumed.append(finish(lab, workdir))
     assert resumed == sorted(resumed)
-    assert len(set(resumed)) > 4, f"it was killed again and again at the same place: {resumed}"
+    assert len(set(resumed)) > 2, f"it was killed again and again at the same place: {resumed}"
     assert_equals_twin(workdir, long_twin, tiny_run)
 
 
@@ -108,8 +108,8 @@ def a_save_was_renamed(workdir):
 
 
 @pytest.mark.long
-def test_k2_kills_around_saves(lab, long_twin, tiny_run, tmp_path):
-    """Three times each: a save's temporary directory appears; it is renamed; an old step is being removed."""
+def test_k2_run_killed_around_saves_ends_bit_equal(lab, long_twin, tiny_run, tmp_path):
+    """A save's temporary directory appears; it is renamed; an old step is being removed."""
     workdir, half_removed = tmp_path / "run", []
 
     def appears(process):
@@ -132,15 +132,17 @@ def test_k2_kills_around_saves(lab, long_twin, tiny_run, tmp_path):
         process.wait()
         half_removed.append(half_gone())
 
-    for when in (appears, is_renamed, is_being_removed) * 3:
+    for when in (appears, is_renamed):
         start_and_kill(lab, workdir, when)
         assert checkpoint_steps(workdir) or when is appears
+    while not any(half_removed) and len(half_removed) < 4:
+        start_and_kill(lab, workdir, is_being_removed)
     assert any(half_removed), "no kill has met a half-removed step: the moment was missed"
     finish(lab, workdir)
     assert_equals_twin(workdir, long_twin, tiny_run)
 
 
-def test_k3_killed_in_the_first_compilation(lab, twin, tiny_run, tmp_path):
+def test_k3_run_killed_in_the_first_compilation_ends_bit_equal(lab, twin, tiny_run, tmp_path):
     workdir, cold = tmp_path / "run", str(tmp_path / "cold")
     with lab.start(workdir, JAX_COMPILATION_CACHE_DIR=cold, JAX_LOG_COMPILES="1") as process:
         wait_for(lambda: is_compiling(workdir), process)
@@ -151,7 +153,7 @@ def test_k3_killed_in_the_first_compilation(lab, twin, tiny_run, tmp_path):
     assert_equals_twin(workdir, twin, tiny_run)
 
 
-def test_w1_killed_between_an_evaluation_and_its_save(lab, twin, tiny_run, tmp_path):
+def test_w1_run_killed_between_evaluation_and_save_ends_bit_equal(lab, twin, tiny_run, tmp_path):
     """The log then knows more than the newest checkpoint; a torn line, as a power cut leaves it, is added by hand."""
     workdir = tmp_path / "run"
     lab.train(workdir, GPTJAX_FAULT="evaluation:1:kill", expect=-9)
@@ -164,7 +166,7 @@ def test_w1_killed_between_an_evaluation_and_its_save(lab, twin, tiny_run, tmp_p
     assert_equals_twin(workdir, twin, tiny_run)
 
 
-def test_w1_logs_far_ahead_of_the_checkpoint(lab, twin, tiny_run, tmp_path):
+def test_w1_logs_ahead_of_the_checkpoint_are_cut(lab, twin, tiny_run, tmp_path):
     workdir = copy_until(twin, tmp_path / "run", 4, cut=False)
     with open(workdir / "metrics.jsonl", "a") as file:
         file.write("\0\0\0\n[1]\n{}\n" + json.dumps({"step": 17, "loss": 1.0}) + '\n{"step"')

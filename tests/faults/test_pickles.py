@@ -75,7 +75,7 @@ def refuse(tmp_path, source):
     return message
 
 
-def test_v_what_is_harmless_is_read(tmp_path):
+def test_v_harmless_checkpoint_is_converted(tmp_path):
     """Else the refusals below would show nothing."""
     for kind, saved in (("nanogpt", checkpoint()), ("hf", state("hf"))):
         convert.main([f"--from={place(tmp_path, kind, saved)}", f"--to=llmc:{tmp_path}/{kind}.bin"])
@@ -113,7 +113,7 @@ def test_v_a_plain_pickle_does_not_run(fired, tmp_path):
         refuse(tmp_path, f"nanogpt:{tmp_path}/ckpt.pt")
 
 
-def test_v_a_payload_in_a_zip_of_another_making_does_not_run(fired, tmp_path):
+def test_v_payload_in_a_handmade_zip_does_not_run(fired, tmp_path):
     with zipfile.ZipFile(tmp_path / "ckpt.pt", "w") as file:
         file.writestr("archive/data.pkl", pickle.dumps(Payload(fired), 2))
         file.writestr("archive/version", "3\n")
@@ -122,7 +122,7 @@ def test_v_a_payload_in_a_zip_of_another_making_does_not_run(fired, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_v_torchscript_does_not_run(tmp_path):
+def test_v_torchscript_is_refused(tmp_path):
     class Module(torch.nn.Module):
         def forward(self, x):
             return x + 1
@@ -134,7 +134,7 @@ def test_v_torchscript_does_not_run(tmp_path):
 
 @pytest.mark.parametrize("part", [0, 0.01, 1 / 3, 2 / 3, 0.99])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_v_cut_off(zipped, part, tmp_path):
+def test_v_truncated_checkpoint_is_refused(zipped, part, tmp_path):
     source = place(tmp_path, "nanogpt", checkpoint(), _use_new_zipfile_serialization=zipped)
     whole = (tmp_path / "ckpt.pt").read_bytes()
     (tmp_path / "ckpt.pt").write_bytes(whole[: int(part * len(whole))])
@@ -163,25 +163,25 @@ CHANGES = {
     "sparse": ({"model": state() | {"transformer.wte.weight": torch.ones(50, 16).to_sparse()}}, "not a plain tensor"),
     "on no device": ({"model": state() | {"transformer.wte.weight": META}}, "plain tensor"),
     "a stranger": ({"model": state() | {"transformer.x": torch.ones(1)}}, "transformer.x: not a tensor of GPT-2"),
-    "twice": ({"model": state() | {"_orig_mod.transformer.ln_f.bias": torch.ones(16)}}, "ln_f.bias is there twice"),
+    "twice": ({"model": state() | {"_orig_mod.transformer.ln_f.bias": torch.ones(16)}}, "ln_f.bias occurs twice"),
     "NaN": ({"model": state() | {"transformer.ln_f.bias": torch.full((16,), torch.nan)}}, "16 values are NaN"),
 }
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_v_not_a_checkpoint_of_nanogpt(what, tmp_path):
+def test_v_invalid_nanogpt_checkpoint_is_refused(what, tmp_path):
     changes, reason = CHANGES[what]
     assert reason in refuse(tmp_path, place(tmp_path, "nanogpt", checkpoint(**changes)))
 
 
-def test_v_a_view_that_reads_the_same_row_for_ever_takes_no_memory(tmp_path):
+def test_v_zero_stride_view_is_refused_by_its_shape(tmp_path):
     """Some bytes can claim to be a matrix of any size, by a stride of zero."""
     wide = torch.ones(1).expand(10**6, 10**6)
     saved = checkpoint(model=state() | {"transformer.wte.weight": wide})
     assert "has shape 1000000x1000000, expected 50x16" in refuse(tmp_path, place(tmp_path, "nanogpt", saved))
 
 
-def test_v_bytes_of_numpy_objects_do_not_run(fired, tmp_path):
+def test_v_payload_in_a_numpy_file_does_not_run(fired, tmp_path):
     buffer = io.BytesIO()
     np.save(buffer, np.array([Payload(fired)], object), allow_pickle=True)
     (tmp_path / "ckpt.pt").write_bytes(buffer.getvalue())

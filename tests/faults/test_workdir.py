@@ -1,7 +1,10 @@
 """L1, D2, S2, W2: one trainer per work directory, odd names, no secrets in it, and trackers that fail."""
 
+import errno
+import fcntl
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,17 +14,28 @@ import types
 
 import pytest
 
-from gptjax import metrics
+from gptjax import logs
 from gptjax.config import Config, LogConfig
 from gptjax.errors import WorkdirError
-from gptjax.metrics import RunLog
-from gptjax.runtime import lock_workdir
-from tests.runs import checkpoint_steps, kill, last_step, losses, rows, validations, wait_for
+from gptjax.logs import RunLog
+from gptjax.workdir import lock_workdir
+from tests.runs import (
+    checkpoint_steps,
+    kill,
+    last_step,
+    losses,
+    restored_bytes,
+    rows,
+    said,
+    validations,
+    wait_for,
+    wait_until_stopped,
+)
 
 pytestmark = pytest.mark.faults
 
 
-def test_l1_a_second_trainer_is_refused_and_a_dead_ones_lock_taken_over(lab, twin, tmp_path):
+def test_l1_second_trainer_is_refused_while_the_first_lives(lab, twin, tmp_path):
     workdir = tmp_path / "run"
     with lab.start(workdir) as first:
         wait_for(lambda: last_step(workdir) >= 2, first)
@@ -42,14 +56,82 @@ def test_l1_a_second_trainer_is_refused_and_a_dead_ones_lock_taken_over(lab, twi
     assert validations(workdir) == validations(twin)
 
 
-def test_l1_the_lock_is_free_again_when_it_is_left(tmp_path):
+def test_l1_lock_is_released_on_exit(tmp_path):
     with lock_workdir(str(tmp_path)), pytest.raises(WorkdirError, match=f"in use by process {os.getpid()} on "):
         lock_workdir(str(tmp_path)).__enter__()
     with lock_workdir(str(tmp_path)):
         pass
 
 
-def test_d2_a_file_in_the_way(lab, tmp_path):
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
+def test_l1_file_system_without_locks_gives_only_a_warning(number, said, tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with lock_workdir(str(tmp_path)):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    [line] = said
+    assert line.startswith(f"--workdir={tmp_path}: its file system has no locks ({os.strerror(number)})")
+
+
+def test_d4_removed_lock_is_retaken_unless_another_holds_it(tmp_path):
+    workdir = tmp_path / "run"
+    with lock_workdir(str(workdir)) as lock:
+        assert not lock.renew()
+        (workdir / ".lock").unlink()
+        assert lock.renew()
+        with pytest.raises(WorkdirError, match=f"in use by process {os.getpid()} on "), lock_workdir(str(workdir)):
+            pass
+        shutil.rmtree(workdir)
+        assert lock.renew()
+        assert (workdir / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+        (workdir / ".lock").unlink()
+        with lock_workdir(str(workdir)), pytest.raises(WorkdirError, match=f"in use by process {os.getpid()} on "):
+            lock.renew()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_d4_failed_lock_renewal_is_reported_and_retried(number, said, monkeypatch, tmp_path):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    with lock_workdir(str(tmp_path)) as lock:
+        (tmp_path / ".lock").unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr("gptjax.workdir.open_file", fail)
+            assert lock.renew()
+        assert lock.renew()
+        assert not lock.renew()
+    [line] = said
+    assert line.startswith(f"--workdir={tmp_path}: cannot be written: {os.strerror(number)}; ")
+    assert line.endswith("; its lock was removed, too")
+
+
+def test_d4_stale_lock_is_renewed(tmp_path):
+    """Of a network disk where another host removed it and made it again: the path is there, the open file is not."""
+    with lock_workdir(str(tmp_path)) as lock:
+        lock._file.close()
+        lock._file = types.SimpleNamespace(fileno=lambda: 10**6, close=lambda: None)
+        assert lock.renew()
+        assert not lock.renew()
+
+
+def test_d4_removed_work_directory_is_recreated(lab, twin, tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    with lab.start(workdir, GPTJAX_FAULT="save:1:stop") as process:
+        wait_until_stopped(process)
+        shutil.rmtree(workdir)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=120) == 0, said(workdir)
+    assert said(workdir).count("removed during the run") == 1
+    for name in ("config.json", "tokenizer.json", "parameters.json", ".lock"):
+        assert (workdir / name).read_bytes()[:1] == (twin / name).read_bytes()[:1], name
+    assert list(losses(workdir)) == [step for step in losses(twin) if step > 8], "told at the save of step 8"
+    assert restored_bytes(workdir, tiny_run.abstract_state) == restored_bytes(twin, tiny_run.abstract_state)
+
+
+def test_d2_file_in_place_of_the_workdir_is_refused(lab, tmp_path):
     workdir = tmp_path / "run"
     workdir.write_text("not a directory")
     refused = lab.train(workdir, expect=73)
@@ -58,7 +140,7 @@ def test_d2_a_file_in_the_way(lab, tmp_path):
     assert workdir.read_text() == "not a directory"
 
 
-def test_d2_s2_a_name_with_spaces_and_unicode_and_no_secrets(lab, twin, tmp_path):
+def test_d2_s2_unicode_workdir_works_and_holds_no_secrets(lab, twin, tmp_path):
     workdir = tmp_path / "mein Lauf № 1 ✓ 走る"
     secrets = {"HF_TOKEN": "hf_SeCrEtHuggingFace", "WANDB_API_KEY": "5ecre7weightsandbiases"}
     first = lab.train(workdir, "train.num_steps=4", "log.wandb_project=x", **secrets)
@@ -77,14 +159,14 @@ def test_s2_a_secret_in_a_setting_is_refused(lab, tmp_path):
     secret = "hf_SeCrEtHuggingFace"
     refused = lab.train(tmp_path / "run", f"log.wandb_project={secret}", expect=2, HF_TOKEN=secret)
     assert refused.stderr == (
-        "error: log.wandb_project: contains the value of HF_TOKEN, which would stand in every checkpoint\n"
+        "error: log.wandb_project: contains the value of HF_TOKEN, which would be in every checkpoint\n"
     )
     assert not (tmp_path / "run").exists()
 
 
 LEAKS = """
 import logging, sys
-from gptjax import errors, runtime
+from gptjax import cli, errors
 
 def main(arguments):
     logging.getLogger("gptjax").warning("wandb is off: %s", RuntimeError("key 5ecre7weightsandbiases was refused"))
@@ -92,12 +174,12 @@ def main(arguments):
         raise errors.DataError("https://x/?token=hf_SeCrEtHuggingFace: 401")
     raise KeyError("hf_SeCrEtHuggingFace")
 
-runtime.run_cli(main)
+cli.run_cli(main)
 """
 
 
 @pytest.mark.parametrize(("kind", "code"), [("user", 65), ("bug", 1)])
-def test_s2_what_other_libraries_say_is_told_without_the_secrets(kind, code, lab, tmp_path):
+def test_s2_messages_of_other_libraries_are_redacted(kind, code, lab, tmp_path):
     secrets = {"HF_TOKEN": "hf_SeCrEtHuggingFace", "WANDB_API_KEY": "5ecre7weightsandbiases"}
     done = subprocess.run(
         [sys.executable, "-c", LEAKS, kind], env=lab.environment(**secrets), capture_output=True, text=True, check=False
@@ -148,12 +230,12 @@ def test_w2_a_failing_tracker_warns_once(fails_at, said, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
-def test_w2_a_tracker_that_blocks_holds_nothing_up(where, said, monkeypatch, tmp_path):
+def test_w2_blocking_tracker_does_not_delay_the_run(where, said, monkeypatch, tmp_path):
     tracker, release = Tracker(""), threading.Event()
     monkeypatch.setattr(tracker, "call", lambda name: release.wait() if name == where else tracker)
     monkeypatch.setitem(sys.modules, "wandb", tracker)
-    monkeypatch.setattr(metrics, "WAITING_ROWS", 10)
-    monkeypatch.setattr(metrics, "LAST_ROWS_SECONDS", 0.2)
+    monkeypatch.setattr(logs, "WAITING_ROWS", 10)
+    monkeypatch.setattr(logs, "LAST_ROWS_SECONDS", 0.2)
     log = RunLog(str(tmp_path), Config(log=LogConfig(tensorboard=False, wandb_project="x")), resumed_from=0)
     begin = time.monotonic()
     for step in range(1, 31):
@@ -166,7 +248,7 @@ def test_w2_a_tracker_that_blocks_holds_nothing_up(where, said, monkeypatch, tmp
     release.set()
 
 
-def test_w2_training_is_unaffected(train_here, said, monkeypatch, tmp_path):
+def test_w2_failing_tracker_does_not_change_the_losses(train_here, said, monkeypatch, tmp_path):
     tracker = Tracker("log")
     plain, tracked = tmp_path / "plain", tmp_path / "tracked"
     train_here(plain, train={"num_steps": 4})

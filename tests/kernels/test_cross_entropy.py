@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import kernels, loss
+from gptjax import loss
 from gptjax.errors import ConfigError
+from gptjax.kernels import cross_entropy as kernel
 
 N = 6
 SHAPES = {  # columns, of which so many are no padding
@@ -41,16 +42,16 @@ def rows(request):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_values_are_those_of_plain_jax(rows, dtype):
+def test_values_equal_plain_jax(rows, dtype):
     logits, targets_N, vocab_size = rows
     logits_NV = jnp.asarray(logits, dtype)
-    found = kernels.log_z_and_label(logits_NV, targets_N, vocab_size, True)
+    found = kernel.log_z_and_label(logits_NV, targets_N, vocab_size=vocab_size, interpret=True)
     for one, expected in zip(found, plain(logits_NV, targets_N, vocab_size), strict=True):
         assert one.dtype == jnp.float32
         np.testing.assert_allclose(one, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_gradients_are_those_of_plain_jax(rows):
+def test_gradients_equal_plain_jax(rows):
     logits, targets_N, vocab_size = rows
     logits_NV = jnp.asarray(logits, jnp.float32)
 
@@ -58,33 +59,36 @@ def test_gradients_are_those_of_plain_jax(rows):
         log_z_N, label_N = of(logits_NV, targets_N, vocab_size)
         return jnp.sum(log_z_N * jnp.arange(1.0, N + 1)) - jnp.sum(label_N * jnp.arange(2.0, N + 2))
 
-    interpreted = functools.partial(lambda *of: kernels.log_z_and_label(*of, True))
+    def interpreted(logits_NV, targets_N, vocab_size):
+        return kernel.log_z_and_label(logits_NV, targets_N, vocab_size=vocab_size, interpret=True)
+
     grad_NV, expected_NV = (jax.grad(functools.partial(weighed, of))(logits_NV) for of in (interpreted, plain))
     np.testing.assert_allclose(grad_NV, expected_NV, rtol=1e-5, atol=1e-6)
     assert not np.asarray(grad_NV)[:, vocab_size:].any()
 
 
-def test_a_gradient_has_its_logits_type():
+def test_gradient_has_the_dtype_of_the_logits():
     logits_NV, targets_N = jnp.ones((2, 10), jnp.bfloat16), jnp.array([1, 2])
-    grad_NV = jax.grad(lambda x: kernels.log_z_and_label(x, targets_N, 10, True)[0].sum())(logits_NV)
+    log_z = lambda x: kernel.log_z_and_label(x, targets_N, vocab_size=10, interpret=True)[0].sum()  # noqa: E731
+    grad_NV = jax.grad(log_z)(logits_NV)
     assert grad_NV.dtype == jnp.bfloat16
 
 
-def test_a_nan_stays_one():
+def test_nan_logit_gives_a_nan_log_z():
     logits_NV = jnp.ones((2, 9000)).at[1, 3].set(jnp.nan)
-    log_z_N, _ = kernels.log_z_and_label(logits_NV, jnp.array([1, 2]), 9000, True)
+    log_z_N, _ = kernel.log_z_and_label(logits_NV, jnp.array([1, 2]), vocab_size=9000, interpret=True)
     assert np.isnan(log_z_N).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("chunk", [0, 4])
-def test_the_loss_is_the_same_by_it(monkeypatch, chunk):
-    by_kernel, shapes = kernels.log_z_and_label, []
+def test_loss_with_the_kernel_equals_loss_with_xla(monkeypatch, chunk):
+    by_kernel, shapes = kernel.log_z_and_label, []
 
-    def interpreted(logits_NV, targets_N, vocab_size, interpret=False):
+    def interpreted(logits_NV, targets_N, *, vocab_size):
         shapes.append(logits_NV.shape)
-        return by_kernel(logits_NV, targets_N, vocab_size, True)
+        return by_kernel(logits_NV, targets_N, vocab_size=vocab_size, interpret=True)
 
-    monkeypatch.setattr(kernels, "log_z_and_label", interpreted)
+    monkeypatch.setattr(kernel, "log_z_and_label", interpreted)
     keys = jax.random.split(jax.random.key(0), 3)
     x_BTD, head_DV = jax.random.normal(keys[0], (2, 8, 16)), jax.random.normal(keys[1], (16, 128))
     targets_BT = jax.random.randint(keys[2], (2, 8), 0, 101).at[1, 3].set(-1)
@@ -111,11 +115,13 @@ def test_the_loss_is_the_same_by_it(monkeypatch, chunk):
     ("platform", "tensor", "reason"),
     [("cpu", 1, "needs an NVIDIA GPU, and the mesh is on cpu"), ("tpu", 1, "on tpu"), ("cuda", 2, "mesh.tensor is 2")],
 )
-def test_asked_for_where_it_cannot_run_is_an_error(platform, tensor, reason):
-    with pytest.raises(ConfigError, match=reason):
+def test_triton_loss_is_refused_where_it_cannot_run(platform, tensor, reason):
+    with pytest.raises(ConfigError, match=reason) as caught:
         loss.choose_loss("triton", platform=platform, tensor=tensor)
+    assert (caught.value.field, caught.value.value) == ("compute.loss", "triton")
+    assert caught.value.remedy == "try compute.loss=xla"
 
 
-def test_where_it_can_run():
+def test_choose_loss_accepts_supported_backends():
     assert loss.choose_loss("triton", platform="cuda", tensor=1) == "triton"
     assert loss.choose_loss("xla", platform="tpu", tensor=8) == "xla"

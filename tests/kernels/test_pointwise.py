@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.pointwise import gelu, layer_norm
+from gptjax.kernels.pointwise import gelu, layer_norm
 
 
 def arrays(dtype=jnp.float32):
@@ -25,7 +25,7 @@ def plain_layer_norm(x, scale_D, bias_D):
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_gelu_and_its_gradients(biased):
+def test_gelu_and_its_gradients_equal_plain_jax(biased):
     x, bias_F, _, g = arrays()
     given = (x, bias_F if biased else None)
     (y, back), (expected, plain_back) = jax.vjp(gelu, *given), jax.vjp(plain_gelu, *given)
@@ -34,7 +34,7 @@ def test_gelu_and_its_gradients(biased):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_gelu_adds_its_bias_as_the_product_would():
+def test_gelu_bias_equals_a_separate_bfloat16_addition():
     x, bias_F, _, g = arrays(jnp.bfloat16)
     (y, back) = jax.vjp(gelu, x, bias_F)
     (separate, back_separate) = jax.vjp(lambda x, b: gelu(x + b.astype(x.dtype)[None, None]), x, bias_F)
@@ -45,18 +45,18 @@ def test_gelu_adds_its_bias_as_the_product_would():
 
 
 @pytest.mark.parametrize("biased", [True, False])
-def test_layer_norm_and_its_gradients(biased):
+def test_layer_norm_and_its_gradients_equal_plain_jax(biased):
     x, scale_D, bias_D, g = arrays()
     given = (x, scale_D, bias_D if biased else None)
-    (y, back) = jax.vjp(lambda *a: layer_norm(*a, 1e-5), *given)
+    (y, back) = jax.vjp(lambda *a: layer_norm(*a, epsilon=1e-5), *given)
     (expected, plain_back) = jax.vjp(plain_layer_norm, *given)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(back(g)), jax.tree.leaves(plain_back(g)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("function", [gelu, lambda x, b: layer_norm(x, b, b, 1e-5)], ids=["gelu", "layer_norm"])
-def test_what_is_kept_goes_through_a_barrier_on_a_gpu_only(function):
+@pytest.mark.parametrize("function", [gelu, lambda x, b: layer_norm(x, b, b, epsilon=1e-5)], ids=["gelu", "layer_norm"])
+def test_residuals_pass_an_optimization_barrier_only_on_gpu(function):
     x, bias_F, _, _ = arrays()
     gradient = jax.jit(jax.grad(lambda x, b: jnp.sum(function(x, b)), argnums=(0, 1)))
     lowered = {name: gradient.trace(x, bias_F).lower(lowering_platforms=(name,)).as_text() for name in ("cuda", "tpu")}

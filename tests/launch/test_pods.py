@@ -8,13 +8,14 @@ import subprocess
 import types
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 
-from gptjax import aot, checkpoint, config, errors, run, runtime, start, train
+from gptjax import config, divergence, errors, resume, setup, workdir
 from gptjax.chips import GIB
 from gptjax.config import Config, GPTConfig, MeshConfig
 from gptjax.data.prepare import ensure_prepared
+from gptjax.history import History
+from gptjax.plan import aot
 from gptjax.sharding import make_mesh
 from gptjax.workdir import local_directory
 from tests import runs
@@ -65,19 +66,19 @@ def quoted_share(message: str) -> float:
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_messages_are_those_of_the_source(message):
-    assert quoted_share(re.sub(r"^error: |\.\.\.|gs://[\w/-]*", "", message)) > 0.4
+def test_quoted_messages_exist_in_the_source(message):
+    assert quoted_share(re.sub(r"^error: (--\w+=\S+: )?|\.\.\.|gs://[\w/-]*", "", message)) > 0.4
 
 
 @pytest.mark.parametrize(
     "message",
     [
         "the slice is too small for this model; take more chips, or a smaller mesh, and start again",
-        "data.global_batch_size=500: must be a multiple of the 16 devices of mesh.data x mesh.fsdp",
-        "preempted after step 1200, checkpoint written: start the same command again",
+        "data.global_batch_size=500: has to be divisible by all 16 chips of the whole mesh",
+        "preempted after step 1200, checkpoint written: rerun the same command to resume",
     ],
 )
-def test_a_message_that_nobody_prints_would_be_noticed(message):
+def test_message_missing_from_the_source_is_detected(message):
     assert quoted_share(message) < 0.4
 
 
@@ -90,7 +91,7 @@ def wrong_mesh() -> None:
 def wrong_batch() -> None:
     settings = config.from_dict({"data": {"global_batch_size": 500}})
     mesh = types.SimpleNamespace(shape={"data": 16, "fsdp": 1, "tensor": 1})
-    run.choose_micro_steps(settings, None, mesh, state_bytes=0)
+    setup.choose_num_microbatches(settings, None, mesh, state_bytes=0)
 
 
 def missing_data() -> None:
@@ -104,36 +105,32 @@ def locked() -> None:
         file.write("process 4711 on t1v-n-1234abcd-w-0")
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
-        with runtime.lock_workdir(path):
+        with workdir.lock_workdir(path):
             pass
 
 
 def other_model() -> None:
-    checkpoint.compare_configs(Config().to_dict(), Config(model=GPTConfig(n_layer=24)))
+    resume.compare_configs(Config().to_dict(), Config(model=GPTConfig(n_layer=24)))
 
 
 def other_data() -> None:
-    start.compare_data({"data.seed": 0}, {"data.seed": 5}, allowed=False)
+    resume.compare_data({"data.seed": 0}, {"data.seed": 5}, allowed=False)
 
 
 def not_finite() -> None:
-    rows = types.SimpleNamespace(row_ids=lambda step: np.array([7, 3]))
-    about = types.SimpleNamespace(config=Config(), train_data=rows)
     nan = float("nan")
-    history = {"skipped_steps": 0, "nonfinite_in_a_row": 0}
-    train.note_nonfinite(about, history, 1200, {"loss": nan, "grad_norm": nan}, last_saved=1000, workdir=BUCKET)
+    verdict = divergence.judge(History(), {"loss": nan, "grad_norm": nan}, Config().train, finite=False)
+    raise divergence.divergence_error(verdict, step=1200, windows=[7, 3], last_saved=1000, workdir=BUCKET)
 
 
-def too_large() -> None:
-    raise aot.too_large("configs/gpt2_xl.py on v5e:4x4: does not fit", 42.39 * GIB, 15.75 * GIB)
+def out_of_memory_error() -> None:
+    raise aot.out_of_memory_error("configs/gpt2_xl.py on v5e:4x4: does not fit", 42.39 * GIB, 15.75 * GIB)
 
 
 @pytest.mark.parametrize(
-    "trouble", [wrong_mesh, wrong_batch, missing_data, locked, other_model, other_data, not_finite, too_large]
+    "trouble", [wrong_mesh, wrong_batch, missing_data, locked, other_model, other_data, not_finite, out_of_memory_error]
 )
-def test_what_can_be_brought_about_here_prints_exactly_what_the_page_says(
-    trouble: Callable[[], None], tmp_path, monkeypatch
-):
+def test_reproducible_errors_print_exactly_the_quoted_messages(trouble: Callable[[], None], tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(errors.UserError) as caught:
         trouble()
@@ -149,7 +146,7 @@ def troubles() -> list[str]:
     return re.split(r"^\d+\. ", text[: text.index("A run that is preempted")], flags=re.M)[1:]
 
 
-def test_there_are_ten_troubles_each_with_its_message_and_exit_code():
+def test_each_of_ten_troubles_has_message_and_exit_code():
     codes = {f"({getattr(errors, name)})" for name in dir(errors) if name.isupper()}
     assert len(troubles()) == 10
     for trouble in troubles():
@@ -157,7 +154,7 @@ def test_there_are_ten_troubles_each_with_its_message_and_exit_code():
         assert re.search(r"\(\d+[^)\n]*\)(?=\n\n```)", trouble).group() in codes
 
 
-def test_it_says_what_has_not_been_run():
+def test_page_states_what_has_not_been_run():
     assert "**Not yet run on a real pod.**" in "\n".join(TEXT.splitlines()[:5])
     for way in re.findall(r"^- \*\*(?!This machine)(.*)", section("Other ways to start it"), re.M):
         assert "(not yet run)" in way
@@ -168,7 +165,7 @@ def test_it_says_what_has_not_been_run():
         assert re.search(r"\*Expected\*|run on \d{4}-|for example", paragraphs[i - 1])
 
 
-def test_prices_have_a_date_and_a_source_and_say_that_they_were_not_checked():
+def test_prices_have_date_source_and_a_not_checked_note():
     text = section("What it costs")
     assert re.search(
         r"commit [0-9a-f]{7}\), read on \d{4}-\d\d-\d\d\. \*\*Not checked against Google's own page\*\*", text
@@ -188,7 +185,7 @@ def test_the_computed_costs_follow_from_the_prices():
     assert f"--price_per_chip_hour={spot}" in TEXT
 
 
-def test_what_the_page_runs_exists():
+def test_commands_and_files_of_the_page_exist():
     text = "\n".join(shell_blocks())
     assert [f for f in set(re.findall(r"(?:launch|configs)/[\w.]+\w", TEXT)) if not (ROOT / f).exists()] == []
     subcommands = set(re.findall(r"tpu_pod\.sh (\w+)", text))
@@ -196,29 +193,29 @@ def test_what_the_page_runs_exists():
     assert {"create", "install", "start", "watch", "logs", "status", "delete"} == subcommands
     assert all(re.search(rf"^    (\w+ \| )*{name}( \| \w+)*\)", script, re.M) for name in subcommands)
     modules = {ROOT / m.replace(".", "/") for m in re.findall(r"python -m (gptjax[\w.]*)", text)}
-    assert [m for m in modules if not m.with_suffix(".py").exists()] == []
+    assert [m for m in modules if not (m.with_suffix(".py").exists() or (m / "__main__.py").exists())] == []
 
 
-def test_the_commands_are_shell():
+def test_commands_of_the_page_are_valid_shell():
     for block in shell_blocks():
         subprocess.run(["bash", "-n", "-c", block], check=True)
 
 
-def test_the_variables_it_names_are_read_by_the_script():
+def test_script_reads_the_variables_named_by_the_page():
     script = (ROOT / "launch" / "tpu_pod.sh").read_text()
     for name in ("ZONE", "TYPE", "NAME", "DATA", "SPOT", "TAIL", "MAX_RESTARTS"):
         assert name in TEXT
         assert f"{name}=${{{name}:-" in script
 
 
-def test_the_fields_it_names_exist():
+def test_config_fields_named_by_the_page_exist():
     known = set(config.flatten(config.Config()))
     named = set(re.findall(r"--config\.([\w.]+\w)", TEXT))
     assert named
     assert named <= known
 
 
-def test_the_exit_codes_of_watch_are_those_of_the_script():
+def test_documented_watch_exit_codes_equal_those_of_the_script():
     script = (ROOT / "launch" / "tpu_pod.sh").read_text()
     again = re.search(r"^again='([\d|]+)'", script, re.M).group(1).split("|")
     [row] = [line for line in TEXT.splitlines() if "preempted, or a worker was lost |" in line]

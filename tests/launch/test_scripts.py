@@ -26,7 +26,7 @@ def shellcheck(*arguments: str, text: str | None = None) -> str:
     return done.stdout + done.stderr
 
 
-def test_the_files_are_those_that_the_design_names():
+def test_launch_has_exactly_the_files_of_the_design():
     assert FILES == ["Dockerfile", "gke_jobset.yaml", "local.sh", "skypilot.yaml", "slurm.sbatch", "tpu_pod.sh"]
     assert SCRIPTS == ["local.sh", "slurm.sbatch", "tpu_pod.sh"]
 
@@ -58,7 +58,7 @@ def test_files_begin_with_the_command_that_uses_them(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_what_the_files_run_exists(name):
+def test_configs_named_by_the_files_exist(name):
     text = (LAUNCH / name).read_text()
     assert [c for c in set(re.findall(r"configs/\w+\.py", text)) if not (runs.REPOSITORY / c).exists()] == []
     assert "gptjax.main" in text or name == "gke_jobset.yaml"

@@ -69,7 +69,7 @@ class Job:
 
     def run(self, code: int | str = 0, **variables: str) -> int:
         process = self.start(code, **variables)
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)
         return process.returncode
 
     def come_to_the_limit(self, process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -80,7 +80,7 @@ class Job:
         pids = [process.pid] if asked.startswith("B:") else [int(task.read_text()) for task in tasks]
         for pid in pids:
             os.kill(pid, signal.Signals[f"SIG{asked.removeprefix('B:').split('@')[0]}"])
-        said, _ = process.communicate(timeout=30)
+        said, _ = process.communicate(timeout=120)
         return process.returncode, said
 
     def read(self, name: str) -> list[str]:
@@ -98,7 +98,7 @@ def job(tmp_path: pathlib.Path) -> Iterator[Job]:
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_one_process_per_gpu_on_every_node(job):
+def test_job_starts_one_process_per_gpu(job):
     assert job.run() == 0
     arguments = job.read("srun")
     assert {"--ntasks-per-node=8", "--ntasks=16", "--cpus-per-task=12"} <= set(arguments)
@@ -118,24 +118,24 @@ def test_nodes_without_gpus_run_one_process_each(job):
     assert {"--ntasks-per-node=1", "--ntasks=2"} <= set(job.read("srun"))
 
 
-def test_an_unknown_way_to_divide_is_refused(job):
+def test_unknown_process_per_value_is_refused(job):
     assert job.run(PROCESS_PER="core") == 2
     assert job.read("srun") == []
 
 
 @pytest.mark.parametrize("code", [0, 2, 65, 69, 70, 137])
-def test_only_a_preempted_run_is_queued_again(job, code):
+def test_run_that_was_not_preempted_is_not_requeued(job, code):
     assert job.run(code) == code
     assert job.read("scontrol") == []
 
 
 @pytest.mark.parametrize("code", [75, "75,0"])
-def test_a_preempted_run_is_queued_again(job, code):
+def test_preempted_run_is_requeued(job, code):
     assert job.run(code) == 75
     assert job.read("scontrol") == ["requeue 77"]
 
 
-def test_the_signal_before_the_limit_reaches_each_process_once_and_what_it_saves_is_waited_for(job):
+def test_time_limit_signal_reaches_each_process_once_before_requeue(job):
     code, said = job.come_to_the_limit(job.start(75, hold=True))
     assert code == 75
     assert "srun ended with exit code 75" in said
@@ -143,23 +143,23 @@ def test_the_signal_before_the_limit_reaches_each_process_once_and_what_it_saves
     assert job.read("scontrol") == ["requeue 77"]
 
 
-def test_a_job_that_its_user_cancels_is_not_queued_again(job):
+def test_cancelled_job_is_not_requeued(job):
     process = job.start(75, hold=True)
     runs.wait_for(lambda: all((job.folder / f"task-{i}").exists() for i in range(2)), process)
     for name in ("task-0", "task-1"):
         os.kill(int(job.read(name)[0]), signal.SIGTERM)
     process.send_signal(signal.SIGTERM)  # scancel sends it to all that there is, the script included
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode == -signal.SIGTERM
     assert job.read("scontrol") == []
 
 
-def test_the_options_ask_for_the_signal_in_time_and_allow_to_queue_again():
+def test_options_request_an_early_signal_and_allow_requeue():
     assert "--signal=TERM@300" in OPTIONS
     assert "--requeue" in OPTIONS
     assert "--open-mode=append" in OPTIONS  # or the log of the time before would be lost
 
 
-def test_the_last_process_has_as_long_to_save_as_the_signal_comes_before_the_limit(job):
+def test_srun_waits_as_long_as_the_signal_precedes_the_limit(job):
     assert job.run() == 0
     assert {"--kill-on-bad-exit=0", "--wait=300"} <= set(job.read("srun"))

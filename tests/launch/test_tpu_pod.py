@@ -43,7 +43,7 @@ class Cloud:
     def pod(self, *arguments: str, expect: int = 0, **variables: str) -> str:
         """Runs tpu_pod.sh to its end, which must have the exit code `expect`, and returns all that it says."""
         command = [self.source / "launch/tpu_pod.sh", *arguments]
-        done = subprocess.run(command, timeout=60, check=False, **self.surroundings(**variables))
+        done = subprocess.run(command, timeout=120, check=False, **self.surroundings(**variables))
         assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}"
         return done.stdout
 
@@ -97,7 +97,7 @@ def pod(cloud: Cloud) -> Cloud:
     return cloud
 
 
-def test_create_asks_for_a_spot_slice_and_waits_until_it_is_there(cloud):
+def test_create_requests_a_spot_slice_and_waits_for_it(cloud):
     said = cloud.pod("create", ZONE="us-west4-a", TYPE="v5litepod-16", NAME="mine")
     flags = ["--node-id=mine", "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"]
     assert cloud.requests("create") == [["mine", *flags, "--zone=us-west4-a", "--quiet"]]
@@ -108,14 +108,14 @@ def test_create_asks_for_a_spot_slice_and_waits_until_it_is_there(cloud):
     assert said.endswith("mine: READY: v5litepod-16 in us-west4-a\n")
 
 
-def test_create_again_leaves_a_slice_that_is_there_alone(cloud):
+def test_create_keeps_an_existing_slice(cloud):
     cloud.pod("create")
     assert cloud.pod("create") == "gptjax: READY: v5litepod-16 in us-west4-a\n"
     assert len(cloud.requests("create")) == 1
     assert cloud.requests("delete") == []
 
 
-def test_create_makes_a_slice_that_was_taken_away_anew(cloud):
+def test_create_recreates_a_suspended_slice(cloud):
     cloud.pod("create")
     cloud.set(request=["SUSPENDED"])
     cloud.pod("create")
@@ -123,7 +123,7 @@ def test_create_makes_a_slice_that_was_taken_away_anew(cloud):
     assert len(cloud.requests("create")) == 2
 
 
-def test_a_request_that_fails_at_once_ends_create_and_the_next_create_asks_again(cloud):
+def test_create_replaces_a_failed_request_the_next_time(cloud):
     cloud.set(states=["FAILED"])
     assert "gptjax: FAILED: see gcloud" in cloud.pod("create", expect=1)
     assert len(cloud.requests("create")) == 1
@@ -133,7 +133,7 @@ def test_a_request_that_fails_at_once_ends_create_and_the_next_create_asks_again
     assert len(cloud.requests("create")) == 2
 
 
-def test_on_demand_is_not_spot(cloud):
+def test_create_without_spot_requests_on_demand(cloud):
     cloud.pod("create", SPOT="0")
     [arguments] = cloud.requests("create")
     assert "--spot" not in arguments
@@ -143,14 +143,14 @@ def test_on_demand_is_not_spot(cloud):
     ("kind", "runtime"),
     [("v6e-16", "v2-alpha-tpuv6e"), ("v5p-32", "v2-alpha-tpuv5"), ("v4-32", "tpu-ubuntu2204-base")],
 )
-def test_each_kind_of_chip_has_its_software(cloud, kind, runtime):
+def test_each_chip_type_has_its_runtime_version(cloud, kind, runtime):
     cloud.set(states=["ACTIVE"])
     cloud.pod("create", TYPE=kind)
     assert f"--runtime-version={runtime}" in cloud.requests("create")[0]
 
 
 @pytest.mark.parametrize("subcommand", ["create", "delete"])
-def test_when_gcloud_fails_nothing_is_made_or_deleted(cloud, subcommand):
+def test_gcloud_failure_creates_and_deletes_nothing(cloud, subcommand):
     cloud.set(down=True, request=["ACTIVE"] if subcommand == "delete" else None)
     assert "active account" in cloud.pod(subcommand, expect=1)
     assert cloud.requests("create") == cloud.requests("delete") == []
@@ -194,7 +194,7 @@ def test_install_can_be_repeated_after_one_worker_has_failed(cloud):
     assert tries == ["0", "1", "2", "3", "2"]
 
 
-def test_a_changed_source_is_installed_again_and_leaves_no_old_file(pod):
+def test_install_replaces_a_changed_source_and_removes_old_files(pod):
     assert pod.pod("install").count("installed already") == 4
     (pod.source / "gptjax/main.py").rename(pod.source / "gptjax/other.py")
     assert "already" not in pod.pod("install")
@@ -202,7 +202,7 @@ def test_a_changed_source_is_installed_again_and_leaves_no_old_file(pod):
 
 
 @pytest.mark.parametrize("endpoints", ["name:0:10.0.0.7,name:1:10.0.0.8", "10.0.0.7,10.0.0.8"])
-def test_start_runs_the_same_command_on_all_workers_and_they_meet_at_the_first(pod, endpoints):
+def test_start_runs_one_command_on_all_workers_with_one_coordinator(pod, endpoints):
     pod.set(ends=[0])
     (pod.root / "endpoints").write_text(endpoints)
     said = pod.pod("start", *COMMAND)
@@ -214,7 +214,7 @@ def test_start_runs_the_same_command_on_all_workers_and_they_meet_at_the_first(p
     assert [call["told"] for call in starts] == [told] * 4
 
 
-def test_start_again_leaves_what_runs_alone(pod):
+def test_start_keeps_running_workers(pod):
     pod.set(ends=["running"])
     pod.pod("start", *COMMAND)
     (pod.root / "worker1/alive").unlink()  # one of them is not there any more
@@ -231,19 +231,19 @@ def test_start_without_a_command_is_refused(pod):
     assert pod.calls("tmux") == []
 
 
-def test_start_where_nothing_is_installed_fails(cloud):
+def test_start_without_install_fails(cloud):
     cloud.pod("create")
     assert "start failed" in cloud.pod("start", *COMMAND, expect=1)
 
 
-def test_status_where_there_is_no_slice_says_so(cloud):
+def test_status_reports_a_missing_or_pending_slice(cloud):
     assert cloud.pod("status") == "gptjax: NONE\n"
     cloud.pod("create")
     cloud.set(request=["PROVISIONING"])
     assert cloud.pod("status") == "gptjax: PROVISIONING\n"
 
 
-def test_status_and_logs_tell_of_each_worker(pod):
+def test_status_and_logs_report_each_worker(pod):
     assert "worker 3: not started: " in pod.pod("status")
     pod.set(ends=[0])
     pod.pod("start", *COMMAND)
@@ -254,7 +254,7 @@ def test_status_and_logs_tell_of_each_worker(pod):
 
 
 @pytest.mark.parametrize(("end", "state"), [("preempted", "SUSPENDED"), ("vanished", "GONE")])
-def test_watch_makes_a_preempted_slice_anew_and_starts_the_same_command_until_it_is_finished(pod, end, state):
+def test_watch_recreates_a_preempted_slice_and_restarts_the_command(pod, end, state):
     pod.set(ends=[end, 75, 69, 0])
     pod.pod("start", *COMMAND)
     said = pod.pod("watch")
@@ -267,7 +267,7 @@ def test_watch_makes_a_preempted_slice_anew_and_starts_the_same_command_until_it
     assert {tuple(call["arguments"]) for call in pod.calls("trainer")} == {("-m", "gptjax.main", *COMMAND)}
 
 
-def test_watch_tries_again_while_there_are_no_chips(pod):
+def test_watch_retries_while_no_chips_are_available(pod):
     pod.set(ends=["preempted", 0])
     pod.pod("start", *COMMAND)
     gcloud = pod.root / "bin/gcloud"
@@ -279,7 +279,7 @@ def test_watch_tries_again_while_there_are_no_chips(pod):
     assert said.index("QUOTA") < said.index("gptjax: NONE: making it anew") < said.index("the run is finished")
 
 
-def test_watch_starts_again_where_only_some_workers_were_lost(pod):
+def test_watch_restarts_the_run_after_workers_were_lost(pod):
     pod.set(ends=["running", 0])
     pod.pod("start", *COMMAND)
     for worker, code in enumerate((69, 134, 75, 143)):
@@ -289,7 +289,7 @@ def test_watch_starts_again_where_only_some_workers_were_lost(pod):
     assert pod.get("starts") == 2
 
 
-def test_watch_waits_while_some_workers_run_and_says_what_the_first_of_them_does(pod):
+def test_watch_waits_and_reports_the_first_running_worker(pod):
     pod.set(ends=["running"])
     pod.pod("start", *COMMAND)
     (pod.root / "worker0/alive").unlink()
@@ -303,7 +303,7 @@ def test_watch_waits_while_some_workers_run_and_says_what_the_first_of_them_does
 @pytest.mark.parametrize(
     ("trouble", "said"), [({"deaf": [3]}, "a worker does not answer"), ({"down": True}, "gcloud failed")]
 )
-def test_watch_outlasts_what_is_out_of_reach_for_a_while(pod, trouble, said):
+def test_watch_survives_unreachable_workers_and_gcloud_failures(pod, trouble, said):
     pod.set(ends=["running"])
     pod.pod("start", *COMMAND)
     pod.set(**trouble)
@@ -312,7 +312,7 @@ def test_watch_outlasts_what_is_out_of_reach_for_a_while(pod, trouble, said):
 
 
 @pytest.mark.parametrize("code", [1, 2, 70])
-def test_watch_ends_with_a_failure_that_would_come_again(pod, code):
+def test_watch_ends_with_a_permanent_failure(pod, code):
     pod.set(ends=[code])
     pod.pod("start", *COMMAND)
     assert f"it failed with {code}" in pod.pod("watch", expect=code)
@@ -326,7 +326,7 @@ def test_watch_gives_up_a_run_that_never_gets_further(pod):
     assert pod.get("starts") == 3
 
 
-def test_watch_does_not_rent_again_what_somebody_has_deleted(pod):
+def test_watch_does_not_recreate_a_deleted_slice(pod):
     pod.set(ends=["running"])
     pod.pod("start", *COMMAND)
     pod.set(request=None)
@@ -343,7 +343,7 @@ def test_delete_ends_all_and_can_be_repeated(pod):
     assert len(pod.requests("create")) == 1
 
 
-def test_without_a_subcommand_it_says_how_it_is_used(cloud):
+def test_missing_subcommand_prints_the_usage(cloud):
     said = cloud.pod(expect=2)
     assert "launch/tpu_pod.sh create && launch/tpu_pod.sh install" in said
     assert "set -euo" not in said

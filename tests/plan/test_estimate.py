@@ -6,10 +6,20 @@ import jax.numpy as jnp
 import pytest
 
 from gptjax.chips import parse_topology
+from gptjax.collectives import Parallel
+from gptjax.compute import ResolvedCompute
 from gptjax.config import from_dict
-from gptjax.estimate import Setting, Shape, estimate_memory, minimum_traffic, roofline, split_sum, step_flops
-from gptjax.model import Compute, train_flops_per_token
-from gptjax.plan import param_tree, shapes_by_path
+from gptjax.plan.estimate import (
+    Candidate,
+    StepLayout,
+    estimate_memory,
+    hierarchical_all_reduce,
+    minimum_traffic,
+    roofline,
+    step_flops,
+)
+from gptjax.plan.search import param_shapes
+from gptjax.sizes import train_flops_per_token
 
 L, D, T, V = 2, 64, 128, 256
 MATRICES = 12 * L * D * D  # the layers' weights
@@ -17,13 +27,15 @@ VECTORS = L * (9 * D + 4 * D) + 2 * D  # biases and LayerNorms, which lie whole 
 TABLES = (V + T) * D
 
 
-def setting_of(data=1, fsdp=1, tensor=1, *, micro_steps=1, micro_batch=2, slices=1, remat="none", dtype=jnp.bfloat16):
+def setting_of(
+    data=1, fsdp=1, tensor=1, *, num_microbatches=1, micro_batch=2, slices=1, remat="none", dtype=jnp.bfloat16
+):
     model = {"n_layer": L, "n_head": 4, "n_embd": D, "block_size": T, "vocab_size": V}
-    batch = micro_steps * micro_batch * data * fsdp
+    batch = num_microbatches * micro_batch * data * fsdp
     config = from_dict({"model": model, "data": {"global_batch_size": batch}, "compute": {"remat": remat}})
-    compute = Compute(remat=remat, dtype=dtype, reduce_dtype=dtype)
-    shape = Shape({"data": data, "fsdp": fsdp, "tensor": tensor}, micro_steps, micro_batch, slices)
-    return Setting(config, compute, shape, shapes_by_path(param_tree(config)))
+    compute, parallel = ResolvedCompute(remat=remat, dtype=dtype), Parallel(dtype=dtype, reduce_dtype=dtype)
+    shape = StepLayout({"data": data, "fsdp": fsdp, "tensor": tensor}, num_microbatches, micro_batch, slices)
+    return Candidate(config, compute, parallel, shape, param_shapes(config))
 
 
 def test_one_device_sends_nothing():
@@ -31,21 +43,21 @@ def test_one_device_sends_nothing():
 
 
 def test_data_parallelism_sums_every_gradient_once():
-    traffic = minimum_traffic(setting_of(data=4, micro_steps=3))
+    traffic = minimum_traffic(setting_of(data=4, num_microbatches=3))
     ring = 2 * 3 / 4
     assert traffic == {("all-reduce", ("data",)): pytest.approx(ring * (2 * (MATRICES + VECTORS) + 4 * TABLES))}
 
 
 def test_gradients_travel_in_the_reduce_dtype():
     setting = setting_of(data=4)
-    setting = dataclasses.replace(setting, compute=dataclasses.replace(setting.compute, reduce_dtype=jnp.float32))
+    setting = dataclasses.replace(setting, parallel=dataclasses.replace(setting.parallel, reduce_dtype=jnp.float32))
     assert minimum_traffic(setting) == {
         ("all-reduce", ("data",)): pytest.approx(1.5 * 4 * (MATRICES + VECTORS + TABLES))
     }
 
 
-def test_fsdp_gathers_twice_and_scatters_once_a_micro_step_but_tables_once_a_step():
-    traffic = minimum_traffic(setting_of(fsdp=4, micro_steps=3))
+def test_fsdp_gathers_twice_and_scatters_once_per_micro_batch():
+    traffic = minimum_traffic(setting_of(fsdp=4, num_microbatches=3))
     part = 3 / 4
     assert traffic["all-gather", ("fsdp",)] == pytest.approx(part * (3 * 2 * 2 * MATRICES + 2 * TABLES))
     assert traffic["reduce-scatter", ("fsdp",)] == pytest.approx(part * (3 * 2 * MATRICES + 4 * TABLES))
@@ -53,42 +65,44 @@ def test_fsdp_gathers_twice_and_scatters_once_a_micro_step_but_tables_once_a_ste
     assert len(traffic) == 3
 
 
-def test_fsdp_with_data_sums_what_is_scattered():
+def test_fsdp_with_data_all_reduces_the_scattered_gradients():
     traffic = minimum_traffic(setting_of(data=2, fsdp=4))
     assert traffic["all-reduce", ("data",)] == pytest.approx(2 * (2 * MATRICES + 4 * TABLES) / 4 / 2)
     assert traffic["all-reduce", ("data", "fsdp")] == pytest.approx(2 * 2 * VECTORS * 7 / 8)
 
 
-def test_between_slices_each_part_is_summed_once():
+def test_slices_all_reduce_each_part_once_over_dcn():
     traffic = minimum_traffic(setting_of(data=4, fsdp=2, slices=2))
     assert {key for key in traffic if "data" in key[1]} == {
-        ("all-reduce", ("data",)), ("all-reduce", ("data", "fsdp")), ("all-reduce (network)", ("data",))
+        ("all-reduce", ("data",)), ("all-reduce", ("data", "fsdp")), ("all-reduce (DCN)", ("data",))
     }  # fmt: skip
     reduced = 2 * MATRICES + 4 * TABLES
-    assert traffic["all-reduce (network)", ("data",)] == pytest.approx(reduced / 2 / 2 + 2 * VECTORS / 4)
+    assert traffic["all-reduce (DCN)", ("data",)] == pytest.approx(reduced / 2 / 2 + 2 * VECTORS / 4)
     flat = minimum_traffic(setting_of(data=4, fsdp=2))
     assert sum(traffic.values()) == pytest.approx(sum(flat.values())), "in all the same as by one ring"
 
 
-def test_one_device_of_each_slice_has_nothing_to_sum_within():
-    shape = Shape({"data": 2, "fsdp": 4, "tensor": 1}, 1, 1, slices=2)
-    assert split_sum(shape, ("data",), 100.0) == {("all-reduce (network)", ("data",)): 100.0}
-    assert split_sum(dataclasses.replace(shape, slices=1), ("data",), 100.0) == {("all-reduce", ("data",)): 100.0}
+def test_single_device_per_slice_needs_only_dcn_traffic():
+    shape = StepLayout({"data": 2, "fsdp": 4, "tensor": 1}, 1, 1, slices=2)
+    assert hierarchical_all_reduce(shape, ("data",), 100.0) == {("all-reduce (DCN)", ("data",)): 100.0}
+    assert hierarchical_all_reduce(dataclasses.replace(shape, slices=1), ("data",), 100.0) == {
+        ("all-reduce", ("data",)): 100.0
+    }
 
 
 def test_tensor_parallelism_gathers_positions_and_scatters_sums():
     """Twice a layer forward and twice backward, once for lookup and head each way; what lies whole is summed."""
-    alone = minimum_traffic(setting_of(tensor=4, micro_steps=3))
+    alone = minimum_traffic(setting_of(tensor=4, num_microbatches=3))
     sent = 3 * 2 * T * D * 2 * 3 / 4
     assert alone["all-gather", ("tensor",)] == alone["reduce-scatter", ("tensor",)] == (4 * L + 2) * sent
     whole = 2 * (L * 6 * D + 2 * D) + 4 * T * D  # two LayerNorms and two biases a layer, the last norm; positions
     assert alone["all-reduce", ("tensor",)] == pytest.approx(2 * whole * 3 / 4)
-    again = minimum_traffic(setting_of(tensor=4, micro_steps=3, remat="full"))
+    again = minimum_traffic(setting_of(tensor=4, num_microbatches=3, remat="full"))
     assert again["all-gather", ("tensor",)] == (6 * L + 2) * sent
     assert again["reduce-scatter", ("tensor",)] == (5 * L + 2) * sent
 
 
-def test_what_tensor_does_not_cut_is_summed_over_it():
+def test_gradients_not_cut_by_tensor_are_reduced_over_it():
     traffic = minimum_traffic(setting_of(data=2, fsdp=2, tensor=2))
     assert traffic["all-reduce", ("data", "tensor")] == pytest.approx(2 * 4 * T * D / 2 * 3 / 4), "positions"
     assert traffic["all-reduce", ("data", "fsdp", "tensor")] == pytest.approx(2 * 2 * (L * 6 * D + 2 * D) * 7 / 8)
@@ -105,7 +119,7 @@ def test_memory_is_cut_by_the_mesh():
     assert estimate_memory(setting_of(remat="full"))["activations"] < whole["activations"]
 
 
-def test_roofline_names_what_bounds():
+def test_roofline_names_the_limiting_resource():
     chip = parse_topology("v5e:2x2", 1).chip
     setting = setting_of(data=2, micro_batch=64)
     seconds = step_flops(setting.config) / 2 / chip.peak_flops
@@ -119,9 +133,9 @@ def test_roofline_names_what_bounds():
     assert slow.seconds == pytest.approx(1e12 / (2 * chip.link_bandwidth))
 
 
-def test_only_data_goes_over_the_network():
+def test_roofline_counts_only_dcn_traffic_as_network():
     chip = parse_topology("v5e:2x2", 2).chip
-    traffic = {("all-reduce (network)", ("data",)): 1e9, ("all-gather", ("fsdp",)): 2e9}
+    traffic = {("all-reduce (DCN)", ("data",)): 1e9, ("all-gather", ("fsdp",)): 2e9}
     roof = roofline(setting_of(data=2, fsdp=2, slices=2), chip, traffic)
     assert roof.network == pytest.approx(1e9 / chip.network_bandwidth)
     assert roof.links == pytest.approx(2e9 / (2 * chip.link_bandwidth))

@@ -8,16 +8,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax.hlo import (
-    array_bytes,
-    count_runs,
-    group_axes,
-    parse,
-    permuted_axes,
-    read_collectives,
-    read_groups,
-    sum_traffic,
-)
+from gptjax.plan.hlo import array_bytes, count_runs, parse
+from gptjax.plan.traffic import group_axes, permuted_axes, read_collectives, read_groups, sum_traffic
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}
 # A loop of six steps of two that gathers asynchronously and permutes in a windowed product, and an all-reduce after it.
@@ -96,7 +88,7 @@ def test_loops_and_windowed_products_are_counted():
         ("(f32[4], f32[8]) all-to-all(%x, %y)", (16 + 32) * 3 / 4),
     ],
 )
-def test_what_starts_has_its_operands_in_its_shape(instruction, sent):
+def test_async_start_bytes_exclude_its_operands(instruction, sent):
     text = f"ENTRY %main (x: f32[4]) -> f32[] {{\n  %s = {instruction}, replica_groups=[2,4]<=[8]\n}}\n"
     [found] = read_collectives(text, MESH)
     assert found.bytes == sent
@@ -139,7 +131,7 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 """
 
 
-def test_pieces_of_one_collective_count_once_and_two_of_one_channel_twice():
+def test_pieces_of_one_async_collective_count_once():
     found = [(c.kind, c.count, c.bytes) for c in read_collectives(PIECES, MESH)]
     assert found == [
         ("all-gather", 2, 16 * 4 * 3 / 4),
@@ -149,14 +141,14 @@ def test_pieces_of_one_collective_count_once_and_two_of_one_channel_twice():
     ]
 
 
-def test_what_a_slice_sends_to_another():
+def test_sends_between_slices_are_dcn_all_reduces():
     send = (
         "(f32[64,8]{1,0}, u32[], token[]) send(%x, %t), channel_id=2, is_host_transfer=true, "
         'frontend_attributes={_xla_host_transfer_rendezvous="psum.1",_xla_megascale_transfer_type="ALL_REDUCE"}'
     )
     text = f"ENTRY %main (x: f32[64,8]) -> f32[] {{\n  %s = {send}\n}}\n"
     [found] = read_collectives(text, {"data": 4, "fsdp": 4, "tensor": 1}, slices=4)
-    assert (found.kind, found.axes, found.bytes) == ("all-reduce (network)", ("data",), 2 * 64 * 8 * 4 * 3 / 4)
+    assert (found.kind, found.axes, found.bytes) == ("all-reduce (DCN)", ("data",), 2 * 64 * 8 * 4 * 3 / 4)
     with pytest.raises(ValueError, match="a kind that is not known"):
         read_collectives(text.replace("ALL_REDUCE", "ALL_TO_ALL"), {"data": 4, "fsdp": 4, "tensor": 1}, slices=4)
 
@@ -168,7 +160,7 @@ def test_each_slice_has_its_own_part_of_the_mesh():
     assert found["all-gather"].axes == ("fsdp",)
 
 
-def test_the_compilers_own_count_of_a_loop_comes_first():
+def test_known_trip_count_of_the_compiler_is_preferred():
     known = PROGRAM.replace(
         "body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"},"known_init_step":{"init":"0"}}'
     )
@@ -180,7 +172,7 @@ def test_a_loop_without_a_known_count_is_an_error():
         read_collectives(PROGRAM.replace("s32[] constant(11)", "s32[] parameter(1)"), MESH)
 
 
-def test_what_is_called_twice_runs_twice():
+def test_called_computation_counts_once_per_call():
     text = """
 %leaf (a: f32[]) -> f32[] {
   ROOT %a = f32[] parameter(0)
@@ -207,7 +199,7 @@ ENTRY %main (x: f32[]) -> f32[] {
         ("replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}", [(0, 1, 2, 3), (4, 5, 6, 7)]),
     ],
 )
-def test_groups_of_devices(text, groups):
+def test_replica_groups_are_parsed_from_every_syntax(text, groups):
     assert read_groups(text, 8, "all-reduce") == groups
 
 
@@ -226,17 +218,17 @@ def test_groups_of_an_unknown_form_are_an_error():
         ([(0, 5), (1, 4)], ("data", "fsdp")),
     ],
 )
-def test_axes_of_groups(groups, axes):
+def test_replica_groups_map_to_mesh_axes(groups, axes):
     assert group_axes(groups, MESH) == axes
 
 
-def test_axes_of_a_permutation():
+def test_permutation_pairs_map_to_mesh_axes():
     assert permuted_axes([(0, 4), (4, 0)], MESH) == ("data",)
     assert permuted_axes([(0, 1), (1, 2)], MESH) == ("fsdp",)
     assert permuted_axes([(0, 5)], MESH) == ("data", "fsdp")
 
 
-def test_bytes_of_shapes():
+def test_shape_text_gives_the_bytes_of_each_array():
     assert array_bytes("(f32[2,3]{1,0:T(8,128)}, bf16[4]{0}, pred[])") == [24, 8, 1]
 
 
@@ -261,7 +253,7 @@ def compiled(scatter):
     return jax.jit(function, out_shardings=w.sharding if scatter else None).lower(w, x).compile().as_text()
 
 
-def test_a_real_loop_over_layers():
+def test_compiled_layer_loop_gathers_once_per_layer():
     gather, reduce = read_collectives(compiled(False), {"data": 2, "fsdp": 4})
     assert (gather.kind, gather.axes, gather.count, gather.bytes) == ("all-gather", ("fsdp",), 3, 64 * 32 * 4 * 3 / 4)
     assert (reduce.kind, reduce.axes, reduce.count, reduce.bytes) == ("all-reduce", ("data", "fsdp"), 1, 2 * 4 * 7 / 8)

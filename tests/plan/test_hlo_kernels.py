@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gptjax.costs import buffers, read_kernels
-from gptjax.hlo import arrays
+from gptjax.plan.hlo import arrays
+from gptjax.plan.hlo_kernels import buffers, read_kernels
 
 
 def program(*lines, computations=""):
@@ -37,12 +37,12 @@ X, BF = "%x = f32[64,32]{1,0} parameter(0)", "%w = bf16[32,16]{1,0} parameter(1)
     ],
     ids=["add", "dot", "slice", "gather", "dynamic-update-slice", "scatter"],
 )  # fmt: skip
-def test_one_instruction(lines, moved, flops):
+def test_each_instruction_has_its_bytes_and_flops(lines, moved, flops):
     kernel = only(program(X, BF, *lines))
     assert (kernel.bytes, kernel.flops, kernel.count) == (moved, flops, 1)
 
 
-def test_what_only_names_memory_is_no_kernel():
+def test_instructions_that_only_name_memory_are_not_kernels():
     text = program(
         X,
         "%c = f32[] constant(0)",
@@ -81,18 +81,18 @@ UPDATED = """
 STACK = ["%x = f32[12,64,32]{2,1,0} parameter(0)", "%i = s32[] parameter(1)", "%u = f32[64,32]{1,0} parameter(2)"]
 
 
-def test_a_fusion_reads_the_slice_of_an_operand_that_it_slices():
+def test_fusion_counts_only_the_slice_of_a_sliced_operand():
     text = program(*STACK, "%y = f32[64,32]{1,0} fusion(%x, %i, %u), kind=kLoop, calls=%fused", computations=SLICED)
     assert only(text).bytes == 3 * 64 * 32 * 4 + 4
 
 
-def test_a_fusion_reads_all_of_an_operand_that_is_also_used_whole():
+def test_fusion_counts_an_operand_fully_if_also_used_unsliced():
     whole = SLICED.replace("%wide = f32[64,32]{1,0} convert(%b)", "%wide = f32[64,32]{1,0} reduce(%p0, %zero)")
     text = program(*STACK, "%y = f32[64,32]{1,0} fusion(%x, %i, %u), kind=kLoop, calls=%fused", computations=whole)
     assert only(text).bytes == (12 + 2) * 64 * 32 * 4 + 4
 
 
-def test_a_fusion_that_changes_its_operand_in_place_moves_the_change():
+def test_fusion_with_an_in_place_update_counts_only_the_update():
     stack = [STACK[0].replace("f32", "bf16"), *STACK[1:]]
     call = "%y = bf16[12,64,32]{2,1,0} fusion(%x, %i, %u), kind=kLoop, calls=%fused"
     assert only(program(*stack, call, computations=UPDATED)).bytes == 64 * 32 * (4 + 2) + 4
@@ -102,7 +102,7 @@ def test_a_fusion_that_changes_its_operand_in_place_moves_the_change():
     assert only(program(*stack, call, computations=two)).bytes == 64 * 32 * (4 + 2) + 4 + 4
 
 
-def test_fusions_within_fusions():
+def test_nested_fusions_count_only_the_slice_that_is_read():
     outer = """
 %outer (q0: f32[12,64,32], q1: s32[], q2: f32[64,32]) -> (f32[64,32], f32[]) {
   %q0 = f32[12,64,32]{2,1,0} parameter(0)
@@ -146,7 +146,7 @@ backend_config={"known_trip_count":{"n":"5"}}
 """
 
 
-def test_what_loops_and_calls_run_counts_as_often_as_it_runs():
+def test_kernels_in_loops_and_calls_count_every_run():
     kernel = only(program("%x = (s32[]) parameter(0)", "%y = (s32[]) call(%x), to_apply=%command_buffer",
                           "%z = (s32[]) call(%y), to_apply=%command_buffer", computations=LOOP))  # fmt: skip
     assert (kernel.count, kernel.where) == (10, "h/mlp")
@@ -157,7 +157,7 @@ def test_what_loops_and_calls_run_counts_as_often_as_it_runs():
     assert kernel.seconds(bandwidth=1e9, peak_flops=1.0) == 10 * kernel.flops
 
 
-def test_products_of_cublas_without_its_workspace():
+def test_cublas_product_excludes_its_workspace_bytes():
     call = (
         '%y = (bf16[64,16]{1,0}, s8[4194304]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", '
         'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],'
@@ -205,7 +205,7 @@ def test_fused_attention_multiplies_half_of_all_pairs(name, target, shape, produ
     ],
     ids=["product", "slices", "gradient", "window", "stride"],
 )  # fmt: skip
-def test_products_that_a_tpu_has_as_convolutions(lhs, rhs, result, how, flops):
+def test_tpu_convolution_has_the_flops_of_its_product(lhs, rhs, result, how, flops):
     lines = [f"%a = {lhs} parameter(0)", f"%b = {rhs} parameter(1)"]
     assert only(program(*lines, f"%y = {result} convolution(%a, %b), {how}")).flops == flops
 
@@ -218,7 +218,7 @@ WIDENED = """
 """
 
 
-def test_what_a_tpu_keeps_within_the_chip_does_not_move():
+def test_tpu_on_chip_memory_counts_no_bytes():
     text = program(
         "%x = bf16[1024,768]{1,0:T(8,128)(2,1)} parameter(0)",
         "%s = (bf16[1024,768]{1,0:T(8,128)(2,1)}, bf16[1024,768]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}) copy-start(%x)",
@@ -237,7 +237,7 @@ def test_what_a_tpu_keeps_within_the_chip_does_not_move():
     assert (fusion.is_copy, fusion.bytes) == (False, 1024 * 768 * 4)
 
 
-def test_tiles_that_a_tpu_fills_up():
+def test_tpu_arrays_are_counted_with_tile_padding():
     narrow, vector, plain = arrays("(bf16[12,1024,64]{2,1,0:T(8,128)(2,1)}, f32[768]{0:T(1024)}, f32[3,5]{1,0})")
     assert narrow.bytes == 12 * 1024 * 128 * 2
     assert vector.bytes == 1024 * 4
@@ -246,7 +246,7 @@ def test_tiles_that_a_tpu_fills_up():
     assert turned.bytes == 12 * 1024 * 128 * 2, "the second dim is the innermost"
 
 
-def test_buffers_are_not_those_within_kernels():
+def test_buffers_exclude_values_inside_fusions():
     text = program(*STACK, "%y = f32[64,32]{1,0} fusion(%x, %i, %u), kind=kLoop, calls=%fused", computations=SLICED)
     assert {(a.dtype, a.dims) for a in buffers(text)} == {("f32", (12, 64, 32)), ("s32", ()), ("f32", (64, 32))}
 
@@ -259,13 +259,13 @@ def compiled(function, *shapes):
     return jax.jit(function).lower(*given).compile().as_text()
 
 
-def test_a_real_product():
+def test_compiled_product_has_exact_bytes_and_flops():
     text = compiled(lambda x, w: x @ w, (512, 256), (256, 384))
     assert sum(k.count * k.flops for k in read_kernels(text)) == 2 * 512 * 256 * 384
     assert sum(k.bytes for k in read_kernels(text)) == 4 * (512 * 256 + 256 * 384 + 512 * 384)
 
 
-def test_a_real_loop_over_layers_reads_a_layer_at_a_time():
+def test_compiled_layer_loop_reads_one_layer_at_a_time():
     def layers(x, w):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 

@@ -9,10 +9,11 @@ import types
 
 import pytest
 
-from gptjax import replay
-from gptjax.checkpoint import Record
 from gptjax.config import Config, TrainConfig
 from gptjax.errors import ConfigError
+from gptjax.history import History, SkippedRange
+from gptjax.record import Record
+from gptjax.replay import update
 from tests.runs import losses, make_twin, rows
 
 COMPARED = ("loss", "grad_norm", "update_norm", "lr")
@@ -38,21 +39,22 @@ def shown_loss(said):
 @pytest.mark.parametrize(
     ("step", "origin"),
     [
-        (1, "the initial state and the 0 steps"),
-        (8, "the checkpoint of step 4 and the 3 steps"),
-        (9, "the checkpoint of step 8 and the 0 steps"),
+        (1, "replayed 0 steps from the initial state"),
+        (8, "replayed 3 steps from the checkpoint of step 4"),
+        (9, "replayed 0 steps from the checkpoint of step 8"),
     ],
 )
-def test_a_step_is_the_runs_to_the_bit_and_looking_changes_nothing(lab, twin, step, origin, tmp_path):
-    """With dropout, two micro-steps; while another process holds the work directory."""
-    before, out = contents(twin), tmp_path / "page.html"
-    with open(twin / ".lock") as lock:
+def test_replayed_step_is_bit_equal_and_changes_no_file(lab, twin, step, origin, tmp_path):
+    """With dropout, two micro-batches; while another process holds the work directory."""
+    workdir, out = shutil.copytree(twin, tmp_path / "run"), tmp_path / "page.html"
+    before = contents(workdir)
+    with open(workdir / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        said = look(lab, twin, step, f"--out={out}").stdout
-    assert contents(twin) == before
-    assert not list(twin.glob("replay-*"))
-    assert f"step {step} of {twin}" in said
-    assert f"from {origin} between" in said
+        said = look(lab, workdir, step, f"--out={out}").stdout
+    assert contents(workdir) == before
+    assert not list(workdir.glob("replay-*"))
+    assert f"step {step} of {workdir}" in said
+    assert origin in said
     assert "equal to metrics.jsonl, bit for bit" in said
     assert "last bits may differ" not in said
     logged = next(row for row in rows(twin) if row["step"] == step and "loss" in row)
@@ -70,7 +72,7 @@ def test_a_step_is_the_runs_to_the_bit_and_looking_changes_nothing(lab, twin, st
     assert sorted(int(row) for row, *_ in shards) == list(range(8))
 
 
-def test_the_rows_are_those_of_the_batch(lab, twin, tmp_path):
+def test_replay_lists_the_rows_of_the_batch(lab, twin, tmp_path):
     from tests.runs import make_run_on
 
     run, out = make_run_on(lab.config()), tmp_path / "page.html"
@@ -78,15 +80,15 @@ def test_the_rows_are_those_of_the_batch(lab, twin, tmp_path):
     found = {
         int(n): (int(w), s, int(t)) for n, w, s, t in re.findall(r"^ +(\d) +(\d+)  (\S+\.bin) +(\d+) ", said, re.M)
     }
-    for number, window in enumerate(run.train_data.row_ids(8).tolist()):
-        shard, start = run.train_data.find(window)
+    for number, window in enumerate(run.train_data.window_ids(8).tolist()):
+        shard, start = run.train_data.locate(window)
         assert found[number] == (window, run.train_data.split.paths[shard].rpartition("/")[2], start)
-        ids = run.train_data.split.shards[shard][start : start + 33].tolist()
+        ids = run.train_data.split.shards[shard].read(start, start + 33).tolist()
         about = re.search(rf"row {number}: .*?</details>", out.read_text(), re.DOTALL)[0]
         assert [int(i) for i in re.findall(r'id (\d+)"', about)] == ids
 
 
-def test_a_log_that_has_other_numbers_is_told(lab, twin, tmp_path):
+def test_replay_reports_a_difference_from_the_log(lab, twin, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(twin, workdir)
     changed = [row | ({"grad_norm": 1.5} if row["step"] == 9 else {}) for row in rows(workdir)]
@@ -95,7 +97,7 @@ def test_a_log_that_has_other_numbers_is_told(lab, twin, tmp_path):
     assert (workdir / "replay-9.html").read_text().endswith("</html>\n")
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_left_where_it_is(lab, twin, tmp_path):
+def test_replay_skips_damaged_checkpoints_without_renaming_them(lab, twin, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(twin, workdir)
     arrays = (path for path in (workdir / "checkpoints" / "8" / "params").rglob("c/**/*") if path.is_file())
@@ -107,22 +109,22 @@ def test_a_damaged_checkpoint_is_passed_over_and_left_where_it_is(lab, twin, tmp
     before = contents(workdir)
     said = look(lab, workdir, 10).stdout
     assert re.search(
-        r"^checkpoint of step 8 left out: (unreadable|params/\S+ is not what was saved)", said, re.MULTILINE
+        r"^checkpoint of step 8 left out: (unreadable|params/\S+: the fingerprint does not match)", said, re.MULTILINE
     )
     assert "checkpoint of step 4 left out: record unreadable" in said
-    assert "from the initial state and the 9 steps between" in said
+    assert "replayed 9 steps from the initial state" in said
     assert "equal to metrics.jsonl, bit for bit" in said
     assert contents(workdir) == before
 
 
-def test_on_other_devices_it_says_so(lab, twin, tmp_path):
+def test_replay_on_other_devices_warns_of_different_bits(lab, twin, tmp_path):
     said = look(lab, twin, 9, f"--out={tmp_path}/p.html", devices=4).stdout
     assert "the run was on 1 x cpu, this is 4 x cpu: last bits may differ" in said
     logged = losses(twin)[9]
     assert shown_loss(said) == pytest.approx(float.fromhex(logged), rel=1e-5), "with the same dropout"
 
 
-def test_a_run_of_more_devices_comes_back_on_one(lab, tmp_path):
+def test_multi_device_run_is_replayed_on_one_device(lab, tmp_path):
     workdir = tmp_path / "run"
     lab.train(workdir, "mesh.fsdp=4", "train.micro_batch_size=1", "train.num_steps=6", "train.eval_every=0", devices=4)
     said = look(lab, workdir, 6).stdout
@@ -131,7 +133,7 @@ def test_a_run_of_more_devices_comes_back_on_one(lab, tmp_path):
     assert shown_loss(said) == pytest.approx(float.fromhex(losses(workdir)[6]), rel=1e-5), "with the same dropout"
 
 
-def test_a_step_within_a_dispatch(lab, twin, tmp_path):
+def test_step_within_a_dispatch_can_be_replayed(lab, twin, tmp_path):
     workdir = make_twin(lab, "four", "train.steps_per_dispatch=4", "train.log_every=4")
     for step in (8, 7):
         said = look(lab, workdir, step, f"--out={tmp_path}/p.html").stdout
@@ -142,12 +144,12 @@ def test_a_step_within_a_dispatch(lab, twin, tmp_path):
         assert shown_loss(said) == pytest.approx(float.fromhex(losses(twin)[step]), rel=1e-4)
 
 
-def test_a_step_that_diverged_by_the_command_that_the_run_prints(lab, tmp_path):
+def test_diverged_step_is_replayed_by_the_printed_command(lab, tmp_path):
     workdir = tmp_path / "run"
     ended = lab.train(workdir, "optim.peak_lr=1e17", "optim.grad_clip=0", "checkpoint.save_every=1", expect=70)
-    number, command = re.search(
-        r"^error: to look at that step: python -m (.*--step=(\d+))$", ended.stderr, re.M
-    ).groups()[::-1]
+    number, command = re.search(r"^error: inspect it with: python -m (.*--step=(\d+))$", ended.stderr, re.M).groups()[
+        ::-1
+    ]
     assert f"error: step {number}: loss " in ended.stderr
     module, *flags = command.split()
     said = lab.call([*lab.command(workdir)[:2], module, *flags]).stdout
@@ -168,13 +170,13 @@ def test_a_step_that_diverged_by_the_command_that_the_run_prints(lab, tmp_path):
         (["--step=3", "--ouch=1"], "--ouch=1: no such flag"),
     ],
 )
-def test_mistakes_end_with_2(lab, twin, flags, message):
+def test_mistakes_exit_with_code_2(lab, twin, flags, message):
     command = [*lab.command(twin)[:2], "gptjax.replay", f"--workdir={twin}", *flags]
     [line] = lab.call(command, expect=2).stderr.splitlines()
     assert line.startswith(f"error: {message}")
 
 
-def test_no_run_and_no_place_for_the_page(lab, twin, tmp_path):
+def test_missing_run_or_unwritable_page_is_refused(lab, twin, tmp_path):
     assert "no run there" in look(lab, tmp_path, 3, expect=65).stderr
     refused = look(lab, twin, 1, f"--out={tmp_path}/none/page.html", expect=73)
     assert "cannot be written: No such file or directory; choose another with --out=FILE" in refused.stderr
@@ -187,34 +189,38 @@ def record(step, *, seed=0, **history):
     return Record(step, {"data": {"seed": seed}}, history, {}, {}, {})
 
 
-def test_the_config_is_that_of_the_first_checkpoint_from_there_on(tmp_path):
+def test_config_of_a_step_comes_from_the_next_checkpoint(tmp_path):
     records = {9: record(9, seed=9), 6: record(6, seed=6), 3: record(3, seed=3)}
     (tmp_path / "config.json").write_text('{"data": {"seed": 12}}')
-    seeds = [replay.find_config(str(tmp_path), step, records, {}).data.seed for step in (2, 3, 4, 9, 10)]
-    assert seeds == [3, 3, 6, 9, 12]
-    assert replay.find_config(str(tmp_path), 4, records, {"data.seed": "5", "init_from": "x"}).data.seed == 5
+
+    def seed_at(step, **overrides):
+        return update.find_config(str(tmp_path), step, records=records, overrides=overrides).data.seed
+
+    assert [seed_at(step) for step in (2, 3, 4, 9, 10)] == [3, 3, 6, 9, 12]
+    assert seed_at(4, **{"data.seed": "5", "init_from": "x"}) == 5
     (tmp_path / "config.json").write_text('{"da')
-    assert replay.find_config(str(tmp_path), 10, records, {}).data.seed == 9
+    assert seed_at(10) == 9
 
 
-def test_what_is_known_of_a_step_is_in_the_first_checkpoint_from_there_on():
+def test_history_of_a_step_comes_from_the_next_checkpoint():
     records = {9: record(9, machine="9"), 6: record(6, machine="6"), 3: record(3, machine="3")}
-    assert [replay.history_of(records, step)["machine"] for step in (3, 4, 9, 10)] == ["3", "6", "9", "9"]
-    assert replay.history_of({}, 4) == {}
+    assert [update.history_of(records, step).machine for step in (3, 4, 9, 10)] == ["3", "6", "9", "9"]
+    assert update.history_of({}, 4) == History()
 
 
-def test_what_was_skipped_is_as_the_newest_checkpoint_knows_it():
+def test_skipped_ranges_come_from_the_newest_checkpoint():
     ranges = [{"rollback": 1, "step": 4, "batches": 3}, {"rollback": 2, "step": 6, "batches": 1}]
     records = {9: record(9, skipped_ranges=ranges), 6: record(6, skipped_ranges=ranges[:1])}
-    assert replay.skipped_ranges(records, -1) == ranges
-    assert replay.skipped_ranges(records, 1) == ranges[:1]
-    assert replay.skipped_ranges(records, 0) == []
-    assert replay.skipped_ranges({}, -1) == []
+    found = [SkippedRange(**part) for part in ranges]
+    assert list(update.skipped_ranges(records, -1)) == found
+    assert list(update.skipped_ranges(records, 1)) == found[:1]
+    assert list(update.skipped_ranges(records, 0)) == []
+    assert list(update.skipped_ranges({}, -1)) == []
     with pytest.raises(ConfigError, match="--rollbacks=3: the newest checkpoint knows of 2"):
-        replay.skipped_ranges(records, 3)
+        update.skipped_ranges(records, 3)
 
 
-def test_a_long_way_is_told(said, monkeypatch):
+def test_replay_advances_by_dispatches_and_logs_progress(said, monkeypatch):
     """Whole dispatches only: from step 4 by twos, as near to step 9 as that comes."""
     taken = []
     run = types.SimpleNamespace(
@@ -222,9 +228,9 @@ def test_a_long_way_is_told(said, monkeypatch):
         batch=lambda step, skipped: (step, skipped),
         train_step=lambda state, batch: (taken.append(batch) or types.SimpleNamespace(step=state.step + 2), 0.0),
     )
-    state, at = replay.advance(run, types.SimpleNamespace(step=4), 9, ["ranges"])
+    state, at = update.advance(run, types.SimpleNamespace(step=4), 9, skipped=["ranges"])
     assert (state.step, at, said) == (8, 8, [])
     assert taken == [(4, ["ranges"]), (6, ["ranges"])]
-    monkeypatch.setattr(replay, "PROGRESS_SECONDS", -1.0)
-    replay.advance(run, types.SimpleNamespace(step=4), 9, [])
+    monkeypatch.setattr(update, "PROGRESS_SECONDS", -1.0)
+    update.advance(run, types.SimpleNamespace(step=4), 9, skipped=[])
     assert said == ["replay: step 6 of 9, from 4", "replay: step 8 of 9, from 4"]

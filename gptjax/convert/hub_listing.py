@@ -1,0 +1,225 @@
+"""The files of a Hub repository that a conversion needs, with size, hash and place in huggingface_hub's cache."""
+
+import dataclasses
+import os
+import re
+import time
+import urllib.parse
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
+
+from gptjax.convert import transfer
+from gptjax.convert.files import LARGEST_JSON
+from gptjax.errors import DataError, UnavailableError
+from gptjax.strict_json import InvalidTextError, parse_json
+
+T = TypeVar("T")
+
+CONFIG = "config.json"
+TEXT = (
+    "generation_config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+)
+WEIGHTS = (  # in the order of preference; each may be sharded
+    "model.safetensors",
+    "pytorch_model.bin",
+    "flax_model.msgpack",
+)
+NEEDED = f"{CONFIG} and one of {', '.join(WEIGHTS)}, unsharded or with all its shards"
+
+COMMIT = re.compile("[0-9a-f]{40}")
+GIT_HASH = COMMIT  # a SHA-1, of a file that git stores
+SHA256 = re.compile("[0-9a-f]{64}")  # of a large file, which git LFS stores
+LARGEST_FILE = 2**50  # bytes that a server may announce
+TIMEOUT_SECONDS = 10.0
+PAUSES = (1.0, 2.0)  # seconds before another attempt
+RERUN = "rerun the same command"
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file of a repository, and its place in huggingface_hub's cache."""
+
+    name: str
+    size: int  # bytes
+    etag: str  # the SHA-256 of a large file; git's hash of a small one, which is a SHA-1
+    blob: str  # path of the contents
+    path: str  # of a link to the blob, in the snapshot of one commit
+
+    @property
+    def partial(self) -> str:
+        """The path of an incomplete download; a new process cannot resume huggingface_hub's own partial files."""
+        return f"{self.blob}.gptjax"
+
+    @property
+    def remaining(self) -> int:
+        """The number of bytes still to download."""
+        if os.path.exists(self.path) or os.path.exists(self.blob):
+            return 0
+        received = os.path.getsize(self.partial) if os.path.exists(self.partial) else 0
+        if received > self.size:  # damaged: downloaded again from the start
+            return self.size
+        return self.size - received
+
+
+def list_files(
+    repo: str,
+    revision: str,
+    *,
+    token: str,
+    store: str,
+) -> tuple[str, list[File]]:
+    """Returns the commit of `revision`, and the files of it that a conversion needs, by one request.
+
+    store: the repository's directory in the cache.
+
+    Raises:
+        DataError: the repository has no model that can be converted, or the server does not announce its files.
+        UnavailableError: the server does not answer as a Hub does.
+    """
+    commit, entries = _request_files(repo, revision, token=token)
+    names = choose_files([name for name in entries if isinstance(name, str)])
+    if not names:
+        raise DataError(
+            f"not a model that can be converted: it needs {NEEDED}",
+            field=f"{repo}@{revision}",
+        )
+    files = []
+    for name in names:
+        announced = _parse_entry(entries[name])
+        # Commit and hash become names of files on this machine, so they are checked like paths.
+        if announced is None or not isinstance(commit, str) or not COMMIT.fullmatch(commit):
+            raise DataError(
+                f"the server does not report size and hash of {name}",
+                field=f"{repo}@{revision}",
+                remedy="check HF_ENDPOINT",
+            )
+        size, etag = announced
+        file = File(
+            name=name,
+            size=size,
+            etag=etag,
+            blob=os.path.join(store, "blobs", etag),
+            path=os.path.join(store, "snapshots", commit, name),
+        )
+        files.append(file)
+    return commit, files
+
+
+def _request_files(
+    repo: str,
+    revision: str,
+    *,
+    token: str,
+) -> tuple[Any, dict[Any, Any]]:
+    """Returns the commit of `revision`, and the Hub's entry of each of its files by name; both are unchecked."""
+    from huggingface_hub import constants
+
+    quoted = urllib.parse.quote(revision, safe="")
+    url = f"{constants.ENDPOINT}/api/models/{repo}/revision/{quoted}?blobs=true"
+    answer = with_retries(lambda: _request(url, token=token))
+    try:
+        info = parse_json(answer, dict)
+        entries = {entry["rfilename"]: entry for entry in info["siblings"]}
+        return info["sha"], entries
+    except (InvalidTextError, KeyError, TypeError) as error:
+        raise UnavailableError(
+            "it does not answer as a Hub does",
+            field=constants.ENDPOINT,
+            remedy="check HF_ENDPOINT",
+        ) from error
+
+
+def _request(url: str, *, token: str) -> bytes:
+    """Returns a short answer of the Hub.
+
+    Raises:
+        UnavailableError: it is longer than LARGEST_JSON, or arrives too slowly.
+    """
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import build_hf_headers
+
+    headers = build_hf_headers(token=token or False)  # False: huggingface_hub shall not search for one
+    server = "/".join(url.split("/")[:3])
+    try:
+        with transfer.opened(
+            get_session(),
+            url,
+            headers,
+            timeout=TIMEOUT_SECONDS,
+            pace=transfer.Pace(),
+        ) as answer:
+            return b"".join(answer.pieces(LARGEST_JSON))
+    except transfer.TooLongError as error:
+        raise UnavailableError(
+            f"it does not answer as a Hub does: {error}",
+            field=server,
+            remedy="check HF_ENDPOINT",
+        ) from error
+    except UnavailableError as error:
+        raise UnavailableError.about(server, error, remedy=RERUN) from error
+
+
+def choose_files(names: Collection[str]) -> list[str]:
+    """Returns the files of a repository that a conversion needs, the weights last; none if some are missing."""
+    if CONFIG not in names:
+        return []
+    for unsharded in WEIGHTS:
+        weights = [unsharded] if unsharded in names else _find_shards(unsharded, names)
+        if weights:
+            text = [name for name in TEXT if name in names]
+            return [CONFIG, *text, *weights]
+    return []
+
+
+def _find_shards(unsharded: str, names: Collection[str]) -> list[str]:
+    """Returns the index and all shards of the file `unsharded`; none if some are missing."""
+    stem, _, ending = unsharded.partition(".")
+    pattern = re.compile(rf"{stem}-\d{{5}}-of-(\d{{5}})\.{ending}")
+    matches = [match for match in map(pattern.fullmatch, sorted(names)) if match]
+    index = f"{unsharded}.index.json"
+    if not matches or index not in names:
+        return []
+    announced = int(matches[0][1])
+    if len(matches) != announced:
+        return []
+    return [index, *(match[0] for match in matches)]
+
+
+def _parse_entry(entry: Mapping[str, Any]) -> tuple[int, str] | None:
+    """Returns size and hash of a file in the Hub's list; None if one of them is missing or impossible."""
+    size = entry.get("size")
+    if type(size) is not int or not 0 <= size <= LARGEST_FILE:
+        return None
+    pattern = GIT_HASH
+    etag = entry.get("blobId")
+    large = entry.get("lfs")
+    if large is not None:
+        pattern = SHA256
+        etag = large.get("sha256") if isinstance(large, dict) else None
+    if not isinstance(etag, str) or not pattern.fullmatch(etag):
+        return None
+    return size, etag
+
+
+def with_retries(call: Callable[[], T]) -> T:
+    """Returns call(), retried on errors that pass, for which huggingface_hub itself gives up at once."""
+    for pause in PAUSES:
+        try:
+            return call()
+        except Exception as error:
+            if not _is_temporary(error):
+                raise
+            time.sleep(pause)
+    return call()
+
+
+def _is_temporary(error: Exception) -> bool:
+    """Returns whether a server failed, or reset the connection."""
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", getattr(error, "status", 0))
+    # By name, because ReadError is httpx's or httpx2's.
+    return status >= 500 or type(error).__name__ == "ReadError"

@@ -1,0 +1,81 @@
+"""The contents of a tokenizer's files: tokenizer.json and tokenizer_config.json."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gptjax.data.tokenizer import END_OF_TEXT, Tokenizer
+
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+
+
+def make_tokenizer_json(
+    ids: dict[str, int],
+    merges: Sequence[str],
+    regex: str | None,
+) -> dict[str, Any]:
+    """Returns tokenizer.json of a byte-level BPE.
+
+    ids: of all tokens in GPT-2's alphabet, with end-of-text.
+    merges: 'LEFT RIGHT' in GPT-2's alphabet.
+    regex: as `express_regex` returns it.
+    """
+    # GPT-2's regex is built into ByteLevel; any other is a Split before it.
+    pre_tokenizer: dict[str, Any] = _BYTE_LEVEL | {"use_regex": regex is None}
+    if regex:
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": regex},
+            "behavior": "Isolated",
+            "invert": False,
+        }
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, pre_tokenizer]}
+    end_of_text = {
+        "id": ids[END_OF_TEXT],
+        "content": END_OF_TEXT,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [end_of_text],
+        "normalizer": None,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": _BYTE_LEVEL | {"use_regex": True},  # adds nothing; with None transformers would choose one
+        "decoder": _BYTE_LEVEL | {"use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": ids,
+            "merges": merges,
+        },
+    }
+
+
+def make_settings(tokenizer: Tokenizer, regex: str | None, block_size: int) -> dict[str, Any]:
+    """Returns tokenizer_config.json; its field gptjax restores the tokenizer's own name and pattern.
+
+    regex: as `express_regex` returns it.
+    block_size: becomes model_max_length.
+    """
+    # transformers 5 rebuilds a GPT2Tokenizer with GPT-2's pattern; the other class uses tokenizer.json unchanged.
+    tokenizer_class = "GPT2Tokenizer" if regex is None else "PreTrainedTokenizerFast"
+    return {
+        "tokenizer_class": tokenizer_class,
+        "add_prefix_space": False,
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "unk_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": block_size,
+        "gptjax": {"name": tokenizer.name, "pattern": tokenizer.pattern},
+    }

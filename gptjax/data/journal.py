@@ -1,0 +1,95 @@
+"""The journal of a preparation: how far it has come, so that it continues after a kill."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from typing import Any
+
+from gptjax.strict_json import parse_json, read_at_most
+from gptjax.workdir import replace_file
+
+SHARD_NAMES = {"train": "train_{:06d}.bin", "validation": "val_{:06d}.bin"}
+JOURNAL_FILE = "journal.json"
+LARGEST_JOURNAL = 2**24  # bytes; one takes 500
+
+
+@dataclasses.dataclass
+class Counts:
+    """The tokens, documents and bytes that one split has received so far."""
+
+    tokens: int = 0
+    bytes: int = 0
+    documents: int = 0
+
+
+def _no_counts() -> dict[str, Counts]:
+    return {split: Counts() for split in SHARD_NAMES}
+
+
+@dataclasses.dataclass
+class Journal:
+    """How far a preparation has come: everything up to here is on disk."""
+
+    settings: dict[str, Any]  # a journal with other settings belongs to another preparation
+    documents: int = 0  # taken from the source
+    digest: str = ""  # chained over those documents, so that a changed source is noticed
+    splits: dict[str, Counts] = dataclasses.field(default_factory=_no_counts)
+
+
+def hash_text(text: str) -> bytes:
+    """Returns the sha256 of a document's text; it also decides the document's split."""
+    return hashlib.sha256(text.encode()).digest()
+
+
+def chain(digest: str, name: str, text_hash: bytes) -> str:
+    """Returns Journal.digest after one more document.
+
+    A running sha256 would cost less, but its state cannot be written to a file and continued.
+    """
+    document = os.fsencode(name) + b"\0" + text_hash
+    return hashlib.sha256(digest.encode() + document).hexdigest()
+
+
+def write_journal(partial: str, journal: Journal) -> None:
+    """Replaces the journal in the directory `partial`, and syncs it to disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = json.dumps(dataclasses.asdict(journal)).encode()
+    replace_file(os.path.join(partial, JOURNAL_FILE), content)
+
+
+def read_journal(partial: str) -> Journal | None:
+    """Returns the journal in the directory `partial`; None if it has none that this version can continue."""
+    path = os.path.join(partial, JOURNAL_FILE)
+    if not os.path.exists(path):
+        return None
+    try:
+        values = parse_json(read_at_most(path, LARGEST_JOURNAL), dict)
+        splits = values["splits"]
+        values["splits"] = {split: Counts(**splits[split]) for split in SHARD_NAMES}
+        journal = Journal(**values)
+    # Another version may have written it. Without a journal, the preparation truncates its shards to nothing.
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return journal if _is_sound(journal) else None
+
+
+def _is_sound(journal: Journal) -> bool:
+    """Returns whether the types and counts of a journal from a file are possible."""
+    if not isinstance(journal.settings, dict):
+        return False
+    if not isinstance(journal.digest, str):
+        return False
+    counts = [journal.documents]
+    for split_counts in journal.splits.values():
+        counts += dataclasses.astuple(split_counts)
+    return all(map(_is_count, counts))
+
+
+def _is_count(value: object) -> bool:
+    # Not isinstance, for which True is an integer.
+    return type(value) is int and 0 <= value <= sys.maxsize

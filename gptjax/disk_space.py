@@ -1,0 +1,36 @@
+"""Checks, before a run starts, that a directory can be written; and measures its free space."""
+
+import math
+import secrets
+import shutil
+
+from etils import epath
+
+from gptjax.errors import WorkdirError
+from gptjax.workdir import is_bucket
+
+
+def measure_free_space(directory: epath.Path) -> float:
+    """Returns the free bytes at `directory`, after a small file was written there and removed; inf for a bucket.
+
+    A directory that was missing is removed afterwards, so that a run that is refused later leaves nothing behind.
+
+    Raises:
+        WorkdirError: nothing can be written there.
+    """
+    is_missing = not directory.exists()
+    probe = directory / f".probe-{secrets.token_hex(8)}"  # a name that nobody can guess and put a link at
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.write_text("can be written\n")
+        probe.unlink()
+        free = math.inf if is_bucket(str(directory)) else shutil.disk_usage(directory).free
+        if is_missing:
+            directory.rmdir()
+    except OSError as error:
+        raise WorkdirError(
+            f"cannot be written: {error.strerror}",
+            field=str(directory),
+            remedy="free it, or choose another --workdir",
+        ) from error
+    return free

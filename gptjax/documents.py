@@ -1,0 +1,10 @@
+"""The end-of-text token, which separates documents in a token stream."""
+
+from typing import NamedTuple
+
+
+class EndOfText(NamedTuple):
+    """The end-of-text token, and its position in a document."""
+
+    id: int
+    position: str  # "first": it begins each document; "last": it ends each document

@@ -1,0 +1,127 @@
+"""The history of a run: counters, skipped data and time spent, saved as JSON in every checkpoint."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+LARGEST = 2**63
+Recent = Mapping[str, tuple[float, ...]]  # the last values of each monitored metric, oldest first
+
+
+@dataclasses.dataclass(frozen=True)
+class SkippedRange:
+    """Batches that a rollback skips: from `step` on, the batch index is higher by `batches`."""
+
+    step: int
+    batches: int
+    rollback: int = 0  # its number, from 1
+    spike: int = 0  # the step that diverged
+    why: str = ""
+
+
+FORMER_NAMES = {"num_micro_steps": "num_microbatches"}  # in checkpoints of earlier versions
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """The events of a run up to one of its steps. Immutable: the loop replaces it."""
+
+    restarts: int = 0  # processes that resumed from a checkpoint
+    skipped_steps: int = 0  # non-finite updates that train.nan_policy=skip discarded
+    nonfinite_in_a_row: int = 0
+    validated: int = -1  # the step of the last evaluation
+    recent: Recent = dataclasses.field(default_factory=dict)  # see divergence.py
+    rollbacks: int = 0
+    skipped_ranges: tuple[SkippedRange, ...] = ()
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)  # wall time by kind: see goodput.py
+    started_at: float = 0.0  # the first start, in seconds since 1970; 0 if it is not known yet
+    saved_at: float = 0.0  # this checkpoint, in seconds since 1970
+    # With the config, these two determine the bits of a run. Older checkpoints do not have them.
+    machine: str = ""  # number and kind of the devices, as in Run.machine
+    num_microbatches: int = 0
+    run_id: str = ""  # see identity.py
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields as JSON values: lists for tuples, dicts for dataclasses."""
+        values = dataclasses.asdict(self)
+        values["recent"] = {name: list(numbers) for name, numbers in self.recent.items()}
+        values["skipped_ranges"] = list(values["skipped_ranges"])
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "History":
+        """Returns the history that `to_json` of this or an older version wrote. Unknown keys are ignored.
+
+        Raises:
+            ValueError: a value has the wrong type; the message names its field.
+        """
+        values = {FORMER_NAMES.get(name, name): value for name, value in values.items()}
+        names = [field.name for field in dataclasses.fields(cls)]
+        found = {name: values[name] for name in names if name in values}
+        for name, value in found.items():
+            if not _IS_VALID[name](value):
+                raise ValueError(f"history.{name} is {value!r}")
+        # JSON has only lists. The fields are immutable.
+        if "recent" in found:
+            found["recent"] = {name: tuple(numbers) for name, numbers in found["recent"].items()}
+        if "skipped_ranges" in found:
+            found["skipped_ranges"] = tuple(SkippedRange(**part) for part in found["skipped_ranges"])
+        return cls(**found)
+
+
+def _is_int(value: object) -> bool:
+    return type(value) is int  # not isinstance: JSON's true is a bool, which is a subclass of int
+
+
+def _is_number(value: object) -> bool:
+    if type(value) is int:
+        return abs(value) < LARGEST  # a larger one may overflow as a float
+    return type(value) is float and math.isfinite(value)
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(_is_number(number) for number in value.values())
+
+
+def _are_recent(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_list_of_numbers, value.values()))
+
+
+def _is_list_of_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
+
+
+def _are_ranges(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_range, value))
+
+
+def _is_range(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    kinds = {field.name: field.type for field in dataclasses.fields(SkippedRange)}
+    required = {"step", "batches"}
+    if not required <= value.keys() <= kinds.keys():
+        return False
+    return all(type(part) is kinds[name] for name, part in value.items())
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+_IS_VALID = {
+    "restarts": _is_int,
+    "skipped_steps": _is_int,
+    "nonfinite_in_a_row": _is_int,
+    "validated": _is_int,
+    "recent": _are_recent,
+    "rollbacks": _is_int,
+    "skipped_ranges": _are_ranges,
+    "seconds": _are_numbers,
+    "started_at": _is_number,
+    "saved_at": _is_number,
+    "machine": _is_text,
+    "num_microbatches": _is_int,
+    "run_id": _is_text,
+}

@@ -1,0 +1,34 @@
+"""The flags by which sample and evaluate choose a model: --workdir, --step, --model, --tokenizer."""
+
+import argparse
+
+from gptjax.errors import ConfigError
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags to a parser."""
+    parser.add_argument("--workdir", default="", metavar="DIR", help="the work directory of a run")
+    parser.add_argument("--step", type=int, help="the step of the checkpoint; by default the newest")
+    parser.add_argument(
+        "--model",
+        default="",
+        metavar="FORMAT:PATH",
+        help="instead of --workdir, weights in another format: hf:DIR, llmc:FILE, ...",
+    )
+    parser.add_argument("--tokenizer", default="", help="gpt2, bytes or a file, instead of the tokenizer of the model")
+
+
+def check_model_flags(args: argparse.Namespace) -> None:
+    """Checks that the flags name one model.
+
+    Raises:
+        ConfigError: none or two are given, or --step without --workdir.
+    """
+    if bool(args.workdir) == bool(args.model):
+        raise ConfigError("one of --workdir=DIR and --model=FORMAT:PATH is required")
+    if args.model and args.step is not None:
+        raise ConfigError(
+            f"is for --workdir; here it is --model=gptjax:WORKDIR@{args.step}",
+            field="--step",
+            value=args.step,
+        )

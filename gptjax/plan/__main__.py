@@ -1,0 +1,174 @@
+"""Plans a run for hardware that you do not have: memory, communication, time and cost, before you rent anything.
+
+    python -m gptjax.plan --config=configs/gpt2_xl.py --topology=v5e:16x16 --config.mesh.fsdp=64
+    python -m gptjax.plan --config=configs/gpt2_small.py --topology=v5p:4x4x4 --search
+
+The real TPU compiler (pip install 'gptjax[plan]') compiles the real train step; no TPU is needed. A GPU topology, as
+--topology=h100:8 --slices=4 for four nodes of eight, is compiled where 'gptjax[cuda]' is installed, also without a GPU;
+otherwise the figures come from formulas, and the report says so. --topology=local plans for this machine's devices.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+from gptjax import config as config_module
+from gptjax.chips import Topology, parse_topology
+from gptjax.cli import Parser, parse_overrides, run_cli
+from gptjax.config import Config
+from gptjax.errors import ConfigError, WorkdirError
+from gptjax.redaction import say
+
+# Without these, libtpu asks a metadata server which TPUs this machine has, and there are none.
+LIBTPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
+    """Returns the command line and the config, checked as far as possible without a compiler.
+
+    Raises:
+        ConfigError: a flag or a config field is wrong.
+    """
+    parser = _make_parser()
+    args, rest = parser.parse_known_args(arguments)
+    _check_number("--slices", args.slices, minimum=1)
+    _check_number("--target_tokens", args.target_tokens, minimum=0)
+    _check_number("--price_per_chip_hour", args.price_per_chip_hour, minimum=0)
+    config = config_module.load(args.config, parse_overrides(parser, rest))
+    return args, config
+
+
+def _make_parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="as configs/gpt2_small.py, or config.json of a run",
+    )
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="KIND:SHAPE",
+        help="v5e:4x4, v5p:4x4x4, h100:8, or local",
+    )
+    parser.add_argument(
+        "--slices",
+        type=int,
+        default=1,
+        help="number of TPU slices, or of GPU nodes, that the network joins",
+    )
+    parser.add_argument(
+        "--target_tokens",
+        type=float,
+        default=0,
+        help="tokens to train on; by default those of the config's steps",
+    )
+    parser.add_argument(
+        "--price_per_chip_hour",
+        type=float,
+        default=0,
+        help="price in your currency, for the cost",
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="rank meshes, micro-batches and remat that fit",
+    )
+    parser.add_argument("--json", default="", metavar="FILE", help="also write the report to this file")
+    return parser
+
+
+def _check_number(flag: str, value: float, *, minimum: int) -> None:
+    if not math.isfinite(value) or value < minimum:
+        raise ConfigError("must be a positive number", field=flag, value=value)
+
+
+def command(found: dict[str, Any], args: argparse.Namespace) -> str:
+    """Returns the command that trains with the candidate that a search found."""
+    return f"python -m gptjax.main --config={args.config} {found['overrides']}"
+
+
+def main(arguments: list[str]) -> None:
+    """Plans a config, or searches for the best one, and prints the report.
+
+    Raises:
+        UserError: a flag or a config field is wrong, the compiler is missing, or nothing fits.
+    """
+    args, config = parse_flags(arguments)
+    requested = _requested_topology(args)
+    if requested is not None:
+        _avoid_local_chips()
+    # JAX reads the environment when it is imported, so these imports come after it is set.
+    from gptjax.plan import aot, report, search
+
+    topology = requested or aot.find_local()
+    make = search.search if args.search else search.plan
+    found = make(config, topology, args)
+    # The file comes first, so that an error on standard output does not lose it.
+    if args.json:
+        write(args.json, json.dumps(found, indent=2) + "\n")
+    for line in report.describe(found):
+        say(line)
+    if args.search:
+        say(f"start it with: {command(found, args)}")
+
+
+def _requested_topology(args: argparse.Namespace) -> Topology | None:
+    """Returns the topology that the flags name, None for the devices of this machine.
+
+    Raises:
+        ConfigError: no such topology exists, or --slices contradicts it.
+    """
+    if args.topology != "local":
+        return parse_topology(args.topology, args.slices)
+    if args.slices > 1:
+        raise ConfigError(
+            "--topology=local finds its slices itself",
+            field="--slices",
+            value=args.slices,
+            remedy="leave it out",
+        )
+    return None
+
+
+def _avoid_local_chips() -> None:
+    """Makes JAX run on the CPU and leave this machine's accelerators to others: the planned chips are elsewhere."""
+    for name, value in LIBTPU.items():
+        os.environ.setdefault(name, value)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def write(path: str, text: str) -> None:
+    """Writes the JSON report.
+
+    Raises:
+        WorkdirError: the file cannot be written.
+    """
+    try:
+        pathlib.Path(path).write_text(text)
+    except OSError as error:
+        raise WorkdirError(
+            f"cannot be written: {error.strerror}",
+            field="--json",
+            value=path,
+            remedy="choose another",
+        ) from error
+
+
+def cli() -> None:
+    """Runs the command, and exits with its code."""
+    run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

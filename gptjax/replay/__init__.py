@@ -1,0 +1,1 @@
+"""Recomputes one step of a run and reports it."""

@@ -1,0 +1,153 @@
+"""Recomputes one step of a run and reports it: `python -m gptjax.replay --workdir=DIR --step=N`.
+
+Restores the newest checkpoint before the step, or the initial state, and repeats the run's own train steps from there.
+Shows the rows and documents of update N, the loss of each token, and the gradient's norm by layer and parameter, on the
+screen and in one HTML file. It reads the work directory without a lock, so a run may train in it meanwhile.
+--config.section.field=VALUE changes a config field, as mesh.fsdp where this machine has other devices.
+"""
+
+import argparse
+import os
+
+from gptjax import distributed
+from gptjax.cli import Parser, parse_overrides, run_cli
+from gptjax.config import Config, flatten, unknown_field
+from gptjax.errors import ConfigError, WorkdirError
+from gptjax.former_names import current_name
+from gptjax.redaction import say
+from gptjax.workdir import local_directory, replace_file
+
+FULL_ROWS = 64  # rows whose text the HTML file has by default
+
+
+def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """Returns the command line, and its changes of config fields under their current names.
+
+    Raises:
+        ConfigError: a flag or a config field is wrong.
+    """
+    parser = _make_parser()
+    args, rest = parser.parse_known_args(arguments)
+    if args.step < 1:
+        raise ConfigError("the first update makes step 1", field="--step", value=args.step)
+    if args.rows < 0:
+        raise ConfigError("must be at least 0", field="--rows", value=args.rows)
+    known = flatten(Config())
+    overrides = {}
+    for name, text in parse_overrides(parser, rest).items():
+        current = current_name(name)
+        if current not in known:
+            raise unknown_field(current)
+        overrides[current] = text
+    return args, overrides
+
+
+def _make_parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--workdir",
+        required=True,
+        metavar="DIR",
+        help="the work directory of a run",
+    )
+    parser.add_argument(
+        "--step",
+        required=True,
+        type=int,
+        metavar="N",
+        help="the update that makes step N",
+    )
+    parser.add_argument(
+        "--out",
+        default="",
+        metavar="FILE",
+        help="the HTML file; by default replay-N.html in the work directory",
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=FULL_ROWS,
+        help="number of rows whose text the HTML file has; 0 means all",
+    )
+    parser.add_argument(
+        "--rollbacks",
+        type=int,
+        default=-1,
+        help="replay the run as it was after this many rollbacks; by default as it is now",
+    )
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    """Recomputes one update of a run, prints it, and writes its HTML page.
+
+    Raises:
+        UserError: the run or the step does not exist, or the page cannot be written.
+    """
+    args, overrides = parse_flags(arguments)
+    distributed.start_jax()
+    # start_jax configures JAX before these import it.
+    from gptjax.checkpoint import Checkpointer
+    from gptjax.identity import read_identity
+    from gptjax.replay import report, update
+    from gptjax.setup import make_run
+
+    records = update.read_records(Checkpointer(args.workdir), read_identity(args.workdir))
+    skipped = update.skipped_ranges(records, args.rollbacks)
+    config = update.find_config(
+        args.workdir,
+        args.step,
+        records=records,
+        overrides=overrides,
+    )
+    config = update.fit(
+        config,
+        update.history_of(records, args.step),
+        overrides,
+    )
+    if args.step > config.train.num_steps:
+        raise ConfigError(
+            f"the run has train.num_steps={config.train.num_steps}",
+            field="--step",
+            value=args.step,
+        )
+    run = make_run(config)
+    replayed = update.replay(
+        run,
+        args.workdir,
+        args.step,
+        records=records,
+        skipped=skipped,
+    )
+    path = args.out or os.path.join(local_directory(args.workdir), f"replay-{args.step}.html")
+    # The file comes first, so that an error on standard output does not lose it.
+    content = "".join(report.render(replayed, full_rows=args.rows))
+    write(path, content)
+    for line in report.text_lines(replayed):
+        say(line)
+    say(f"\n{path}")
+
+
+def write(path: str, text: str) -> None:
+    """Writes the HTML page.
+
+    Raises:
+        WorkdirError: the file cannot be written.
+    """
+    try:
+        replace_file(path, text.encode())
+    except OSError as error:
+        raise WorkdirError(
+            f"cannot be written: {error.strerror}",
+            field=path,
+            remedy="choose another with --out=FILE",
+        ) from error
+
+
+def cli() -> None:
+    """Runs the command, and exits with its code."""
+    run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()

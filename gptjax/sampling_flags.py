@@ -1,0 +1,48 @@
+"""Sampling parameters: their defaults, help and valid ranges, without importing JAX."""
+
+import math
+
+from gptjax.config import LARGEST_SEED
+from gptjax.errors import ConfigError
+
+FLAGS = {  # name: (default, meaning)
+    "num_samples": (1, "continuations of each prompt"),
+    "max_new_tokens": (200, "most tokens of each continuation"),
+    "temperature": (0.8, "divides the logits; 0 takes the most likely token"),
+    "top_k": (0, "only the k most likely tokens; 0 is off"),
+    "top_p": (1.0, "only the most likely tokens that sum to this probability; 1 is off"),
+    "min_p": (0.0, "only tokens with at least this probability relative to the most likely; 0 is off"),
+    "seed": (0, "seed of the random choices"),
+}
+
+
+def validate_sampling_params(
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+) -> None:
+    """Checks that each value is in its range; NaN is not.
+
+    Raises:
+        ConfigError: a value is out of range; the message has one line for each.
+    """
+    seeds = f"must be from 0 to {LARGEST_SEED}"
+    temperatures = "must be 0 (the most likely token) or a positive number"
+    checks = (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "must be at least 1"),
+        ("temperature", temperature, 0 <= temperature < math.inf, temperatures),
+        ("top_k", top_k, 0 <= top_k <= LARGEST_SEED, "must be 0 (off) or a number of tokens"),
+        ("top_p", top_p, 0 < top_p <= 1, "must be above 0 and at most 1 (off)"),
+        ("min_p", min_p, 0 <= min_p <= 1, "must be from 0 (off) to 1"),
+        ("seed", seed, 0 <= seed <= LARGEST_SEED, seeds),
+    )
+    errors = []
+    for name, value, is_valid, rule in checks:
+        if not is_valid:
+            errors.append(ConfigError(rule, field=name, value=value))
+    if errors:
+        raise ConfigError.of(errors)

@@ -1,0 +1,118 @@
+"""Reads the parameters of a checkpoint without its run: the whole tree, or one array at a time."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from gptjax.checkpoint import Checkpointer
+from gptjax.config import Config, from_dict
+from gptjax.errors import CheckpointError
+from gptjax.fingerprint import fingerprint_array
+from gptjax.identity import read_identity
+from gptjax.orbax_context import CHUNK_BYTES
+from gptjax.record import FAILURES, CorruptCheckpointError, judge
+from gptjax.sharding import abstract_params, make_mesh, nest, param_shardings
+
+log = logging.getLogger("gptjax")
+
+
+def load_params(workdir: str, *, step: int | None = None) -> tuple[Config, Any, int]:
+    """Returns (config, params, step) of the newest intact checkpoint, or of `step`.
+
+    The parameters are float32 jax.Arrays with the shapes of `params.PARAMS`, on the first device of this process.
+
+    Raises:
+        CheckpointError: no checkpoint is usable, or it belongs to another run.
+        UnreadableError: one cannot be read at the moment.
+        UserError: the work directory is in a bucket that cannot be reached.
+    """
+    checkpointer = Checkpointer(workdir)
+    steps = checkpointer.steps()
+    if not steps or (step is not None and step not in steps):
+        available = ", ".join(map(str, steps)) or "none"
+        wanted = "" if step is None else f" of step {step}"
+        raise CheckpointError(
+            f"no checkpoint{wanted}",
+            field="--workdir",
+            value=workdir,
+            remedy=f"available: {available}",
+        )
+    refused = []
+    identity = read_identity(workdir)
+    for candidate in reversed(steps) if step is None else [step]:
+        try:
+            record = checkpointer.read_record(candidate)
+            if step is None and not identity.owns(record):
+                raise CheckpointError(
+                    identity.explain(record),
+                    field=f"{checkpointer.directory}/{candidate}",
+                    remedy=f"to use it anyway: --step={candidate}",
+                )
+            config = from_dict(record.config)
+            params = checkpointer.load(candidate, {"params": _abstract_params(config)}, record)["params"]
+        except CorruptCheckpointError as damage:
+            refused.append(f"step {candidate}: {damage}")
+            log.warning("checkpoint %s/%d refused: %s", checkpointer.directory, candidate, damage)
+            continue
+        return config, params, candidate
+    raise CheckpointError(f"no usable checkpoint: {'; '.join(refused)}", field="--workdir", value=workdir)
+
+
+class StoredParams:
+    """The parameters of one checkpoint, read and verified one at a time, as NumPy arrays."""
+
+    def __init__(self, directory: str, step: int) -> None:
+        """Reads the record of the checkpoint of `step` in the work directory `directory`.
+
+        Raises:
+            CorruptCheckpointError: the record is missing, cannot be parsed, or has a wrong checksum.
+            UnreadableError: it cannot be read at the moment.
+            UserError: its config is not valid here, or the work directory is in a bucket that cannot be reached.
+        """
+        self._checkpointer = Checkpointer(directory)
+        self.step = step
+        self.record = self._checkpointer.read_record(step)
+        self.config = from_dict(self.record.config)
+
+    def read(self, path: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Returns the parameter at `path`, float32 of `shape`, after checking its fingerprint.
+
+        Raises:
+            CorruptCheckpointError: it is missing, cannot be parsed, has another shape or differs from the saved one.
+            UnreadableError: it cannot be read at the moment.
+        """
+        context: Any = ocp.Context()
+        context.pytree.loading.partial_load = True  # without it Orbax requires every parameter in `wanted`
+        context.memory.read_concurrent_bytes = 2 * CHUNK_BYTES
+        try:
+            wanted: Any = {"params": nest([(path, np.empty(shape, np.float32))])}
+        except (ValueError, MemoryError) as error:
+            raise CorruptCheckpointError(f"{path} needs more memory than is available") from error
+        directory = self._checkpointer.directory / str(self.step)
+        try:
+            with context:
+                tree = ocp.load_checkpointables(directory, wanted)
+        except FAILURES as error:
+            raise judge(directory, f"{path} is unreadable", error) from error
+        [leaf] = jax.tree.leaves(tree)
+        if leaf.shape != shape:
+            raise CorruptCheckpointError(f"{path} has shape {list(leaf.shape)}, and the config asks for {list(shape)}")
+        if fingerprint_array(leaf) != self.record.fingerprints.get(f"params/{path}"):
+            raise CorruptCheckpointError(f"{path}: the fingerprint does not match")
+        return leaf
+
+
+def _abstract_params(config: Config) -> Any:
+    one_device = dataclasses.replace(config.mesh, data=1, fsdp=1, tensor=1)
+    mesh = make_mesh(one_device, jax.local_devices()[:1])
+    shapes = abstract_params(config.model)
+    shardings = param_shardings(shapes, mesh)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )

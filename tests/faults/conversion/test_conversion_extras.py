@@ -1,0 +1,57 @@
+"""V: a missing or old optional package is named."""
+
+import re
+import sys
+import types
+from unittest import mock
+
+import pytest
+
+from gptjax.convert import torch_file
+from gptjax.errors import UnavailableError
+from tests.convert import models
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.mark.parametrize("form", ["nanogpt", "hf"])
+def test_v_missing_torch_error_states_the_extra_to_install(form, model, refuse, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    models.write_hf(model)
+    file = model / "pytorch_model.bin"
+    (model / "model.safetensors").rename(file)
+    source = f"{form}:{model if form == 'hf' else file}"
+    refuse(source, kind=UnavailableError, field=file, remedy="pip install 'gptjax[torch]'")
+
+
+def test_v_export_to_nanogpt_without_torch_is_refused(model, refuse, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    models.write_hf(model)
+    remedy = "pip install 'gptjax[torch]'"
+    refuse(f"hf:{model}", to=f"nanogpt:{model.parent}/ckpt.pt", kind=UnavailableError, field=mock.ANY, remedy=remedy)
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "2.5.0+cu124", "1.13.1"])
+def test_v_an_old_torch_is_not_trusted(version, model, refuse, monkeypatch):
+    class OldTorch:
+        __version__ = version
+
+        def load(self, *_, **__):
+            raise AssertionError("was trusted")
+
+    monkeypatch.setitem(sys.modules, "torch", OldTorch())
+    models.write_hf(model)
+    file = (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    refuse(f"hf:{model}", kind=UnavailableError, field=file, match=f"{re.escape(version)} is not safe .* 2\\.10")
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.11.0a0+git1234", "3.0.1+cpu"])
+def test_v_safe_torch_is_accepted(version, monkeypatch):
+    torch = types.SimpleNamespace(__version__=version)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    assert torch_file.import_torch("x") is torch
+
+
+def test_v_missing_huggingface_hub_error_states_the_extra(refuse, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    refuse("hf:someone/tiny", kind=UnavailableError, field="", remedy="pip install 'gptjax[hub]'")

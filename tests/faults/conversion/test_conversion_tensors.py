@@ -1,0 +1,175 @@
+"""V: tensors that are not exactly GPT-2's are refused in one line that says why, and nothing is written."""
+
+import numpy as np
+import pytest
+
+from gptjax.convert import __main__ as convert
+from gptjax.errors import ConfigError
+from tests.convert import models
+from tests.faults.conversion.shared import FC, QKV, WRITERS, LittleMemory, assert_equal_bits, spoil_bits
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.mark.parametrize("form", ["hf", "msgpack"])
+class TestTensors:
+    def test_v_untouched_models_are_converted(self, form, model, accept):
+        """Else all the refusals below would show nothing."""
+        tensors = WRITERS[form](model)
+        assert_equal_bits(accept(f"{form}:{model}"), tensors)
+
+    def test_v_wrong_shape_is_refused(self, form, model, refuse):
+        WRITERS[form](model, changes={"h.1.ln_2.bias": lambda t: t[:-1]})
+        refuse(f"{form}:{model}", match="ln_2.* has shape 15, expected 16")
+
+    def test_v_transposed_matrix_is_refused(self, form, model, refuse):
+        WRITERS[form](model, changes={QKV: lambda t: t.T})
+        refuse(f"{form}:{model}", match="48x16, expected 16x48: .* transposed")
+
+    def test_v_missing_tensor_is_refused(self, form, model, refuse):
+        WRITERS[form](model, drop=[FC])
+        refuse(f"{form}:{model}", match=f"{FC} is missing")
+
+    def test_v_extra_tensor_is_refused(self, form, model, refuse):
+        extra = {"transformer.h.0.rotary.scale": np.ones(4, np.float32)}
+        WRITERS[form](model, extra=extra)
+        refuse(f"{form}:{model}", match="rotary.* not a tensor")
+
+    def test_v_renamed_tensor_is_suggested_in_the_error(self, form, model, refuse):
+        WRITERS[form](model, drop=["h.0.ln_1.weight"], extra={"transformer.h.0.ln1.weight": np.ones(16, np.float32)})
+        refuse(f"{form}:{model}", match="h.0.ln_1.weight is missing; .* h.0.ln1.weight")
+
+    def test_v_wrong_vocabulary_size_is_refused(self, form, model, refuse):
+        WRITERS[form](model)
+        models.edit_json(model / "config.json", vocab_size=51)
+        refuse(f"{form}:{model}", match="50x16, expected 51x16: vocab_size")
+
+    def test_v_wrong_number_of_layers_is_refused(self, form, model, refuse):
+        WRITERS[form](model)
+        models.edit_json(model / "config.json", n_layer=3)
+        refuse(f"{form}:{model}", match="n_layer is 3, .* 2 layers")
+
+    def test_v_head_count_that_does_not_divide_is_refused(self, form, model, refuse):
+        WRITERS[form](model)
+        models.edit_json(model / "config.json", n_head=3)
+        refuse(f"{form}:{model}", match="n_head=3: must divide")
+
+    def test_v_billion_layers_are_refused_without_allocation(self, form, model, refuse):
+        WRITERS[form](model)
+        models.edit_json(model / "config.json", n_layer=10**9)
+        with LittleMemory():
+            refuse(f"{form}:{model}", match="n_layer is 1000000000, .* 2 layers")
+
+    def test_v_billion_layers_without_layer_tensors_are_refused(self, form, model, refuse):
+        WRITERS[form](model, config=models.CONFIG | {"n_layer": 0})
+        models.edit_json(model / "config.json", n_layer=10**9)
+        with LittleMemory():
+            refuse(f"{form}:{model}", match="n_layer is 1000000000, .* 4 tensors")
+
+    @pytest.mark.parametrize("name", ["n_embd", "vocab_size", "n_positions", "n_head"])
+    def test_v_enormous_size_is_refused_without_allocation(self, form, name, model, refuse):
+        """10^30 heads or columns: no loop and no memory may follow such a number."""
+        WRITERS[form](model)
+        models.edit_json(model / "config.json", **{name: 10**30 + 1})
+        with LittleMemory():
+            refuse(f"{form}:{model}", field=model / "config.json", match=f"{name}=1000000000000000000000000000001")
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    def test_v_nonfinite_weight_is_refused_with_its_position(self, form, bad, model, refuse):
+        def spoil(tensor):
+            tensor[5, 7] = bad
+            return tensor
+
+        WRITERS[form](model, changes={QKV: spoil})
+        for to in (f"hf:{model.parent}/out", f"llmc:{model.parent}/out.bin"):
+            refuse(f"{form}:{model}", to=to, remedy="--allow_nonfinite", match=r"attn.* 1 values .*\[5, 7\]")
+
+
+def test_v_hundreds_of_missing_tensors_are_summarized(model, refuse):
+    """A prefix that is not GPT-2's makes every name both missing and left over."""
+    config = models.CONFIG | {"n_layer": 48}
+    models.write_hf(model, config=config, prefix="base_model.")
+    refuse(f"hf:{model}", match=r"wte.weight is missing.* more\)")
+
+
+@pytest.mark.parametrize("path", [["hf"], ["gptjax", "hf"], ["llmc", "hf"]])
+def test_v_allowed_nonfinite_weights_keep_their_bits(path, model, accept, tmp_path):
+    tensors = models.write_hf(model, changes={"wte.weight": spoil_bits, "h.1.ln_1.bias": spoil_bits})
+    source = f"hf:{model}"
+    for form in path[:-1]:
+        convert.main([f"--from={source}", f"--to={form}:{tmp_path}/{form}", "--allow_nonfinite"])
+        source = f"{form}:{tmp_path}/{form}"
+    assert_equal_bits(accept(source, "--allow_nonfinite"), tensors)
+
+
+def test_v_nonfinite_weights_in_a_gptjax_checkpoint_are_refused(model, refuse, tmp_path):
+    models.write_hf(model, changes={QKV: spoil_bits})
+    convert.main([f"--from=hf:{model}", f"--to=gptjax:{tmp_path}/run", "--allow_nonfinite"])
+    origin = f"gptjax:{tmp_path}/run@0"
+    refuse(f"gptjax:{tmp_path}/run", field=origin, remedy="--allow_nonfinite", match=rf"{QKV}: 5 values .*\[0, 0\]")
+
+
+def test_v_a_float16_infinity_is_found(model, refuse):
+    def spoil(tensor):
+        tensor[3] = np.inf
+        return tensor
+
+    models.write_hf(model, dtype="float16", changes={"ln_f.bias": spoil})
+    refuse(f"hf:{model}", remedy="--allow_nonfinite", match=r"ln_f.bias: 1 values .*\[3\]")
+
+
+def test_v_tensor_stored_with_and_without_prefix_is_refused(model, refuse):
+    models.write_hf(model, extra={"ln_f.bias": np.zeros(16, np.float32)})
+    refuse(f"hf:{model}", field=model / "model.safetensors", match="ln_f.bias occurs twice, .*transformer.ln_f.bias")
+
+
+def test_v_tensor_in_two_shards_is_refused(model, refuse):
+    models.write_hf(model, num_shards=2)
+    first, second = sorted(model.glob("*.safetensors"))
+    (header, data), (other, _) = models.read_header(first), models.read_header(second)
+    name = next(name for name in other if name != "__metadata__")
+    shape, start = other[name]["shape"], len(data)
+    end = start + 4 * int(np.prod(shape))
+    header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    models.write_header(first, header, data + bytes(end - start))
+    refuse(f"hf:{model}", field=first, match=f"has {name}")
+
+
+def test_v_tied_lm_head_that_differs_is_refused(model, refuse, accept):
+    table = models.make_tensors()["wte.weight"]
+    models.write_hf(model, extra={"lm_head.weight": table + np.float32(1e-3)})
+    refuse(f"hf:{model}", field=model, remedy="set it to false", match="tie_word_embeddings")
+    models.write_hf(model, extra={"lm_head.weight": table})
+    assert "lm_head.weight" not in accept(f"hf:{model}")
+
+
+@pytest.mark.parametrize("target", ["nanogpt", "llmc"])
+def test_v_untied_model_is_refused_by_formats_without_a_head(target, model, refuse):
+    models.write_hf(
+        model, config=models.CONFIG | {"tie_word_embeddings": False}, extra={"lm_head.weight": np.ones((50, 16), "f4")}
+    )
+    to = f"{target}:{model.parent}/out"
+    refuse(f"hf:{model}", to=to, kind=ConfigError, field="--to", value=target, remedy="use hf:DIR")
+
+
+HOSTILE_NAMES = {
+    "a line break": "transformer.h.0.a\nerror: all is well",
+    "an escape sequence": "transformer.\x1b[2Jwte",
+    "superscript two": "transformer.h.².ln_1.weight",
+    "a layer of 5,000 digits": f"transformer.h.{'9' * 5000}.ln_1.weight",
+    "a long name": "x" * 10**6,
+    "a zero": "h.00.ln_1.weight",
+    "a minus": "h.-1.ln_1.weight",
+    "empty": "",
+    "h.": "h.",
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE_NAMES)
+def test_v_hostile_tensor_name_is_refused(what, model, refuse):
+    models.write_hf(model)
+    header, data = models.read_header(model / "model.safetensors")
+    name = HOSTILE_NAMES[what]
+    header[name] = {"dtype": "F32", "shape": [0], "data_offsets": [len(data), len(data)]}
+    models.write_header(model / "model.safetensors", header, data)
+    refuse(f"hf:{model}", field=None if name.isprintable() and len(name) <= 200 else model / "model.safetensors")

@@ -1,0 +1,183 @@
+"""J1: damaged JSON and text of a run, of data or of a model ends in one line that names the file, or is left out."""
+
+import dataclasses
+import json
+
+import pytest
+
+from gptjax import goodput, logs
+from gptjax.config import Config
+from gptjax.convert import huggingface, native
+from gptjax.data import journal
+from gptjax.data.meta import read_meta
+from gptjax.data.tokenizer import load_tokenizer
+from gptjax.errors import CheckpointError, DataError
+from gptjax.record import Record
+from gptjax.replay import update
+from tests.convert.models import read_header, write_header, write_hf
+
+pytestmark = pytest.mark.faults
+DEEP = b"[" * 900 + b"]" * 900  # which Python's parser takes
+NOT_JSON = {
+    "brackets": b"[" * 100_000,
+    "objects": b'{"a":' * 100_000,
+    "not UTF-8": b'{"a": "\xff"}',
+    "digits": b'{"step": ' + b"9" * 5000 + b"}",
+    "many digits": b'{"step": ' + b"9" * 400 + b"}",
+    "deep": b'{"step": 0, "loss": ' + DEEP + b"}",
+    "twice": b'{"step": 0, "step": 0}',
+    "half a pair": b'{"step": 0, "a": "\\ud800"}',
+    "a list": b"[1]",
+    "null": b"null",
+    "a string": b'"x"',
+    "a number": b"1",
+    "NULs": b"\0" * 100,
+    "UTF-16": b"\xff\xfe{\0}\0",
+    "empty": b"",
+}
+LATE = b'{"step": 9223372036854775808, "loss": 1.0}'  # more than 63 bits
+NAN = {"NaN": b'{"step": 0, "loss": NaN}', "too large": b'{"step": 0, "loss": 1e999}'}
+REASONS = r"not JSON|not usable JSON|not UTF-8|expected (an object|a weight_map)"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    write_hf(directory)
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+    (directory / "vocab.json").write_text("{}")
+    return directory
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "model.safetensors.index.json"]
+)
+def test_j1_damaged_model_file_is_named(model, name, monkeypatch):
+    path, before = model / name, (model / name).read_bytes() if (model / name).exists() else None
+    if "index" in name:
+        (model / "model.safetensors").rename(model / "away")
+    try:
+        # config.json and the index may have NaN: what is looked at in them is compared by itself.
+        nan = NAN if "token" in name or "vocab" in name else {}
+        for what, content in (NOT_JSON | nan).items():
+            path.write_bytes(content)
+            with pytest.raises(DataError, match=REASONS) as error:
+                huggingface.read(str(model), origin="hf:model")
+            assert name in str(error.value), what
+            assert str(error.value).isprintable(), what
+            assert len(str(error.value)) < 400, what
+    finally:
+        path.write_bytes(before) if before is not None else path.unlink()
+        if "index" in name:
+            (model / "away").rename(model / "model.safetensors")
+
+
+def test_j1_merges_file_that_is_not_utf8_is_refused(model):
+    good = (model / "merges.txt").read_bytes()
+    (model / "merges.txt").write_bytes(good + b"\xff \xfe\n")
+    with pytest.raises(DataError, match=r"merges\.txt: damaged: not UTF-8: byte 14 is 0xff"):
+        huggingface.read(str(model), origin="hf:model")
+    (model / "merges.txt").write_bytes(good)
+
+
+def test_j1_byte_order_mark_is_ignored(model, tmp_path):
+    before = (model / "config.json").read_bytes()
+    (model / "config.json").write_bytes(b"\xef\xbb\xbf" + before)
+    try:
+        assert huggingface.read(str(model), origin="hf:model").config.n_layer == 2
+    finally:
+        (model / "config.json").write_bytes(before)
+
+
+@pytest.mark.parametrize("field", [b"9" * 5000, b"1e999", b'{"a": 1, "a": 2}', b'"\\ud800"'])
+def test_j1_invalid_json_in_an_unused_header_field_is_refused(model, tmp_path, field):
+    header, data = read_header(model / "model.safetensors")
+    header["transformer.ln_f.bias"]["more"] = "HERE"
+    write_hf(tmp_path)
+    write_header(tmp_path / "model.safetensors", json.dumps(header).encode().replace(b'"HERE"', field), data)
+    with pytest.raises(DataError, match=r"model\.safetensors: not a usable safetensors file"):
+        huggingface.read(str(tmp_path), origin="hf:model")
+
+
+@pytest.mark.parametrize("content", (NOT_JSON | NAN).values(), ids=NOT_JSON | NAN)
+def test_j1_damaged_json_of_gptjax_is_refused_or_ignored(tmp_path, content):
+    for name in ("tokenizer.json", "meta.json", "journal.json"):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"not a saved tokenizer .*({REASONS}).*give gpt2, bytes"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(DataError, match=rf"meta\.json: damaged .*({REASONS})"):
+        read_meta(str(tmp_path))
+    assert journal.read_journal(str(tmp_path)) is None
+
+
+def test_j1_journal_with_an_invalid_value_is_ignored(tmp_path):
+    good = journal.Journal({"source": "x"}, 3, "d")
+    journal.write_journal(str(tmp_path), good)
+    assert journal.read_journal(str(tmp_path)) == good
+    values = dataclasses.asdict(good)
+    train = values["splits"]["train"]
+    for bad in (
+        *({"documents": count} for count in ("3", -1, 2**63, 1.5, True, None, [])),
+        {"digest": 1},
+        {"settings": []},
+        {"splits": []},
+        {"splits": values["splits"] | {"train": train | {"tokens": "9"}}},
+        {"splits": values["splits"] | {"train": train | {"bytes": -1}}},
+    ):
+        (tmp_path / "journal.json").write_text(json.dumps(values | bad))
+        assert journal.read_journal(str(tmp_path)) is None, bad
+
+
+def record(step):
+    return Record(step, Config().to_dict(), {}, {}, {}, {})
+
+
+@pytest.mark.parametrize("content", (NOT_JSON | NAN).values(), ids=NOT_JSON | NAN)
+def test_j1_damaged_run_config_falls_back_to_the_checkpoint(tmp_path, said, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"no run there: no checkpoint and .*config\.json: ({REASONS})"):
+        update.find_config(str(tmp_path), 9, records={}, overrides={})
+    assert update.find_config(str(tmp_path), 9, records={3: record(3)}, overrides={}) == Config()
+    (line,) = said
+    assert line.startswith(f"{tmp_path}/config.json: ")
+    assert line.endswith(": using the config of the checkpoint of step 3")
+
+
+def test_j1_config_with_unknown_fields_falls_back_to_the_checkpoint(tmp_path, said):
+    (tmp_path / "config.json").write_text('{"model": {"n_wheels": 3}}')
+    with pytest.raises(CheckpointError, match=r"no checkpoint and .*config\.json: .*n_wheels"):
+        update.find_config(str(tmp_path), 9, records={}, overrides={})
+    assert update.find_config(str(tmp_path), 9, records={3: record(3)}, overrides={}) == Config()
+    assert "n_wheels" in said[0]
+
+
+def test_j1_damaged_log_lines_are_skipped(tmp_path):
+    rows = [
+        {"step": 1, "loss": 2.5, "step_seconds": 1.0},
+        {"step": 2, "val_loss": 3.5, "loss": 1.5, "step_seconds": 2.0},
+    ]
+    lines = [json.dumps(row).encode() for row in rows]
+    content = b"\n".join([lines[0], *NOT_JSON.values(), LATE, lines[1], b'{"step": 3, "lo']) + b"\n"
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    assert list(logs.parse_rows(content)) == rows
+    assert list(logs.rows_after(str(tmp_path), 1)) == rows[1:]
+    assert goodput.seconds_after(logs.rows_after(str(tmp_path), 0), 0) == 3.0
+    assert native._losses(str(tmp_path), 9) == {"loss": 1.5, "val_loss": 3.5}
+    metrics = {"loss": 1.5}
+    assert update.compare_with_log(str(tmp_path), 2, metrics, skipped=()) == "equal to metrics.jsonl, bit for bit"
+    assert logs.cut_to_step(tmp_path / "metrics.jsonl", 1) == rows[:1]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == lines[0] + b"\n"
+
+
+def test_j1_nonfinite_numbers_in_a_log_become_null(tmp_path):
+    assert list(logs.parse_rows(b"\n".join(NAN.values()))) == [{"step": 0, "loss": None}] * 2
+
+
+@pytest.mark.parametrize("value", ["\x1b[2J" * 99, "9" * 9999, [[["x"]]], {}, True])
+def test_j1_odd_log_values_are_reported_in_one_line(tmp_path, value):
+    for name, said in (("loss", "DIFFERENT from metrics.jsonl"), ("rollbacks", "not compared")):
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 2, "loss": 1.5, name: value}))
+        line = update.compare_with_log(str(tmp_path), 2, {"loss": 1.5}, skipped=())
+        assert said in line
+        assert line.isprintable()
+        assert len(line) < 300

@@ -1,0 +1,48 @@
+"""What `auto` becomes on which device."""
+
+import jax.numpy as jnp
+import pytest
+
+from gptjax.collectives import Parallel
+from gptjax.compute import ResolvedCompute, choose_unroll, resolve_compute, resolve_parallel
+from gptjax.config import Config, MeshConfig, from_dict
+from gptjax.errors import ConfigError
+from gptjax.sharding import make_mesh
+from tests.helpers import TINY, raises
+
+
+def test_compute_is_resolved_from_the_devices_of_the_mesh():
+    config = from_dict({"model": TINY, "compute": {"scan_unroll": 0, "remat": "dots"}})
+    assert Config().compute.dtype == "auto"
+    assert Config().compute.scan_unroll == -1
+    cpu = resolve_compute(config, make_mesh(MeshConfig()))
+    assert cpu == ResolvedCompute("xla", "xla", "dots", 2, jnp.dtype(jnp.float32), flatten_tokens=True)
+    assert not resolve_compute(config, make_mesh(MeshConfig(tensor=2))).flatten_tokens
+
+
+def test_parallel_is_resolved_from_the_mesh():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    bfloat16 = from_dict({"model": TINY, "compute": {"dtype": "bfloat16"}})
+    both = resolve_parallel(bfloat16, mesh)
+    assert (both.dtype, both.reduce_dtype) == (jnp.bfloat16, jnp.bfloat16)
+    assert resolve_compute(bfloat16, mesh).dtype == jnp.bfloat16
+    assert (both.fsdp, both.tensor, both.two_stage_collectives) == (2, 2, False)
+    exact = from_dict({"model": TINY, "compute": {"dtype": "bfloat16", "reduce_dtype": "float32"}})
+    assert resolve_parallel(exact, mesh).reduce_dtype == jnp.float32
+    assert both.axes() == ("data", "fsdp", "tensor")
+    assert Parallel(make_mesh(MeshConfig(data=4, tensor=2))).axes(("data", "fsdp")) == ("data",)
+    assert (Parallel().axes(), Parallel().fsdp, Parallel().tensor) == ((), 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("scan_unroll", "platform", "layers"),
+    [(-1, "gpu", 12), (-1, "cuda", 12), (-1, "tpu", 1), (-1, "cpu", 1), (0, "tpu", 12), (1, "cuda", 1), (3, "cuda", 3)],
+)
+def test_gpu_unrolls_all_layers_by_default(scan_unroll, platform, layers):
+    assert choose_unroll(scan_unroll, 12, platform) == layers
+
+
+def test_heads_not_divisible_by_tensor_are_refused():
+    config = from_dict({"model": {"n_head": 25, "n_embd": 100}})
+    with raises(ConfigError, "mesh.tensor", value=2, remedy="nearest: 1", match="model.n_head=25"):
+        resolve_compute(config, make_mesh(MeshConfig(4, 1, 2)))

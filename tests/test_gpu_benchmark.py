@@ -1,0 +1,441 @@
+"""benchmarks/gpu.sh brings its results home, whatever fails, from a machine with the packages of its list only."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+FILES = {"results.jsonl", "tables.txt", "log.txt", "trace.tgz", "autotune.tgz"}
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a benchmark by its name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return lambda name: __import__(name)
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"XLA_FLAGS": ""} | environment,
+    )  # fmt: skip
+
+
+def rows_in(path: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# The machine's packages
+
+
+def listed(*names: str) -> set[str]:
+    lines = [line for name in names for line in (BENCHMARKS / name).read_text().splitlines()]
+    return {re.split(r"[\[=#\s]", line)[0] for line in lines} - {""}
+
+
+def absent_modules(*lists: str) -> list[str]:
+    """Returns the top-level modules of this environment that a machine with the packages of `lists` lacks."""
+    here, rest = set(), [name.lower().replace("_", "-") for name in listed(*lists)]
+    while rest:
+        name = rest.pop()
+        if name in here:
+            continue
+        here.add(name)
+        try:
+            requirements = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:  # torch and CUDA are on that machine, not here
+            continue
+        needed = [text for text in requirements if "extra ==" not in text]
+        rest += [re.split(r"[^\w.-]", text)[0].lower().replace("_", "-") for text in needed]
+    owners = importlib.metadata.packages_distributions()
+    ours = {"gptjax", "tests", "pip", "setuptools", "pkg_resources", "_distutils_hack"}
+    return [
+        module
+        for module, packages in owners.items()
+        if module not in ours and not {package.lower().replace("_", "-") for package in packages} & here
+    ]
+
+
+BLOCKED = """
+import runpy, sys
+absent = set({absent!r})
+
+class Machine:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {{name!r}} on that machine", name=name)
+
+sys.meta_path.insert(0, Machine())
+sys.path.insert(0, {benchmarks!r})
+sys.argv = {argv!r}
+{code}
+"""
+
+
+def on_that_machine(code: str, *arguments: str, wheels: bool) -> subprocess.CompletedProcess[str]:
+    absent = absent_modules("gpu-image.txt", *(["gpu-wheels.txt"] if wheels else []))
+    assert {"tensorflow_datasets", "nbclient"} <= set(absent)
+    assert ("tensorboardX" in absent) is not wheels
+    text = BLOCKED.format(absent=absent, benchmarks=str(BENCHMARKS), argv=["benchmark", *arguments], code=code)
+    return run("-c", text)
+
+
+def test_the_parts_need_nothing_but_the_listed_packages() -> None:
+    """Without carried wheels: all but gptjax.main. A contestant runs, and imports what it needs as it goes."""
+    done = on_that_machine(
+        "import bench, ceilings, cold_shards, correct, gpu, race, real_run, sample, summary\n"
+        f"runpy.run_path({str(BENCHMARKS / 'contestant.py')!r}, run_name='__main__')",
+        "gptjax", "--case=mini", "--batch=2",
+        wheels=False,
+    )  # fmt: skip
+    assert "'ModuleNotFoundError'" not in done.stdout, done.stdout
+    assert (done.returncode, '"ready": true' in done.stdout) == (0, True), done.stdout + done.stderr
+
+
+def test_training_command_needs_the_carried_wheels(tmp_path: pathlib.Path) -> None:
+    flags = ["--config=configs/quickstart.py", f"--config.data.path={tmp_path}", f"--workdir={tmp_path / 'run'}"]
+    code = "import tensorboardX, gptjax.train; from gptjax import main; main.cli()"
+    done = on_that_machine(code, *flags, wheels=True)
+    assert (done.returncode, "and no *train*.bin" in done.stderr) == (65, True), done.stderr
+    done = on_that_machine(code, *flags, wheels=False)
+    assert "on that machine" in done.stderr
+
+
+# The parts
+
+
+def scripts_and_arguments(gpu: Any) -> list[tuple[str, list[str]]]:
+    parts = [*gpu.gpu_parts("OUT"), *gpu.toy_parts("OUT", "")]
+    return [(pathlib.Path(c[2]).name, list(c[3:])) for part in parts for c in part.commands]
+
+
+def test_toy_and_full_benchmarks_have_the_same_parts(load: Callable[[str], Any]) -> None:
+    gpu = load("gpu")
+    order = [part.name for part in gpu.gpu_parts("OUT")]
+    assert order == [part.name for part in gpu.toy_parts("OUT", "")]
+    assert order[:5] == ["ceilings", "correct", "train-cublaslt", "train", "peer"]
+    assert all("," not in name and ":" not in name for name in order), "--only and --limit cut there"
+    assert sum(part.limit for part in gpu.gpu_parts("OUT")[:5]) < 540
+
+
+def test_the_parts_are_commands_that_exist(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every flag of every part is parsed by the script that gets it, up to the contestants of a race."""
+    gpu, parsed = load("gpu"), []
+
+    class ParsedError(Exception):
+        pass
+
+    def parse(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = self.parse_known_args(args, namespace)
+        assert rest == [], rest
+        parsed.append(found)
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    commands = scripts_and_arguments(gpu)
+    contestants = []
+    for name, arguments in commands:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        with pytest.raises(ParsedError):
+            load(name.removesuffix(".py")).main()
+        contestants += getattr(parsed[-1], "contestants", [])
+    assert {name for name, _ in commands} == {"ceilings.py", "correct.py", "race.py", "sample.py", "real_run.py"}
+    assert len(contestants) > 15
+    for text in contestants:
+        with pytest.raises(ParsedError):
+            load("contestant").parse(shlex.split(text.replace(gpu.BEST, "--xla=a=1")))
+
+
+def test_a_directory_with_a_blank_is_one_argument(load: Callable[[str], Any]) -> None:
+    gpu = load("gpu")
+    for parts in (gpu.gpu_parts("/my results"), gpu.toy_parts("/my results", "")):
+        [contestant] = [word for word in parts[-1].commands[0] if "--trace" in word]
+        assert load("contestant").parse(shlex.split(contestant.replace(gpu.BEST, ""))).trace == "/my results/trace"
+
+
+def test_compiler_options_of_the_parts_exist(load: Callable[[str], Any]) -> None:
+    """XLA's option names are the same on every platform; it refuses one that it does not know."""
+    import jax
+
+    step = jax.jit(lambda x: x + 1).lower(1.0)
+    gpu, parse = load("gpu"), load("train_step").parse_options
+    step.compile(compiler_options=parse(gpu.CUBLASLT))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such"):
+        step.compile(compiler_options=parse("xla_gpu_no_such=1"))
+    flags = [part.xla_flags for part in gpu.gpu_parts("OUT")] + ["--xla_gpu_per_fusion_autotune_cache_dir=/tmp"]
+    assert run("-c", "import jax; jax.devices()", XLA_FLAGS=" ".join(flags)).returncode == 0
+    assert run("-c", "import jax; jax.devices()", XLA_FLAGS="--xla_gpu_no_such=1").returncode != 0
+
+
+def test_find_best_returns_the_fastest_setting_so_far(load: Callable[[str], Any]) -> None:
+    find_best = load("gpu").find_best
+    rows = [
+        {"part": "train-a", "who": "gptjax --batch=32 --xla=a=1", "tokens/s": 5.0},
+        {"part": "train", "who": "gptjax --batch=32", "tokens/s": 6.0},
+        {"part": "train-a", "who": "gptjax --batch=64 --xla=a=1", "tokens/s": 9.0},
+        {"part": "train", "who": "gptjax --batch=64", "verdict": "out of memory"},
+        {"part": "peer", "who": "gptjax --batch=64 --xla=b=1", "tokens/s": 99.0},
+    ]
+    assert find_best(rows, "gptjax --batch=64 <best>") == "--xla=a=1"
+    assert find_best(rows, "gptjax --batch=32 <best>") == ""
+    assert find_best(rows, "gptjax --batch=3 <best>") == ""
+
+
+# What comes back
+
+
+@pytest.mark.long
+def test_part_ended_by_its_limit_loses_only_its_rows(tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "out"
+    done = run(
+        "benchmarks/gpu.py", "--toy", f"--out={out}", "--only=ceilings,triton-loss,decode,trace", "--limit=decode:1"
+    )
+    rows = rows_in(out / "results.jsonl")
+    assert done.returncode == 1
+    assert {path.name for path in out.iterdir()} <= FILES
+    assert [row["part"] for row in rows if row["part"] == "machine"] == ["machine"]
+    verdicts = {row["part"]: row["verdict"] for row in rows if "verdict" in row}
+    assert verdicts["decode"] == "left out: the part's time is over"
+    assert next(row["verdict"] for row in rows if row["part"] == "decode") == "ended by its limit"
+    assert verdicts["trace"] == "measured"
+    with tarfile.open(out / "trace.tgz") as archive:
+        assert any(name.endswith(".xplane.pb") for name in archive.getnames())
+    tables = (out / "tables.txt").read_text()
+    assert all(f"\n{part}\n" in tables for part in ("decode", "trace"))
+    assert done.stdout.endswith(f"{tables}\n")
+    assert not [line for line in processes() if str(out) in line], "nothing goes on"
+
+
+def processes() -> list[str]:
+    commands = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            commands.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:
+            continue
+    return commands
+
+
+def test_parts_skipped_by_the_deadline_are_recorded(tmp_path: pathlib.Path) -> None:
+    done = run("benchmarks/gpu.py", "--toy", f"--out={tmp_path}", "--deadline=9")
+    rows = rows_in(tmp_path / "results.jsonl")
+    assert done.returncode == 1
+    assert len(rows) == 1 + 11
+    assert {row["verdict"] for row in rows[1:]} == {"left out: the deadline is near"}
+
+
+def test_benchmark_without_a_gpu_runs_no_part(tmp_path: pathlib.Path) -> None:
+    done = run("benchmarks/gpu.py", f"--out={tmp_path}", JAX_PLATFORMS="cpu")
+    rows = rows_in(tmp_path / "results.jsonl")
+    assert (done.returncode, [row["part"] for row in rows]) == (1, ["machine", "all"])
+    assert rows[1]["verdict"] == "left out: JAX finds no GPU here; --toy runs on a CPU"
+
+
+def test_read_rows_ignores_earlier_calls_and_torn_lines(load: Callable[[str], Any], tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text(
+        '{"part": "machine"}\n{"part": "train", "n": 1}\n{"part": "machine"}\n{"part": "train", "n": 2}\n{"par'
+    )
+    assert load("bench").read_rows(path) == [{"part": "machine"}, {"part": "train", "n": 2}]
+
+
+def test_command_with_open_output_does_not_block_the_driver(load: Callable[[str], Any], tmp_path: pathlib.Path) -> None:
+    gpu = load("gpu")
+    driver = gpu.Driver(tmp_path, dict(os.environ), time.monotonic() + 100)
+    code = "import subprocess; subprocess.Popen(['sleep', '50']); print('the end', flush=True)"
+    start = time.monotonic()
+    assert driver._run_command([sys.executable, "-c", code], start + 40, dict(os.environ)) == ""
+    assert time.monotonic() - start < 20
+    wrong = driver._run_command([sys.executable, "-c", "raise SystemExit('no card')"], start + 60, dict(os.environ))
+    assert wrong == "failed with code 1: no card"
+
+
+def test_a_part_that_does_not_exist_is_named(tmp_path: pathlib.Path) -> None:
+    done = run("benchmarks/gpu.py", f"--out={tmp_path}", "--only=trains")
+    assert done.returncode == 2
+    assert "'trains': no such part; there are: ceilings, correct, train-cublaslt, train" in done.stderr
+
+
+@pytest.mark.long
+def test_failed_contestant_loses_only_its_row(tmp_path: pathlib.Path) -> None:
+    """The third one's module is missing: benchmarks are run where torch is not, too."""
+    results = tmp_path / "results.jsonl"
+    (tmp_path / "torch.py").write_text("raise MemoryError('not enough')\n")
+    done = run(
+        "benchmarks/race.py", "--part=peer", "--case=mini", "--seconds=1",
+        "gptjax --batch=2", "gptjax --batch=2 --loss=triton", "torch --batch=2",
+        GPTJAX_RESULTS=str(results), PYTHONPATH=f"{ROOT}:{tmp_path}",
+    )  # fmt: skip
+    rows = {row["who"]: row for row in rows_in(results)}
+    assert done.returncode == 1
+    assert rows["torch --batch=2"]["verdict"] == "out of memory: MemoryError: not enough"
+    assert rows["gptjax --batch=2 --loss=triton"]["verdict"].startswith("not here: ConfigError")
+    best = rows["gptjax --batch=2"]
+    assert (best["verdict"], best["batch"], best["tokens/s"] > 0) == ("measured", 2, True)
+    assert best["tokens/s"] == pytest.approx(2 * 32 / best["ms"] * 1e3)
+    assert "tokens/s" not in rows["torch --batch=2"]
+
+
+def test_contestant_uses_the_first_batch_size_that_fits(
+    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contestant, tried = load("contestant"), []
+
+    def make(args: Any, batch: int) -> Any:
+        tried.append(batch)
+        if batch > 4:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+        return lambda steps: None, {"GiB": 1}
+
+    monkeypatch.setattr(contestant, "make_gptjax", make)
+    args = contestant.parse(["gptjax", "--batch=16,8,4,2"])
+    assert contestant.prepare(args)[1:] == (4, {"GiB": 1})
+    assert tried == [16, 8, 4]
+    with pytest.raises(RuntimeError, match="RESOURCE"):
+        contestant.prepare(contestant.parse(["gptjax", "--batch=16,8"]))
+
+
+def test_out_of_memory_errors_are_recognized(load: Callable[[str], Any]) -> None:
+    is_out_of_memory = load("contestant").is_out_of_memory
+
+    class OutOfMemoryError(RuntimeError):  # torch's, on a GPU
+        pass
+
+    assert is_out_of_memory(OutOfMemoryError("CUDA out of memory. Tried to allocate 6.58 GiB."))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."))
+    assert is_out_of_memory(RuntimeError("RESOURCE_EXHAUSTED: Failed to allocate request for 6GiB"))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("INTERNAL: a wrong product"))
+
+
+def test_oversized_trace_is_packed_in_part(
+    load: Callable[[str], Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, source, archive = load("gpu"), tmp_path / "trace", tmp_path / "trace.tgz"
+    assert gpu.pack(source, archive) == "trace.tgz: there is nothing to pack"
+    (source / "plugins").mkdir(parents=True)
+    (source / "plugins" / "a.xplane.pb").write_bytes(os.urandom(1000))
+    (source / "plugins" / "a.trace.json.gz").write_bytes(os.urandom(50_000))
+    assert gpu.pack(source, archive, ".xplane.pb") == ""
+    with tarfile.open(archive) as file:
+        assert "./plugins/a.trace.json.gz" in file.getnames()
+    monkeypatch.setattr(gpu, "LARGEST_FILE", 10_000)
+    assert gpu.pack(source, archive, ".xplane.pb") == ""
+    with tarfile.open(archive) as file:
+        assert file.getnames() == ["a.xplane.pb"]
+    assert gpu.pack(source, archive) == "trace.tgz: larger than 0 MB, left out"
+    assert not archive.exists()
+
+
+def test_packed_autotuning_is_reused_by_the_next_run(load: Callable[[str], Any], tmp_path: pathlib.Path) -> None:
+    gpu, out = load("gpu"), tmp_path / "out"
+    out.mkdir()
+    (tmp_path / "first").mkdir()
+    first = gpu.make_environment(out, tmp_path / "first", toy=True)
+    directory = re.search(r"--xla_gpu_per_fusion_autotune_cache_dir=(\S+)", first["XLA_FLAGS"])[1]
+    (pathlib.Path(directory) / "a.textproto").write_text("a product")
+    assert gpu.pack(pathlib.Path(directory), out / "autotune.tgz") == ""
+    (tmp_path / "second").mkdir()
+    second = gpu.make_environment(out, tmp_path / "second", toy=True)
+    directory = re.search(r"--xla_gpu_per_fusion_autotune_cache_dir=(\S+)", second["XLA_FLAGS"])[1]
+    assert (pathlib.Path(directory) / "a.textproto").read_text() == "a product"
+    assert directory.startswith(second["JAX_COMPILATION_CACHE_DIR"]), "where JAX looks by itself"
+
+
+def test_make_environment_keeps_the_settings_of_the_user(
+    load: Callable[[str], Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/their/own")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_their_own=1")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    environment = load("gpu").make_environment(tmp_path, tmp_path / "scratch", toy=False)
+    assert environment["PYTHONPATH"].split(":")[:3] == [str(ROOT), str(BENCHMARKS), "/their/own"]
+    assert environment["XLA_FLAGS"].startswith("--xla_their_own=1 ")
+    assert environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")  # JAX refuses to start with both
+    environment = load("gpu").make_environment(tmp_path, tmp_path / "other", toy=False)
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment
+
+
+def test_tables_show_the_last_row_beside_target_and_roof(load: Callable[[str], Any], tmp_path: pathlib.Path) -> None:
+    rows = [
+        {"part": "machine", "card": "NVIDIA H100 80GB HBM3", "jax": "0.11.2"},
+        {"part": "train", "who": "gptjax --batch=64", "batch": 64, "tokens/s": 300_000.0},
+        {"part": "train", "who": "gptjax --batch=64", "batch": 64, "tokens/s": 550_000.0},
+        {"part": "peer", "who": "torch --batch=32", "batch": 32, "tokens/s": 400_000.0},
+        {"part": "decode", "who": "gptjax", "batch": 256, "tokens/s": 60_000.0},
+    ]
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = run("benchmarks/summary.py", str(path)).stdout
+    assert "card NVIDIA H100 80GB HBM3, jax 0.11.2" in shown
+    assert re.search(r"gptjax --batch=64 +64 +550,000 +500000 +1\.1 +643000", shown)
+    assert "300,000" not in shown
+    assert re.search(r"torch --batch=32 +32 +400,000$", shown, re.MULTILINE)
+    assert re.search(r"gptjax +256 +60,000 +120000 +0\.5", shown)
+
+
+# Whether it computes the right thing
+
+
+def test_step_products_account_for_all_matrix_flops(load: Callable[[str], Any]) -> None:
+    """By their own count of FLOPs: three times the forward pass, without attention's own products."""
+    train_step, found = load("train_step"), load("ceilings").step_products("small", 2)
+    config = train_step.make_config("small", 2, {"steps_per_dispatch": 1})
+    tokens, attention = 2 * 1024, 12 * 12 * 768 * 1024
+    work = sum(2 * runs * m * k * n for _, runs, (m, k, n) in found)
+    assert (len(found), len({name for name, *_ in found})) == (15, 15)
+    whole = tokens * (train_step.train_flops_per_token(config.model) - attention)
+    assert work == pytest.approx(whole, rel=0.01)  # positions and the vocabulary's padding
+
+
+@pytest.mark.long
+def test_updates_agree_with_the_stored_losses(load: Callable[[str], Any]) -> None:
+    """Those of a GPU are held against the same file."""
+    correct = load("correct")
+    stored = json.loads(correct.LOSSES.read_text())["losses"]
+    losses = correct.train("tiny", correct.PLAIN)[-1]
+    assert losses == pytest.approx(stored, rel=1e-5)
+    assert losses[-1] < losses[0] / 3, "there is something to learn"
+
+
+def test_gradient_check_rejects_comparison_with_itself(
+    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    correct = load("correct")
+    paths = {"loop": ({"scan_unroll": 1}, {}, 1e-4), "too strict a limit": ({"scan_unroll": 0}, {}, 1e-12)}
+    monkeypatch.setattr(correct, "PATHS", paths)
+    verdicts = [row["verdict"] for row in correct.check_gradients("mini", seed=3)]
+    assert verdicts == ["WRONG: the same program as the reference", "WRONG"]
+
+
+def test_save_check_detects_a_damaged_restore(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import jax
+
+    correct = load("correct")
+    monkeypatch.setattr(correct, "STEPS", 1)
+    config, state, abstract, _ = correct.train("mini", correct.PLAIN)
+    assert correct.check_save(config, state, abstract)["verdict"] == "right"
+    restore = correct.Checkpointer.restore_latest
+
+    def damaged(self: Any, abstract: Any) -> Any:
+        restored, record = restore(self, abstract)
+        return jax.tree.map(lambda leaf: leaf + 1 if leaf.shape == () else leaf, restored), record
+
+    monkeypatch.setattr(correct.Checkpointer, "restore_latest", damaged)
+    assert correct.check_save(config, state, abstract)["verdict"] == "WRONG: arrays differ"
