@@ -1,9 +1,11 @@
 """The errors that end a command with a message, and the exit code of each."""
 
+import sys
 from collections.abc import Sequence
 from typing import Self
 
-_LONGEST_VALUE = 4096  # letters of a value in a message, as many as a path may have
+_LONGEST_VALUE = 200  # letters of a value or a name in a message
+_LONGEST_PATH = 4096  # Linux's limit: a path that was cut could not be found
 
 OK = 0
 BAD_CONFIG = 2  # bad config or flag, existing output; nothing was written
@@ -36,8 +38,15 @@ def is_utf8(text: str) -> bool:
 def shown(value: object) -> str:
     """Returns a value as a message shows it. Text has quotes only if it is empty, has blanks or is not printable."""
     if isinstance(value, str) and value.isprintable() and value.split() == [value]:
-        return value[:_LONGEST_VALUE]
-    return one_line(repr(value), longest=_LONGEST_VALUE)
+        return _shorten(value)
+    return _shorten(one_line(repr(value), longest=sys.maxsize))
+
+
+def _shorten(text: str) -> str:
+    """Cuts a long value or name and says so; a path stays whole."""
+    if "/" in text or len(text) <= _LONGEST_VALUE:
+        return text[:_LONGEST_PATH]
+    return f"{text[:_LONGEST_VALUE]}... ({len(text)} characters)"
 
 
 class UserError(ValueError):
@@ -58,6 +67,7 @@ class UserError(ValueError):
 
     def __init__(self, problem: str = "", *, field: str = "", value: object = None, remedy: str = "") -> None:
         name = field if field.isprintable() else ascii(field)[1:-1]  # the name of a file may contain a line break
+        name = _shorten(name)
         subject = name if value is None else f"{name}={shown(value)}"
         self.problem = ": ".join(part for part in (subject, problem) if part)
         super().__init__("; ".join(part for part in (self.problem, remedy) if part))
