@@ -39,7 +39,11 @@ def shown(value: object) -> str:
     """Returns a value as a message shows it. Text has quotes only if it is empty, has blanks or is not printable."""
     if isinstance(value, str) and value.isprintable() and value.split() == [value]:
         return _shorten(value)
-    return _shorten(one_line(repr(value), longest=sys.maxsize))
+    try:
+        text = repr(value)
+    except Exception:  # Python prints no int of more than 4,300 digits, and a config file may hold any object
+        text = f"a value of type {type(value).__name__} that cannot be printed"
+    return _shorten(one_line(text, longest=sys.maxsize))
 
 
 def _shorten(text: str) -> str:

@@ -21,6 +21,8 @@ from gptjax.errors import ConfigError, DataError, UserError
         (UserError("no", field="a", value="9" * 5000), f"a={'9' * 200}... (5000 characters): no"),
         (UserError("no", field="a", value=10**4000), f"a=1{'0' * 199}... (4001 characters): no"),
         (UserError("no", field="a", value=["b" * 300]), f"a=['{'b' * 198}... (304 characters): no"),
+        (UserError("no", field="a", value=-(10**5000)), "a=a value of type int that cannot be printed: no"),
+        (UserError("no", field="a", value=[10**5000]), "a=a value of type list that cannot be printed: no"),
         (UserError("no", field="a" * 300, value=1), f"{'a' * 200}... (300 characters)=1: no"),
         (UserError("no", field="data.path", value="/" + "x" * 999), f"data.path=/{'x' * 999}: no"),
         (UserError(field="data.path", value=True), "data.path=True"),
