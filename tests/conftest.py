@@ -13,13 +13,17 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.envir
 
 import jax
 import pytest
+from hypothesis import settings
 
 from gptjax import cli
-from tests import runs
+from tests import fuzzing, runs
 
 runpy.run_path(str(runs.OFFLINE / "sitecustomize.py"))  # for this process; runs.py sees to those that tests start
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
+# The same examples in every run, so that a failure is the change's own; `make soak` draws new ones.
+settings.register_profile("gptjax", derandomize=not fuzzing.TIMES, database=None, deadline=None)
+settings.load_profile("gptjax")
 
 
 @pytest.hookimpl(trylast=True)  # pytest's own comes first, to be asked for everything else

@@ -36,9 +36,6 @@ ODD = st.one_of(
 def cases(number: int) -> settings:
     return settings(
         max_examples=number * max(1, TIMES),
-        derandomize=not TIMES,
-        database=None,
-        deadline=None,
         print_blob=True,
         suppress_health_check=list(HealthCheck),
     )

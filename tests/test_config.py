@@ -279,7 +279,7 @@ ANY_VALUES = st.recursive(SCALARS, lambda inner: st.dictionaries(st.text(max_siz
 @given(
     st.dictionaries(st.sampled_from(FIELDS), SCALARS, max_size=4), st.dictionaries(st.text(), ANY_VALUES, max_size=2)
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_any_values_give_a_valid_config_or_a_config_error(fields, others):
     values = dict(others)
     for path, value in fields.items():
@@ -298,7 +298,7 @@ def test_any_values_give_a_valid_config_or_a_config_error(fields, others):
 
 
 @given(st.sampled_from(FIELDS), SCALARS)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_any_value_of_any_field_is_converted_or_refused(path, value):
     kind = type(flatten(Config())[path])
     with contextlib.suppress(ConfigError):

@@ -99,7 +99,7 @@ def test_transformers_gives_our_ids_for_hard_texts(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(max_size=60) | st.text("aeth1 '\r\n\t12sS.\u017f\x85", max_size=60))
 def test_transformers_gives_our_ids_for_any_text(name: str, root: Path, text: str) -> None:
     ours, theirs = pair(name, root)

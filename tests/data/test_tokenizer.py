@@ -119,7 +119,7 @@ def test_gpt2_ids_of_source_text_equal_both_references(
     assert gpt2.encode(text[:5000]) == slow_gpt2.encode(text[:5000])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=st.text(max_size=100))
 def test_gpt2_ids_of_any_text_equal_the_slow_reference(gpt2: Tokenizer, slow_gpt2: SlowGPT2, text: str) -> None:
     assert gpt2.encode(text) == slow_gpt2.encode(text)
@@ -132,7 +132,7 @@ def load_with_lengths(name: str) -> tuple[Tokenizer, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=st.text(max_size=200) | st.sampled_from(TEXTS))
 def test_decoding_restores_any_text(name: str, text: str) -> None:
     tokenizer, lengths = load_with_lengths(name)

@@ -221,7 +221,7 @@ def test_bad_id_position_counts_from_the_shard_start() -> None:
         tokens.check_ids("shard", ids, 93, start=1000)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(head=st.binary(max_size=1100), magic=st.sampled_from([b"", struct.pack("<2i", 20240520, 1)]))
 def test_any_header_gives_ids_or_a_data_error(
     head: bytes, magic: bytes, tmp_path_factory: pytest.TempPathFactory
