@@ -27,6 +27,8 @@ NonNegative = Annotated[float, Bounds(0)]
 AtLeastOne = Annotated[float, Bounds(1)]
 Fraction = Annotated[float, Bounds(0, at_most=1)]
 Rate = Annotated[float, Bounds(0, below=1)]
+# Of the MLP, by transformers' names: the tanh form of GELU, which is GPT-2's, or the exact one, which is nanoGPT's.
+Activation = Literal["gelu_new", "gelu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,7 @@ class GPTConfig:
     dropout: Rate = 0.0  # after the embedding, on attention weights, and on each residual branch
     bias: bool = True  # in every linear layer and LayerNorm
     tie_embeddings: bool = True  # the output head is the token embedding
+    activation: Activation = "gelu_new"
 
 
 @dataclasses.dataclass(frozen=True)

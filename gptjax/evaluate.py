@@ -190,7 +190,7 @@ def load_model(args: argparse.Namespace) -> tuple[Config, Any, "Tokenizer | None
             config = dataclasses.replace(config, data=data)
         tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
         return config, params, tokenizer, f"step {step}"
-    weights = formats.open_model(args.model, tokenizer=args.tokenizer)
+    weights = formats.open_model(args.model, tokenizer=args.tokenizer, activation=args.activation)
     data = DataConfig(path=args.data, global_batch_size=ROWS * jax.device_count())
     # init_from lets the model's vocabulary be larger than the tokenizer's.
     config = Config(model=weights.config, data=data, init_from=weights.origin)

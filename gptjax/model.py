@@ -199,7 +199,7 @@ class MLP(nn.Module):
         )
         # gelu adds the bias itself, so that the matmul's output is the only array of this size that backward needs.
         y_BTF, bias_F = expansion(x_BTD)
-        y_BTF = gelu(y_BTF, bias_F)
+        y_BTF = gelu(y_BTF, bias_F, approximate=c.activation == "gelu_new")
         projection = Linear(
             features=(c.n_embd,),
             init_std=residual_std(c),

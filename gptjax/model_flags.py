@@ -1,7 +1,9 @@
 """The flags by which sample and evaluate choose a model: --workdir, --step, --model, --tokenizer."""
 
 import argparse
+import typing
 
+from gptjax.config import Activation
 from gptjax.errors import ConfigError
 
 
@@ -15,6 +17,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FORMAT:PATH",
         help="instead of --workdir, weights in another format: hf:DIR, llmc:FILE, ...",
     )
+    parser.add_argument(
+        "--activation",
+        default="",
+        choices=["", *typing.get_args(Activation)],
+        help="of a --model whose file does not store it: gelu_new for nanoGPT from before May 2023",
+    )
     parser.add_argument("--tokenizer", default="", help="gpt2, bytes or a file, instead of the tokenizer of the model")
 
 
@@ -26,6 +34,8 @@ def check_model_flags(args: argparse.Namespace) -> None:
     """
     if bool(args.workdir) == bool(args.model):
         raise ConfigError("one of --workdir=DIR and --model=FORMAT:PATH is required")
+    if args.activation and not args.model:
+        raise ConfigError("is for --model", field="--activation", value=args.activation, remedy="leave the flag out")
     if args.model and args.step is not None:
         raise ConfigError(
             f"is for --workdir; here it is --model=gptjax:WORKDIR@{args.step}",

@@ -184,7 +184,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     from gptjax.stored import load_params
 
     if args.model:
-        weights = formats.open_model(args.model, tokenizer=args.tokenizer)
+        weights = formats.open_model(args.model, tokenizer=args.tokenizer, activation=args.activation)
         params = formats.load_params(weights, lambda _, leaf: jnp.asarray(leaf))
         return Config(model=weights.config), params, weights.tokenizer
     settings, params, _ = load_params(args.workdir, step=args.step)

@@ -57,7 +57,7 @@ alone, now, config, model = train((1, 1, 1), 1)
 found["losses"] = [row["loss"] for row in alone]
 found["losses on a mesh"] = [row["loss"] for row in train((1, 2, 2), 4)[0]]
 found["param_norm"] = alone[0]["param_norm"]
-plain = dataclasses.replace(config.model, activation="gelu")
+plain = dataclasses.replace(config.model, activation="gelu_new")
 made = sum(leaf.size for leaf in jax.tree.leaves(now.params))
 found["parameters"] = [made, p.count_params(config.model), p.count_params(plain)]
 found["flops"] = sizes.train_flops_per_token(config.model) - sizes.train_flops_per_token(plain)

@@ -27,7 +27,7 @@ LAYERS = """
     resume  replay.report  plan.report
     plan.aot
     setup  convert.formats
-    convert.msgpack
+    convert.msgpack  convert.probe
     convert.huggingface  convert.nanogpt  convert.llmc  convert.native
     convert.card  convert.torch_file  convert.safetensors_file
     convert.weights
@@ -43,7 +43,7 @@ LAYERS = """
     identity  tree_checks  convert.tokenizer_regex  dropout
     collectives  kernels.cross_entropy  fingerprint  record  data.patterns  data.header
     sharding
-    params  sampling_flags  examples  sampling
+    params  sampling_flags  model_flags  examples  sampling
     config  cli  convert.hub  chips
     distributed
     signals  peers  coordinator
@@ -51,7 +51,7 @@ LAYERS = """
     redaction  workdir  streams
     plan.hlo_kernels  plan.traffic  convert.hub_listing
     convert.files  convert.transfer  plan.hlo  goodput  convert.byte_level
-    config_values  model_flags
+    config_values
     errors  exhaustion  former_names  gpu_memory  history  documents  versions  strict_json
 """
 # Where a process starts, and its loop: only these use RUNTIME, the modules of processes and of their command lines.

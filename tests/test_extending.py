@@ -62,7 +62,7 @@ def test_cached_sampling_of_the_new_model_is_exact(changed):
 def test_new_parameter_is_saved_but_refused_by_exports(changed):
     assert changed["kept"] == [32, 128]
     assert changed["read back"]
-    assert changed["init_from"].startswith("init_from=x: it has activation=gelu, this run model.activation=swiglu")
+    assert changed["init_from"].startswith("init_from=x: it has activation=gelu_new, this run model.activation=swiglu")
     for target, message in changed["exports"].items():
         assert message.startswith(f"h/mlp/c_gate/kernel: GPT-2 has no such parameter; --to={target}: "), message
 

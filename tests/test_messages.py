@@ -190,7 +190,8 @@ TABLE = [
         (DataError, "hf/config.json", None, ""),
         (
             "hf/config.json: activation_function='relu': gptjax computes GPT-2 with \"gelu_new\" or "
-            '"gelu_pytorch_tanh" or "gelu_fast" only'
+            '"gelu_pytorch_tanh" or "gelu_python_tanh" or "gelu_fast" or "gelu_accurate" or "gelu" or '
+            '"gelu_python" only'
         ),
     ),
     (

@@ -15,12 +15,14 @@ import os
 import shutil
 import tempfile
 import time
+import typing
 from collections.abc import Iterator
 from typing import Any
 
 from etils import epy
 
 from gptjax.cli import Parser, run_cli
+from gptjax.config import Activation
 from gptjax.errors import ConfigError, DataError, WorkdirError
 from gptjax.redaction import say
 from gptjax.workdir import is_bucket, sync_path, sync_tree
@@ -73,6 +75,18 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         "--tokenizer",
         default="",
         help="gpt2, bytes or a saved tokenizer, instead of the source's own",
+    )
+    parser.add_argument(
+        "--activation",
+        default="",
+        choices=["", *typing.get_args(Activation)],
+        help="of a source that does not store it: gelu_new for a ckpt.pt of nanoGPT from before May 2023; "
+        "default: what its program computes today",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse a target whose program computes another activation than the model's",
     )
     parser.add_argument(
         "--dry_run",
@@ -133,13 +147,19 @@ def main(arguments: list[str]) -> None:
         target = formats.parse_model_ref("--to", args.target, formats.WRITABLE)
     if target and not args.dry_run:
         check_target(source, target, force=args.force)
-    weights = formats.open_weights(source, tokenizer=args.tokenizer, dropout=args.dropout)
+    weights = formats.open_weights(
+        source,
+        tokenizer=args.tokenizer,
+        dropout=args.dropout,
+        activation=args.activation,
+    )
     if target:
         weights = formats.adapt(weights, target.format)
     target_format = target.format if target else "gptjax"
     dtype = formats.export_dtype(weights, target_format, args.dtype)
     differences = formats.differences(weights, target_format, dtype) if target else []
     describe(weights, differences)
+    refuse_other_function(weights, target_format, strict=args.strict)
     if args.dry_run or target is None:
         table = formats.map_table(weights, target_format, dtype)
         say("\n".join(table))
@@ -172,6 +192,25 @@ def describe(weights: w.Weights, differences: list[str]) -> None:
     )
     for note in (*weights.notes, *differences):
         log.info("  %s", note)
+
+
+def refuse_other_function(weights: w.Weights, target: str, *, strict: bool) -> None:
+    """Logs how far the logits of `target`'s program differ because of its activation, or with `strict` refuses it.
+
+    Raises:
+        DataError: it computes another activation, and `strict` is on; or a tensor is damaged.
+    """
+    difference = formats.other_activation(weights, target)
+    if not difference:
+        return
+    if strict:
+        raise DataError(
+            difference,
+            field="--to",
+            value=target,
+            remedy="use hf:DIR, which stores the activation, or leave out --strict",
+        )
+    log.info("  %s", difference)
 
 
 def convert(

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.config import GPTConfig
-from gptjax.convert import huggingface, llmc, msgpack, nanogpt, native
-from gptjax.convert.names import Shape, layers
+from gptjax.convert import huggingface, llmc, msgpack, nanogpt, native, probe
+from gptjax.convert.names import PREFIX, Shape, layers
 from gptjax.convert.weights import NamedTensors, Weights, format_shape, read_leaves, read_tensors, with_biases
 from gptjax.data.tokenizer import Tokenizer, load_tokenizer
 from gptjax.errors import ConfigError, DataError
@@ -25,6 +25,10 @@ FILES = {  # formats of one file, with a usual name for it; the others are direc
     "nanogpt": "ckpt.pt",
     "llmc": "model.bin",
 }
+COMPUTED = {  # the activation that a program computes whose files do not store it
+    "nanogpt": "gelu",
+    "llmc": "gelu_new",
+}
 GPT2_VOCABULARIES = range(50257, 50305)  # nanoGPT pads GPT-2's 50,257 ids up to 50,304, and does not store the number
 # Fields of GPTConfig. Any other field may change the function, and other programs would not know it.
 GPT2_FIELDS = {
@@ -36,7 +40,9 @@ GPT2_FIELDS = {
     "dropout",
     "bias",
     "tie_embeddings",
+    "activation",
 }
+GPT2_ACTIVATIONS = ("gelu_new", "gelu")  # which other programs know; _require_gpt2 refuses any other
 FORMATS_HELP = "hf:DIR, hf:OWNER/NAME[@REVISION], gptjax:WORKDIR[@STEP], nanogpt:ckpt.pt, llmc:model.bin, msgpack:DIR"
 
 
@@ -71,17 +77,20 @@ def open_weights(
     *,
     tokenizer: str = "",
     dropout: float | None = None,
+    activation: str = "",
 ) -> Weights:
     """Returns the model at `place`, after comparing it strictly with GPT-2; no tensor is read yet.
 
     tokenizer: replaces the source's own: a name or a file as in data.tokenizer.
     dropout: of the result; None means the source's.
+    activation: of a model whose file does not store it; "" means what the format's program computes.
 
     Raises:
+        ConfigError: an activation is given, and the format stores it.
         DataError: the model is damaged, or not exactly a GPT-2.
         UnavailableError: an extra is missing, or a server cannot be reached.
     """
-    weights = _open(place, dropout)
+    weights = _with_activation(_open(place, dropout), place, activation)
     vocab_size = weights.config.vocab_size
     notes = list(weights.notes)
     chosen = weights.tokenizer
@@ -97,16 +106,37 @@ def open_weights(
     return dataclasses.replace(weights, tokenizer=chosen, notes=tuple(notes))
 
 
-def open_model(text: str, *, tokenizer: str = "") -> Weights:
+def _with_activation(weights: Weights, place: ModelRef, activation: str) -> Weights:
+    """Returns `weights` with the activation of a format that does not store it, and a note where programs differ."""
+    if place.format not in COMPUTED:
+        if activation:
+            raise ConfigError(
+                f"{place.format} stores it",
+                field="--activation",
+                value=activation,
+                remedy="leave the flag out",
+            )
+        return weights
+    notes = weights.notes
+    if place.format == "nanogpt" and not activation:
+        note = "activation gelu, the exact one: a nanoGPT from before May 2023 needs --activation=gelu_new"
+        notes = (*notes, note)
+    config = dataclasses.replace(weights.config, activation=activation or COMPUTED[place.format])
+    return dataclasses.replace(weights, config=config, notes=notes)
+
+
+def open_model(text: str, *, tokenizer: str = "", activation: str = "") -> Weights:
     """Returns the model that --model names, for sampling and evaluation: with a tokenizer, and dropout off.
 
+    tokenizer, activation: as in `open_weights`.
+
     Raises:
-        ConfigError: --model is not FORMAT:PATH, or the model has no tokenizer.
+        ConfigError: --model is not FORMAT:PATH, the model has no tokenizer, or the format stores the activation.
         DataError: the model is damaged, or not exactly a GPT-2.
         UnavailableError: an extra is missing, or a server cannot be reached.
     """
     place = parse_model_ref("--model", text, READABLE)
-    weights = open_weights(place, tokenizer=tokenizer, dropout=0.0)
+    weights = open_weights(place, tokenizer=tokenizer, dropout=0.0, activation=activation)
     if weights.tokenizer is None:
         problem = ConfigError(
             "has no tokenizer",
@@ -161,7 +191,7 @@ def _guess_tokenizer(vocab_size: int) -> tuple[Tokenizer | None, str]:
 
 
 def adapt(weights: Weights, target: str) -> Weights:
-    """Returns a model that computes the same function and that the format `target` can hold.
+    """Returns a model that the format `target` can hold, of the same function but perhaps for the activation.
 
     Raises:
         ConfigError: the format cannot hold any such model.
@@ -186,13 +216,34 @@ def _require_gpt2(config: GPTConfig, target: str) -> None:
             raise ConfigError("GPT-2 has no such parameter", field=row.path, remedy=remedy)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in GPT2_FIELDS and value != field.default:
+        unknown = field.name not in GPT2_FIELDS and value != field.default
+        if unknown or (field.name == "activation" and value not in GPT2_ACTIVATIONS):
             raise ConfigError(
                 "GPT-2 has no such setting",
                 field=f"model.{field.name}",
                 value=value,
                 remedy=remedy,
             )
+
+
+def other_activation(weights: Weights, target: str) -> str:
+    """Returns a line if the program of `target` computes another activation than the model's, otherwise "".
+
+    The line gives the largest difference of a logit, for which all parameters are read.
+
+    Raises:
+        DataError: a tensor is damaged.
+    """
+    own = weights.config.activation
+    other = COMPUTED.get(target, own)
+    if own == other:
+        return ""
+    log.info("%s computes another activation: comparing the logits of %d tokens", target, probe.PROBE_TOKENS)
+    difference = probe.largest_logit_difference(weights, other)
+    return (
+        f"{target} computes activation {other}, and this model has {own}: "
+        f"on {probe.PROBE_TOKENS} probe tokens the logits differ by at most {difference:.1e}"
+    )
 
 
 def export_dtype(weights: Weights, target: str, wanted: str) -> str:
@@ -219,7 +270,7 @@ def stored_as(row: Param, config: GPTConfig, target: str) -> tuple[str, Shape]:
         return row.name, shape
     if row.path.startswith("lm_head"):
         return row.name, shape
-    return huggingface.PREFIX + row.name, shape
+    return PREFIX + row.name, shape
 
 
 def map_table(weights: Weights, target: str, dtype: str) -> list[str]:

@@ -2,17 +2,16 @@
 
 import json
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from gptjax.config import GPTConfig
+from gptjax.config import Activation, GPTConfig
 from gptjax.convert import torch_file
 from gptjax.convert.card import model_card
 from gptjax.convert.files import locate, read_json
-from gptjax.convert.names import shapes
+from gptjax.convert.names import PREFIX, left_out, rename, shapes
 from gptjax.convert.safetensors_file import open_safetensors, write_safetensors
 from gptjax.convert.tokenizer_files import read_tokenizer, write_tokenizer
 from gptjax.convert.weights import NamedTensors, Tensor, Weights, check_name, check_sizes, make_weights, short_repr
@@ -23,23 +22,30 @@ from gptjax.workdir import write_json
 log = logging.getLogger("gptjax")
 SAFETENSORS = "model.safetensors"
 PICKLED = "pytorch_model.bin"
-PREFIX = "transformer."
-BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask and its fill value, not parameters
 GPT2_EOT = 50256  # end-of-text's id in GPT-2's tokenizer
 
 # Fields of GPT2Config that change the function, with the values for which gptjax computes the same function. The first
 # value is the default of transformers for a config.json without the field.
 REQUIRED: dict[str, tuple[Any, ...]] = {
     "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),  # three spellings of the tanh GELU
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
-    "reorder_and_upcast_attn": (False,),
+    "reorder_and_upcast_attn": (False, True),  # the same function; gptjax's softmax is in float32 either way
     "add_cross_attention": (False,),
     "pruned_heads": ({},),
     "quantization_config": (None,),
     "is_encoder_decoder": (False,),
+}
+# transformers' names of the two forms of GELU, and gptjax's. The first is its default.
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu_new": "gelu_new",
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_python_tanh": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_accurate": "gelu_new",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
 }
 # The sizes, with their defaults in transformers.
 SIZES = {
@@ -116,6 +122,10 @@ def parse_config(
         if not any(type(value) is type(choice) and value == choice for choice in allowed):
             choices = " or ".join(map(json.dumps, allowed))
             raise _other_function(path, name, value, choices)
+    activation = values.get("activation_function", "gelu_new")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        choices = " or ".join(map(json.dumps, ACTIVATIONS))
+        raise _other_function(path, "activation_function", activation, choices)
     sizes = _parse_sizes(values, path)
     inner = values.get("n_inner")
     width = 4 * sizes["n_embd"]
@@ -131,6 +141,7 @@ def parse_config(
         dropout=rate,
         bias=True,
         tie_embeddings=tied,
+        activation=ACTIVATIONS[activation],
         **sizes,
     )
 
@@ -186,22 +197,25 @@ def find_tensors(directory: str, *, tied: bool) -> tuple[dict[str, Tensor], list
         DataError: there is no weight file, one is damaged, or the files and their index differ.
         UnavailableError: the file is pickled, and torch is missing or too old to read it safely.
     """
-    tensors: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for path, indexed, opened in _weight_files(directory):
-        for name, tensor in opened.items():
+        for name in opened:
             if indexed is not None and name not in indexed:
                 raise DataError(f"has {name}, which the index does not place there", field=path)
-            short = name.removeprefix(PREFIX)
-            if BUFFERS.fullmatch(short):
-                continue
-            if short in tensors:
-                first = tensors[short].label
-                raise DataError(f"{short} occurs twice, as {first} and as {tensor.label}", field=path)
-            tensors[short] = tensor
         missing = (indexed or set()) - set(opened)
         if missing:
             raise DataError(f"{min(missing)} is missing, which the index places there", field=path)
-    return _without_tied_head(directory, tensors) if tied else (tensors, [])
+        found |= opened  # an index has one file per name
+    renamed = rename(found)
+    if renamed.twice:
+        name, first, second = renamed.twice
+        raise DataError(f"{name} occurs twice, as {first} and as {second}", field=directory)
+    tensors = {name: found[stored] for name, stored in renamed.names.items()}
+    notes = left_out(renamed.heads)
+    if tied:
+        tensors, tied_notes = _without_tied_head(directory, tensors)
+        notes = (*notes, *tied_notes)
+    return tensors, list(notes)
 
 
 def _without_tied_head(
@@ -338,6 +352,7 @@ def make_config(weights: Weights, dtype: str) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         **fixed,
+        "activation_function": config.activation,
         "vocab_size": config.vocab_size,
         "n_layer": config.n_layer,
         "n_head": config.n_head,

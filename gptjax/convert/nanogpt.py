@@ -7,6 +7,7 @@ import numpy as np
 
 from gptjax.config import GPTConfig
 from gptjax.convert import torch_file
+from gptjax.convert.names import PREFIX, left_out, rename
 from gptjax.convert.weights import (
     DTYPES,
     NamedTensors,
@@ -20,9 +21,6 @@ from gptjax.convert.weights import (
 from gptjax.errors import DataError, one_line
 from gptjax.params import PARAMS
 
-COMPILED_PREFIX = "_orig_mod."  # which torch.compile puts before every name
-PREFIX = "transformer."
-MASK = ".attn.bias"  # the causal mask [1, 1, T, T] that nanoGPT has without flash attention, not a parameter
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 NO_LOSS = 1e9  # nanoGPT's best_val_loss before its first validation
 ADAMW = {"lr": 6e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}  # nanoGPT's defaults
@@ -47,7 +45,7 @@ def read(
         raise DataError("not a checkpoint of nanoGPT: expected a dict with model and model_args", field=path)
     config = _parse_args(saved["model_args"], path, dropout)
     found = torch_file.tensors(saved["model"], path)
-    tensors = _rename(found, path)
+    tensors, heads = _rename(found, path)
     head = tensors.pop("lm_head.weight", None)
     table = tensors.get("wte.weight")
     if head is not None and table is not None:
@@ -57,6 +55,7 @@ def read(
         config,
         tensors,
         history=_history(saved),
+        notes=left_out(heads),
     )
 
 
@@ -93,6 +92,7 @@ def _parse_args(values: Any, path: str, dropout: float | None) -> GPTConfig:
         bias=bias,
         dropout=float(rate),
         tie_embeddings=True,
+        activation="gelu",  # since May 2023; no file tells the form of before
     )
 
 
@@ -101,24 +101,22 @@ def _linear_names() -> set[str]:
     return {row.tensor_name(0).removeprefix("h.0.") for row in PARAMS if row.linear}
 
 
-def _rename(found: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
-    """Returns the tensors by GPT-2's names, matrices as [in, out], without the causal masks."""
+def _rename(found: Mapping[str, Tensor], path: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Returns (the tensors by GPT-2's names, matrices as [in, out]; the names of heads that are left out)."""
+    renamed = rename(found)
+    if renamed.twice:
+        name, first, second = renamed.twice
+        raise DataError(f"{name} occurs twice, as {first} and as {second}", field=path)
     linear = _linear_names()
     tensors: dict[str, Tensor] = {}
-    for name, tensor in found.items():
-        short = name.removeprefix(COMPILED_PREFIX).removeprefix(PREFIX)
-        in_layer = short.startswith("h.")
-        if in_layer and short.endswith(MASK):
-            continue
-        if short in tensors:
-            first = tensors[short].label
-            raise DataError(f"{short} occurs twice, as {first} and as {name}", field=path)
-        is_matrix = in_layer and _name_in_layer(short) in linear
+    for short, stored in renamed.names.items():
+        tensor = found[stored]
+        is_matrix = short.startswith("h.") and _name_in_layer(short) in linear
         if is_matrix and len(tensor.shape) == 2:
             tensors[short] = torch_file.transposed(tensor)
         else:
             tensors[short] = tensor
-    return tensors
+    return tensors, renamed.heads
 
 
 def _name_in_layer(name: str) -> str:

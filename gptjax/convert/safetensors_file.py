@@ -12,13 +12,26 @@ import safetensors
 
 from gptjax.convert.files import LARGEST_JSON
 from gptjax.convert.names import Shape
-from gptjax.convert.weights import DTYPES, NamedTensors, ReadTensor, Tensor, check_name
+from gptjax.convert.weights import DTYPES, UNKNOWN_DTYPE, NamedTensors, ReadTensor, Tensor, check_name
 from gptjax.errors import DataError, one_line
 from gptjax.strict_json import InvalidTextError, parse_json
 
 LENGTH_BYTES = 8  # of the little-endian integer before the header: the header's length
 ALIGNMENT = 8  # bytes; of the start of the data
 STORED_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# Types that no parameter may have, but a buffer that is left out: the causal mask is often BOOL or U8.
+OTHER_TYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "U16": "uint16",
+    "I32": "int32",
+    "U32": "uint32",
+    "I64": "int64",
+    "U64": "uint64",
+    "F64": "float64",
+}
 
 
 def open_safetensors(path: str) -> dict[str, Tensor]:
@@ -36,7 +49,7 @@ def open_safetensors(path: str) -> dict[str, Tensor]:
         for name, stored in slices.items():
             tensors[name] = Tensor(
                 shape=tuple(stored.get_shape()),
-                dtype=_dtype(path, name, stored.get_dtype()),
+                dtype=_dtype(stored.get_dtype()),
                 read=_reader(path, name),
                 label=name,
             )
@@ -81,11 +94,11 @@ def _reader(path: str, name: str) -> ReadTensor:
     return read
 
 
-def _dtype(path: str, name: str, stored: str) -> np.dtype:
-    if stored not in STORED_TYPES:
-        expected = ", ".join(STORED_TYPES)
-        raise DataError(f"{name} has type {stored}; expected one of {expected}", field=path)
-    return DTYPES[STORED_TYPES[stored]]
+def _dtype(stored: str) -> np.dtype:
+    """Returns the dtype of a type's name; `make_weights` refuses a parameter of a type that it cannot convert."""
+    if stored in STORED_TYPES:
+        return DTYPES[STORED_TYPES[stored]]
+    return np.dtype(OTHER_TYPES.get(stored, UNKNOWN_DTYPE))
 
 
 def write_safetensors(

@@ -6,12 +6,42 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.convert.weights import DTYPES, ReadTensor, Tensor, check_name
+from gptjax.convert.weights import DTYPES, UNKNOWN_DTYPE, ReadTensor, Tensor, check_name
 from gptjax.errors import DataError, UnavailableError, one_line
 
 LEAST_TORCH = (2, 10)  # CVE-2025-32434 and CVE-2026-24747: in older ones a file can run code despite weights_only=True
 REMEDY = "pip install 'gptjax[torch]'"
-UNKNOWN_DTYPE = np.dtype("V1")  # `make_weights` rejects it by the tensor's name
+
+
+class _NumpyType:
+    """Stands for numpy.dtype in a file: a NumPy scalar's type, by a code such as f8, without NumPy's own unpickling."""
+
+    def __init__(self, code: str, *flags: object) -> None:
+        if code not in NUMPY_CODES:
+            raise ValueError(f"a NumPy value of type {code}")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        order = state[1]
+        if order not in ("<", ">", "=", "|"):
+            raise ValueError("a NumPy type of an unknown byte order")
+        self.dtype = self.dtype.newbyteorder(order)
+
+
+def _numpy_scalar(kind: _NumpyType, data: bytes) -> bool | int | float:
+    """Stands for NumPy's function of a pickled scalar: returns the value as Python's own."""
+    [value] = np.frombuffer(data, kind.dtype)
+    return value.item()
+
+
+# What the scalars of a training script are pickled as: best_val_loss as np.float64, a size as np.int64. torch refuses
+# NumPy's own functions, which were not written for hostile files; these stand in under their names.
+NUMPY_CODES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+NUMPY_SCALARS = [
+    (_NumpyType, "numpy.dtype"),
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),  # NumPy 1
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),  # NumPy 2
+]
 
 
 def import_torch(path: str) -> Any:
@@ -45,12 +75,13 @@ def load(path: str) -> Any:
     """
     torch = import_torch(path)
     try:
-        return torch.load(
-            path,
-            map_location="cpu",
-            weights_only=True,
-            mmap=zipfile.is_zipfile(path),  # only the zip format can be mapped
-        )
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            return torch.load(
+                path,
+                map_location="cpu",
+                weights_only=True,
+                mmap=zipfile.is_zipfile(path),  # only the zip format can be mapped
+            )
     except Exception as error:  # unpickling fails in many ways, which all mean the same
         reason = str(error).split("WeightsUnpickler error:")[-1] or type(error).__name__
         raise DataError(
@@ -76,11 +107,21 @@ def tensors(state: Any, path: str) -> dict[str, Tensor]:
         dtype_name = str(value.dtype).removeprefix("torch.")
         found[name] = Tensor(
             shape=tuple(value.shape),
-            dtype=DTYPES.get(dtype_name, UNKNOWN_DTYPE),
+            dtype=_dtype(dtype_name),
             read=_reader(torch, path, name, value),
             label=name,
         )
     return found
+
+
+def _dtype(name: str) -> np.dtype:
+    """Returns the dtype of torch's name; `make_weights` refuses a parameter of a type that it cannot convert."""
+    if name in DTYPES:
+        return DTYPES[name]
+    try:
+        return np.dtype(name)
+    except TypeError:  # quantised and 8-bit types, which NumPy lacks
+        return UNKNOWN_DTYPE
 
 
 def _reader(

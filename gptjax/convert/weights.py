@@ -40,6 +40,7 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype("float16"),
 }
+UNKNOWN_DTYPE = np.dtype("V1")  # of a type that NumPy lacks; no parameter may have it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +183,8 @@ def _compare(config: GPTConfig, tensors: Mapping[str, Tensor]) -> str | None:
         lines.append(_describe_shape(name, tensors[name], expected[name]))
     if wrong_dtype:
         tensor = tensors[wrong_dtype[0]]
-        lines.append(f"{tensor.label} is {tensor.dtype}; expected {', '.join(DTYPES)}")
+        found = "of an unknown type" if tensor.dtype == UNKNOWN_DTYPE else tensor.dtype
+        lines.append(f"{tensor.label} is {found}; expected {', '.join(DTYPES)}")
 
     if not lines:
         return None

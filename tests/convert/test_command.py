@@ -1,5 +1,6 @@
 """`python -m gptjax.convert`: what it prints, what it leaves behind, and the ways through several formats."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ from gptjax.convert import formats, hub
 from gptjax.convert.formats import ModelRef
 from gptjax.convert.weights import read_tensors
 from gptjax.errors import ConfigError, DataError, WorkdirError
+from gptjax.model import GPT
 from tests.convert.models import CONFIG, write_hf, write_llmc
 from tests.helpers import raises
 
@@ -121,7 +123,56 @@ def test_dry_run_reports_the_differences_of_each_target(tmp_path, capsys, said, 
     first, tokenizer, *rest = said
     assert "7,520 parameters" in first
     assert "no tokenizer" in tokenizer
-    assert [line.strip() for line in rest] == DIFFERENCES[kind]
+    found = [line.strip() for line in rest if "activation" not in line]
+    assert found == DIFFERENCES[kind]
+
+
+# target, model.activation, and what the target's program computes instead
+OTHER_FORMS = {
+    ("nanogpt", "gelu_new"): "gelu",
+    ("nanogpt", "gelu"): "",
+    ("llmc", "gelu_new"): "",
+    ("llmc", "gelu"): "gelu_new",
+    ("hf", "gelu"): "",
+    ("gptjax", "gelu"): "",
+}
+
+
+@pytest.mark.parametrize(("kind", "activation"), OTHER_FORMS)
+def test_target_that_computes_another_activation_is_reported_or_refused(tmp_path, capsys, said, kind, activation):
+    """The reported number is that of the two functions, on the same tokens for every model."""
+    wide = {f"h.{layer}.mlp.c_fc.weight": lambda tensor: 40 * tensor for layer in range(2)}
+    write_hf(tmp_path / "a", config=CONFIG | {"activation_function": activation}, changes=wide)
+    command = (f"hf:{tmp_path}/a", f"--to={kind}:{tmp_path}/b")
+    dry_run(capsys, *command)
+    other = OTHER_FORMS[kind, activation]
+    lines = [line for line in said if "activation" in line and "logits differ" in line]
+    assert len(lines) == bool(other)
+    if not other:
+        dry_run(capsys, *command, "--strict")
+        return
+    weights = formats.open_weights(ModelRef("hf", f"{tmp_path}/a"))
+    params = formats.load_params(weights, lambda path, leaf: leaf)
+    tokens_BT = np.random.default_rng(0).integers(0, 50, (8, 8), np.int32)
+    logits = [
+        GPT(dataclasses.replace(weights.config, activation=each)).apply({"params": params}, tokens_BT)
+        for each in ("gelu_new", "gelu")
+    ]
+    largest = float(np.abs(logits[0] - logits[1]).max())
+    assert largest > 1e-5
+    assert float(lines[0].rsplit(" ", 1)[1]) == pytest.approx(largest, rel=0.06)
+    assert f"activation {other}, and this model has {activation}" in lines[0]
+    with raises(DataError, "--to", value=kind, remedy="--strict"):
+        dry_run(capsys, *command, "--strict")
+
+
+def test_activation_flag_is_only_for_files_that_do_not_store_it(tmp_path, capsys):
+    write_llmc(tmp_path / "a.bin")
+    assert formats.open_weights(ModelRef("llmc", f"{tmp_path}/a.bin")).config.activation == "gelu_new"
+    assert formats.open_weights(ModelRef("llmc", f"{tmp_path}/a.bin"), activation="gelu").config.activation == "gelu"
+    write_hf(tmp_path / "a")
+    with raises(ConfigError, "--activation", value="gelu"):
+        dry_run(capsys, f"hf:{tmp_path}/a", "--activation=gelu")
 
 
 def test_tokenizer_that_the_target_cannot_store_is_reported(tmp_path, capsys, said):

@@ -86,17 +86,18 @@ def test_untied_model_is_refused_by_formats_without_a_head(tmp_path, target):
 class OtherConfig(GPTConfig):
     """A model with a setting that GPT-2 lacks."""
 
-    activation: str = "gelu"
+    window: int = 0
 
 
+@pytest.mark.parametrize(("name", "value"), [("window", 3), ("activation", "relu")])
 @pytest.mark.parametrize("target", ["hf", "nanogpt", "llmc"])
-def test_setting_unknown_to_gpt2_is_refused_by_exports(target):
+def test_setting_unknown_to_gpt2_is_refused_by_exports(target, name, value):
     config = OtherConfig()
     weights = Weights("here", config, {})
     assert formats.adapt(weights, target) is weights
-    weights = dataclasses.replace(weights, config=dataclasses.replace(config, activation="relu"))
+    weights = dataclasses.replace(weights, config=dataclasses.replace(config, **{name: value}))
     assert formats.adapt(weights, "gptjax") is weights
-    with raises(ConfigError, "model.activation", value="relu", remedy=f"--to={target}: "):
+    with raises(ConfigError, f"model.{name}", value=value, remedy=f"--to={target}: "):
         formats.adapt(weights, target)
 
 

@@ -10,7 +10,7 @@ from gptjax.convert import huggingface
 from gptjax.convert.weights import Tensor, read_tensors
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.errors import DataError
-from tests.convert.models import CONFIG, buffers, write_hf
+from tests.convert.models import CONFIG, PREFIX, buffers, write_hf
 from tests.helpers import raises
 
 OURS = GPTConfig(block_size=8, vocab_size=50, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
@@ -113,9 +113,79 @@ def test_sizes_may_have_their_common_transformers_names(common, name):
         huggingface.parse_config({common: "24"}, "config.json")
 
 
-@pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh", "gelu_fast"])
-def test_all_names_of_tanh_gelu_are_accepted(name):
-    assert huggingface.parse_config({"activation_function": name}, "config.json") == GPTConfig(dropout=0.1)
+@pytest.mark.parametrize(("name", "activation"), huggingface.ACTIVATIONS.items())
+def test_every_name_of_the_two_forms_of_gelu_is_accepted(name, activation):
+    config = huggingface.parse_config({"activation_function": name}, "config.json")
+    assert config == GPTConfig(dropout=0.1, activation=activation)
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
+def test_export_stores_the_activation(tmp_path, activation):
+    write_hf(tmp_path / "a", config=CONFIG | {"activation_function": activation})
+    weights = read(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    huggingface.write(str(tmp_path / "b"), weights, read_tensors(weights), dtype="float32")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["activation_function"] == activation
+    assert read(tmp_path / "b").config == weights.config
+
+
+CEREBRAS = {"activation_function": "gelu", "n_inner": 64, "scale_attn_weights": True, "reorder_and_upcast_attn": True}
+
+
+def test_models_like_cerebras_gpt_are_read(tmp_path):
+    write_hf(tmp_path / "a", config=CONFIG | CEREBRAS)
+    assert read(tmp_path / "a").config.activation == "gelu"
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "float16", "int64"])
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_buffers_of_any_type_are_left_out(tmp_path, dtype, num_shards):
+    extra = {name: mask.astype(dtype) for name, mask in buffers().items()}
+    extra |= {"transformer.position_ids": np.arange(8)[None], "transformer.h.0.attn.position_ids": np.arange(8)}
+    expected = write_hf(tmp_path / "a", extra=extra, num_shards=num_shards)
+    weights = read(tmp_path / "a")
+    assert same(dict(read_tensors(weights)), expected)
+    assert not any("left out" in note for note in weights.notes)
+
+
+HEADS = {
+    "v_head.summary.weight": (1, 16),
+    "v_head.summary.bias": (1,),
+    "score.weight": (2, 16),
+    "classifier.bias": (2,),
+    "qa_outputs.weight": (2, 16),
+    "multiple_choice_head.summary.weight": (1, 16),
+}
+
+
+@pytest.mark.parametrize("wrapper", ["", "_orig_mod.", "module.", "model.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_wrappers_of_all_names_are_removed(tmp_path, wrapper, prefix):
+    expected = write_hf(tmp_path / "a", prefix=wrapper + prefix, extra=buffers(prefix=wrapper + prefix), num_shards=2)
+    assert same(dict(read_tensors(read(tmp_path / "a"))), expected)
+
+
+def test_a_wrapper_that_not_all_names_have_is_refused(tmp_path):
+    write_hf(tmp_path / "a", prefix="module.transformer.", extra={"ln_f.scale": np.ones(16, np.float32)})
+    with raises(DataError, f"hf:{tmp_path}/a", match="wte.weight is missing"):
+        huggingface.read(str(tmp_path / "a"), origin=f"hf:{tmp_path}/a")
+
+
+@pytest.mark.parametrize("wrapper", ["", "module."])
+def test_heads_of_other_tasks_are_left_out_with_a_note(tmp_path, wrapper):
+    for name, shape in HEADS.items():
+        for outside in ("", wrapper):  # a head stands beside the wrapped model, or within the wrapper
+            extra = {outside + name: np.ones(shape, np.float32)}
+            expected = write_hf(tmp_path / name, prefix=wrapper + PREFIX, extra=extra)
+            weights = read(tmp_path / name)
+            assert same(dict(read_tensors(weights)), expected)
+            assert any("left out" in note and outside + name in note for note in weights.notes)
+
+
+def test_model_of_trl_with_a_value_head_is_read(tmp_path):
+    extra = {"v_head.summary.weight": np.ones((1, 16), np.float32)}
+    expected = write_hf(tmp_path / "a", prefix="pretrained_model.transformer.", extra=extra)
+    assert same(dict(read_tensors(read(tmp_path / "a"))), expected)
 
 
 def test_different_dropout_rates_require_the_dropout_flag():

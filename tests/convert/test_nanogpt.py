@@ -1,68 +1,88 @@
 """nanoGPT's checkpoints, against a model with its module names, and an optimizer made as its train.py does."""
 
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config import GPTConfig
+from gptjax.collectives import ONE_DEVICE
+from gptjax.config import Config, GPTConfig, OptimConfig
 from gptjax.convert import __main__ as command
 from gptjax.convert import formats, nanogpt
 from gptjax.convert.weights import read_tensors
+from gptjax.documents import EndOfText
 from gptjax.errors import DataError
+from gptjax.model import GPT
+from gptjax.optim import make_optimizer as make_optax
+from gptjax.optim import make_schedule
+from gptjax.state import TrainState
+from gptjax.step import make_loss_fn, make_train_step
 from tests.convert.models import CONFIG, make_tensors, write_hf
 from tests.helpers import raises
 
 torch = pytest.importorskip("torch")
+
+from tests.convert.nanogpt_model import ARGS, Model, make_optimizer, save, train  # noqa: E402
+
 pytestmark = pytest.mark.torch
 
 LINEAR = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-ARGS = {"block_size": 8, "vocab_size": 50, "n_layer": 2, "n_head": 2, "n_embd": 16, "bias": True, "dropout": 0.0}
 
 
-class Norm(torch.nn.Module):
-    def __init__(self, width, bias):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(width))
-        self.bias = torch.nn.Parameter(torch.zeros(width)) if bias else None
+BATCHES = np.random.default_rng(0).integers(0, 50, (50, 4, 9))
 
 
-def make_block(D, bias):
-    linear = lambda rows, columns: torch.nn.Linear(columns, rows, bias=bias)  # noqa: E731
-    attention = torch.nn.ModuleDict({"c_attn": linear(3 * D, D), "c_proj": linear(D, D)})
-    mlp = torch.nn.ModuleDict({"c_fc": linear(4 * D, D), "c_proj": linear(D, 4 * D)})
-    return torch.nn.ModuleDict({"ln_1": Norm(D, bias), "attn": attention, "ln_2": Norm(D, bias), "mlp": mlp})
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(a ckpt.pt of step 0, the losses of nanoGPT's function in 50 steps from there); gradients are clipped."""
+    torch.manual_seed(0)
+    model = Model(ARGS)
+    with torch.no_grad():
+        for weight in model.parameters():  # far from initialization, where the two forms of GELU differ
+            weight.add_(0.3 * torch.randn(weight.shape))
+    path = tmp_path_factory.mktemp("nanogpt") / "ckpt.pt"
+    save(path, model, ARGS, iter_num=0)
+    return path, train(model, make_optimizer(model), BATCHES)
 
 
-class Model(torch.nn.Module):
-    """Parameters named and tied as nanoGPT's are."""
-
-    def __init__(self, args):
-        super().__init__()
-        D, V, bias = args["n_embd"], args["vocab_size"], args["bias"]
-        self.transformer = torch.nn.ModuleDict({
-            "wte": torch.nn.Embedding(V, D),
-            "wpe": torch.nn.Embedding(args["block_size"], D),
-            "h": torch.nn.ModuleList([make_block(D, bias) for _ in range(args["n_layer"])]),
-            "ln_f": Norm(D, bias),
-        })  # fmt: skip
-        self.lm_head = torch.nn.Linear(D, V, bias=False)
-        self.transformer["wte"].weight = self.lm_head.weight
+@functools.cache
+def make_step(model):
+    """gptjax's train step with the settings of nanoGPT's optimizer, at a constant rate, and its optimizer."""
+    config = Config(model=model, optim=OptimConfig(schedule="constant", warmup_steps=0, peak_lr=6e-4))
+    loss_fn = make_loss_fn(GPT(config.model), config, eot=EndOfText(49, "last"))
+    optimizer, schedule = make_optax(config.optim), make_schedule(config.optim, 50)
+    return jax.jit(make_train_step(loss_fn, optimizer, schedule, config=config, parallel=ONE_DEVICE)), optimizer
 
 
-def make_optimizer(model):
-    """Two groups: matrices and tables decay, vectors do not; a tied parameter is there once."""
-    parameters = [p for _, p in model.named_parameters() if p.requires_grad]
-    decay, rest = [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95))
+def train_gptjax(model, state):
+    """The losses of BATCHES from `state` on."""
+    step, _ = make_step(model)
+    losses = []
+    for batch in BATCHES[int(state.step) :]:
+        state, metrics = step(state, jnp.asarray(batch[None], jnp.int32))
+        losses.append(float(metrics["loss"]))
+    return losses
 
 
-def save(path, model, args, prefix="", **more):
-    state = {prefix + name: tensor for name, tensor in (model.state_dict() | more).items()}
-    saved = {"model": state, "optimizer": make_optimizer(model).state_dict(), "model_args": args, "iter_num": 7}
-    torch.save(saved | {"best_val_loss": torch.tensor(2.5), "config": {"dataset": "x"}}, path)
+def test_50_training_steps_have_the_losses_of_nanogpt(trained):
+    path, expected = trained
+    weights = formats.open_weights(formats.ModelRef("nanogpt", str(path)))
+    params = formats.load_params(weights, lambda path, leaf: jnp.asarray(leaf))
+    losses = {}
+    for activation in ("gelu", "gelu_new"):
+        model = dataclasses.replace(weights.config, activation=activation)
+        opt_state = make_step(model)[1].init(params)
+        losses[activation] = train_gptjax(model, TrainState(jnp.int32(0), params, opt_state))
+    assert expected[-1] < expected[0] - 0.5, "it learns"
+    assert weights.config.activation == "gelu"
+    np.testing.assert_allclose(losses["gelu"], expected, rtol=0, atol=1e-5)
+    assert np.abs(np.subtract(losses["gelu_new"], expected)).max() > 1e-4
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "model.", "module._orig_mod."])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("vocab_size", [50, 50304])
 def test_nanogpt_checkpoint_is_read_with_config_and_tensors(tmp_path, prefix, bias, vocab_size):
@@ -71,7 +91,7 @@ def test_nanogpt_checkpoint_is_read_with_config_and_tensors(tmp_path, prefix, bi
     model = Model(args)
     save(tmp_path / "ckpt.pt", model, args, prefix)
     weights = nanogpt.read(str(tmp_path / "ckpt.pt"), origin="nanogpt:ckpt.pt")
-    assert weights.config == GPTConfig(8, vocab_size, 2, 2, 16, bias=bias)
+    assert weights.config == GPTConfig(8, vocab_size, 2, 2, 16, bias=bias, activation="gelu")
     found = dict(read_tensors(weights))
     for name, tensor in model.transformer.state_dict().items():
         expected = tensor.numpy().T if name.split(".", 2)[-1] in LINEAR else tensor.numpy()
@@ -114,9 +134,34 @@ def test_causal_masks_of_old_checkpoints_are_left_out(tmp_path):
 
 
 def test_a_tensor_with_and_without_prefix_is_refused(tmp_path):
-    more = {"_orig_mod.transformer.ln_f.bias": torch.zeros(16)}
+    more = {"ln_f.bias": torch.zeros(16)}
     save(tmp_path / "ckpt.pt", Model(ARGS), ARGS, **more)
     with raises(DataError, f"{tmp_path}/ckpt.pt", match=r"ln_f\.bias occurs twice"):
+        nanogpt.read(str(tmp_path / "ckpt.pt"), origin="")
+
+
+SCALARS = {"float64": np.float64(2.5), "float32": np.float32(2.5), "float16": np.float16(2.5)}
+
+
+@pytest.mark.parametrize("kind", SCALARS)
+def test_numpy_scalars_of_a_training_script_are_read(tmp_path, kind):
+    path = tmp_path / "ckpt.pt"
+    save(path, Model(ARGS), ARGS | {name: np.int64(ARGS[name]) for name in ("vocab_size", "n_embd")})
+    saved = torch.load(path, weights_only=False)
+    torch.save(saved | {"best_val_loss": SCALARS[kind], "iter_num": np.int32(9)}, path)
+    weights = nanogpt.read(str(path), origin="")
+    assert weights.history == {"step": 9, "val_loss": 2.5}
+    assert weights.config.vocab_size == 50
+
+
+@pytest.mark.parametrize(
+    "value", [np.zeros(1, object)[0:1], np.str_("x"), np.datetime64("2026-01-01"), np.complex64(1)]
+)
+def test_other_numpy_values_are_refused(tmp_path, value):
+    save(tmp_path / "ckpt.pt", Model(ARGS), ARGS)
+    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    torch.save(saved | {"best_val_loss": value}, tmp_path / "ckpt.pt")
+    with raises(DataError, f"{tmp_path}/ckpt.pt", match="nothing was run"):
         nanogpt.read(str(tmp_path / "ckpt.pt"), origin="")
 
 

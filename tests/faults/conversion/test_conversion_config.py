@@ -15,12 +15,12 @@ pytestmark = pytest.mark.faults
 
 
 UNSUPPORTED = {
-    "activation_function": ["relu", "gelu", None, 3],
+    "activation_function": ["relu", "quick_gelu", None, 3, ["gelu"]],
     "layer_norm_epsilon": [1e-6, 0, float("nan"), "1e-5"],
     "scale_attn_weights": [False, 1],
     "scale_attn_by_inverse_layer_idx": [True],
     "n_inner": [32, "64", -1],
-    "reorder_and_upcast_attn": [True],
+    "reorder_and_upcast_attn": [1, "true"],
     "add_cross_attention": [True],
     "model_type": ["llama", None],
     "quantization_config": [{"bits": 4}],
