@@ -43,7 +43,7 @@ from gptjax.record import FORMAT, CorruptCheckpointError
 from gptjax.sharding import path_name
 from gptjax.state import make_init
 from gptjax.stored import StoredParams, load_params
-from tests.helpers import mesh_of
+from tests.helpers import mesh_of, raises
 from tests.runs import checkpoint_steps, state_bytes, temporary_directories
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
@@ -80,13 +80,12 @@ def test_p5_unreadable_arrays_in_one_process_end_the_restore(number, tmp_path, m
         patch.setattr(checkpoint_module.ocp, "load_checkpointables", read)
         patch.setattr(jax, "process_count", lambda: 2)
         patch.setattr(jax, "process_index", lambda: number)
-        with pytest.raises(
-            UnavailableError, match=f"/2: unreadable .* in process {number}; restart the command on every host"
-        ):
+        where = f"{checkpointer.directory}/2"
+        with raises(UnavailableError, where, remedy="on every host", match=f"process {number}"):
             checkpointer.restore_latest(make_state()[0])
     assert reads == ["2"], "once: the others would not read it again with this one"
     assert sorted(path.name.partition("-")[0] for path in checkpointer.directory.iterdir()) == ["1", "2.corrupt"]
-    _, record = Checkpointer(str(tmp_path)).restore_latest(make_state()[0])
+    _, record = restore(tmp_path)
     assert record.step == 1
 
 
@@ -145,6 +144,11 @@ def save_one(workdir, state=None, step=5):
     checkpointer.close()
 
 
+def restore(workdir, *optimizer):
+    """Returns (state, record) of the newest checkpoint."""
+    return Checkpointer(str(workdir)).restore_latest(make_state(*optimizer)[0])
+
+
 # There and back
 
 
@@ -154,7 +158,7 @@ def test_state_round_trips_onto_other_meshes(optimizer, tmp_path):
     save_one(tmp_path, state)
     for sizes in ((1, 1, 1), (2, 2, 2)):
         abstract, _ = make_state(optimizer, *sizes)
-        restored, record = Checkpointer(str(tmp_path)).restore_latest(abstract)
+        restored, record = restore(tmp_path, optimizer, *sizes)
         assert int(restored.step) == record.step == 5
         assert jax.tree.structure(restored) == jax.tree.structure(state)
         assert state_bytes(restored) == state_bytes(state)
@@ -165,7 +169,7 @@ def test_state_round_trips_onto_other_meshes(optimizer, tmp_path):
 
 def test_a_restored_state_can_be_donated(tmp_path):
     save_one(tmp_path)
-    restored, _ = Checkpointer(str(tmp_path)).restore_latest(make_state()[0])
+    restored, _ = restore(tmp_path)
     leaves = jax.tree.leaves(restored)
     jax.block_until_ready(jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)(restored))
     assert all(leaf.is_deleted() for leaf in leaves)
@@ -197,27 +201,18 @@ def edit_record(workdir, change, *, seal):
 def test_a_record_that_was_edited_is_refused(tmp_path):
     save_one(tmp_path)
     edit_record(tmp_path, lambda values: values["history"].update(skipped_steps=0), seal=False)
-    with pytest.raises(CorruptCheckpointError, match=r"record unreadable \(wrong checksum\)"):
+    with pytest.raises(CorruptCheckpointError, match="wrong checksum"):
         Checkpointer(str(tmp_path)).read_record(5)
 
 
-def test_a_link_is_refused(tmp_path):
-    """Orbax would read the file it leads to, wherever that is."""
-    save_one(tmp_path)
-    directory = tmp_path / "checkpoints/5"
-    (directory / "params").rename(tmp_path / "params")
-    (directory / "params").symlink_to(tmp_path / "params")
-    with pytest.raises(CorruptCheckpointError, match="'params' is a link"):
-        Checkpointer(str(tmp_path)).read_record(5)
-
-
-def test_a_pipe_is_refused(tmp_path):
-    """Orbax would wait for ever for somebody to write into it."""
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_link_or_pipe_is_refused(kind, tmp_path):
+    """Orbax would read the file that a link leads to, and wait for ever for somebody to write into a pipe."""
     save_one(tmp_path)
     path = tmp_path / "checkpoints/5/params/wte.embedding/zarr.json"
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(CorruptCheckpointError, match=r"'zarr.json' is not a file"):
+    path.rename(tmp_path / "zarr.json")
+    path.symlink_to(tmp_path / "zarr.json") if kind == "link" else os.mkfifo(path)
+    with pytest.raises(CorruptCheckpointError, match=r"'zarr.json'"):
         Checkpointer(str(tmp_path)).read_record(5)
 
 
@@ -229,30 +224,19 @@ def test_a_hostile_record_is_refused(damage, monkeypatch, tmp_path):
         path.write_text("[" * 100_000)
     else:
         monkeypatch.setattr(record_module, "LARGEST_RECORD", path.stat().st_size - 1)
-    with pytest.raises(CorruptCheckpointError, match="record unreadable"):
+    with pytest.raises(CorruptCheckpointError):
         Checkpointer(str(tmp_path)).read_record(5)
 
 
-def test_temporarily_unreadable_record_is_not_damage(monkeypatch, tmp_path):
-    """As on a network disk that is away for a moment: nothing is renamed."""
-    save_one(tmp_path)
-
-    def fail(directory):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(record_module, "_reject_links", fail)
-    with pytest.raises(CheckpointError, match="cannot be read now: Input/output error; nothing was changed"):
-        Checkpointer(str(tmp_path)).restore_latest(make_state()[0])
-    assert checkpoint_steps(tmp_path) == [5]
-
-
+READS = {"a link": "_reject_links", "the record": "_read"}
 NOT_NOW = [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.EPERM]
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("number", NOT_NOW, ids=lambda number: errno.errorcode[number])
-@pytest.mark.parametrize("where", ["the record", "an array", "an array, as tensorstore tells it"])
+@pytest.mark.parametrize("where", ["a link", "the record", "an array", "an array, as tensorstore tells it"])
 def test_c6_temporarily_unreadable_files_are_not_damage(where, number, monkeypatch, tmp_path):
+    """As on a network disk that is away for a moment: nothing is renamed."""
     save_one(tmp_path)
     reason = os.strerror(number)
 
@@ -261,13 +245,12 @@ def test_c6_temporarily_unreadable_files_are_not_damage(where, number, monkeypat
             raise ValueError(f"NOT_FOUND: Error reading ... [os_error_code='{number}' source=...]")
         raise OSError(number, reason)
 
-    if where == "the record":
-        monkeypatch.setattr(record_module, "_read", fail)
+    if where in READS:
+        monkeypatch.setattr(record_module, READS[where], fail)
     else:
         monkeypatch.setattr(checkpoint_module.ocp, "load_checkpointables", fail)
-    with pytest.raises(UnreadableError, match=f"5: cannot be read now: {reason}; nothing was changed") as caught:
-        Checkpointer(str(tmp_path)).restore_latest(make_state()[0])
-    assert caught.value.exit_code == 69
+    with raises(UnreadableError, f"{tmp_path}/checkpoints/5", remedy="rename it", match=reason):
+        restore(tmp_path)
     assert checkpoint_steps(tmp_path) == [5]
 
 
@@ -287,9 +270,8 @@ OUT_OF_REACH = [
 @pytest.mark.parametrize("error", OUT_OF_REACH, ids=lambda error: str(error)[:20])
 def test_c6_unreachable_store_is_not_damage(error, directory):
     for raised in (error, caused_by(error)):
-        found = record_module.judge(epath.Path(directory), "unreadable", raised)
-        assert isinstance(found, UnreadableError), found
-        assert str(found).startswith(f"{directory}: cannot be read now: ")
+        with raises(UnreadableError, directory):
+            raise record_module.judge(epath.Path(directory), "unreadable", raised)
 
 
 def caused_by(error):
@@ -314,7 +296,7 @@ def test_c6_unreachable_bucket_record_is_not_damage(monkeypatch, tmp_path):
     save_one(tmp_path)
     assert Checkpointer(str(tmp_path)).read_record(5).step == 5
     monkeypatch.setattr(type(epath.Path(tmp_path)), "open", fail)
-    with pytest.raises(UnreadableError, match="5: cannot be read now: Forbidden, 403"):
+    with raises(UnreadableError, f"{tmp_path}/checkpoints/5", match="Forbidden, 403"):
         Checkpointer(str(tmp_path)).read_record(5)
 
 
@@ -344,7 +326,7 @@ def test_c6_unlistable_directory_is_not_damage(monkeypatch, tmp_path):
 
     checkpointer = Checkpointer(str(tmp_path))
     monkeypatch.setattr(type(checkpointer.directory), "iterdir", fail)
-    with pytest.raises(UnreadableError, match=f"cannot be read now: {os.strerror(errno.ESTALE)}"):
+    with raises(UnreadableError, f"{tmp_path}/checkpoints", match=os.strerror(errno.ESTALE)):
         checkpointer.restore_latest(make_state()[0])
 
 
@@ -352,11 +334,8 @@ def test_c6_unlistable_directory_is_not_damage(monkeypatch, tmp_path):
 def test_b2_other_optimizer_tree_is_refused_without_renaming(tmp_path):
     """As after a change of make_optimizer, or by another version of optax."""
     save_one(tmp_path)
-    abstract, _ = make_state("lion")
-    with pytest.raises(
-        CheckpointError, match=r"checkpoints/5: has opt_state/0/nu/.*, which this optimizer does not have"
-    ):
-        Checkpointer(str(tmp_path)).restore_latest(abstract)
+    with raises(CheckpointError, f"{tmp_path}/checkpoints/5", match="has opt_state/0/nu/.* optimizer"):
+        restore(tmp_path, "lion")
     assert checkpoint_steps(tmp_path) == [5]
 
 
@@ -374,11 +353,11 @@ def test_c6_error_without_a_cause_is_checked_by_reading_files(monkeypatch, tmp_p
         return real(path, *rest, **options)
 
     monkeypatch.setattr(record_module, "open", opened, raising=False)
-    with pytest.raises(UnreadableError, match="5: cannot be read now: Permission denied"):
-        Checkpointer(str(tmp_path)).restore_latest(make_state()[0])
+    with raises(UnreadableError, f"{tmp_path}/checkpoints/5", match="Permission denied"):
+        restore(tmp_path)
     monkeypatch.setattr(record_module, "open", real)
-    with pytest.raises(CheckpointError, match="step 5: unreadable"):
-        Checkpointer(str(tmp_path)).restore_latest(make_state()[0])
+    with raises(CheckpointError, f"{tmp_path}/checkpoints", remedy="remove that directory", match="step 5: unreadable"):
+        restore(tmp_path)
 
 
 @pytest.mark.faults
@@ -392,7 +371,7 @@ def test_c6_file_owner_without_a_name_is_not_damage(monkeypatch, tmp_path):
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     with pytest.raises(KeyError):
         epath.Path(tmp_path).stat()
-    state, record = Checkpointer(str(tmp_path)).restore_latest(make_state()[0])
+    state, record = restore(tmp_path)
     assert (int(state.step), record.step) == (5, 5)
 
 
@@ -407,7 +386,7 @@ def test_single_load_failure_is_retried(monkeypatch, said, tmp_path):
         return original(*arguments)
 
     monkeypatch.setattr(checkpoint_module.ocp, "load_checkpointables", load)
-    restored, _ = Checkpointer(str(tmp_path)).restore_latest(make_state()[0])
+    restored, _ = restore(tmp_path)
     assert state_bytes(restored) == state_bytes(make_state()[1])
     assert checkpoint_steps(tmp_path) == [5]
     assert said == []
@@ -425,14 +404,12 @@ def test_check_disk_space_requires_room_for_one_checkpoint(monkeypatch, said, tm
     line = free(10**10)
     assert re.fullmatch(r"checkpoints: [\d.]+ kB each, at most 4 kept; 10 GB free", line)
     assert said == []
-    with pytest.raises(WorkdirError, match=r"a checkpoint takes .* kB, but only .* are free; make room") as caught:
+    with raises(WorkdirError, str(checkpointer.directory), remedy="another --workdir", match=r"\d kB.*\d kB"):
         free(size - 1)
-    assert (caught.value.field, caught.value.exit_code) == (str(checkpointer.directory), 73)
     free(4 * size)
     assert said == []
     free(4 * size - 1)
-    assert len(said) == 1
-    assert "may be needed" in said[0]
+    assert [line.split(":")[0] for line in said] == [str(checkpointer.directory)]
     assert not checkpointer.directory.exists(), "a run may still be refused, and leaves nothing behind"
     checkpointer.directory.mkdir()
     free(4 * size)
@@ -442,14 +419,14 @@ def test_check_disk_space_requires_room_for_one_checkpoint(monkeypatch, said, tm
 def test_a_newer_format_is_not_damage(tmp_path):
     save_one(tmp_path)
     edit_record(tmp_path, lambda values: values.update(format=FORMAT + 1, something_new=1), seal=True)
-    with pytest.raises(CheckpointError, match="made by a newer gptjax"):
-        Checkpointer(str(tmp_path)).restore_latest(make_state()[0])
+    with raises(CheckpointError, f"{tmp_path}/checkpoints/5", remedy="upgrade"):
+        restore(tmp_path)
     assert checkpoint_steps(tmp_path) == [5]
 
 
 def test_empty_directory_has_no_checkpoint(tmp_path):
     assert Checkpointer(str(tmp_path)).steps() == []
-    assert Checkpointer(str(tmp_path)).restore_latest(make_state()[0]) is None
+    assert restore(tmp_path) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -494,7 +471,7 @@ def test_damaged_step_can_be_saved_again(tmp_path):
         assert restored[1].step == 1
         save(checkpointer, 2)
     assert checkpoint_steps(tmp_path) == [1, 2]
-    restored = Checkpointer(str(tmp_path)).restore_latest(abstract)
+    restored = restore(tmp_path)
     assert restored is not None
     assert (restored[1].step, state_bytes(restored[0])) == (2, state_bytes(state))
 
@@ -511,9 +488,9 @@ def test_load_params_returns_parameters_on_one_device(tmp_path):
     expected = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state.params)]
     assert [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)] == expected
     assert all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves(params))
-    with pytest.raises(CheckpointError, match=r"no checkpoint of step 7; available: "):
+    with raises(CheckpointError, "--workdir", value=str(tmp_path), remedy="available: 6", match="step 7"):
         load_params(str(tmp_path), step=7)
-    with pytest.raises(CheckpointError, match=r"no checkpoint; available: none"):
+    with raises(CheckpointError, "--workdir", value=str(tmp_path / "nowhere"), remedy="none"):
         load_params(str(tmp_path / "nowhere"))
 
 
@@ -525,8 +502,8 @@ def test_load_params_falls_back_and_leaves_the_directory_alone(said, tmp_path):
     (tmp_path / "checkpoints/6/_CHECKPOINT_METADATA").write_text("{")
     assert load_params(str(tmp_path))[2] == 5
     (line,) = said
-    assert line.startswith(f"checkpoint {tmp_path}/checkpoints/6 refused: record unreadable")
-    with pytest.raises(CheckpointError, match="step 6: record unreadable"):
+    assert f"{tmp_path}/checkpoints/6 " in line
+    with raises(CheckpointError, "--workdir", value=str(tmp_path), match="step 6: record unreadable"):
         load_params(str(tmp_path), step=6)
     assert checkpoint_steps(tmp_path) == [5, 6]
 
@@ -567,11 +544,11 @@ def test_failed_last_save_is_retried(end, metrics, monkeypatch, said, tmp_path):
     checkpointer = Checkpointer(str(tmp_path))
     save(checkpointer, 5, metrics=metrics)
     end(checkpointer)
-    assert [line.split(":")[0] for line in said] == ["checkpoint save failed, training continues"] * 2
+    assert len(said) == 2
     checkpointer.close()
     assert checkpoint_steps(tmp_path) == [5]
     assert temporary_directories(tmp_path) == []
-    assert state_bytes(Checkpointer(str(tmp_path)).restore_latest(make_state()[0])[0]) == state_bytes(make_state()[1])
+    assert state_bytes(restore(tmp_path)[0]) == state_bytes(make_state()[1])
 
 
 @pytest.mark.parametrize("end", [Checkpointer.wait_until_finished, Checkpointer.close])
@@ -579,9 +556,8 @@ def test_a_last_save_that_keeps_failing_is_reported(end, monkeypatch, tmp_path):
     failing_writes(monkeypatch, 3)
     checkpointer = Checkpointer(str(tmp_path))
     save(checkpointer, 5)
-    with pytest.raises(SaveError, match=r"3 saves failed: .*No space left on device") as caught:
+    with raises(SaveError, f"{tmp_path}/checkpoints", match="3 .*No space left on device"):
         end(checkpointer)
-    assert caught.value.exit_code == 74
     checkpointer.close()
     assert checkpoint_steps(tmp_path) == []
     assert temporary_directories(tmp_path) == []
@@ -594,7 +570,7 @@ def test_failed_last_save_with_deleted_state_is_reported(monkeypatch, tmp_path):
     save(checkpointer, 5, state)
     for leaf in jax.tree.leaves(state):
         leaf.delete()
-    with pytest.raises(SaveError, match="1 saves failed"):
+    with raises(SaveError, f"{tmp_path}/checkpoints", match="1 .*No space left on device"):
         checkpointer.wait_until_finished()
 
 
@@ -613,7 +589,7 @@ def test_training_continues_after_failed_saves(monkeypatch, said, tmp_path):
     for step in (5, 6, 7, 8):
         save(checkpointer, step)
     checkpointer.close()
-    assert [line.split(":")[0] for line in said] == ["checkpoint save failed, training continues"] * 2
+    assert len(said) == 2
     assert checkpoint_steps(tmp_path) == [7, 8]
     assert temporary_directories(tmp_path) == []
 
@@ -624,7 +600,7 @@ def test_three_failed_saves_end_the_run(monkeypatch, said, tmp_path):
     failing_writes(monkeypatch, 3)
     for step in (5, 6, 7):
         save(checkpointer, step)
-    with pytest.raises(SaveError, match="3 saves failed"):
+    with raises(SaveError, f"{tmp_path}/checkpoints", match="3 .*No space left on device"):
         save(checkpointer, 8)
     checkpointer.close()
     assert 4 in checkpoint_steps(tmp_path)
@@ -634,7 +610,7 @@ def test_save_skipped_by_orbax_raises_an_error(tmp_path):
     """Orbax answers a step that is not above the newest with None, and no word."""
     checkpointer = Checkpointer(str(tmp_path))
     save(checkpointer, 5)
-    with pytest.raises(SaveError, match="a checkpoint after step 3 exists already"):
+    with raises(SaveError, f"{tmp_path}/checkpoints", match="step 3"):
         save(checkpointer, 3)
     checkpointer.close()
     assert checkpoint_steps(tmp_path) == [5]
@@ -644,13 +620,13 @@ def test_save_skipped_by_orbax_raises_an_error(tmp_path):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_nonfinite_state_is_never_saved(where, value, tmp_path):
     state = make_state()[1]
-    tree = getattr(state, where)
-    leaves, structure = jax.tree.flatten(tree)
+    leaves, structure = jax.tree.flatten_with_path({where: getattr(state, where)})
+    paths, leaves = map(list, zip(*leaves, strict=True))
     index = max(range(len(leaves)), key=lambda i: leaves[i].size)
     leaves[index] = leaves[index].at[(0,) * leaves[index].ndim].set(value)
-    broken = dataclasses.replace(state, **{where: jax.tree.unflatten(structure, leaves)})
+    broken = dataclasses.replace(state, **jax.tree.unflatten(structure, leaves))
     checkpointer = Checkpointer(str(tmp_path))
-    with pytest.raises(DivergedError, match=rf"^{where}/.*: non-finite at step 5; not saved"):
+    with raises(DivergedError, path_name(paths[index]), match="step 5"):
         save(checkpointer, 5, broken)
     checkpointer.close()
     assert checkpoint_steps(tmp_path) == []
@@ -703,8 +679,8 @@ def test_failed_save_params_leaves_no_files(tmp_path):
 
 def test_run_does_not_resume_from_parameters_alone(tmp_path):
     save_params(str(tmp_path), leaves_alone(), config=CONFIG, history={})
-    with pytest.raises(ConfigError, match=f"--config.init_from=gptjax:{tmp_path}"):
-        Checkpointer(str(tmp_path)).restore_latest(make_state()[0])
+    with raises(ConfigError, "--workdir", value=str(tmp_path), remedy=f"--config.init_from=gptjax:{tmp_path}"):
+        restore(tmp_path)
     assert checkpoint_steps(tmp_path) == [0]
 
 
@@ -718,5 +694,5 @@ def test_parameters_of_a_run_are_read_one_at_a_time(tmp_path):
         stored.read("ln_f/bias", (16,))
     record = stored.record.fingerprints
     record["params/wte/embedding"], record["params/wpe/embedding"] = [1, 2], record["params/wte/embedding"]
-    with pytest.raises(CorruptCheckpointError, match="wpe/embedding: the fingerprint does not match"):
+    with pytest.raises(CorruptCheckpointError, match=r"wpe/embedding: .*fingerprint"):
         stored.read("wpe/embedding", (8, 16))
