@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -71,10 +72,10 @@ def test_replace_file_is_atomic_and_synced(tmp_path: Path, monkeypatch: pytest.M
     assert (path.read_bytes(), len(synced)) == (b"two", 4), "each time the file and its directory"
 
     def fail(*of: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=f"Errno {errno.ENOSPC}"):
         workdir.replace_file(path, b"three")
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"two")]
 
@@ -148,7 +149,7 @@ def test_l2_irregular_files_are_not_opened_during_a_run(kind: str, outside: Path
         lambda: workdir.read_file(tmp_path, path.name),
         lambda: workdir.read_regular(path),
     ):
-        with pytest.raises(OSError, match=f"is {kind}, not a regular file"):
+        with pytest.raises(workdir.NotAFileError, match=kind):
             call()
     assert not (tmp_path / "missing").exists()
     if kind != "a directory":
@@ -162,7 +163,7 @@ def test_l2_link_created_between_check_and_open_is_refused(
 ) -> None:
     (tmp_path / "link").symlink_to(outside)
     monkeypatch.setattr(workdir.os, "lstat", lambda path: os.stat(__file__))
-    with pytest.raises(OSError, match="Too many levels"):
+    with pytest.raises(OSError, match=f"Errno {errno.ELOOP}"):
         workdir.open_regular(tmp_path / "link", os.O_WRONLY)
 
 
@@ -213,23 +214,23 @@ def test_a_link_to_a_work_directory_is_fine(tmp_path: Path) -> None:
 def test_l2_oversized_file_is_not_read(tmp_path: Path) -> None:
     with open(tmp_path / "a", "wb") as file:
         file.truncate(10**12)
-    with pytest.raises(OSError, match="has more than 1,000 bytes"):
+    with pytest.raises(OSError, match=f"Errno {errno.EFBIG}"):
         workdir.read_regular(tmp_path / "a", limit=1000)
     assert workdir.LARGEST_FILE <= 2**31
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("bucket", "error", "kind", "problem"),
+    ("bucket", "error", "kind", "parts"),
     [
-        ("abc://b/run", None, ConfigError, "use gs://"),
-        ("file:///b/run", None, ConfigError, "use gs://"),
-        ("gs://b/run", ImportError("Please install gcsfs"), UnavailableError, "missing: .* gcsfs$"),
-        ("s3://b/run", OSError("403 Forbidden"), UnavailableError, "reached: 403 Forbidden$"),
-        ("gs://b/run", RuntimeError("no\nroute"), UnavailableError, "reached: no route$"),
+        ("abc://b/run", None, ConfigError, {"remedy": "gs://", "match": "abc://"}),
+        ("file:///b/run", None, ConfigError, {"remedy": "gs://", "match": "file://"}),
+        ("gs://b/run", ImportError("Please install gcsfs"), UnavailableError, {"match": "gcsfs$"}),
+        ("s3://b/run", OSError("403 Forbidden"), UnavailableError, {"match": "403 Forbidden$"}),
+        ("gs://b/run", RuntimeError("no\nroute"), UnavailableError, {"match": "no route$"}),
     ],
 )
-def test_c6_a_bucket_that_cannot_be_reached_is_named(bucket, error, kind, problem, monkeypatch, tmp_path):
+def test_c6_a_bucket_that_cannot_be_reached_is_named(bucket, error, kind, parts, monkeypatch, tmp_path):
     def exists(path):
         raise error
 
@@ -240,6 +241,6 @@ def test_c6_a_bucket_that_cannot_be_reached_is_named(bucket, error, kind, proble
     trained = (functools.partial(train, config) for config in (Config(), new))
     opened = (Checkpointer, native.read, load_params, *trained)
     for open_it in opened:
-        with raises(kind, bucket, match=problem):
+        with raises(kind, bucket, **parts):
             open_it(bucket)
     assert list(tmp_path.iterdir()) == [], "nothing was written"
