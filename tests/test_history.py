@@ -58,8 +58,8 @@ def test_history_of_older_versions_is_read_without_unknown_fields():
     ],
 )  # fmt: skip
 def test_invalid_history_field_is_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=f"^history.{name} is "):
+    with pytest.raises(ValueError, match=f"history.{name} "):
         History.from_json(FULL.to_json() | {name: value})
     record = Record(4, {}, FULL.to_json() | {name: value}, {}, {}, {})
-    with pytest.raises(CorruptCheckpointError, match=f"record unreadable.*{name}"):
+    with pytest.raises(CorruptCheckpointError, match=name):
         read_history(record)
