@@ -10,6 +10,7 @@ import pytest
 from gptjax import loss
 from gptjax.errors import ConfigError
 from gptjax.kernels import cross_entropy as kernel
+from tests.helpers import raises
 
 N = 6
 SHAPES = {  # columns, of which so many are no padding
@@ -112,14 +113,11 @@ def test_loss_with_the_kernel_equals_loss_with_xla(monkeypatch, chunk):
 
 
 @pytest.mark.parametrize(
-    ("platform", "tensor", "reason"),
-    [("cpu", 1, "needs an NVIDIA GPU, and the mesh is on cpu"), ("tpu", 1, "on tpu"), ("cuda", 2, "mesh.tensor is 2")],
+    ("platform", "tensor", "named"), [("cpu", 1, " cpu"), ("tpu", 1, " tpu"), ("cuda", 2, r"mesh\.tensor .*2")]
 )
-def test_triton_loss_is_refused_where_it_cannot_run(platform, tensor, reason):
-    with pytest.raises(ConfigError, match=reason) as caught:
+def test_triton_loss_is_refused_where_it_cannot_run(platform, tensor, named):
+    with raises(ConfigError, "compute.loss", value="triton", remedy="compute.loss=xla", match=named):
         loss.choose_loss("triton", platform=platform, tensor=tensor)
-    assert (caught.value.field, caught.value.value) == ("compute.loss", "triton")
-    assert caught.value.remedy == "try compute.loss=xla"
 
 
 def test_choose_loss_accepts_supported_backends():
