@@ -156,7 +156,7 @@ def test_divergence_error_names_step_and_resume_command():
     with raises(DivergedError, "step 8", remedy="--config.train.nan_policy=skip") as caught:
         process_metrics(run, Recorder(), after, end=8, metrics=metrics, **about)
     cause, restart, inspect = map(str, caught.value.errors)
-    assert re.search(r"loss inf, .* 1\.0: 2 in a row", cause)
+    assert re.search(r"inf, .* 1\.0: 2 ", cause)
     assert str(list(range(700, 708))) in cause, "the batch of the update that made step 8 is batch(7)"
     assert restart.endswith("step 5")
     assert inspect.endswith("python -m gptjax.replay --workdir=runs/x --step=8")
@@ -168,11 +168,12 @@ def test_divergence_error_names_step_and_resume_command():
 def test_compare_data_refuses_changes_unless_allowed(said):
     old = {"fingerprint": "a", "data.seed": 0}
     compare_data(old, dict(old), allowed=False)
-    with raises(ConfigError, match="fingerprint .*'a'.*'b'\n.*data.seed .*0.*1\n.*--config.data.allow_changed=True$"):
+    with raises(ConfigError, remedy="--config.data.allow_changed=True", match="fingerprint .*'a'.*'b'\n.*seed .*0.*1"):
         compare_data(old, {"fingerprint": "b", "data.seed": 1}, allowed=False)
     assert said == []
     compare_data(old, {"fingerprint": "b", "data.seed": 0}, allowed=True)
-    assert said == ["note: the data changed since the checkpoint: fingerprint was 'a', now 'b'"]
+    (line,) = said
+    assert line.endswith("fingerprint was 'a', now 'b'")
 
 
 def test_resume_never_is_checked_before_the_run_is_made(tmp_path, monkeypatch):
