@@ -145,7 +145,7 @@ def divergence_error(
     if last_saved is None:
         restart = "there is no checkpoint yet: the same command starts from step 0"
     inspect = f"inspect it with: {replay_command(workdir, step)}"
-    return DivergedError.of([cause, DivergedError(restart), DivergedError(inspect)])
+    return DivergedError.of([cause, DivergedError(remedy=restart), DivergedError(remedy=inspect)])
 
 
 def replay_command(workdir: Any, step: int) -> str:

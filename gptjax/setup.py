@@ -348,7 +348,7 @@ def out_of_memory_error(run: Run, size: float) -> OutOfMemoryError:
     remedies.append(f"shard over more devices: mesh.fsdp is {run.mesh.shape['fsdp']}, of {run.mesh.size} devices")
     estimate = f"estimated per device: {show_bytes(state)} of state and {show_bytes(activations)} of activations"
     cause = OutOfMemoryError(f"out of memory: {show(size)} could not be allocated; {estimate}")
-    return OutOfMemoryError.of([cause, OutOfMemoryError(f"to use less: {'; '.join(remedies)}")])
+    return OutOfMemoryError.of([cause, OutOfMemoryError(remedy=f"to use less: {'; '.join(remedies)}")])
 
 
 def estimated_memory(run: Run) -> tuple[float, float, int]:
