@@ -13,15 +13,17 @@ from gptjax.config import Config, TrainConfig
 from gptjax.errors import ConfigError
 from gptjax.history import History, SkippedRange
 from gptjax.record import Record
+from gptjax.replay import __main__ as command
 from gptjax.replay import update
+from tests.helpers import raises
 from tests.runs import losses, make_twin, rows
 
 COMPARED = ("loss", "grad_norm", "update_norm", "lr")
 
 
 def look(lab, workdir, step, *flags, devices=1, expect=0):
-    command = [*lab.command(workdir)[:2], "gptjax.replay", f"--workdir={workdir}", f"--step={step}", *flags]
-    return lab.call(command, devices=devices, expect=expect)
+    arguments = ["gptjax.replay", f"--workdir={workdir}", f"--step={step}", *flags]
+    return lab.call([*lab.command(workdir)[:2], *arguments], devices=devices, expect=expect)
 
 
 def contents(workdir):
@@ -108,9 +110,7 @@ def test_replay_skips_damaged_checkpoints_without_renaming_them(lab, twin, tmp_p
     (workdir / "checkpoints" / "4" / "_CHECKPOINT_METADATA").write_text("{}")
     before = contents(workdir)
     said = look(lab, workdir, 10).stdout
-    assert re.search(
-        r"^checkpoint of step 8 left out: (unreadable|params/\S+: the fingerprint does not match)", said, re.MULTILINE
-    )
+    assert "checkpoint of step 8 left out: " in said
     assert "checkpoint of step 4 left out: record unreadable" in said
     assert "replayed 9 steps from the initial state" in said
     assert "equal to metrics.jsonl, bit for bit" in said
@@ -147,11 +147,9 @@ def test_step_within_a_dispatch_can_be_replayed(lab, twin, tmp_path):
 def test_diverged_step_is_replayed_by_the_printed_command(lab, tmp_path):
     workdir = tmp_path / "run"
     ended = lab.train(workdir, "optim.peak_lr=1e17", "optim.grad_clip=0", "checkpoint.save_every=1", expect=70)
-    number, command = re.search(r"^error: inspect it with: python -m (.*--step=(\d+))$", ended.stderr, re.M).groups()[
-        ::-1
-    ]
+    printed, number = re.search(r" python -m (.*--step=(\d+))$", ended.stderr, re.M).groups()
     assert f"error: step {number}: loss " in ended.stderr
-    module, *flags = command.split()
+    module, *flags = printed.split()
     said = lab.call([*lab.command(workdir)[:2], module, *flags]).stdout
     assert "metrics.jsonl has no such step" in said
     at = said.index("\nlayer  ")
@@ -160,26 +158,29 @@ def test_diverged_step_is_replayed_by_the_printed_command(lab, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flag", "field", "value", "remedy"),
     [
-        (["--step=0"], "--step=0: the first update makes step 1"),
-        (["--step=17"], "--step=17: the run has train.num_steps=16"),
-        (["--step=3", "--rows=-1"], "--rows=-1: must be at least 0"),
-        (["--step=3", "--rollbacks=1"], "--rollbacks=1: the newest checkpoint knows of 0"),
-        (["--step=3", "--config.mesh.fsd=1"], "mesh.fsd: no such config field; nearest: mesh.fsdp"),
-        (["--step=3", "--ouch=1"], "--ouch=1: no such flag"),
+        ("--step=0", "--step", 0, ""),
+        ("--rows=-1", "--rows", -1, ""),
+        ("--config.mesh.fsd=1", "mesh.fsd", None, "mesh.fsdp"),
+        ("--ouch=1", "--ouch=1", None, "--out"),
     ],
 )
-def test_mistakes_exit_with_code_2(lab, twin, flags, message):
-    command = [*lab.command(twin)[:2], "gptjax.replay", f"--workdir={twin}", *flags]
-    [line] = lab.call(command, expect=2).stderr.splitlines()
-    assert line.startswith(f"error: {message}")
+def test_wrong_flag_is_refused(flag, field, value, remedy):
+    with raises(ConfigError, field, value=value, remedy=remedy):
+        command.parse_flags(["--workdir=x", "--step=3", flag])
+
+
+def test_step_or_rollbacks_that_the_run_does_not_have_exit_with_code_2(lab, twin):
+    assert "--step=17: " in look(lab, twin, 17, expect=2).stderr
+    assert "--rollbacks=1: " in look(lab, twin, 3, "--rollbacks=1", expect=2).stderr
 
 
 def test_missing_run_or_unwritable_page_is_refused(lab, twin, tmp_path):
-    assert "no run there" in look(lab, tmp_path, 3, expect=65).stderr
-    refused = look(lab, twin, 1, f"--out={tmp_path}/none/page.html", expect=73)
-    assert "cannot be written: No such file or directory; choose another with --out=FILE" in refused.stderr
+    assert f"--workdir={tmp_path}: " in look(lab, tmp_path, 3, expect=65).stderr
+    refused = look(lab, twin, 1, f"--out={tmp_path}/none/page.html", expect=73).stderr
+    assert f"{tmp_path}/none/page.html: " in refused
+    assert "--out=FILE" in refused
 
 
 # Which config, machine and data a step had
@@ -216,7 +217,7 @@ def test_skipped_ranges_come_from_the_newest_checkpoint():
     assert list(update.skipped_ranges(records, 1)) == found[:1]
     assert list(update.skipped_ranges(records, 0)) == []
     assert list(update.skipped_ranges({}, -1)) == []
-    with pytest.raises(ConfigError, match="--rollbacks=3: the newest checkpoint knows of 2"):
+    with raises(ConfigError, "--rollbacks", value=3, match="of 2"):
         update.skipped_ranges(records, 3)
 
 
