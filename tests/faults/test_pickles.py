@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gptjax.convert import __main__ as convert
-from gptjax.errors import BAD_DATA, UserError
+from gptjax.errors import BAD_DATA, DataError
 from tests.convert import models
 
 torch = pytest.importorskip("torch")
@@ -63,16 +63,20 @@ def place(tmp_path, kind, saved, **options):
     return f"hf:{tmp_path}/hf"
 
 
-def refuse(tmp_path, source):
-    with pytest.raises(UserError) as caught:
+def refuse(tmp_path, source, named=""):
+    """Asserts that the file is refused by its name, in one line with `named`, and that nothing is left."""
+    form, _, path = source.partition(":")
+    file = path if form == "nanogpt" else f"{path}/pytorch_model.bin"
+    fields = (file, f"{file}: model_args", source)  # where it is read, and where it is converted
+    with pytest.raises(DataError) as caught:
         convert.main([f"--from={source}", f"--to=llmc:{tmp_path}/out.bin"])
     message = str(caught.value)
-    assert caught.value.exit_code == BAD_DATA, message
-    assert len(message.splitlines()) == 1, message
+    assert caught.value.field in fields
+    assert caught.value.exit_code == BAD_DATA
+    assert named in message
     assert message.isprintable(), message
     assert len(message) < 600, message
     assert not list(tmp_path.glob("out*")) + list(tmp_path.glob(".out*"))
-    return message
 
 
 def test_v_harmless_checkpoint_is_converted(tmp_path):
@@ -97,9 +101,7 @@ WHERE = {
 def test_v_a_payload_does_not_run(kind, where, zipped, fired, tmp_path):
     bad = WHERE[where](Payload(fired))
     saved = checkpoint(model=bad) if kind == "nanogpt" else bad
-    message = refuse(tmp_path, place(tmp_path, kind, saved, _use_new_zipfile_serialization=zipped))
-    assert "not a file of tensors and plain values" in message
-    assert "nothing was run" in message
+    refuse(tmp_path, place(tmp_path, kind, saved, _use_new_zipfile_serialization=zipped), "nothing was run")
 
 
 @pytest.mark.parametrize("field", ["optimizer", "model_args", "iter_num", "best_val_loss", "config"])
@@ -138,47 +140,47 @@ def test_v_truncated_checkpoint_is_refused(zipped, part, tmp_path):
     source = place(tmp_path, "nanogpt", checkpoint(), _use_new_zipfile_serialization=zipped)
     whole = (tmp_path / "ckpt.pt").read_bytes()
     (tmp_path / "ckpt.pt").write_bytes(whole[: int(part * len(whole))])
-    assert str(tmp_path / "ckpt.pt") in refuse(tmp_path, source)
+    refuse(tmp_path, source)
 
 
 META = torch.ones(50, 16, device="meta")
 CHANGES = {
-    "no model": ({"model": None}, "expected a dict with model and model_args"),
-    "no model_args": ({"model_args": None}, "expected a dict with model and model_args"),
-    "an empty model": ({"model": {}}, "expected a state_dict"),
-    "a list of tensors": ({"model": [torch.ones(2)]}, "expected a state_dict, found list"),
-    "a number for a weight": ({"model": {"transformer.wte.weight": 3}}, "wte.weight is a int, expected a tensor"),
-    "model_args of text": ({"model_args": "x"}, "model_args is a str, expected a dict"),
-    "a billion layers": ({"model_args": ARGS | {"n_layer": 10**9}}, "n_layer is 1000000000, but there are"),
-    "10^30 heads": ({"model_args": ARGS | {"n_head": 10**30}}, "n_head=1000000000000000000000000000000: expected"),
-    "a size of text": ({"model_args": ARGS | {"n_embd": "16"}}, "n_embd='16': expected a positive whole number"),
-    "no size": ({"model_args": {}}, "block_size=None: expected a positive whole number"),
+    "no model": ({"model": None}, "model and model_args"),
+    "no model_args": ({"model_args": None}, "model and model_args"),
+    "an empty model": ({"model": {}}, "state_dict"),
+    "a list of tensors": ({"model": [torch.ones(2)]}, "state_dict, found list"),
+    "a number for a weight": ({"model": {"transformer.wte.weight": 3}}, "wte.weight is a int"),
+    "model_args of text": ({"model_args": "x"}, "model_args is a str"),
+    "a billion layers": ({"model_args": ARGS | {"n_layer": 10**9}}, "n_layer is 1000000000"),
+    "10^30 heads": ({"model_args": ARGS | {"n_head": 10**30}}, "n_head=1000000000000000000000000000000: "),
+    "a size of text": ({"model_args": ARGS | {"n_embd": "16"}}, "n_embd='16': "),
+    "no size": ({"model_args": {}}, "block_size=None: "),
     "a bias of text": ({"model_args": ARGS | {"bias": "no"}}, "bias='no'"),
     "dropout of 2": ({"model_args": ARGS | {"dropout": 2.0}}, "dropout=2.0"),
-    "biases that are there": ({"model_args": ARGS | {"bias": False}}, "not a tensor of GPT-2"),
-    "Hugging Face's layout": ({"model": state("hf")}, "looks transposed"),
-    "a hostile name": ({"model": state() | {"a\nerror: b\x1b[2J": torch.ones(2)}}, "is not the name of a tensor"),
-    "a number as a name": ({"model": state() | {3: torch.ones(2)}}, "3 is not the name of a tensor"),
+    "biases that are there": ({"model_args": ARGS | {"bias": False}}, ".bias: "),
+    "Hugging Face's layout": ({"model": state("hf")}, "transposed"),
+    "a hostile name": ({"model": state() | {"a\nerror: b\x1b[2J": torch.ones(2)}}, r"a\nerror: b\x1b[2J"),
+    "a number as a name": ({"model": state() | {3: torch.ones(2)}}, ": 3 "),
     "float64": ({"model": state() | {"transformer.ln_f.bias": torch.ones(16).double()}}, "ln_f.bias is"),
-    "sparse": ({"model": state() | {"transformer.wte.weight": torch.ones(50, 16).to_sparse()}}, "not a plain tensor"),
-    "on no device": ({"model": state() | {"transformer.wte.weight": META}}, "plain tensor"),
-    "a stranger": ({"model": state() | {"transformer.x": torch.ones(1)}}, "transformer.x: not a tensor of GPT-2"),
+    "sparse": ({"model": state() | {"transformer.wte.weight": torch.ones(50, 16).to_sparse()}}, "wte.weight is not"),
+    "on no device": ({"model": state() | {"transformer.wte.weight": META}}, "wte.weight is not"),
+    "a stranger": ({"model": state() | {"transformer.x": torch.ones(1)}}, "transformer.x: "),
     "twice": ({"model": state() | {"_orig_mod.transformer.ln_f.bias": torch.ones(16)}}, "ln_f.bias occurs twice"),
-    "NaN": ({"model": state() | {"transformer.ln_f.bias": torch.full((16,), torch.nan)}}, "16 values are NaN"),
+    "NaN": ({"model": state() | {"transformer.ln_f.bias": torch.full((16,), torch.nan)}}, ": 16 values"),
 }
 
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_v_invalid_nanogpt_checkpoint_is_refused(what, tmp_path):
-    changes, reason = CHANGES[what]
-    assert reason in refuse(tmp_path, place(tmp_path, "nanogpt", checkpoint(**changes)))
+    changes, named = CHANGES[what]
+    refuse(tmp_path, place(tmp_path, "nanogpt", checkpoint(**changes)), named)
 
 
 def test_v_zero_stride_view_is_refused_by_its_shape(tmp_path):
     """Some bytes can claim to be a matrix of any size, by a stride of zero."""
     wide = torch.ones(1).expand(10**6, 10**6)
     saved = checkpoint(model=state() | {"transformer.wte.weight": wide})
-    assert "has shape 1000000x1000000, expected 50x16" in refuse(tmp_path, place(tmp_path, "nanogpt", saved))
+    refuse(tmp_path, place(tmp_path, "nanogpt", saved), "1000000x1000000, expected 50x16")
 
 
 def test_v_payload_in_a_numpy_file_does_not_run(fired, tmp_path):
