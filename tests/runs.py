@@ -88,6 +88,14 @@ class Lab:
         assert not self.is_shared(workdir), f"{workdir} is other tests', too: train in a copy"
         return self.call(self.command(workdir, *overrides), expect=expect, devices=devices, **extra)
 
+    def refusal(self, workdir: pathlib.Path, *overrides: str, expect: int, **extra: str) -> str:
+        """Returns the one line with which the command ends before it trains, without "error: "."""
+        done = self.train(workdir, *overrides, expect=expect, **extra)
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: "), line
+        assert "compiled the train step" not in done.stdout
+        return line.removeprefix("error: ")
+
     def is_shared(self, workdir: pathlib.Path | str) -> bool:
         """Returns whether this is a finished run of make_twin, which tests read at the same time."""
         workdir = pathlib.Path(workdir)
