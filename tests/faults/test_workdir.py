@@ -19,6 +19,7 @@ from gptjax.config import Config, LogConfig
 from gptjax.errors import WorkdirError
 from gptjax.logs import RunLog
 from gptjax.workdir import lock_workdir
+from tests.helpers import raises
 from tests.runs import (
     checkpoint_steps,
     kill,
@@ -42,10 +43,10 @@ def test_l1_second_trainer_is_refused_while_the_first_lives(lab, twin, tmp_path)
         first.send_signal(signal.SIGSTOP)  # so that it is still running when the second looks
         stopped_at, begin = last_step(workdir), time.monotonic()
         cpu = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-        refused = lab.train(workdir, expect=73)
+        line = lab.refusal(workdir, expect=73)
         cpu = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - cpu
-        assert f"in use by process {first.pid} on {os.uname().nodename}" in refused.stderr
-        assert len(refused.stderr.splitlines()) == 1
+        assert f"--workdir={workdir}: " in line
+        assert f" process {first.pid} on {os.uname().nodename};" in line
         assert cpu < 5, "seconds of work before it says so; time itself depends on who else is at work here"
         assert time.monotonic() - begin < 60
         first.send_signal(signal.SIGCONT)
@@ -56,8 +57,14 @@ def test_l1_second_trainer_is_refused_while_the_first_lives(lab, twin, tmp_path)
     assert validations(workdir) == validations(twin)
 
 
+def in_use(workdir):
+    """Asserts that the block finds the work directory in use by this process."""
+    holder = f" process {os.getpid()} on "
+    return raises(WorkdirError, "--workdir", value=str(workdir), remedy="choose another", match=holder)
+
+
 def test_l1_lock_is_released_on_exit(tmp_path):
-    with lock_workdir(str(tmp_path)), pytest.raises(WorkdirError, match=f"in use by process {os.getpid()} on "):
+    with lock_workdir(str(tmp_path)), in_use(tmp_path):
         lock_workdir(str(tmp_path)).__enter__()
     with lock_workdir(str(tmp_path)):
         pass
@@ -72,7 +79,8 @@ def test_l1_file_system_without_locks_gives_only_a_warning(number, said, tmp_pat
     with lock_workdir(str(tmp_path)):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     [line] = said
-    assert line.startswith(f"--workdir={tmp_path}: its file system has no locks ({os.strerror(number)})")
+    assert line.startswith(f"--workdir={tmp_path}: ")
+    assert f"({os.strerror(number)})" in line
 
 
 def test_d4_removed_lock_is_retaken_unless_another_holds_it(tmp_path):
@@ -81,13 +89,13 @@ def test_d4_removed_lock_is_retaken_unless_another_holds_it(tmp_path):
         assert not lock.renew()
         (workdir / ".lock").unlink()
         assert lock.renew()
-        with pytest.raises(WorkdirError, match=f"in use by process {os.getpid()} on "), lock_workdir(str(workdir)):
+        with in_use(workdir), lock_workdir(str(workdir)):
             pass
         shutil.rmtree(workdir)
         assert lock.renew()
         assert (workdir / ".lock").read_text().startswith(f"process {os.getpid()} on ")
         (workdir / ".lock").unlink()
-        with lock_workdir(str(workdir)), pytest.raises(WorkdirError, match=f"in use by process {os.getpid()} on "):
+        with lock_workdir(str(workdir)), in_use(workdir):
             lock.renew()
 
 
@@ -104,8 +112,9 @@ def test_d4_failed_lock_renewal_is_reported_and_retried(number, said, monkeypatc
         assert lock.renew()
         assert not lock.renew()
     [line] = said
-    assert line.startswith(f"--workdir={tmp_path}: cannot be written: {os.strerror(number)}; ")
-    assert line.endswith("; its lock was removed, too")
+    assert line.startswith(f"--workdir={tmp_path}: ")
+    assert f": {os.strerror(number)}; " in line
+    assert " lock " in line
 
 
 def test_d4_stale_lock_is_renewed(tmp_path):
@@ -134,9 +143,7 @@ def test_d4_removed_work_directory_is_recreated(lab, twin, tiny_run, tmp_path):
 def test_d2_file_in_place_of_the_workdir_is_refused(lab, tmp_path):
     workdir = tmp_path / "run"
     workdir.write_text("not a directory")
-    refused = lab.train(workdir, expect=73)
-    (line,) = refused.stderr.splitlines()
-    assert line.startswith(f"error: --workdir={workdir}: cannot be written: ")
+    assert lab.refusal(workdir, expect=73).startswith(f"--workdir={workdir}: ")
     assert workdir.read_text() == "not a directory"
 
 
@@ -157,10 +164,10 @@ def test_d2_s2_unicode_workdir_works_and_holds_no_secrets(lab, twin, tmp_path):
 
 def test_s2_a_secret_in_a_setting_is_refused(lab, tmp_path):
     secret = "hf_SeCrEtHuggingFace"
-    refused = lab.train(tmp_path / "run", f"log.wandb_project={secret}", expect=2, HF_TOKEN=secret)
-    assert refused.stderr == (
-        "error: log.wandb_project: contains the value of HF_TOKEN, which would be in every checkpoint\n"
-    )
+    line = lab.refusal(tmp_path / "run", f"log.wandb_project={secret}", expect=2, HF_TOKEN=secret)
+    assert line.startswith("log.wandb_project: ")
+    assert " HF_TOKEN" in line
+    assert secret not in line
     assert not (tmp_path / "run").exists()
 
 
