@@ -54,7 +54,7 @@ def test_v_long_config_value_is_shortened_in_the_message(name, model, refuse):
 def test_v_invalid_dropout_rate_is_refused(rate, model, refuse):
     models.write_hf(model)
     models.edit_json(model / "config.json", embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate)
-    refuse(f"hf:{model}", field=model / "config.json", match="from 0 to below 1")
+    refuse(f"hf:{model}", field=model / "config.json", match="embd_pdrop")
 
 
 def test_v_different_dropout_rates_require_the_dropout_flag(model, refuse, accept):
@@ -99,11 +99,11 @@ def test_v_deeply_nested_config_field_is_refused(depth, model, refuse):
 def test_v_missing_config_json_is_reported(form, model, refuse):
     WRITERS[form](model)
     (model / "config.json").unlink()
-    refuse(f"{form}:{model}", field=model, match="no config")
+    refuse(f"{form}:{model}", field=model, match="config.json")
 
 
 def test_v_missing_weights_are_reported(model, refuse):
     models.write_hf(model)
     (model / "model.safetensors").unlink()
-    refuse(f"hf:{model}", field=model, match="no model.safetensors")
-    refuse(f"msgpack:{model}", field=model, match="no flax_model")
+    refuse(f"hf:{model}", field=model, match="model.safetensors")
+    refuse(f"msgpack:{model}", field=model, match="flax_model")

@@ -57,7 +57,7 @@ def test_v_msgpack_truncated_file_is_refused(part, model, refuse):
     file = model / "flax_model.msgpack"
     whole = file.read_bytes()
     file.write_bytes(whole[: int(part * len(whole))])
-    refuse(f"msgpack:{model}", field=file, match="not a file of flax")
+    refuse(f"msgpack:{model}", field=file)
 
 
 def test_v_msgpack_with_flipped_bits_keeps_shapes_or_is_refused(model, accept, tmp_path):
@@ -81,4 +81,4 @@ def test_v_msgpack_with_flipped_bits_keeps_shapes_or_is_refused(model, accept, t
 @pytest.mark.parametrize("kind", ["float64", "int8", "complex64"])
 def test_v_msgpack_of_unsupported_dtype_is_refused(kind, model, refuse):
     models.write_msgpack(model, changes={FC: lambda t: t.astype(kind)})
-    refuse(f"msgpack:{model}", match=f"is {kind}; expected float32")
+    refuse(f"msgpack:{model}", match=f"{kind}; .* float32")

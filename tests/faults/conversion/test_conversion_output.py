@@ -121,7 +121,7 @@ def test_v_force_keeps_the_old_output_if_writing_fails(failing, model, refuse, t
         monkeypatch.setattr(os, "rename", fail_to_rename)
     else:
         monkeypatch.setattr(llmc, "write", write_and_damage if failing == "read back" else fail_to_write)
-    reason = {"rename": "Permission denied", "read back": "read back differ", "write": "No space left"}[failing]
+    reason = {"rename": "Permission denied", "read back": "differ", "write": "No space left on device"}[failing]
     kind, field = (DataError, f"llmc:{out}") if failing == "read back" else (WorkdirError, out)
     refuse(f"hf:{model}", "--force", to=f"llmc:{out}", kind=kind, field=field, match=reason)
     assert read_header(str(out))

@@ -67,7 +67,7 @@ def test_v_damaged_safetensors_file_is_refused(what, model, refuse):
     file = model / "model.safetensors"
     models.write_header(file, *damage_header(what, *models.read_header(file)))
     with LittleMemory():
-        refuse(f"hf:{model}", field=file, match="not a usable")
+        refuse(f"hf:{model}", field=file)
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**63 - 1, 2**40, 10**8, 10**8 + 1, 0, 1, 2])
@@ -76,7 +76,7 @@ def test_v_impossible_header_length_is_refused(length, model, refuse):
     file = model / "model.safetensors"
     models.write_header(file, *models.read_header(file), length=length)
     with LittleMemory():
-        refuse(f"hf:{model}", field=file, match="not a usable")
+        refuse(f"hf:{model}", field=file)
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 100])
@@ -84,7 +84,7 @@ def test_v_truncated_safetensors_file_is_refused(size, model, refuse):
     models.write_hf(model)
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:size])
-    refuse(f"hf:{model}", field=file, match="not a usable")
+    refuse(f"hf:{model}", field=file)
 
 
 def test_v_header_of_100_megabytes_is_refused(model, refuse):
@@ -97,7 +97,7 @@ def test_v_header_of_100_megabytes_is_refused(model, refuse):
     text += b"".join(entry % number for number in range(10**6)) + b"}"
     models.write_header(file, text.ljust(100_000_000), data)
     with LittleMemory():
-        refuse(f"hf:{model}", field=file, match="header takes 100000000")
+        refuse(f"hf:{model}", field=file, match=" 100000000 ")
 
 
 @pytest.mark.parametrize("name", ["transformer.ln_f.bias", "__metadata__"])
@@ -108,7 +108,7 @@ def test_v_duplicate_header_key_is_refused(name, model, refuse):
     header, data = models.read_header(file)
     again = json.dumps({name: header[name]})[1:-1]
     models.write_header(file, json.dumps(header)[:-1].encode() + f", {again}}}".encode(), data)
-    refuse(f"hf:{model}", field=file, match=f"'{name}' appears twice|duplicate field `{name}`")
+    refuse(f"hf:{model}", field=file, match=f"['`]{name}['`]")
 
 
 OTHER_TYPES = [
