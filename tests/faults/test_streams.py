@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from gptjax.data import prepare
 from gptjax.errors import ConfigError, OutputError
 from gptjax.plan import __main__ as plan
 from gptjax.replay import __main__ as replay
+from tests.helpers import raises
 from tests.runs import checkpoint_steps, losses
 
 pytestmark = pytest.mark.faults
@@ -39,12 +41,9 @@ def main(arguments):
 cli.run_cli(main)
 """
 FULL = "standard output: No space left on device"
-STREAMS = {  # how the shell starts it: (of a product, of a run, of log lines only) as (code, part of stderr)
-    ">/dev/full": ((74, f"error: {FULL}; send it to a file or a pipe that can be written\n"),
-                   (0, f"{FULL}: output that cannot be written is dropped\nend\n"),
-                   (0, f"end\n{FULL}: output that cannot be written is dropped\n")),
-    ">&-": ((74, "error: standard output: it is closed; send it to a file or a pipe that can be written\n"),
-            (0, "end\n"), (0, "end\n")),
+STREAMS = {  # how the shell starts it: (of a product, of a run, of log lines only) as (code, pattern of stderr)
+    ">/dev/full": ((74, f"error: {FULL}; .*\n"), (0, f"{FULL}: .*\nend\n"), (0, f"end\n{FULL}: .*\n")),
+    ">&-": ((74, "error: standard output: .* closed; .*\n"), (0, "end\n"), (0, "end\n")),
     "| true": ((0, ""), (0, "end\n"), (0, "end\n")),
     "2>&- >/dev/null": ((0, ""), (0, ""), (0, "")),
     "<&- >&- 2>&-": ((74, ""), (0, ""), (0, "")),
@@ -62,7 +61,8 @@ def test_i1_closed_or_full_stream_gives_the_documented_code(streams, kind, lab):
         ["bash", "-c", shell, "bash", sys.executable, "-c", COMMAND, kind],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (code, told)
+    assert done.returncode == code
+    assert re.fullmatch(told, done.stderr), done.stderr
 
 
 def test_i1_run_survives_the_loss_of_its_terminal(lab, twin, tmp_path):
@@ -87,7 +87,7 @@ def test_i1_write_to_a_lost_terminal_raises_only_if_required():
     os.close(master)
     with open(os.dup(slave), "w") as old:
         stream, raw = streams._replace(old, slave, required=True)
-    with pytest.raises(OutputError, match="standard output: Input/output error"):
+    with raises(OutputError, "standard output", remedy="a file or a pipe", match="Input/output error"):
         print("line", file=stream, flush=True)
     raw.required = False
     print("line", file=stream, flush=True)
@@ -135,11 +135,19 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("argument", [b"--config.data.path=a\xff", b"--workdir=\xe9", b"\xff", b"--\xff=1"])
-def test_i2_argument_that_is_not_utf8_is_refused(name, argument, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("argument", "field"),
+    [
+        (b"--config.data.path=a\xff", "--config.data.path"),
+        (b"--workdir=\xe9", "--workdir"),
+        (b"\xff", r"\udcff"),
+        (b"--\xff=1", r"--\udcff=1"),
+    ],
+)
+def test_i2_argument_that_is_not_utf8_is_refused(name, argument, field, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module, needed = COMMANDS[name]
-    with pytest.raises(ConfigError, match="not valid UTF-8 text") as caught:
+    with raises(ConfigError, field, remedy="UTF-8") as caught:
         module.main([*needed, os.fsdecode(argument)])
     assert str(caught.value).isprintable()
     assert os.listdir(tmp_path) == []
@@ -149,10 +157,10 @@ def test_i2_directory_name_that_is_not_utf8_is_refused(tmp_path, monkeypatch):
     place = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
     os.mkdir(place)
     monkeypatch.chdir(place)
-    with pytest.raises(ConfigError, match=r"\\udcff: the current directory's name is not valid UTF-8"):
+    with raises(ConfigError, rf"{tmp_path}/\udcff", remedy="another directory"):
         main.main(["--config=x"])
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", place)
-    with pytest.raises(ConfigError, match=r"JAX_COMPILATION_CACHE_DIR=.*: not valid UTF-8"):
+    with raises(ConfigError, "JAX_COMPILATION_CACHE_DIR", value=place):
         distributed.compile_cache()
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("HOME", place)
@@ -171,7 +179,7 @@ def test_i2_missing_home_directory_disables_the_compile_cache(tmp_path, monkeypa
 
     monkeypatch.setattr(pathlib.Path, "home", no_home)
     assert distributed.compile_cache() is None
-    assert [line.split(":")[0] for line in said] == ["no home directory to write to"] * 2
+    assert ["JAX_COMPILATION_CACHE_DIR" in line for line in said] == [True] * 2
 
 
 SOURCE = "# café\ndef get_config():\n    return {'data': {'path': 'café'}}\n"
@@ -193,25 +201,39 @@ def test_i2_config_file_may_have_any_declared_encoding(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content", "named"),
     [
-        ("a.json", b"{", "--config=.*a.json: not JSON: Expecting"),
-        ("a.json", b"\xff", "--config=.*a.json: not UTF-8: byte 0 is 0xff; expected the config.json of a run"),
-        ("a.json", b"[1]", "--config=.*a.json: expected an object, not a list; "),
-        ("a.json", b'{"data": {"path": "\\udcff"}}', "--config=.*a.json: not usable JSON: a string has half of a surr"),
-        ("a.json", b"[" * 100_000, "--config=.*a.json: not usable JSON: nested deeper than 100 levels"),
-        ("a.json", b'{"data": {"seed": 1, "seed": 2}}', "--config=.*a.json: not usable JSON: 'seed' appears twice"),
-        ("a.json", b'{"n_layer": 2}', "n_layer: no such config field; nearest: model.n_layer"),
-        ("a.py", b"x = 'caf\xe9'\n", r"get_config\(\) failed: SyntaxError"),
-        ("a.py", b"get_config = lambda: 3", r"get_config\(\) failed: TypeError"),
-        ("a.py", b"get_config = lambda: {'data': {'path': '\\udcff'}}", r"data.path='\\udcff': not valid UTF-8 text"),
+        ("a.json", b"{", "column 2"),
+        ("a.json", b"\xff", "byte 0 is 0xff"),
+        ("a.json", b"[1]", "list"),
+        ("a.json", b'{"data": {"path": "\\udcff"}}', "surrogate"),
+        ("a.json", b"[" * 100_000, "100 levels"),
+        ("a.json", b'{"data": {"seed": 1, "seed": 2}}', "'seed'"),
+        ("a.py", b"x = 'caf\xe9'\n", "SyntaxError"),
+        ("a.py", b"get_config = lambda: 3", "TypeError"),
     ],
 )
-def test_i2_invalid_config_file_is_refused(name, content, message, tmp_path):
+def test_i2_invalid_config_file_is_refused(name, content, named, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    remedy = "config.json of a run" if path.suffix == ".json" else ""
+    with raises(ConfigError, "--config", value=str(path), remedy=remedy, match=named) as caught:
+        config.load(str(path), {})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "field", "parts"),
+    [
+        ("a.json", b'{"n_layer": 2}', "n_layer", {"remedy": "model.n_layer"}),
+        ("a.py", b"get_config = lambda: {'data': {'path': '\\udcff'}}", "data.path", {"value": "\udcff"}),
+    ],
+)
+def test_i2_wrong_field_in_a_config_file_is_named(name, content, field, parts, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=message) as caught:
+    with raises(ConfigError, field, **parts) as caught:
         config.load(str(tmp_path / name), {})
-    assert len(str(caught.value).splitlines()) == 1
+    assert str(caught.value).isprintable()
 
 
 def test_i2_default_workdir_follows_the_config_path():
@@ -226,7 +248,7 @@ def test_i2_directory_name_may_have_a_colon(tmp_path, monkeypatch):
     assert resume.find_weights("12:30") == formats.ModelRef("gptjax", "12:30")
     assert resume.find_weights("gs://bucket/run") == formats.ModelRef("gptjax", "gs://bucket/run")
     assert resume.find_weights("hf:12:30") == formats.ModelRef("hf", "12:30")
-    with pytest.raises(ConfigError, match=r"^init_from=12:31: expected one of gptjax, hf"):
+    with raises(ConfigError, "init_from", value="12:31", match="gptjax, hf"):
         resume.find_weights("12:31")
 
 
