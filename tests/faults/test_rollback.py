@@ -320,7 +320,7 @@ def overwrite_batch(config, source, target, index):
     assert data.num_windows > 130 * config.data.global_batch_size, "no batch may come twice"
     meta = json.loads((target / "meta.json").read_text())
     for window in data.window_ids(index).tolist():
-        shard, start = data.find(window)
+        shard, start = data.locate(window)
         about = meta["splits"]["train"]["shards"][shard]
         content = bytearray((target / about["file"]).read_bytes())
         first = HEADER_BYTES + 2 * start
