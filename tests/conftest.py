@@ -1,11 +1,12 @@
 """Strict JAX, eight CPU devices, and no network but loopback, for every test."""
 
+import dataclasses
 import logging
 import os
 import pathlib
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,6 +17,9 @@ import pytest
 from hypothesis import settings
 
 from gptjax import cli
+from gptjax import train as train_module
+from gptjax.config import Config
+from gptjax.setup import Run
 from tests import fuzzing, runs
 
 runpy.run_path(str(runs.OFFLINE / "sitecustomize.py"))  # for this process; runs.py sees to those that tests start
@@ -72,6 +76,29 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> runs.Lab:
 def twin(lab: runs.Lab) -> pathlib.Path:
     """The work directory of a finished run that nothing has disturbed."""
     return runs.make_twin(lab)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(lab: runs.Lab) -> Run:
+    """The run of the tiny config on one device of this process, compiled at most once."""
+    return runs.make_run_on(lab.config())
+
+
+@pytest.fixture
+def train_here(lab: runs.Lab, tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """train_here(workdir, train={...}, ...) trains in this process with what tiny_run has compiled.
+
+    Only settings that are not compiled in may differ from the tiny config. parts: replaces fields of the Run.
+    """
+
+    def train(workdir: pathlib.Path, *, parts: dict | None = None, **sections: dict) -> int:
+        def make_run(config: Config) -> Run:
+            return dataclasses.replace(tiny_run, config=config, **(parts or {}))
+
+        monkeypatch.setattr(train_module, "make_run", make_run)
+        return train_module.train(lab.config(**sections), str(workdir))
+
+    return train
 
 
 @pytest.fixture

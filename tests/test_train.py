@@ -27,7 +27,7 @@ from gptjax.resume import compare_data
 from gptjax.setup import choose_num_microbatches, describe_roles, memory_budget
 from gptjax.train import train
 from tests.helpers import raises
-from tests.runs import checkpoint_steps, make_run_on, rows
+from tests.runs import checkpoint_steps, rows
 
 MODEL = GPTConfig(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
 
@@ -184,27 +184,26 @@ def test_resume_never_is_checked_before_the_run_is_made(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_next_step_is_dispatched_before_metrics_are_read(lab, tmp_path, monkeypatch):
+FIVE = {"num_steps": 5, "eval_every": 0}
+
+
+def test_next_step_is_dispatched_before_metrics_are_read(train_here, tiny_run, tmp_path, monkeypatch):
     """And what a step takes is on the device already."""
-    run, events = make_run_on(lab.config()), []
-    read = loop.process_metrics
+    events, read = [], loop.process_metrics
 
     def train_step(state, tokens):
         events.append("dispatch")
         with jax.transfer_guard("disallow"):
-            return run.train_step(state, tokens)
+            return tiny_run.train_step(state, tokens)
 
     monkeypatch.setattr(loop, "process_metrics", lambda *a, **k: events.append("read") or read(*a, **k))
-    config = lab.config(train={"num_steps": 5, "eval_every": 0})
-    replaced = dataclasses.replace(run, config=config, train_step=train_step)
-    monkeypatch.setattr(train_module, "make_run", lambda _: replaced)
-    assert train(config, str(tmp_path / "run")) == 0
+    assert train_here(tmp_path / "run", train=FIVE, parts={"train_step": train_step}) == 0
     # Before a save, too, all is read: a state that is not finite is never saved.
-    assert config.checkpoint.save_every == 4
+    assert tiny_run.config.checkpoint.save_every == 4
     assert events == ["dispatch", *["dispatch", "read"] * 3, "read", "dispatch", "read"]
 
 
-def test_batches_are_made_by_prefetch_threads(lab, tmp_path, monkeypatch):
+def test_batches_are_made_by_prefetch_threads(train_here, tmp_path, monkeypatch):
     makers, batch = {}, run_setup.Run.batch
 
     def make(run, step, **skipped):
@@ -212,25 +211,19 @@ def test_batches_are_made_by_prefetch_threads(lab, tmp_path, monkeypatch):
         return batch(run, step, **skipped)
 
     monkeypatch.setattr(run_setup.Run, "batch", make)
-    config = lab.config(train={"num_steps": 5, "eval_every": 0})
-    on_one_device = dataclasses.replace(make_run_on(lab.config()), config=config)
-    monkeypatch.setattr(train_module, "make_run", lambda _: on_one_device)
-    assert train(config, str(tmp_path / "run")) == 0
+    assert train_here(tmp_path / "run", train=FIVE) == 0
     assert {step: makers[step] for step in range(5)} == {step: ["prefetch"] for step in range(5)}
 
 
-def test_orbax_reads_no_counters_while_a_run_saves(lab, tmp_path, monkeypatch):
+def test_orbax_reads_no_counters_while_a_run_saves(train_here, tmp_path, monkeypatch):
     """tensorstore keeps for ever what it makes of them; see gptjax.orbax_context.suppress_tensorstore_metrics."""
     read = []
     monkeypatch.setattr(tensorstore, "experimental_collect_matching_metrics", lambda *of: read.append(of) or [])
-    config = lab.config(train={"num_steps": 5, "eval_every": 0})
-    on_one_device = dataclasses.replace(make_run_on(lab.config()), config=config)
-    monkeypatch.setattr(train_module, "make_run", lambda _: on_one_device)
-    assert train(config, str(tmp_path / "run")) == 0
+    assert train_here(tmp_path / "run", train=FIVE) == 0
     assert checkpoint_steps(tmp_path / "run") == [4, 5]
     assert read == []
     monkeypatch.setattr(train_module, "suppress_tensorstore_metrics", contextlib.nullcontext)
-    assert train(config, str(tmp_path / "again")) == 0
+    assert train_here(tmp_path / "again", train=FIVE) == 0
     assert read, "Orbax reads none any more: gptjax.orbax_context.suppress_tensorstore_metrics can go"
 
 
@@ -248,13 +241,10 @@ def test_garbage_collection_is_disabled_only_during_imports(lab, monkeypatch):
         gc.unfreeze()
 
 
-def test_report_time_is_not_counted_as_data_wait(lab, tmp_path, monkeypatch):
+def test_report_time_is_not_counted_as_data_wait(train_here, tmp_path, monkeypatch):
     write = RunLog.write
     monkeypatch.setattr(RunLog, "write", lambda *of: time.sleep(0.2) or write(*of))
-    config = lab.config(train={"num_steps": 5, "eval_every": 0})
-    on_one_device = dataclasses.replace(make_run_on(lab.config()), config=config)
-    monkeypatch.setattr(train_module, "make_run", lambda _: on_one_device)
-    assert train(config, str(tmp_path / "run")) == 0
+    assert train_here(tmp_path / "run", train=FIVE) == 0
     last = [row for row in rows(tmp_path / "run") if "loss" in row][-1]
     assert last["seconds/report"] > 0.7
     assert last["seconds/data_wait"] < 0.5

@@ -1,16 +1,12 @@
 """What the tests share that kill real processes and damage real files."""
 
-import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from gptjax import train as train_module
-from gptjax.config import Config
-from gptjax.setup import Run
 from tests import runs
 
 
@@ -31,26 +27,3 @@ def _shared_compile_cache(lab: runs.Lab) -> Iterator[None]:
 def long_twin(lab: runs.Lab) -> pathlib.Path:
     """The work directory of a finished run of 48 steps that nothing has disturbed."""
     return runs.make_twin(lab, "long-twin", "train.num_steps=48", "checkpoint.save_every=24")
-
-
-@pytest.fixture(scope="session")
-def tiny_run(lab: runs.Lab) -> Run:
-    """The run of the tiny config on one device of this process, compiled at most once."""
-    return runs.make_run_on(lab.config())
-
-
-@pytest.fixture
-def train_here(lab: runs.Lab, tiny_run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """train_here(workdir, train={...}, ...) trains in this process with what tiny_run has compiled.
-
-    Only settings that are not compiled in may differ from the tiny config. parts: replaces fields of the Run.
-    """
-
-    def train(workdir: pathlib.Path, *, parts: dict | None = None, **sections: dict) -> int:
-        def make_run(config: Config) -> Run:
-            return dataclasses.replace(tiny_run, config=config, **(parts or {}))
-
-        monkeypatch.setattr(train_module, "make_run", make_run)
-        return train_module.train(lab.config(**sections), str(workdir))
-
-    return train

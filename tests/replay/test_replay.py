@@ -74,25 +74,22 @@ def test_replayed_step_is_bit_equal_and_changes_no_file(lab, twin, step, origin,
     assert sorted(int(row) for row, *_ in shards) == list(range(8))
 
 
-def test_replay_lists_the_rows_of_the_batch(lab, twin, tmp_path):
-    from tests.runs import make_run_on
-
-    run, out = make_run_on(lab.config()), tmp_path / "page.html"
+def test_replay_lists_the_rows_of_the_batch(lab, twin, tiny_run, tmp_path):
+    data, out = tiny_run.train_data, tmp_path / "page.html"
     said = look(lab, twin, 9, f"--out={out}").stdout
     found = {
         int(n): (int(w), s, int(t)) for n, w, s, t in re.findall(r"^ +(\d) +(\d+)  (\S+\.bin) +(\d+) ", said, re.M)
     }
-    for number, window in enumerate(run.train_data.window_ids(8).tolist()):
-        shard, start = run.train_data.locate(window)
-        assert found[number] == (window, run.train_data.split.paths[shard].rpartition("/")[2], start)
-        ids = run.train_data.split.shards[shard].read(start, start + 33).tolist()
+    for number, window in enumerate(data.window_ids(8).tolist()):
+        shard, start = data.locate(window)
+        assert found[number] == (window, data.split.paths[shard].rpartition("/")[2], start)
+        ids = data.split.shards[shard].read(start, start + 33).tolist()
         about = re.search(rf"row {number}: .*?</details>", out.read_text(), re.DOTALL)[0]
         assert [int(i) for i in re.findall(r'id (\d+)"', about)] == ids
 
 
 def test_replay_reports_a_difference_from_the_log(lab, twin, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(twin, workdir)
+    workdir = shutil.copytree(twin, tmp_path / "run")
     changed = [row | ({"grad_norm": 1.5} if row["step"] == 9 else {}) for row in rows(workdir)]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed) + '{"step": 9, "lo')
     assert "DIFFERENT from metrics.jsonl, which has grad_norm 1.5\n" in look(lab, workdir, 9).stdout
@@ -100,8 +97,7 @@ def test_replay_reports_a_difference_from_the_log(lab, twin, tmp_path):
 
 
 def test_replay_skips_damaged_checkpoints_without_renaming_them(lab, twin, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(twin, workdir)
+    workdir = shutil.copytree(twin, tmp_path / "run")
     arrays = (path for path in (workdir / "checkpoints" / "8" / "params").rglob("c/**/*") if path.is_file())
     largest = max(arrays, key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
