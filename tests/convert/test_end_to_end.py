@@ -135,9 +135,7 @@ def test_evaluation_of_an_export_equals_that_of_the_run(lab, tuned, tmp_path):
     assert found.groups() == expected.groups()
     assert said.startswith(f"hf:{tmp_path}/hf: validation loss")
     refused = lab.call([*evaluate, f"--model=hf:{tmp_path}/hf"], expect=2).stderr
-    assert refused == (
-        f"error: --model=hf:{tmp_path}/hf: needs --data=DIR, a directory of shards; gptjax.data.prepare creates one\n"
-    )
+    assert refused.startswith(f"error: --model=hf:{tmp_path}/hf: needs --data=DIR")
 
 
 def test_import_with_a_larger_vocabulary_can_be_evaluated(lab, tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import re
 import shutil
 import struct
 
@@ -64,9 +65,8 @@ def test_x1_a_damaged_shard_is_named_before_anything_runs(what, lab, data):
 
 def test_x1_command_exits_65_for_a_damaged_shard(lab, data, tmp_path):
     path = damage(data, "large id")
-    refused = lab.train(tmp_path / "run", f"data.path={data}", expect=65)
-    problem = f"{path}: token {TOKEN} is id 300, but the tokenizer has 257 ids"
-    assert refused.stderr == f"error: {problem}; use the tokenizer that the data was made with, or restore the shard\n"
+    line = lab.refusal(tmp_path / "run", f"data.path={data}", expect=65)
+    assert re.match(f"{path}: .* {TOKEN} .* 300, .* 257 ids; ", line)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
