@@ -44,7 +44,7 @@ def group(monkeypatch):
 
     monkeypatch.setattr(peers.os, "_exit", end)
     monkeypatch.setattr(peers, "print_error", lambda line: lines.__setitem__(threading.current_thread(), line))
-    monkeypatch.setattr(peers, "PRINT_SECONDS", 1000.0)
+    monkeypatch.setattr(peers, "PRINT_SECONDS", 1e6)  # longer than any run of the tests: the timer would end one
     monkeypatch.setattr(peers, "LEFT_SECONDS", 0.2)
     monkeypatch.setattr(peers, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(peers.atexit, "register", lambda *of: None)
