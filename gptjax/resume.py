@@ -108,6 +108,9 @@ def check_record(run: Run, record: Record) -> None:
     read_history(record)  # parsed only for its errors: a damaged one must lead to a fallback, not to a traceback
     # Compared before the data: if the model changed, the data usually differ too, and that message would mislead.
     compare_configs(record.config, run.config)
+    if not record.data and "imported" in record.history:
+        log.info("note: the checkpoint was converted, and does not say on which data it was trained")
+        return
     old = record.data
     new = run.data_identity
     changed = [name for name in new if old.get(name) != new[name]]
@@ -187,6 +190,8 @@ def initial_params(run: Run) -> PyTree:
     log.info("parameters from %s", weights.origin)
     for note in weights.notes:
         log.info("  %s", note)
+    if weights.adamw:
+        log.info("  AdamW's moments are left out: the run begins at step 0")
     # By path, because the formats deliver the leaves in an order of their own.
     abstract = {}
     for path, leaf in jax.tree.leaves_with_path(run.abstract_state.params):

@@ -78,8 +78,11 @@ class StoredParams:
         self.record = self._checkpointer.read_record(step)
         self.config = from_dict(self.record.config)
 
-    def read(self, path: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Returns the parameter at `path`, float32 of `shape`, after checking its fingerprint.
+    def read(self, path: str, shape: tuple[int, ...], *, tree: str = "params", dtype: type = np.float32) -> np.ndarray:
+        """Returns the parameter at `path`, of `shape`, after checking its fingerprint; or a leaf of another tree.
+
+        tree: "params" or "opt_state".
+        dtype: of the leaf.
 
         Raises:
             CorruptCheckpointError: it is missing, cannot be parsed, has another shape or differs from the saved one.
@@ -89,19 +92,19 @@ class StoredParams:
         context.pytree.loading.partial_load = True  # without it Orbax requires every parameter in `wanted`
         context.memory.read_concurrent_bytes = 2 * CHUNK_BYTES
         try:
-            wanted: Any = {"params": nest([(path, np.empty(shape, np.float32))])}
+            wanted: Any = {tree: nest([(path, np.empty(shape, dtype))])}
         except (ValueError, MemoryError) as error:
             raise CorruptCheckpointError(f"{path} needs more memory than is available") from error
         directory = self._checkpointer.directory / str(self.step)
         try:
             with context:
-                tree = ocp.load_checkpointables(directory, wanted)
+                loaded = ocp.load_checkpointables(directory, wanted)
         except FAILURES as error:
             raise judge(directory, f"{path} is unreadable", error) from error
-        [leaf] = jax.tree.leaves(tree)
+        [leaf] = jax.tree.leaves(loaded)
         if leaf.shape != shape:
             raise CorruptCheckpointError(f"{path} has shape {list(leaf.shape)}, and the config asks for {list(shape)}")
-        if fingerprint_array(leaf) != self.record.fingerprints.get(f"params/{path}"):
+        if fingerprint_array(leaf) != self.record.fingerprints.get(f"{tree}/{path}"):
             raise CorruptCheckpointError(f"{path}: the fingerprint does not match")
         return leaf
 

@@ -25,7 +25,7 @@ from gptjax import checkpoint as checkpoint_module
 from gptjax import record as record_module
 from gptjax.checkpoint import Checkpointer
 from gptjax.config import CHOICES, Config, GPTConfig, OptimConfig
-from gptjax.convert.native import save_params
+from gptjax.convert.native import save_leaves
 from gptjax.errors import (
     CheckpointError,
     ConfigError,
@@ -640,11 +640,11 @@ def params_alone():
 
 
 def leaves_alone():
-    return ((path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params_alone()))
+    return (("params", path_name(path), leaf) for path, leaf in jax.tree.leaves_with_path(params_alone()))
 
 
 def test_parameters_alone_are_a_checkpoint_of_step_0(tmp_path):
-    save_params(str(tmp_path), leaves_alone(), config=CONFIG, history={"imported": {"from": "hf:x"}})
+    save_leaves(str(tmp_path), leaves_alone(), config=CONFIG, history={"imported": {"from": "hf:x"}})
     config, params, step = load_params(str(tmp_path))
     assert (config, step) == (CONFIG, 0)
     assert jax.tree.all(jax.tree.map(lambda a, b: a.tobytes() == np.asarray(b).tobytes(), params_alone(), params))
@@ -653,12 +653,12 @@ def test_parameters_alone_are_a_checkpoint_of_step_0(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
-def test_save_params_holds_one_parameter_in_memory(tmp_path):
+def test_save_leaves_holds_one_in_memory(tmp_path):
     """Each of them takes 32 MB, and is made when it is asked for."""
     tracemalloc.start()
     try:
-        leaves = ((f"h/{n}/kernel", np.full((8, 2**20), n, np.float32)) for n in range(8))
-        save_params(str(tmp_path), leaves, config=CONFIG, history={})
+        leaves = (("params", f"h/{n}/kernel", np.full((8, 2**20), n, np.float32)) for n in range(8))
+        save_leaves(str(tmp_path), leaves, config=CONFIG, history={})
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -667,18 +667,18 @@ def test_save_params_holds_one_parameter_in_memory(tmp_path):
     assert (stored.read("h/7/kernel", (8, 2**20)) == 7).all()
 
 
-def test_failed_save_params_leaves_no_files(tmp_path):
+def test_failed_save_leaves_leaves_no_files(tmp_path):
     def fail():
-        yield "wpe/embedding", np.zeros((8, 16), np.float32)
+        yield "params", "wpe/embedding", np.zeros((8, 16), np.float32)
         raise KeyError("x")
 
     with pytest.raises(KeyError):
-        save_params(str(tmp_path), fail(), config=CONFIG, history={})
+        save_leaves(str(tmp_path), fail(), config=CONFIG, history={})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_run_does_not_resume_from_parameters_alone(tmp_path):
-    save_params(str(tmp_path), leaves_alone(), config=CONFIG, history={})
+    save_leaves(str(tmp_path), leaves_alone(), config=CONFIG, history={})
     with raises(ConfigError, "--workdir", value=str(tmp_path), remedy=f"--config.init_from=gptjax:{tmp_path}"):
         restore(tmp_path)
     assert checkpoint_steps(tmp_path) == [0]

@@ -251,6 +251,7 @@ def convert(
             weights,
             tensors=with_progress(tensors, total),
             dtype=dtype,
+            allow_nonfinite=allow_nonfinite,
         )
         log.info("source %s  weights sha256 %s", weights.origin, source_sum.hexdigest())
         result = formats.open_weights(formats.ModelRef(target.format, path))
@@ -261,6 +262,8 @@ def convert(
                 "the weights read back differ from those written: is the disk damaged?",
                 field=str(target),
             )
+        if target.format in formats.WITH_MOMENTS and not formats.same_moments(weights, result):
+            raise DataError("AdamW's moments read back differ from those written", field=str(target))
     log.info("result %s  weights sha256 %s", target, found_sum.hexdigest())
     log.info("read back and compared: done in %.1f s", time.perf_counter() - start)
 

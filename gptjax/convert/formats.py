@@ -11,7 +11,15 @@ import numpy as np
 from gptjax.config import GPTConfig
 from gptjax.convert import huggingface, llmc, msgpack, nanogpt, native, probe
 from gptjax.convert.names import PREFIX, Shape, layers
-from gptjax.convert.weights import NamedTensors, Weights, format_shape, read_leaves, read_tensors, with_biases
+from gptjax.convert.weights import (
+    Checksum,
+    NamedTensors,
+    Weights,
+    format_shape,
+    read_leaves,
+    read_tensors,
+    with_biases,
+)
 from gptjax.data.tokenizer import Tokenizer, load_tokenizer
 from gptjax.errors import ConfigError, DataError
 from gptjax.params import Param, leaf_shape, padded_vocab_size, rows, tensor_shape
@@ -20,6 +28,7 @@ from gptjax.sharding import nest
 log = logging.getLogger("gptjax")
 READABLE = ("gptjax", "hf", "nanogpt", "llmc", "msgpack")
 WRITABLE = ("gptjax", "hf", "nanogpt", "llmc")
+WITH_MOMENTS = ("gptjax", "nanogpt")  # formats that hold AdamW's state
 PADDED = ("gptjax", "llmc")  # formats whose embedding table has more rows than the vocabulary
 FILES = {  # formats of one file, with a usual name for it; the others are directories
     "nanogpt": "ckpt.pt",
@@ -198,6 +207,8 @@ def adapt(weights: Weights, target: str) -> Weights:
     """
     if target != "gptjax":
         _require_gpt2(weights.config, target)
+    elif weights.origin.startswith("gptjax:"):
+        weights = dataclasses.replace(weights, adamw=None)  # a copy of the weights, not of the run
     if target in FILES and not weights.config.tie_embeddings:
         raise ConfigError(
             "that format has no lm_head of its own, and this model is untied",
@@ -316,9 +327,43 @@ def differences(weights: Weights, target: str, dtype: str) -> list[str]:
         lines.append("matrices of layers are stored as [out, in]")
     if target in FILES and weights.tokenizer is not None:
         lines.append(f"the tokenizer is left out: there is no place for it in {target}")
+    lines += _moments_lines(weights, target)
     if target == "llmc" and config.dropout:
         lines.append(f"dropout={config.dropout:g} is left out: there is no place for it in llmc")
     return lines
+
+
+def _moments_lines(weights: Weights, target: str) -> list[str]:
+    adamw = weights.adamw
+    if target in WITH_MOMENTS and adamw:
+        return [f"AdamW's moments of step {adamw.step} are kept: a run resumes from there"]
+    if adamw:
+        return [f"AdamW's moments are left out: there is no place for them in {target}"]
+    run = weights.history.get("config")
+    optim = run.get("optim") if isinstance(run, dict) else None
+    name = optim.get("name", "adamw") if isinstance(optim, dict) else "adamw"
+    if target == "nanogpt" and name != "adamw":
+        return [f"moments are left out: nanoGPT has AdamW only, and the run has optim.name={name}"]
+    return []
+
+
+def same_moments(weights: Weights, result: Weights) -> bool:
+    """Returns whether both have AdamW's moments and count with the same bits, or neither has any.
+
+    Raises:
+        DataError: a moment is damaged.
+    """
+    hashes = []
+    for each in (weights, result):
+        checksum = Checksum()
+        adamw = each.adamw
+        if adamw:
+            checksum.update("count", adamw.count.read())
+            for moments in (adamw.first, adamw.second):
+                for _ in read_tensors(each, source=moments, checksum=checksum, allow_nonfinite=True):
+                    pass
+        hashes.append(checksum.hexdigest())
+    return hashes[0] == hashes[1]
 
 
 def write(
@@ -328,25 +373,30 @@ def write(
     *,
     tensors: NamedTensors,
     dtype: str,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes the model in the format of `place` to `path`, from which the caller moves it to `place.path`.
 
     tensors: (name, tensor) in the order of `read_tensors`.
     dtype: of the tensors in the result.
+    allow_nonfinite: accept moments that are NaN or infinite; `tensors` were checked where they were read.
 
     Raises:
         OSError: a file cannot be written.
+        DataError: a moment is damaged or not finite.
         UnavailableError: an extra is missing.
     """
     if place.format == "gptjax":
         os.mkdir(path)
-        native.write(path, place.path, weights, tensors=tensors)
+        native.write(path, place.path, weights, tensors=tensors, allow_nonfinite=allow_nonfinite)
+        return
+    if place.format == "nanogpt":
+        nanogpt.write(path, weights, tensors, dtype=dtype, allow_nonfinite=allow_nonfinite)
         return
     if place.format == "hf":
         os.mkdir(path)
     writers: dict[str, Callable[..., None]] = {
         "hf": huggingface.write,
-        "nanogpt": nanogpt.write,
         "llmc": llmc.write,
     }
     write_format = writers[place.format]

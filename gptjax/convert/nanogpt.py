@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.config import GPTConfig
-from gptjax.convert import torch_file
+from gptjax.convert import nanogpt_run, torch_file
 from gptjax.convert.names import PREFIX, left_out, rename
 from gptjax.convert.weights import (
     DTYPES,
@@ -19,11 +19,9 @@ from gptjax.convert.weights import (
     short_repr,
 )
 from gptjax.errors import DataError, one_line
-from gptjax.params import PARAMS
 
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 NO_LOSS = 1e9  # nanoGPT's best_val_loss before its first validation
-ADAMW = {"lr": 6e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}  # nanoGPT's defaults
 
 
 def read(
@@ -50,12 +48,20 @@ def read(
     table = tensors.get("wte.weight")
     if head is not None and table is not None:
         _require_equal(head, table, path)
+    notes = left_out(heads)
+    adamw = None
+    try:
+        adamw = nanogpt_run.read_adamw(saved, tensors, model=config, path=path)
+    except nanogpt_run.OtherOptimizerError as reason:
+        if saved.get("optimizer") is not None and saved.get("iter_num"):
+            notes = (*notes, f"the optimizer's moments are left out: {reason}")
     return make_weights(
         origin,
         config,
         tensors,
         history=_history(saved),
-        notes=left_out(heads),
+        notes=notes,
+        adamw=adamw,
     )
 
 
@@ -96,32 +102,20 @@ def _parse_args(values: Any, path: str, dropout: float | None) -> GPTConfig:
     )
 
 
-def _linear_names() -> set[str]:
-    """Returns the names within a layer, such as attn.c_attn.weight, of the matrices that nn.Linear has as [out, in]."""
-    return {row.tensor_name(0).removeprefix("h.0.") for row in PARAMS if row.linear}
-
-
 def _rename(found: Mapping[str, Tensor], path: str) -> tuple[dict[str, Tensor], list[str]]:
     """Returns (the tensors by GPT-2's names, matrices as [in, out]; the names of heads that are left out)."""
     renamed = rename(found)
     if renamed.twice:
         name, first, second = renamed.twice
         raise DataError(f"{name} occurs twice, as {first} and as {second}", field=path)
-    linear = _linear_names()
     tensors: dict[str, Tensor] = {}
     for short, stored in renamed.names.items():
         tensor = found[stored]
-        is_matrix = short.startswith("h.") and _name_in_layer(short) in linear
-        if is_matrix and len(tensor.shape) == 2:
+        if nanogpt_run.is_linear(short) and len(tensor.shape) == 2:
             tensors[short] = torch_file.transposed(tensor)
         else:
             tensors[short] = tensor
     return tensors, renamed.heads
-
-
-def _name_in_layer(name: str) -> str:
-    """Returns attn.c_attn.weight for h.3.attn.c_attn.weight."""
-    return name.split(".", 2)[-1]
 
 
 def write(
@@ -130,33 +124,39 @@ def write(
     tensors: NamedTensors,
     *,
     dtype: str,
+    allow_nonfinite: bool = False,
 ) -> None:
-    """Writes a ckpt.pt for nanoGPT's sample.py and train.py. Its optimizer state is that of step 0.
+    """Writes a ckpt.pt for nanoGPT's sample.py and train.py, which resumes with the moments of `weights.adamw`.
+
+    Without moments the optimizer state is that of step 0.
 
     tensors: (name, tensor) in Hugging Face's layout.
-    dtype: of the tensors in the file.
+    dtype: of the tensors in the file; moments are float32.
+    allow_nonfinite: accept moments that are NaN or infinite.
 
     Raises:
         OSError: the file cannot be written.
+        DataError: a moment is damaged or not finite.
         UnavailableError: torch is missing or too old.
     """
     torch = torch_file.import_torch(path)
     config = weights.config
-    linear = _linear_names()
     state = {}
     for name, tensor in tensors:
-        layout = tensor.T if _name_in_layer(name) in linear else tensor
+        layout = tensor.T if nanogpt_run.is_linear(name) else tensor
         array = np.array(layout, DTYPES[dtype], order="C")  # a copy, because torch would share its memory
         state[PREFIX + name] = _to_torch(torch, array)
+    state = {PREFIX + name: state[PREFIX + name] for name in nanogpt_run.parameter_order(config)}
     state["lm_head.weight"] = state[f"{PREFIX}wte.weight"]
 
     args: dict[str, Any] = {name: getattr(config, name) for name in SIZES}
     args["bias"] = config.bias
     args["dropout"] = config.dropout
     history = weights.history
+    settings = nanogpt_run.write_config(weights.adamw.config) if weights.adamw else {}
     saved = {
         "model": state,
-        "optimizer": _fresh_adamw(torch, config),
+        "optimizer": nanogpt_run.write_optimizer(torch, weights, allow_nonfinite=allow_nonfinite),
         "model_args": args,
         "iter_num": history.get("step", 0),
         "best_val_loss": history.get("val_loss", NO_LOSS),
@@ -165,6 +165,7 @@ def write(
             "init_from": "resume",
             "gptjax": weights.origin,
             **args,
+            **settings,
         },
     }
     try:
@@ -179,18 +180,3 @@ def _to_torch(torch: Any, array: np.ndarray) -> Any:
     if array.dtype == DTYPES["bfloat16"]:  # which torch does not take from NumPy
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-def _fresh_adamw(torch: Any, config: GPTConfig) -> dict[str, Any]:
-    """Returns the state_dict of nanoGPT's AdamW before its first step: matrices and tables decay, vectors do not."""
-    decayed = 2 + 4 * config.n_layer
-    vectors = 8 * config.n_layer + 2
-    if not config.bias:
-        vectors = 2 * config.n_layer + 1
-    # Before the first step the state_dict has no moments, so only the number of parameters matters.
-    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(decayed + vectors)]
-    groups = [
-        {"params": parameters[:decayed]},
-        {"params": parameters[decayed:], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, **ADAMW).state_dict()

@@ -1,21 +1,24 @@
 """gptjax's own checkpoints as a format to convert from and to."""
 
 import dataclasses
+import itertools
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from gptjax.checkpoint import Checkpointer
-from gptjax.config import Config, DataConfig, GPTConfig
+from gptjax.config import Config, GPTConfig
 from gptjax.convert.names import from_leaf, layers
 from gptjax.convert.weights import (
     DTYPES,
+    AdamW,
     NamedTensors,
     ReadTensor,
     Tensor,
@@ -23,21 +26,25 @@ from gptjax.convert.weights import (
     make_history,
     make_weights,
     read_leaves,
+    read_tensors,
 )
 from gptjax.data.tokenizer import Tokenizer, load_tokenizer
 from gptjax.errors import ConfigError, DataError, one_line
 from gptjax.fingerprint import fingerprint_array
 from gptjax.identity import read_identity
 from gptjax.logs import parse_rows
+from gptjax.optim import make_optimizer
 from gptjax.orbax_context import CHUNK_BYTES, saving_context
 from gptjax.params import Param, check_paths, leaf_shape, rows, tensor_shape
 from gptjax.record import CorruptCheckpointError, Record, seal
-from gptjax.sharding import nest
+from gptjax.sharding import abstract_params, nest, path_name
 from gptjax.stored import StoredParams
 from gptjax.versions import versions
 from gptjax.workdir import CONFIG_FILE, METRICS_FILE, TOKENIZER_FILE, check_bucket, read_file, write_json
 
 STEP = "[0-9]{1,18}"  # a step as text; int() refuses thousands of digits, and str.isdigit() accepts superscripts
+# AdamW's state in the opt_state of gptjax.optim: optax's count, and trees like the parameters'.
+COUNT, FIRST, SECOND = "0/count", "0/mu/", "0/nu/"
 MOST_LAYERS = 10_000  # so that no loop over layers is as long as a number in a damaged file
 
 
@@ -63,12 +70,12 @@ def read(path: str, *, dropout: float | None = None) -> Weights:
     if dropout is not None:
         config = dataclasses.replace(config, dropout=dropout)
 
-    # Step 0 of an imported model keeps its source's dtype and history.
-    imported: Any = stored.record.history.get("imported") if step == 0 else None
+    # An imported model keeps its source's dtype and history until it is trained.
+    imported: Any = stored.record.history.get("imported")
     if not isinstance(imported, dict):
         imported = {}
     dtype = imported.get("dtype")
-    history = _history(workdir, stored) if step else make_history(imported.get("history"))
+    history = _history(workdir, stored) if step and not imported else make_history(imported.get("history"))
     return make_weights(
         origin,
         config,
@@ -76,7 +83,31 @@ def read(path: str, *, dropout: float | None = None) -> Weights:
         dtype=dtype if isinstance(dtype, str) and dtype in DTYPES else "float32",
         tokenizer=read_tokenizer(workdir),
         history=history,
+        adamw=_adamw(workdir, stored),
     )
+
+
+def _adamw(workdir: str, stored: StoredParams) -> AdamW | None:
+    """Returns AdamW's state in a checkpoint; None where there is none, or another optimizer's."""
+    if stored.config.optim.name != "adamw" or f"opt_state/{COUNT}" not in stored.record.fingerprints:
+        return None
+    return AdamW(
+        config=stored.config,
+        step=stored.step,
+        count=_count(workdir, stored),
+        first=_tensors(workdir, stored, tree="opt_state", prefix=FIRST),
+        second=_tensors(workdir, stored, tree="opt_state", prefix=SECOND),
+    )
+
+
+def _count(workdir: str, stored: StoredParams) -> Tensor:
+    def read_count() -> np.ndarray:
+        try:
+            return stored.read(COUNT, (), tree="opt_state", dtype=np.int32)
+        except CorruptCheckpointError as damage:
+            raise _damaged(workdir, stored.step, damage) from damage
+
+    return Tensor((), np.dtype(np.int32), read_count, label=COUNT)
 
 
 def _locate(text: str) -> tuple[str, int | None]:
@@ -147,7 +178,8 @@ def _damaged(workdir: str, step: int, damage: Exception) -> DataError:
     )
 
 
-def _tensors(workdir: str, stored: StoredParams) -> dict[str, Tensor]:
+def _tensors(workdir: str, stored: StoredParams, *, tree: str = "params", prefix: str = "") -> dict[str, Tensor]:
+    """Returns the parameters, or the leaves of `tree` below `prefix`, which has a leaf for each parameter."""
     config = stored.config.model
     # One leaf stays in memory: a leaf has all layers of its tensors, which are asked for one after another.
     newest: dict[str, np.ndarray] = {}
@@ -156,7 +188,7 @@ def _tensors(workdir: str, stored: StoredParams) -> dict[str, Tensor]:
         if row.path not in newest:
             newest.clear()
             try:
-                newest[row.path] = stored.read(row.path, leaf_shape(row, config))
+                newest[row.path] = stored.read(prefix + row.path, leaf_shape(row, config), tree=tree)
             except CorruptCheckpointError as damage:
                 raise _damaged(workdir, stored.step, damage) from damage
         return newest[row.path]
@@ -171,7 +203,7 @@ def _tensors(workdir: str, stored: StoredParams) -> dict[str, Tensor]:
                 shape=tensor_shape(row, config),
                 dtype=DTYPES["float32"],
                 read=reader(row, layer),
-                label=name,
+                label=prefix + name,
             )
     return tensors
 
@@ -218,19 +250,28 @@ def write(
     weights: Weights,
     *,
     tensors: NamedTensors,
+    allow_nonfinite: bool = False,
 ) -> None:
-    """Writes a work directory with the checkpoint of step 0, config.json and the tokenizer.
+    """Writes a work directory with one checkpoint, config.json and the tokenizer.
+
+    With AdamW's moments the checkpoint is of their step, and a run resumes from it. Otherwise it is of step 0, and has
+    parameters only.
 
     final: the path to which the directory will be moved.
     tensors: (name, tensor) in the order of `read_tensors`.
+    allow_nonfinite: accept moments that are NaN or infinite.
 
     Raises:
         OSError: a file cannot be written.
+        DataError: a moment is damaged or not finite.
     """
     tokenizer = weights.tokenizer
-    config = Config(
+    adamw = weights.adamw
+    run = adamw.config if adamw else Config()
+    config = dataclasses.replace(
+        run,
         model=weights.config,
-        data=DataConfig(tokenizer=_tokenizer_name(tokenizer, final)),
+        data=dataclasses.replace(run.data, tokenizer=_tokenizer_name(tokenizer, final)),
         init_from=weights.origin,
     )
     imported = {
@@ -238,9 +279,13 @@ def write(
         "dtype": weights.dtype,
         "history": dict(weights.history),
     }
-    save_params(
+    leaves = (("params", path, leaf) for path, leaf in read_leaves(weights, tensors))
+    if adamw:
+        leaves = itertools.chain(leaves, _moment_leaves(weights, adamw, allow_nonfinite=allow_nonfinite))
+    save_leaves(
         directory,
-        read_leaves(weights, tensors),
+        leaves,
+        step=adamw.step if adamw else 0,
         config=config,
         history={"imported": imported},
     )
@@ -260,49 +305,77 @@ def _tokenizer_name(tokenizer: Tokenizer | None, final: str) -> str:
     return os.path.join(os.path.abspath(final), TOKENIZER_FILE)
 
 
-def save_params(
-    workdir: str,
-    leaves: Iterable[tuple[str, np.ndarray]],
+def _moment_leaves(
+    weights: Weights,
+    adamw: AdamW,
     *,
+    allow_nonfinite: bool,
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Yields (tree, path, leaf) of AdamW's state."""
+    yield "opt_state", COUNT, np.asarray(adamw.count.read(), np.int32)
+    for prefix, moments in ((FIRST, adamw.first), (SECOND, adamw.second)):
+        tensors = read_tensors(weights, source=moments, allow_nonfinite=allow_nonfinite)
+        for path, leaf in read_leaves(weights, tensors):
+            yield "opt_state", prefix + path, leaf
+
+
+def save_leaves(
+    workdir: str,
+    leaves: Iterable[tuple[str, str, np.ndarray]],
+    *,
+    step: int = 0,
     config: Config,
     history: dict[str, Any],
 ) -> None:
-    """Writes the checkpoint of step 0, without optimizer state.
+    """Writes the checkpoint of `step`.
 
     One leaf at a time is in memory: Orbax saves each leaf by itself, then a tree of broadcast zeros. Then the leaves'
     directories replace those of the zeros.
 
-    leaves: (path, parameter) pairs, each of `params.leaf_shape`, float32.
+    leaves: (tree, path, leaf): the parameters, each of `params.leaf_shape`, float32, and the optimizer's state if any.
 
     Raises:
         OSError: the checkpoint cannot be written.
     """
     root = os.path.abspath(workdir)
-    checkpoint = epath.Path(root) / "checkpoints" / "0"
+    checkpoint = epath.Path(root) / "checkpoints" / str(step)
     context = saving_context()
     context.memory.deepcopy_host_arrays = False
     context.memory.write_concurrent_bytes = 2 * CHUNK_BYTES
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     fingerprints = {}
-    zeros = []
+    zeros: dict[str, list[tuple[str, np.ndarray]]] = {}
     parts = epath.Path(tempfile.mkdtemp(prefix="leaves-", dir=root))
     try:
         with context:
-            for path, leaf in leaves:
-                fingerprints[f"params/{path}"] = fingerprint_array(leaf)
-                _save_now(parts / path.replace("/", "."), {"params": nest([(path, leaf)])})
+            for tree, path, leaf in leaves:
+                fingerprints[f"{tree}/{path}"] = fingerprint_array(leaf)
+                _save_now(parts / f"{tree}.{path.replace('/', '.')}", {tree: nest([(path, leaf)])})
                 zero = np.zeros((), leaf.dtype)
-                zeros.append((path, np.broadcast_to(zero, leaf.shape)))  # a view: takes no memory
+                view = np.broadcast_to(zero, leaf.shape)  # takes no memory
+                zeros.setdefault(tree, []).append((path, view))
                 del leaf  # before the next one is made
-            record = Record(0, config.to_dict(), history, {}, fingerprints, versions())
+            record = Record(step, config.to_dict(), history, {}, fingerprints, versions())
             sealed: Any = seal(record)
-            _save_now(checkpoint, {"params": nest(zeros)}, custom_metadata=sealed)
+            trees = {"params": nest(zeros["params"])}
+            if "opt_state" in zeros:
+                trees["opt_state"] = _as_optimizer_state(zeros["opt_state"], config)
+            _save_now(checkpoint, trees, custom_metadata=sealed)
         for part in parts.iterdir():
-            final = checkpoint / "params" / part.name
+            tree, _, name = part.name.partition(".")
+            final = checkpoint / tree / name
             final.rmtree()
-            (part / "params" / part.name).rename(final)
+            (part / tree / name).rename(final)
     finally:
         parts.rmtree()
+
+
+def _as_optimizer_state(leaves: list[tuple[str, np.ndarray]], config: Config) -> Any:
+    """Returns the (path, leaf) pairs as the optimizer's state, whose tuples Orbax distinguishes from dicts."""
+    optimizer = make_optimizer(config.optim)
+    abstract = jax.eval_shape(optimizer.init, abstract_params(config.model))
+    by_path = dict(leaves)
+    return jax.tree.map_with_path(lambda path, _: by_path[path_name(path)], abstract)
 
 
 def _save_now(path: Any, trees: dict[str, Any], **options: Any) -> None:

@@ -54,6 +54,17 @@ class Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdamW:
+    """AdamW's state in a run: moments by GPT-2's names, each with the shape of its tensor in `Weights.tensors`."""
+
+    config: Config  # of the run, or what other settings of it are in gptjax
+    step: int  # finished updates of the run
+    count: Tensor  # updates that AdamW has counted: int32, without dims
+    first: Mapping[str, Tensor]  # averages of gradients
+    second: Mapping[str, Tensor]  # averages of their squares
+
+
+@dataclasses.dataclass(frozen=True)
 class Weights:
     """A model to convert. `tensors` are exactly those that `config` requires: `make_weights` has checked it."""
 
@@ -64,6 +75,7 @@ class Weights:
     dtype: str = "float32"  # the default dtype of an export
     history: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # some fields of HISTORY, for the model card
     notes: tuple[str, ...] = ()  # lines for the user
+    adamw: AdamW | None = None  # of a checkpoint that a run can resume from
 
 
 def make_weights(
@@ -75,6 +87,7 @@ def make_weights(
     dtype: str = "",
     history: Mapping[str, Any] | None = None,
     notes: tuple[str, ...] = (),
+    adamw: AdamW | None = None,
 ) -> Weights:
     """Returns the Weights after comparing `tensors` strictly with those that `config` requires.
 
@@ -97,6 +110,7 @@ def make_weights(
         dtype=dtype or _common_dtype(tensors),
         history=history or {},
         notes=notes,
+        adamw=adamw,
     )
 
 
@@ -248,6 +262,7 @@ def with_biases(weights: Weights) -> Weights:
         config=config,
         tensors=tensors,
         notes=(*weights.notes, note),
+        adamw=None,  # its moments are those of the model without biases
     )
 
 
@@ -271,42 +286,44 @@ class Checksum:
 def read_tensors(
     weights: Weights,
     *,
+    source: Mapping[str, Tensor] | None = None,
     checksum: Checksum | None = None,
     allow_nonfinite: bool = False,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (name, tensor) in the order of params.PARAMS, each with the shape and dtype of its `Tensor`.
 
+    source: the parameters, by default, or moments of AdamW.
     checksum: updated with each tensor.
 
     Raises:
         DataError: a value is NaN or infinite, which `allow_nonfinite` would accept.
     """
+    tensors = weights.tensors if source is None else source
     for row in rows(weights.config):
         for _, name in layers(row, weights.config):
-            tensor = weights.tensors[name].read()
+            tensor = tensors[name].read()
             if not allow_nonfinite:
-                _require_finite(weights, name, tensor)
+                _require_finite(weights.origin, tensors[name].label, tensor)
             if checksum:
                 checksum.update(name, tensor)
             yield name, tensor
 
 
-def _require_finite(weights: Weights, name: str, tensor: np.ndarray) -> None:
+def _require_finite(origin: str, label: str, tensor: np.ndarray) -> None:
     finite = np.isfinite(tensor)
     if finite.all():
         return
     count = int((~finite).sum())
     first = np.unravel_index(int(finite.argmin()), tensor.shape)
-    label = weights.tensors[name].label
     raise DataError(
         f"{label}: {count} values are NaN or infinite, the first at {list(map(int, first))}",
-        field=weights.origin,
+        field=origin,
         remedy="--allow_nonfinite converts them anyway",
     )
 
 
 def read_leaves(weights: Weights, tensors: NamedTensors) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (path, parameter) of gptjax's tree: float32, of `params.leaf_shape`.
+    """Yields (path, leaf) of gptjax's tree of parameters, or of AdamW's moments: float32, of `params.leaf_shape`.
 
     tensors: (name, tensor) in the order of `read_tensors`.
     """

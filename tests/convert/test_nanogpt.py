@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.checkpoint import Checkpointer
 from gptjax.collectives import ONE_DEVICE
-from gptjax.config import Config, GPTConfig, OptimConfig
+from gptjax.config import Config, GPTConfig, OptimConfig, from_dict
 from gptjax.convert import __main__ as command
 from gptjax.convert import formats, nanogpt
 from gptjax.convert.weights import read_tensors
@@ -18,7 +19,8 @@ from gptjax.errors import DataError
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer as make_optax
 from gptjax.optim import make_schedule
-from gptjax.state import TrainState
+from gptjax.sharding import make_mesh
+from gptjax.state import TrainState, make_init
 from gptjax.step import make_loss_fn, make_train_step
 from tests.convert.models import CONFIG, make_tensors, write_hf
 from tests.helpers import raises
@@ -48,18 +50,21 @@ def trained(tmp_path_factory):
     return path, train(model, make_optimizer(model), BATCHES)
 
 
+OPTIM = OptimConfig(schedule="constant", warmup_steps=0, peak_lr=6e-4)
+
+
 @functools.cache
-def make_step(model):
+def make_step(model, optim=OPTIM):
     """gptjax's train step with the settings of nanoGPT's optimizer, at a constant rate, and its optimizer."""
-    config = Config(model=model, optim=OptimConfig(schedule="constant", warmup_steps=0, peak_lr=6e-4))
+    config = Config(model=model, optim=optim)
     loss_fn = make_loss_fn(GPT(config.model), config, eot=EndOfText(49, "last"))
     optimizer, schedule = make_optax(config.optim), make_schedule(config.optim, 50)
     return jax.jit(make_train_step(loss_fn, optimizer, schedule, config=config, parallel=ONE_DEVICE)), optimizer
 
 
-def train_gptjax(model, state):
+def train_gptjax(model, state, optim=OPTIM):
     """The losses of BATCHES from `state` on."""
-    step, _ = make_step(model)
+    step, _ = make_step(model, optim)
     losses = []
     for batch in BATCHES[int(state.step) :]:
         state, metrics = step(state, jnp.asarray(batch[None], jnp.int32))
@@ -80,6 +85,124 @@ def test_50_training_steps_have_the_losses_of_nanogpt(trained):
     assert weights.config.activation == "gelu"
     np.testing.assert_allclose(losses["gelu"], expected, rtol=0, atol=1e-5)
     assert np.abs(np.subtract(losses["gelu_new"], expected)).max() > 1e-4
+
+
+SETTINGS = {"learning_rate": 6e-4, "weight_decay": 0.2, "beta1": 0.8, "beta2": 0.9, "grad_clip": 0.5}
+RUN = SETTINGS | {"decay_lr": False, "max_iters": 50, "warmup_iters": 0, "batch_size": 2}
+RUN |= {"gradient_accumulation_steps": 2, "min_lr": 1e-5, "dataset": "x"}
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """(a ckpt.pt after 20 of 50 steps with SETTINGS, the losses of the steps after it by nanoGPT's function)."""
+    torch.manual_seed(1)
+    model = Model(ARGS)
+    optimizer = make_optimizer(model, SETTINGS)
+    train(model, optimizer, BATCHES[:20], grad_clip=0.5)
+    path = tmp_path_factory.mktemp("interrupted") / "ckpt.pt"
+    save(path, model, ARGS, optimizer=optimizer, iter_num=20, config=RUN)
+    return path, train(model, optimizer, BATCHES[20:], grad_clip=0.5)
+
+
+def test_training_resumes_with_the_moments_of_nanogpt(interrupted, tmp_path, said):
+    path, expected = interrupted
+    command.main([f"--from=nanogpt:{path}", f"--to=gptjax:{tmp_path}/run", "--tokenizer=bytes"])
+    assert any("moments of step 20 are kept" in line for line in said)
+    record = Checkpointer(f"{tmp_path}/run").read_record(20)
+    config = from_dict(record.config)
+    optim = config.optim
+    assert (optim.beta1, optim.beta2, optim.weight_decay, optim.grad_clip) == (0.8, 0.9, 0.2, 0.5)
+    assert (optim.peak_lr, optim.min_lr, optim.schedule, optim.warmup_steps) == (6e-4, 1e-5, "constant", 0)
+    assert (config.train.num_steps, config.data.global_batch_size) == (50, 4)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    abstract, _ = make_init(GPT(config.model), make_optax(optim), mesh=mesh, seed=0)
+    state, _ = Checkpointer(f"{tmp_path}/run").restore_latest(abstract)
+    assert (int(state.step), int(state.opt_state[0].count)) == (20, 20)
+    np.testing.assert_allclose(train_gptjax(config.model, state, optim), expected, rtol=0, atol=1e-5)
+    fresh = TrainState(state.step, state.params, make_optax(optim).init(state.params))
+    assert np.abs(np.subtract(train_gptjax(config.model, fresh, optim), expected)).max() > 1e-4, "moments matter"
+
+
+def test_moments_and_settings_come_back_to_nanogpt(interrupted, tmp_path, said):
+    path, expected = interrupted
+    command.main([f"--from=nanogpt:{path}", f"--to=gptjax:{tmp_path}/run"])
+    command.main([f"--from=gptjax:{tmp_path}/run", f"--to=nanogpt:{tmp_path}/back.pt"])
+    command.main([f"--from=nanogpt:{path}", f"--to=nanogpt:{tmp_path}/direct.pt"])
+    before = torch.load(path, weights_only=True)
+    for name in ("back.pt", "direct.pt"):
+        after = torch.load(tmp_path / name, weights_only=True)
+        assert (after["iter_num"], after["best_val_loss"]) == (20, 2.5)
+        assert {key: after["config"][key] for key in SETTINGS} == SETTINGS
+        assert after["config"]["batch_size"] * after["config"]["gradient_accumulation_steps"] == 4
+        assert list(after["model"]) == list(before["model"])
+        model = Model(ARGS)
+        model.load_state_dict(after["model"])
+        optimizer = make_optimizer(model)  # its own settings, which those of the file replace
+        optimizer.load_state_dict(after["optimizer"])
+        for group, decay in zip(optimizer.param_groups, (0.2, 0.0), strict=True):
+            assert (group["betas"], group["weight_decay"]) == ((0.8, 0.9), decay)
+        for number, moments in before["optimizer"]["state"].items():
+            for kind, value in moments.items():
+                assert torch.equal(after["optimizer"]["state"][number][kind], value), (number, kind)
+        assert train(model, optimizer, BATCHES[20:], grad_clip=0.5) == expected
+    command.main([f"--from=nanogpt:{path}", f"--to=hf:{tmp_path}/hf"])
+    assert any("moments are left out" in line for line in said)
+
+
+def change_optimizer(change):
+    def changed(saved):
+        change(saved["optimizer"])
+        return saved
+
+    return changed
+
+
+OTHER_OPTIMIZERS = {
+    "another order": lambda saved: saved | {"model": dict(reversed(saved["model"].items()))},
+    "no step": lambda saved: {name: value for name, value in saved.items() if name != "iter_num"},
+    "SGD": change_optimizer(lambda it: it["state"].update({0: {"momentum_buffer": torch.ones(1)}})),
+    "another shape": change_optimizer(lambda it: it["state"][3].update(exp_avg=torch.zeros(3))),
+    "not a tensor": change_optimizer(lambda it: it["state"][3].update(exp_avg="x")),
+    "other counts": change_optimizer(lambda it: it["state"][3].update(step=torch.tensor(19.0))),
+    "no count": change_optimizer(lambda it: [moments.pop("step") for moments in it["state"].values()]),
+    "a fraction": change_optimizer(lambda it: [moments.update(step=0.5) for moments in it["state"].values()]),
+    "NaN": change_optimizer(lambda it: [moments.update(step=float("nan")) for moments in it["state"].values()]),
+    "a parameter more": change_optimizer(lambda it: it["state"].update({99: it["state"][0]})),
+    "a parameter less": change_optimizer(lambda it: it["state"].pop(27)),
+    "AMSGrad": change_optimizer(lambda it: it["param_groups"][0].update(amsgrad=True)),
+    "no groups": change_optimizer(lambda it: it.update(param_groups=[])),
+    "no betas": change_optimizer(lambda it: it["param_groups"][0].pop("betas")),
+    "a list": lambda saved: saved | {"optimizer": [1]},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_OPTIMIZERS)
+def test_moments_of_another_optimizer_are_left_out(interrupted, tmp_path, name):
+    saved = torch.load(interrupted[0], weights_only=True)
+    torch.save(OTHER_OPTIMIZERS[name](saved), tmp_path / "ckpt.pt")
+    weights = nanogpt.read(str(tmp_path / "ckpt.pt"), origin="")
+    assert weights.adamw is None
+    assert name == "no step" or any("moments are left out" in note for note in weights.notes)
+
+
+def test_nan_in_a_moment_is_refused(interrupted, tmp_path):
+    saved = torch.load(interrupted[0], weights_only=True)
+    saved["optimizer"]["state"][5]["exp_avg_sq"][0, 1] = float("nan")
+    torch.save(saved, tmp_path / "ckpt.pt")
+    source, target = f"--from=nanogpt:{tmp_path}/ckpt.pt", f"--to=gptjax:{tmp_path}/run"
+    with raises(DataError, f"nanogpt:{tmp_path}/ckpt.pt", remedy="--allow_nonfinite"):
+        command.main([source, target])
+    assert not (tmp_path / "run").exists()
+    command.main([source, target, "--allow_nonfinite"])
+
+
+@pytest.mark.parametrize("changed", [{"batch_size": "x"}, {"max_iters": -1}, {"learning_rate": True}, {"min_lr": None}])
+def test_settings_that_cannot_be_read_have_defaults(interrupted, tmp_path, changed):
+    saved = torch.load(interrupted[0], weights_only=True)
+    torch.save(saved | {"config": RUN | changed}, tmp_path / "ckpt.pt")
+    assert nanogpt.read(str(tmp_path / "ckpt.pt"), origin="").adamw.config.model == GPTConfig(
+        8, 50, 2, 2, 16, activation="gelu"
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "model.", "module._orig_mod."])

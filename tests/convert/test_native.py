@@ -9,7 +9,7 @@ import pytest
 from gptjax.checkpoint import Checkpointer
 from gptjax.config import GPTConfig, from_dict
 from gptjax.convert import huggingface, native
-from gptjax.convert.native import save_params
+from gptjax.convert.native import save_leaves
 from gptjax.convert.weights import read_leaves, read_tensors
 from gptjax.data.tokenizer import load_tokenizer, make_tokenizer
 from gptjax.errors import DataError
@@ -100,8 +100,8 @@ def rewrite_record(workdir, **model):
     record = Checkpointer(str(workdir)).read_record(0)
     config = record.config | {"model": record.config["model"] | model}
     shutil.rmtree(workdir / "checkpoints" / "0")
-    params = [(row.path, np.zeros((128, 16), np.float32)) for row in rows(GPTConfig())]
-    save_params(str(workdir), params, config=types.SimpleNamespace(to_dict=lambda: config), history={})
+    params = [("params", row.path, np.zeros((128, 16), np.float32)) for row in rows(GPTConfig())]
+    save_leaves(str(workdir), params, config=types.SimpleNamespace(to_dict=lambda: config), history={})
 
 
 @pytest.mark.parametrize(
@@ -112,11 +112,11 @@ def test_invalid_import_history_is_ignored(imported, said):
     workdir, _ = imported
     weights = read(workdir)
     leaves, config = (
-        list(read_leaves(weights, read_tensors(weights))),
+        [("params", *leaf) for leaf in read_leaves(weights, read_tensors(weights))],
         Checkpointer(str(workdir)).read_record(0).config,
     )
     shutil.rmtree(workdir / "checkpoints" / "0")
-    save_params(str(workdir), leaves, config=from_dict(config), history={"imported": said})
+    save_leaves(str(workdir), leaves, config=from_dict(config), history={"imported": said})
     weights = read(workdir)
     assert (weights.dtype, weights.history) == ("float32", {})
 
@@ -125,11 +125,11 @@ def test_record_with_an_invalid_history_is_damaged(imported):
     workdir, _ = imported
     weights = read(workdir)
     leaves, config = (
-        list(read_leaves(weights, read_tensors(weights))),
+        [("params", *leaf) for leaf in read_leaves(weights, read_tensors(weights))],
         Checkpointer(str(workdir)).read_record(0).config,
     )
     shutil.rmtree(workdir / "checkpoints" / "0")
-    save_params(str(workdir), leaves, config=from_dict(config), history=[1])
+    save_leaves(str(workdir), leaves, config=from_dict(config), history=[1])
     with raises(DataError, f"{workdir}/checkpoints/0", match="record unreadable"):
         read(workdir)
 

@@ -165,7 +165,10 @@ CHANGES = {
     "sparse": ({"model": state() | {"transformer.wte.weight": torch.ones(50, 16).to_sparse()}}, "wte.weight is not"),
     "on no device": ({"model": state() | {"transformer.wte.weight": META}}, "wte.weight is not"),
     "a stranger": ({"model": state() | {"transformer.x": torch.ones(1)}}, "transformer.x: "),
-    "twice": ({"model": state() | {"_orig_mod.transformer.ln_f.bias": torch.ones(16)}}, "_orig_mod.transformer.ln_f.bias: not a tensor of GPT-2"),
+    "twice": (
+        {"model": state() | {"_orig_mod.transformer.ln_f.bias": torch.ones(16)}},
+        "_orig_mod.transformer.ln_f.bias: not a tensor of GPT-2",
+    ),
     "NaN": ({"model": state() | {"transformer.ln_f.bias": torch.full((16,), torch.nan)}}, ": 16 values"),
 }
 
