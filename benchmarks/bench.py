@@ -10,7 +10,7 @@ import platform
 import statistics
 import sysconfig
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
@@ -71,8 +71,8 @@ def median(times: Iterable[float]) -> float:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns rows of the same keys as an aligned table."""
-    names = list(rows[0])
+    """Returns rows as an aligned table, with a column for each key that any of them has."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [names] + [[_cell(row.get(name, "")) for name in names] for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in cells)
@@ -103,6 +103,24 @@ def record(part: str, row: Mapping[str, Any]) -> None:
     print(describe(part, row), flush=True)
     if path := os.environ.get("GPTJAX_RESULTS"):
         append(pathlib.Path(path), part, row)
+
+
+@contextlib.contextmanager
+def own_row(part: str, row: dict[str, Any]) -> Iterator[None]:
+    """Records a row, which the caller completes within; what fails there costs this row only, and is its verdict."""
+    try:
+        yield
+    except Exception as error:  # of a compiler, a kernel or a library: the next row may be right
+        row["verdict"] = failure(error)
+    record(part, row)
+
+
+def failure(error: Exception) -> str:
+    """Returns a verdict of one line: "not here" where gptjax refuses a setting on this device, FAILED otherwise."""
+    kind, text = type(error).__name__, " ".join(str(error).split())
+    if kind == "ConfigError":  # by its name: torch's process never imports gptjax
+        return f"not here: {(text.partition(': ')[2] or text).split(';')[0]}"
+    return f"FAILED: {kind}: {text[:200]}"
 
 
 def describe(part: str, row: Mapping[str, Any]) -> str:

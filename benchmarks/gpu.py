@@ -46,6 +46,7 @@ NO_TRITON = "--xla_gpu_enable_triton_gemm=false"  # products by cuBLASLt: they c
 BEST = "<best>"
 CUBLASLT = "xla_gpu_enable_triton_gemm=false,xla_gpu_autotune_level=0"
 RESULTS = "results.jsonl"
+BAD_VERDICTS = ("failed", "FAILED", "ended", "left", "WRONG", "JAX", "stopped")  # how they begin
 PROBE = (
     "import json, jax; device = jax.devices()[0]; "
     "print('@probe', json.dumps({'platform': device.platform, 'card': device.device_kind, "
@@ -398,7 +399,7 @@ def main() -> int:
         finally:
             finish(driver, scratch)
     verdicts = [row.get("verdict", "") for row in bench.read_rows(driver.results)]
-    return int(any(verdict.startswith(("failed", "ended", "left", "WRONG", "JAX", "stopped")) for verdict in verdicts))
+    return int(any(verdict.startswith(BAD_VERDICTS) for verdict in verdicts))
 
 
 if __name__ == "__main__":

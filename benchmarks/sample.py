@@ -9,6 +9,7 @@ with its static cache, taking turns with ours; ratios are of medians.
 
 import argparse
 import itertools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -103,9 +104,17 @@ def main() -> None:
     args = parser.parse_args()
     machine = bench.machine()
     sizes = [[int(v) for v in text.split(",")] for text in (args.batch, args.prompt)]
-    rows = [row for batch, prompt in itertools.product(*sizes) for row in measure(batch, prompt, args)]
+    rows: list[dict[str, Any]] = []
+    for batch, prompt in itertools.product(*sizes):
+        try:
+            rows += measure(batch, prompt, args)
+        except Exception as error:  # it costs its own row: another size may fit
+            about = {"case": args.case, "batch": batch, "prompt": prompt, "who": "gptjax"}
+            rows.append(about | {"verdict": bench.failure(error)})
+            bench.record("decode", rows[-1])
     print(bench.table(rows))
     print(bench.write("sample", rows, machine, args.out))
+    sys.exit(any("verdict" in row for row in rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """benchmarks/gpu.sh brings its results home, whatever fails, from a machine with the packages of its list only."""
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -414,13 +415,149 @@ def test_updates_agree_with_the_stored_losses(load: Callable[[str], Any]) -> Non
     assert losses[-1] < losses[0] / 3, "there is something to learn"
 
 
+class Path:
+    """A lowered program of correct.py that fails at `stage`, or computes one gradient."""
+
+    def __init__(self, name: str, stage: str) -> None:
+        self.name, self.stage = name, stage
+
+    def fail(self, stage: str) -> None:
+        import jax
+
+        if stage == self.stage:
+            raise jax.errors.JaxRuntimeError(f"INTERNAL: no kernel\n  for {self.name}")
+
+    def as_text(self) -> str:
+        return self.name
+
+    def compile(self) -> Callable[[Any], Any]:
+        self.fail("compiling")
+        return self.run
+
+    def run(self, params: Any) -> Any:
+        import numpy as np
+
+        self.fail("running")
+        return np.float32(1), {"w": np.ones(3, np.float32)}
+
+
+@pytest.fixture
+def correct(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Any:
+    """correct.py with four paths, of programs that compute at once."""
+    module = load("correct")
+    paths = {name: ({"attention": name.split()[0]}, {}, 1e-4) for name in ("triton ", "cudnn ", "xla 1", "xla 2")}
+    monkeypatch.setattr(module, "PATHS", paths)
+    monkeypatch.setattr(module, "make_config", lambda case, compute, sections: compute["attention"])
+    for name in ("make_model", "make_params", "make_tokens"):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    monkeypatch.setenv("GPTJAX_RESULTS", str(tmp_path / "results.jsonl"))
+    return module
+
+
+@pytest.mark.parametrize("stage", ["lowering", "compiling", "running"])
+def test_failing_path_loses_only_its_own_row(correct: Any, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    number = iter(range(100))
+
+    def lower(config: str, params: Any, tokens: Any) -> Path:
+        path = Path(f"{config} {next(number)}", stage if config == "triton" else "")
+        path.fail("lowering")
+        return path
+
+    monkeypatch.setattr(correct, "lower_gradients", lower)
+    verdicts = {row["path"]: row["verdict"] for row in correct.Gradients("mini", 3).check(list(correct.PATHS))}
+    failed = verdicts.pop("triton ")
+    assert re.fullmatch(r"FAILED: JaxRuntimeError: INTERNAL: no kernel for triton \d", failed)
+    assert verdicts == {"cudnn ": "right", "xla 1": "right", "xla 2": "right"}
+
+
+def test_every_check_is_recorded_though_one_raises(
+    correct: Any, load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """And the kernels of other compilers come last. Without a GPU every check here fails, but none costs another."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no kernel\nat all")
+
+    for name in ("train", "generate", "lower_gradients"):
+        monkeypatch.setattr(correct, name, fail)
+    monkeypatch.setattr(correct.bench, "machine", dict)
+    monkeypatch.setattr(sys, "argv", ["correct.py"])
+    with pytest.raises(SystemExit) as ended:
+        correct.main()
+    rows = rows_in(tmp_path / "results.jsonl")
+    assert [row["path"] for row in rows] == [
+        "20 updates, float32", "a save, restored and verified", "sampling, greedy", "xla 1", "xla 2",
+        "20 updates, as a run computes here", "triton ", "cudnn ", "20 updates, loss by triton",
+    ]  # fmt: skip
+    assert rows.pop(1)["verdict"] == "left out: there is no state to save"
+    assert [row["verdict"] for row in rows if not row["verdict"].startswith("FAILED: ")] == []
+    assert ended.value.code == 1
+    assert "FAILED" in load("gpu").BAD_VERDICTS, "and gpu.sh fails, too"
+
+
+def test_a_setting_that_gptjax_refuses_is_not_a_failure(load: Callable[[str], Any]) -> None:
+    from gptjax.errors import ConfigError
+
+    failure = load("bench").failure
+    error = ConfigError("needs a GPU", field="compute.loss", value="triton", remedy="leave it out")
+    assert failure(error) == "not here: needs a GPU"
+    assert failure(ConfigError("needs a GPU")) == "not here: needs a GPU"
+    assert failure(MemoryError("x" * 999)) == f"FAILED: MemoryError: {'x' * 200}"
+
+
+def test_failing_ceiling_loses_only_its_own_row(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    ceilings = load("ceilings")
+
+    def time_product(name: str, *_: Any) -> float:
+        if name == "head, forward":
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return 1e-3
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no product")
+
+    monkeypatch.setattr(ceilings, "time_product", time_product)
+    monkeypatch.setattr(ceilings, "make_product", fail)
+    *rows, whole = ceilings.products("mini", 2, seconds=1, dtype="float32")
+    failed = {row["what"]: row["verdict"] for row in rows if "rate" not in row}
+    assert failed == {"head, forward": "FAILED: RuntimeError: RESOURCE_EXHAUSTED: out of memory"}
+    assert (len(rows), whole["verdict"]) == (15, "left out: 1 of them failed")
+    assert ceilings.measure("product float32", 64, 0.01)["verdict"] == "FAILED: RuntimeError: no product"
+    assert ceilings.measure("copy", 64, 0.01)["rate"] > 0
+
+
+@pytest.mark.parametrize("name", ["sample", "train_step"])
+def test_failing_combination_loses_only_its_own_row(
+    load: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    benchmark = load(name)
+
+    def measure(*arguments: Any) -> list[dict[str, Any]]:
+        if 7 in arguments:
+            raise RuntimeError("out of memory")
+        return [{"case": "toy", "tokens/s": 1.0}]
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr(benchmark.bench, "write", lambda name, rows, *_: f"{len(rows)} rows")
+    monkeypatch.setattr(benchmark.bench, "machine", dict)
+    monkeypatch.setattr(sys, "argv", [name, "--batch=5,7,8"])
+    with pytest.raises(SystemExit) if name == "sample" else contextlib.nullcontext():
+        benchmark.main()
+    shown = capsys.readouterr().out
+    assert "FAILED: RuntimeError: out of memory" in shown
+    assert ("6 rows" if name == "sample" else "2 rows") in shown
+
+
 def test_gradient_check_rejects_comparison_with_itself(
     load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     correct = load("correct")
     paths = {"loop": ({"scan_unroll": 1}, {}, 1e-4), "too strict a limit": ({"scan_unroll": 0}, {}, 1e-12)}
     monkeypatch.setattr(correct, "PATHS", paths)
-    verdicts = [row["verdict"] for row in correct.check_gradients("mini", seed=3)]
+    verdicts = [row["verdict"] for row in correct.Gradients("mini", seed=3).check(list(paths))]
     assert verdicts == ["WRONG: the same program as the reference", "WRONG"]
 
 
@@ -430,7 +567,7 @@ def test_save_check_detects_a_damaged_restore(load: Callable[[str], Any], monkey
     correct = load("correct")
     monkeypatch.setattr(correct, "STEPS", 1)
     config, state, abstract, _ = correct.train("mini", correct.PLAIN)
-    assert correct.check_save(config, state, abstract)["verdict"] == "right"
+    assert correct.check_save((config, state, abstract))["verdict"] == "right"
     restore = correct.Checkpointer.restore_latest
 
     def damaged(self: Any, abstract: Any) -> Any:
@@ -438,4 +575,4 @@ def test_save_check_detects_a_damaged_restore(load: Callable[[str], Any], monkey
         return jax.tree.map(lambda leaf: leaf + 1 if leaf.shape == () else leaf, restored), record
 
     monkeypatch.setattr(correct.Checkpointer, "restore_latest", damaged)
-    assert correct.check_save(config, state, abstract)["verdict"] == "WRONG: arrays differ"
+    assert correct.check_save((config, state, abstract))["verdict"] == "WRONG: arrays differ"
