@@ -255,32 +255,56 @@ def descendants(pid: int) -> list[int]:
 
 
 def unpack_wheels(site: pathlib.Path) -> list[str]:
-    """Unpacks the carried wheels that this Python lacks, and returns their names."""
-    unpacked = []
+    """Unpacks the carried wheels that this Python lacks, and returns a line for each, also for one that is damaged."""
+    lines = []
     for wheel in sorted((CARRY / "wheels").glob("*.whl")):
-        with zipfile.ZipFile(wheel) as archive:
-            names = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" not in name}
-            modules = [name.removesuffix(".py") for name in names if name.removesuffix(".py").isidentifier()]
-            here = f"cp{sys.version_info.major}{sys.version_info.minor}"
-            if all(map(importlib.util.find_spec, modules)) or not any(
-                tag in wheel.name for tag in ("-py3-", "py2.py3", here)
-            ):
-                continue
-            archive.extractall(site)
-            unpacked.append(wheel.name.split("-")[0])
-    return unpacked
+        try:
+            if unpack_wheel(wheel, site):
+                lines.append(f"unpacked: {wheel.name.split('-')[0]}")
+        except Exception as error:  # of zipfile, zlib or the disk: most parts need no wheel
+            lines.append(f"{wheel.name}: left out: {bench.failure(error)}")
+    return lines or ["unpacked: no wheel"]
+
+
+def unpack_wheel(wheel: pathlib.Path, site: pathlib.Path) -> bool:
+    """Unpacks a wheel, unless this Python has its modules or it is for another one; returns whether it did."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" not in name}
+        modules = [name.removesuffix(".py") for name in names if name.removesuffix(".py").isidentifier()]
+        here = f"cp{sys.version_info.major}{sys.version_info.minor}"
+        fits = any(tag in wheel.name for tag in ("-py3-", "py2.py3", here))
+        if all(map(importlib.util.find_spec, modules)) or not fits:
+            return False
+        archive.extractall(site)
+        return True
+
+
+def autotune_directory(scratch: pathlib.Path) -> pathlib.Path:
+    return scratch / "compiled" / "xla_gpu_per_fusion_autotune_cache_dir"  # where JAX looks beside its own cache
+
+
+def load_autotune(out: pathlib.Path, scratch: pathlib.Path) -> list[str]:
+    """Loads what earlier calls packed, and returns a line for each archive that is damaged: nothing of it is loaded."""
+    lines = []
+    for before in (CARRY / "autotune.tgz", out / "autotune.tgz"):
+        if not before.exists():
+            continue
+        with tempfile.TemporaryDirectory(dir=scratch) as unpacked:
+            try:
+                with tarfile.open(before) as archive:
+                    archive.extractall(unpacked, filter="data")
+                shutil.copytree(unpacked, autotune_directory(scratch), dirs_exist_ok=True)
+            except Exception as error:  # of tarfile, gzip, zlib or the disk: without it, a part only compiles longer
+                lines.append(f"{before}: left out: {bench.failure(error)}")
+    return lines
 
 
 def make_environment(out: pathlib.Path, scratch: pathlib.Path, *, toy: bool) -> dict[str, str]:
     """Returns the environment that all parts share: packages, compiled programs, autotuning, memory, results."""
     site, compiled = scratch / "site", scratch / "compiled"
-    autotune = compiled / "xla_gpu_per_fusion_autotune_cache_dir"  # where JAX looks beside its own cache
+    autotune = autotune_directory(scratch)
     for directory in (site, autotune):
         directory.mkdir(parents=True)
-    for before in (CARRY / "autotune.tgz", out / "autotune.tgz"):
-        if before.exists():
-            with tarfile.open(before) as archive:
-                archive.extractall(autotune, filter="data")
     paths = [str(HERE.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")]), str(site)]
     flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_gpu_per_fusion_autotune_cache_dir={autotune}"]
     environment = os.environ | {
@@ -326,15 +350,22 @@ def pack(source: pathlib.Path, archive: pathlib.Path, keep: str = "") -> str:
     """Packs a directory as one file, only what ends with `keep` if all is too large; returns what is amiss."""
     if not source.exists() or not any(source.iterdir()):
         return f"{archive.name}: there is nothing to pack"
-    with tarfile.open(archive, "w:gz") as file:
-        file.add(source, arcname=".")
-    if archive.stat().st_size > LARGEST_FILE and keep:
-        with tarfile.open(archive, "w:gz") as file:
-            for path in sorted(source.rglob(f"*{keep}")):
-                file.add(path, arcname=path.name)
-    if archive.stat().st_size > LARGEST_FILE:
-        archive.unlink()
-        return f"{archive.name}: larger than {LARGEST_FILE // 10**6} MB, left out"
+    partial = archive.with_name(f"{archive.name}.part")  # an archive is whole, or is not there
+    try:
+        with tarfile.open(partial, "w:gz") as file:
+            file.add(source, arcname=".")
+        if partial.stat().st_size > LARGEST_FILE and keep:
+            with tarfile.open(partial, "w:gz") as file:
+                for path in sorted(source.rglob(f"*{keep}")):
+                    file.add(path, arcname=path.name)
+        if partial.stat().st_size > LARGEST_FILE:
+            archive.unlink(missing_ok=True)
+            return f"{archive.name}: larger than {LARGEST_FILE // 10**6} MB, left out"
+        os.replace(partial, archive)
+    except OSError as error:
+        return f"{archive.name}: left out: {bench.failure(error)}"
+    finally:
+        partial.unlink(missing_ok=True)
     return ""
 
 
@@ -346,7 +377,7 @@ def finish(driver: Driver, scratch: pathlib.Path) -> None:
     )  # fmt: skip
     (driver.out / "tables.txt").write_text(tables.stdout + tables.stderr)
     trace = driver.out / "trace"
-    autotune = scratch / "compiled" / "xla_gpu_per_fusion_autotune_cache_dir"
+    autotune = autotune_directory(scratch)
     for amiss in (pack(trace, driver.out / "trace.tgz", ".xplane.pb"), pack(autotune, driver.out / "autotune.tgz")):
         if amiss:
             driver.say(amiss)
@@ -385,8 +416,8 @@ def main() -> int:
         scratch = pathlib.Path(directory)
         driver = Driver(out, make_environment(out, scratch, toy=args.toy), deadline)
         try:
-            unpacked = unpack_wheels(scratch / "site")
-            driver.say(f"unpacked: {', '.join(unpacked) or 'no wheel'}")
+            for line in (*unpack_wheels(scratch / "site"), *load_autotune(out, scratch)):
+                driver.say(line)
             machine = describe_machine(driver)
             if not args.toy and machine.get("platform") != "gpu":
                 driver.record("all", {"verdict": "left out: JAX finds no GPU here; --toy runs on a CPU"})

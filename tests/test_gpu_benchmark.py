@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -240,6 +242,7 @@ def test_parts_skipped_by_the_deadline_are_recorded(tmp_path: pathlib.Path) -> N
 
 
 def test_benchmark_without_a_gpu_runs_no_part(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "autotune.tgz").write_bytes(os.urandom(40))  # of a call that was killed: it costs itself only
     done = run("benchmarks/gpu.py", f"--out={tmp_path}", JAX_PLATFORMS="cpu")
     rows = rows_in(tmp_path / "results.jsonl")
     assert (done.returncode, [row["part"] for row in rows]) == (1, ["machine", "all"])
@@ -352,9 +355,95 @@ def test_packed_autotuning_is_reused_by_the_next_run(load: Callable[[str], Any],
     assert gpu.pack(pathlib.Path(directory), out / "autotune.tgz") == ""
     (tmp_path / "second").mkdir()
     second = gpu.make_environment(out, tmp_path / "second", toy=True)
+    assert gpu.load_autotune(out, tmp_path / "second") == []
     directory = re.search(r"--xla_gpu_per_fusion_autotune_cache_dir=(\S+)", second["XLA_FLAGS"])[1]
     assert (pathlib.Path(directory) / "a.textproto").read_text() == "a product"
     assert directory.startswith(second["JAX_COMPILATION_CACHE_DIR"]), "where JAX looks by itself"
+
+
+def damaged_archives() -> dict[str, bytes]:
+    """Returns archives of which each has a file that could be unpacked, or none at all."""
+
+    def packed(*names: str) -> bytes:
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w:gz") as archive:
+            for name in names:
+                member = tarfile.TarInfo(name)
+                member.size = 50_000
+                archive.addfile(member, io.BytesIO(os.urandom(member.size)))
+        return file.getvalue()
+
+    return {
+        "random": os.urandom(40),
+        "empty": b"",
+        "truncated": packed("a.textproto", "b.textproto")[:-30_000],
+        "outside": packed("a.textproto", "../../outside.textproto"),
+    }
+
+
+@pytest.mark.parametrize("damage", ["random", "empty", "truncated", "outside"])
+def test_damaged_autotuning_costs_only_itself(
+    load: Callable[[str], Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    gpu, out, scratch = load("gpu"), tmp_path / "out", tmp_path / "a" / "b" / "scratch"
+    monkeypatch.setattr(gpu, "CARRY", tmp_path / "carry")
+    (tmp_path / "carry").mkdir()
+    (tmp_path / "carry" / "autotune.tgz").write_bytes(damaged_archives()[damage])
+    out.mkdir()
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "whole.textproto").write_text("a product")
+    assert gpu.pack(source, out / "autotune.tgz") == ""
+    scratch.mkdir(parents=True)
+    [line] = gpu.load_autotune(out, scratch)
+    assert line.startswith(f"{tmp_path / 'carry' / 'autotune.tgz'}: left out: FAILED: ")
+    found = [path.name for path in tmp_path.rglob("*.textproto") if path.parent != source]
+    assert found == ["whole.textproto"]
+    assert [path.name for path in scratch.iterdir()] == ["compiled"]
+
+
+def test_archive_is_whole_or_absent(
+    load: Callable[[str], Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, source, archive = load("gpu"), tmp_path / "source", tmp_path / "autotune.tgz"
+    source.mkdir()
+    (source / "a.textproto").write_text("a product")
+    archive.write_bytes(b"of an earlier call")
+    replace = os.replace
+
+    def look(partial: pathlib.Path, final: pathlib.Path) -> None:
+        assert archive.read_bytes() == b"of an earlier call"
+        with tarfile.open(partial) as file:
+            assert "./a.textproto" in file.getnames()
+        replace(partial, final)
+
+    monkeypatch.setattr(gpu.os, "replace", look)
+    assert gpu.pack(source, archive) == ""
+    with tarfile.open(archive) as file:
+        assert "./a.textproto" in file.getnames()
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(gpu.tarfile, "open", full)
+    assert gpu.pack(source, archive) == "autotune.tgz: left out: FAILED: OSError: No space left on device"
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "autotune.tgz"}
+
+
+def test_damaged_wheel_costs_only_itself(
+    load: Callable[[str], Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, wheels = load("gpu"), tmp_path / "wheels"
+    monkeypatch.setattr(gpu, "CARRY", tmp_path)
+    assert gpu.unpack_wheels(tmp_path / "site") == ["unpacked: no wheel"]
+    wheels.mkdir()
+    (wheels / "a-1-py3-none-any.whl").write_bytes(os.urandom(40))
+    with zipfile.ZipFile(wheels / "b-1-py3-none-any.whl", "w") as archive:
+        archive.writestr("no_such_module.py", "")
+    torn, unpacked = gpu.unpack_wheels(tmp_path / "site")
+    assert torn.startswith("a-1-py3-none-any.whl: left out: FAILED: BadZipFile")
+    assert unpacked == "unpacked: b"
+    assert (tmp_path / "site" / "no_such_module.py").exists()
 
 
 def test_make_environment_keeps_the_settings_of_the_user(
