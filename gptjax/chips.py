@@ -253,7 +253,7 @@ class Topology:
 
     @property
     def memory_bytes(self) -> float:
-        """The memory available to a run on each chip; on this machine JAX has subtracted its own share already."""
+        """The memory available to a run on each chip; on this machine it is JAX's limit, from find_local."""
         return self.chip.memory_bytes if self.is_local else self.chip.run_bytes
 
     @property

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from gptjax import gpu_memory
 from gptjax.chips import device_memory, find_chip, parse_topology
 from gptjax.gpu_memory import choose_fraction, empty_fraction, planned_fraction
+from gptjax.plan import __main__ as plan
+from gptjax.plan import report, search
 
 ROOT = Path(__file__).parent.parent
 EMPTY = "0, GPU-aaaa, 4, 81559\n1, GPU-bbbb, 611, 81559\n"  # of 80 GB, the driver's own memory only
@@ -145,3 +148,32 @@ def test_plans_count_the_share_that_a_run_gets(monkeypatch: pytest.MonkeyPatch) 
     chip = find_chip("NVIDIA H100")
     assert chip is not None
     assert chip.memory_bytes == 80e9  # the data sheet's, which the compiler is told
+
+
+class Card:
+    """A GPU of 80 GB as JAX shows it, once it has taken the share that the environment sets."""
+
+    device_kind = Absent.device_kind
+
+    def memory_stats(self) -> dict[str, float]:
+        return {"bytes_limit": 80e9 * float(os.environ.get(gpu_memory.VARIABLE, gpu_memory.JAX_FRACTION))}
+
+
+@pytest.mark.parametrize(
+    ("setting", "share"),
+    [({}, 0.92), ({gpu_memory.VARIABLE: "0.5"}, 0.5), ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, 0.75)],
+)
+def test_local_plans_count_the_share_that_a_run_gets(
+    machine: dict[str, str], monkeypatch: pytest.MonkeyPatch, setting: dict[str, str], share: float
+) -> None:
+    for name in (*gpu_memory.FRACTIONS, *gpu_memory.SHARING, "JAX_PLATFORMS"):
+        monkeypatch.setenv(name, "")  # and what the plan sets is unset after the test
+        monkeypatch.delenv(name)
+    for name, value in setting.items():
+        monkeypatch.setenv(name, value)
+    planned = []
+    monkeypatch.setattr(jax, "devices", lambda: [Card()])
+    monkeypatch.setattr(search, "plan", lambda config, topology, args: planned.append(topology))
+    monkeypatch.setattr(report, "describe", lambda found: [])
+    plan.main(["--config=configs/gpt2_small.py", "--topology=local"])
+    assert [topology.memory_bytes for topology in planned] == [80e9 * share]

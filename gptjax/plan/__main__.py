@@ -16,6 +16,7 @@ import pathlib
 from typing import Any
 
 from gptjax import config as config_module
+from gptjax import gpu_memory
 from gptjax.chips import Topology, parse_topology
 from gptjax.cli import Parser, parse_overrides, run_cli
 from gptjax.config import Config
@@ -108,6 +109,8 @@ def main(arguments: list[str]) -> None:
     requested = _requested_topology(args)
     if requested is not None:
         _avoid_local_chips()
+    else:
+        _choose_gpu_memory()
     # JAX reads the environment when it is imported, so these imports come after it is set.
     from gptjax.plan import aot, report, search
 
@@ -146,6 +149,13 @@ def _avoid_local_chips() -> None:
     for name, value in LIBTPU.items():
         os.environ.setdefault(name, value)
     os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def _choose_gpu_memory() -> None:
+    """Lets JAX take as much of this machine's GPUs as a run would, because its limit is what the plan has to fit."""
+    fraction = gpu_memory.choose_fraction()
+    if fraction > 0:
+        os.environ[gpu_memory.VARIABLE] = str(fraction)
 
 
 def write(path: str, text: str) -> None:
