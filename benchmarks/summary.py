@@ -18,7 +18,13 @@ TARGETS = {
 }  # fmt: skip
 SHAPES = {"train-cublaslt": "124M", "train": "124M", "peer": "124M", "triton-loss": "124M", "xl": "1558M"}  # by part
 DECODE_TARGETS = {1: 2_500, 256: 120_000}  # by rows, on either card
-ROOFS = {("NVIDIA H100", "124M"): 643_000, ("NVIDIA H200", "124M"): 713_000}
+PEER_TARGET = 1.15  # gptjax's tokens per second by those of the best torch
+ROOFS = {  # by card, shape, sequences and whether the loss is Triton's: those that static.py has compiled
+    ("NVIDIA H100", "124M", 64, False): 643_000, ("NVIDIA H200", "124M", 64, False): 713_000,
+    ("NVIDIA H200", "124M", 32, False): 699_000, ("NVIDIA H200", "124M", 64, True): 726_000,
+}  # fmt: skip
+RATIO = "gptjax is x faster"  # of race.py
+GOOD_VERDICTS = ("", "measured")
 KEYS = ("who", "what", "path", "batch", "command")  # a later row of the same ones replaces an earlier one
 
 
@@ -31,13 +37,31 @@ def latest(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def with_goals(part: str, row: dict[str, Any], card: str) -> dict[str, Any]:
-    """Returns a row of tokens per second with the target and the static roof of its shape, where there are some."""
-    family, shape = " ".join(card.split()[:2]), SHAPES.get(part, "")
-    goal = DECODE_TARGETS.get(row.get("batch", 0)) if part == "decode" else TARGETS.get((family, shape))
-    if "tokens/s" not in row or str(row.get("who", "")).startswith("torch") or goal is None:
+    """Returns a row of tokens per second with the target and the static roof of its shape, where there are some.
+
+    A row that failed has none, and one of torch has neither.
+    """
+    family, shape, who = " ".join(card.split()[:2]), SHAPES.get(part, ""), str(row.get("who", ""))
+    batch = row.get("batch", 0)
+    goal = DECODE_TARGETS.get(batch) if part == "decode" else TARGETS.get((family, shape))
+    failed = row.get("verdict", "") not in GOOD_VERDICTS
+    if "tokens/s" not in row or who.startswith("torch") or goal is None or failed:
         return row
-    roof = ROOFS.get((family, shape), "")
+    roof = ROOFS.get((family, shape, batch, "--loss=triton" in who), "")
     return row | {"target": goal, "of target": row["tokens/s"] / goal, "static roof": roof}
+
+
+def with_peer_target(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows of a part; that of the fastest torch, which gptjax has to beat, is marked with this target.
+
+    Also one that failed after some of its turns: without it, a slower one would be the best.
+    """
+    peers = [row for row in rows if str(row.get("who", "")).startswith("torch") and {"tokens/s", RATIO} <= row.keys()]
+    if not peers:
+        return rows
+    best = max(peers, key=lambda row: row["tokens/s"])
+    marked = best | {"peer": "best torch", "least ratio": PEER_TARGET, "of least ratio": best[RATIO] / PEER_TARGET}
+    return [marked if row is best else row for row in rows]
 
 
 def show_lines(path: pathlib.Path) -> None:
@@ -47,7 +71,7 @@ def show_lines(path: pathlib.Path) -> None:
         if part == "machine":
             print(", ".join(f"{name} {value}" for name, value in found[-1].items() if name != "part"))
             continue
-        shown = [with_goals(part, row, card) for row in found]
+        shown = with_peer_target([with_goals(part, row, card) for row in found])
         columns = {name: "" for row in shown for name in row if name not in ("part", "time")}
         print(f"\n{part}\n{bench.table([columns | {n: row.get(n, '') for n in columns} for row in shown])}")
 

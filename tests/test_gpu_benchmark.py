@@ -480,6 +480,61 @@ def test_tables_show_the_last_row_beside_target_and_roof(load: Callable[[str], A
     assert re.search(r"gptjax +256 +60,000 +120000 +0\.5", shown)
 
 
+def table_of(rows: list[dict[str, Any]], path: pathlib.Path, card: str) -> list[dict[str, str]]:
+    """Returns the cells of the table that summary.py prints of `rows` of one part."""
+    lines = [{"part": "machine", "card": card}, *rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    head, *body = run("benchmarks/summary.py", str(path)).stdout.split("\n\n")[1].splitlines()[1:]
+    ends = [match.end() for match in re.finditer(r"\S(?:\S| (?! ))*", head)]
+    starts = [0, *ends]
+    return [
+        {head[a:b].strip(): line[a:b].strip() for a, b in zip(starts, ends, strict=False) if line[a:b].strip()}
+        for line in body
+    ]
+
+
+def test_best_torch_has_the_ratio_target(tmp_path: pathlib.Path) -> None:
+    ours = {"part": "peer", "who": "gptjax --batch=32", "batch": 32, "tokens/s": 6e5, "verdict": "measured"}
+    eager = ours | {"who": "torch --batch=32", "tokens/s": 4e5, "gptjax is x faster": 1.5}
+    compiled = eager | {"who": "torch --batch=32 --compile", "tokens/s": 5e5, "gptjax is x faster": 1.2}
+    failed = ours | {"who": "torch --batch=64", "verdict": "out of memory"}
+    failed.pop("tokens/s")
+    shown = table_of([ours, eager, compiled, failed], tmp_path / "results.jsonl", "NVIDIA H200")
+    best = [row for row in shown if "peer" in row]
+    assert [row["who"] for row in best] == ["torch --batch=32 --compile"]
+    assert (best[0]["peer"], best[0]["least ratio"], best[0]["of least ratio"]) == ("best torch", "1.15", "1.04")
+    assert [row["who"] for row in shown if "of least ratio" in row] == ["torch --batch=32 --compile"]
+    assert [row.get("target") for row in shown] == ["560000", None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("card", "batch", "loss", "roof"),
+    [
+        ("NVIDIA H200", 64, "", "713000"),
+        ("NVIDIA H200", 32, "", "699000"),
+        ("NVIDIA H200", 64, " --loss=triton", "726000"),
+        ("NVIDIA H200", 16, "", None),
+        ("NVIDIA H100 80GB HBM3", 64, "", "643000"),
+        ("NVIDIA H100 80GB HBM3", 32, "", None),
+        ("NVIDIA H100 80GB HBM3", 64, " --loss=triton", None),
+        ("NVIDIA B200", 64, "", None),
+    ],
+)
+def test_roof_is_that_of_the_same_program(
+    load: Callable[[str], Any], card: str, batch: int, loss: str, roof: str | None
+) -> None:
+    row = {"who": f"gptjax --batch={batch}{loss}", "batch": batch, "tokens/s": 1.0, "verdict": "measured"}
+    shown = load("summary").with_goals("train", row, card)
+    assert (str(shown.get("static roof") or "") or None) == roof
+
+
+def test_failed_row_has_no_target(tmp_path: pathlib.Path) -> None:
+    row = {"part": "decode", "who": "gptjax", "batch": 1, "tokens/s": 5e3}
+    failed = {"part": "decode", "who": "gptjax", "batch": 1, "tokens/s": 5e3, "command": "x", "verdict": "failed"}
+    shown = table_of([row, failed], tmp_path / "results.jsonl", "NVIDIA H200")
+    assert [cells.get("target") for cells in shown] == ["2500", None]
+
+
 # Whether it computes the right thing
 
 
