@@ -6,8 +6,9 @@
 cold: 300 shards (links to a few files of random GPT-2 ids) are dropped from the page cache twice a second while a run
 trains on them; its tokens per second, the share of time that it waits for data, and the bytes that come from disk.
 resume: the quickstart config takes 50 steps twice, once undisturbed, once killed (SIGKILL) half-way and started again:
-whether the losses agree to the bit, and how soon the restart takes a step beyond the kill. --data: a prepared directory
-of bytes; the default prepares the config's own data.
+whether the losses agree to the bit, and how soon the restart takes a step beyond the kill. On a GPU they may differ a
+little, unless XLA_FLAGS has --xla_gpu_deterministic_ops=true. --data: a prepared directory of bytes; the default
+prepares the config's own data.
 """
 
 import argparse
@@ -33,6 +34,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES, SHARDS = 4, 300
 COUNTED_FROM = 10  # steps: the first ones warm up
 LIMIT_SECONDS = 300.0
+CLOSE = 1e-3  # relative difference of losses that a GPU's order of sums explains
 
 
 @contextlib.contextmanager
@@ -145,22 +147,35 @@ def resume(args: argparse.Namespace, directory: pathlib.Path) -> dict[str, Any]:
             time.sleep(0.01)
         finish(process, killed)
     losses = [[row["loss"] for row in rows_of(workdir)] for workdir in (twin, killed)]
-    apart = max((abs(a - b) for a, b in zip(*losses, strict=False)), default=float("nan"))
-    equal = losses[0] == losses[1]
+    log = pathlib.Path(f"{killed}.log").read_text()
+    interrupted = bool(was_killed and resumed)
     return {
         "what": "quickstart, killed and started again", "steps": args.steps, "killed after": before,
         "resumed from": resumed, "step beyond the kill after s": first or "",
-        "losses": "equal to the bit" if equal else f"DIFFERENT: up to {apart:.3g}",
-        "verdict": judge(equal, len(losses[1]) == args.steps, resumed, was_killed),
+        "verdict": judge(losses, args.steps, on_cpu=is_on_cpu(log), interrupted=interrupted),
     }  # fmt: skip
 
 
-def judge(equal: bool, whole: bool, resumed: int, killed: bool) -> str:
-    if not whole:
+def is_on_cpu(log: str) -> bool:
+    """Returns whether a run computed on a CPU, by the line of its devices."""
+    said = re.search(r"devices: \d+ x (.+?), mesh", log)
+    return said is None or said[1] == "cpu"
+
+
+def judge(losses: Sequence[Sequence[float]], steps: int, *, on_cpu: bool, interrupted: bool) -> str:
+    """Compares the losses of an undisturbed run and of one that was killed and resumed.
+
+    A CPU must give the same bits. A GPU sums scatters and the gradient of attention in any order by default.
+    """
+    if any(len(one) != steps for one in losses):
         return "WRONG: steps are missing"
-    if not (killed and resumed):
+    if not interrupted:
         return "WRONG: it was not killed, or did not resume"
-    return "right" if equal else "WRONG: the losses differ"
+    differences = [abs(b - a) / max(abs(a), 1e-30) for a, b in zip(*losses, strict=True) if a != b]
+    if not differences:
+        return "right: equal to the bit"
+    apart = "not bit-equal: up to" if all(difference < CLOSE for difference in differences) and not on_cpu else ""
+    return f"{apart or 'WRONG: the losses differ by up to'} {max(differences):.2g} relative"
 
 
 def main() -> None:

@@ -720,3 +720,38 @@ def test_save_check_detects_a_damaged_restore(load: Callable[[str], Any], monkey
 
     monkeypatch.setattr(correct.Checkpointer, "restore_latest", damaged)
     assert correct.check_save((config, state, abstract))["verdict"] == "WRONG: arrays differ"
+
+
+NEAR, FAR = [2.0, 1.0005], [2.0, 1.002]
+
+
+@pytest.mark.parametrize(
+    ("resumed", "on_cpu", "verdict"),
+    [
+        ([2.0, 1.0], True, "right: equal to the bit"),
+        ([2.0, 1.0], False, "right: equal to the bit"),
+        (NEAR, True, "WRONG: the losses differ by up to 0.0005 relative"),
+        (NEAR, False, "not bit-equal: up to 0.0005 relative"),
+        (FAR, True, "WRONG: the losses differ by up to 0.002 relative"),
+        (FAR, False, "WRONG: the losses differ by up to 0.002 relative"),
+        ([2.0, float("nan")], False, "WRONG: the losses differ by up to nan relative"),
+        ([2.0], False, "WRONG: steps are missing"),
+    ],
+)
+def test_a_gpu_may_resume_with_nearly_equal_losses(
+    load: Callable[[str], Any], resumed: list[float], on_cpu: bool, verdict: str
+) -> None:
+    judge = load("real_run").judge
+    assert judge([[2.0, 1.0], resumed], 2, on_cpu=on_cpu, interrupted=True) == verdict
+    if len(resumed) == 2:
+        wrong = judge([[2.0, 1.0], resumed], 2, on_cpu=on_cpu, interrupted=False)
+        assert wrong == "WRONG: it was not killed, or did not resume"
+
+
+def test_device_of_a_run_is_read_from_its_log(load: Callable[[str], Any]) -> None:
+    is_on_cpu = load("real_run").is_on_cpu
+    assert 'f"devices: {run.machine}, mesh {mesh}' in (ROOT / "gptjax" / "setup.py").read_text()
+    line = "gptjax 1 with jax\ndevices: 1 x {}, mesh data=1 fsdp=1 tensor=1, 1 process\n"
+    assert is_on_cpu(line.format("cpu"))
+    assert not is_on_cpu(line.format("NVIDIA H100 80GB HBM3"))
+    assert is_on_cpu("nothing was logged"), "then the bits must agree"
