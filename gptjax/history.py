@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,7 @@ FORMER_NAMES = {"num_micro_steps": "num_microbatches"}  # in checkpoints of earl
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """The events of a run up to one of its steps. Immutable: the loop replaces it."""
+    """The events of a run up to one of its steps. Immutable, also its mappings: the loop replaces it."""
 
     restarts: int = 0  # processes that resumed from a checkpoint
     skipped_steps: int = 0  # non-finite updates that train.nan_policy=skip discarded
@@ -42,11 +43,17 @@ class History:
     num_microbatches: int = 0
     run_id: str = ""  # see identity.py
 
+    def __post_init__(self) -> None:
+        for name in ("recent", "seconds"):
+            copy = dict(getattr(self, name))  # the caller may still change its own
+            object.__setattr__(self, name, types.MappingProxyType(copy))
+
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as JSON values: lists for tuples, dicts for dataclasses."""
-        values = dataclasses.asdict(self)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["recent"] = {name: list(numbers) for name, numbers in self.recent.items()}
-        values["skipped_ranges"] = list(values["skipped_ranges"])
+        values["seconds"] = dict(self.seconds)
+        values["skipped_ranges"] = [dataclasses.asdict(part) for part in self.skipped_ranges]
         return values
 
     @classmethod
@@ -54,7 +61,7 @@ class History:
         """Returns the history that `to_json` of this or an older version wrote. Unknown keys are ignored.
 
         Raises:
-            ValueError: a value has the wrong type; the message names its field.
+            ValueError: a value has the wrong type or is out of range; the message names its field.
         """
         values = {FORMER_NAMES.get(name, name): value for name, value in values.items()}
         names = [field.name for field in dataclasses.fields(cls)]
@@ -70,8 +77,13 @@ class History:
         return cls(**found)
 
 
-def _is_int(value: object) -> bool:
-    return type(value) is int  # not isinstance: JSON's true is a bool, which is a subclass of int
+def _is_count(value: object, *, least: int = 0) -> bool:
+    # Not isinstance: JSON's true is a bool, which is a subclass of int.
+    return type(value) is int and least <= value < LARGEST
+
+
+def _is_validated(value: object) -> bool:
+    return _is_count(value, least=-1)
 
 
 def _is_number(value: object) -> bool:
@@ -103,7 +115,8 @@ def _is_range(value: object) -> bool:
     required = {"step", "batches"}
     if not required <= value.keys() <= kinds.keys():
         return False
-    return all(type(part) is kinds[name] for name, part in value.items())
+    numbers = {name for name, kind in kinds.items() if kind is int}
+    return all(_is_count(part) if name in numbers else _is_text(part) for name, part in value.items())
 
 
 def _is_text(value: object) -> bool:
@@ -111,17 +124,17 @@ def _is_text(value: object) -> bool:
 
 
 _IS_VALID = {
-    "restarts": _is_int,
-    "skipped_steps": _is_int,
-    "nonfinite_in_a_row": _is_int,
-    "validated": _is_int,
+    "restarts": _is_count,
+    "skipped_steps": _is_count,
+    "nonfinite_in_a_row": _is_count,
+    "validated": _is_validated,
     "recent": _are_recent,
-    "rollbacks": _is_int,
+    "rollbacks": _is_count,
     "skipped_ranges": _are_ranges,
     "seconds": _are_numbers,
     "started_at": _is_number,
     "saved_at": _is_number,
     "machine": _is_text,
-    "num_microbatches": _is_int,
+    "num_microbatches": _is_count,
     "run_id": _is_text,
 }

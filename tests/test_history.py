@@ -55,6 +55,12 @@ def test_history_of_older_versions_is_read_without_unknown_fields():
         ("seconds", {"step": "1"}), ("seconds", [1.0]), ("skipped_ranges", {}), ("skipped_ranges", [3]),
         ("skipped_ranges", [{"step": 1}]), ("skipped_ranges", [{"step": 1, "batches": "2"}]),
         ("skipped_ranges", [{"step": 1, "batches": 2, "other": 3}]), ("num_microbatches", [1]),
+        ("restarts", -5), ("restarts", 10**400), ("skipped_steps", -1), ("nonfinite_in_a_row", -1), ("rollbacks", -1),
+        ("validated", -2), ("num_microbatches", -1), ("num_microbatches", 2**63),
+        ("skipped_ranges", [{"step": -1, "batches": 3}]), ("skipped_ranges", [{"step": 1, "batches": -3}]),
+        ("skipped_ranges", [{"step": 1, "batches": 10**400}]), ("skipped_ranges", [{"step": True, "batches": 1}]),
+        ("skipped_ranges", [{"step": 1, "batches": 2, "rollback": -1}]),
+        ("skipped_ranges", [{"step": 1, "batches": 2, "why": 3}]),
     ],
 )  # fmt: skip
 def test_invalid_history_field_is_refused_by_name(name, value):
@@ -63,3 +69,17 @@ def test_invalid_history_field_is_refused_by_name(name, value):
     record = Record(4, {}, FULL.to_json() | {name: value}, {}, {}, {})
     with pytest.raises(CorruptCheckpointError, match=name):
         read_history(record)
+
+
+def test_mappings_of_a_history_are_read_only():
+    seconds = {"step": 1.0}
+    history = History(seconds=seconds, recent={"loss": (3.0,)})
+    seconds["step"] = 9.0
+    assert history.seconds == {"step": 1.0}, "a later change by the caller does not count"
+    for mapping in (history.seconds, history.recent, History().seconds, History.from_json(FULL.to_json()).recent):
+        with pytest.raises(TypeError):
+            mapping["step"] = 9
+    assert dataclasses.replace(history, restarts=1).seconds == history.seconds
+    values = history.to_json()
+    values["seconds"]["step"] = 9.0
+    assert history.seconds == {"step": 1.0}
