@@ -1,5 +1,6 @@
 """The meta.json of a prepared directory: its source, its tokenizer, and the size and sha256 of each shard."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -86,12 +87,25 @@ def _parse_meta(values: dict[str, Any]) -> Meta:
         splits[name] = _typed(SplitMeta, split, shards=shards)
         if not shards or not all(_is_file_name(shard.file) for shard in shards):
             raise ValueError(f"split {name!r} needs shards that are plain file names")
+        _check_shards(name, splits)
     meta = _typed(Meta, values, splits=splits)
     has_position = meta.eot_position in ("first", "last")
     has_vocabulary = 0 < meta.vocab_size <= LARGEST_COUNT
     if not has_position or not has_vocabulary:
         raise ValueError(f"eot_position={meta.eot_position!r}, vocab_size={meta.vocab_size}")
     return meta
+
+
+def _check_shards(name: str, splits: dict[str, SplitMeta]) -> None:
+    """Checks that the last split, `name`, has the tokens of its shards, and none that is listed before."""
+    split = splits[name]
+    counted = sum(shard.tokens for shard in split.shards)
+    if split.tokens != counted:
+        raise ValueError(f"split {name!r} has tokens={split.tokens}, but its shards have {counted}")
+    listed = collections.Counter(shard.file for known in splits.values() for shard in known.shards)
+    [(file, times)] = listed.most_common(1)
+    if times > 1:
+        raise ValueError(f"split {name!r} lists {file!r}, which is listed before")
 
 
 def _is_file_name(name: str) -> bool:

@@ -8,6 +8,7 @@ import logging
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -298,6 +299,34 @@ def test_a_damaged_meta_is_named(prepared: Path, key: str, value: object) -> Non
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with raises(DataError, str(path)):
         open_train(prepared)
+
+
+def test_shards_that_contradict_their_split_are_refused(prepared: Path) -> None:
+    """A wrong sum would change the windows of an epoch, and a shard that is listed twice its data."""
+    path = prepared / "meta.json"
+    original = json.loads(path.read_text())
+    assert read_meta(str(prepared)) is not None
+
+    def refused(change: Callable[[Any], None], match: str) -> None:
+        values = json.loads(json.dumps(original))
+        change(values["splits"])
+        path.write_text(json.dumps(values))
+        with raises(DataError, str(path), match=match):
+            open_train(prepared)
+
+    def listed_twice(splits: Any) -> None:
+        splits["train"]["shards"].append(splits["train"]["shards"][0])
+        splits["train"]["tokens"] += 3000
+
+    def in_both(splits: Any) -> None:
+        splits["validation"] = splits["train"]
+
+    refused(
+        lambda splits: splits["train"].update(tokens=4701), "split 'train' has tokens=4701, but its shards have 4700"
+    )
+    refused(lambda splits: splits["validation"].update(tokens=-1), "split 'validation' has tokens=-1")
+    refused(listed_twice, "split 'train' lists 'train_000000.bin', which is listed before")
+    refused(in_both, "split 'validation' lists 'train_000000.bin', which is listed before")
 
 
 def test_a_shard_outside_the_directory_is_refused(prepared: Path) -> None:
