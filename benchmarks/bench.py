@@ -137,12 +137,13 @@ def append(path: pathlib.Path, part: str, row: Mapping[str, Any]) -> None:
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the rows that the last call of gpu.sh appended; a line that was cut short is left out."""
+    """Returns the rows that the last call of gpu.sh appended; a line that was cut short, or is no row, is left out."""
     rows: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             row = json.loads(line)
-            rows = [row] if row["part"] == "machine" else [*rows, row]
+            if isinstance(row, dict) and isinstance(row.get("part"), str):
+                rows = [row] if row["part"] == "machine" else [*rows, row]
     return rows
 
 

@@ -143,19 +143,26 @@ def race(contestants: list[Contestant], args: argparse.Namespace) -> bool:
     return all(not one.failed or one.failed.startswith("not here") for one in contestants)
 
 
-def main() -> None:
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("contestants", nargs="+")
     parser.add_argument("--part", default="race", help="name of the rows")
     parser.add_argument("--case", default="small", choices=tuple(CASES))
     parser.add_argument("--seconds", type=float, default=20.0, help="of all turns together; with --alone, of each")
-    limit = float(os.environ.get("GPTJAX_SECONDS", 200))  # that gpu.py leaves this part
-    parser.add_argument("--ready_seconds", type=float, default=READY_SHARE * limit, help="in which all must be ready")
+    parser.add_argument("--ready_share", type=float, default=READY_SHARE, help="of the part's time, to get ready in")
+    parser.add_argument("--ready_seconds", type=float, default=0, help="the same in seconds")
     parser.add_argument("--alone", action="store_true", help="one after another, not taking turns")
     parser.add_argument(
         "--memory", default="", help="share of a GPU that each gptjax takes; default: the environment's"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    limit = float(os.environ.get("GPTJAX_SECONDS", 200))  # that gpu.py leaves this part
+    args.ready_seconds = args.ready_seconds or args.ready_share * limit
+    return args
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
     groups = [[text] for text in args.contestants] if args.alone else [args.contestants]
     done = True
     for texts in groups:

@@ -257,6 +257,38 @@ def test_read_rows_ignores_earlier_calls_and_torn_lines(load: Callable[[str], An
     assert load("bench").read_rows(path) == [{"part": "machine"}, {"part": "train", "n": 2}]
 
 
+@pytest.mark.parametrize(
+    "line", ["3", "null", "[]", '"machine"', "{}", '{"who": "x"}', '{"part": 3}', '{"part": null}']
+)
+def test_read_rows_ignores_lines_that_are_no_rows(
+    load: Callable[[str], Any], tmp_path: pathlib.Path, line: str
+) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text(f'{line}\n{{"part": "machine"}}\n{line}\n{{"part": "train", "n": 2}}\n')
+    assert load("bench").read_rows(path) == [{"part": "machine"}, {"part": "train", "n": 2}]
+
+
+def test_temporary_files_of_parts_lie_in_the_scratch(load: Callable[[str], Any], tmp_path: pathlib.Path) -> None:
+    """gpu.py removes it, also after parts that were killed."""
+    environment = load("gpu").make_environment(tmp_path / "out", tmp_path / "scratch", toy=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "import tempfile; print(tempfile.mkdtemp())"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert pathlib.Path(done.stdout.strip()).is_relative_to(tmp_path / "scratch")
+
+
+def test_largest_model_has_time_to_compile(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """73 s on two cores: LOG.md."""
+    [part] = [part for part in load("gpu").gpu_parts("OUT") if part.name == "xl"]
+    monkeypatch.setenv("GPTJAX_SECONDS", f"{part.limit:.0f}")
+    args = load("race").parse(list(part.commands[0][3:]))
+    assert args.ready_seconds > 1.2 * 73
+    assert args.ready_seconds + 2 * args.seconds < part.limit
+    assert load("race").parse(["gptjax"]).ready_seconds == 0.6 * part.limit
+    assert load("race").parse(["gptjax", "--ready_seconds=5"]).ready_seconds == 5
+
+
 def test_command_with_open_output_does_not_block_the_driver(load: Callable[[str], Any], tmp_path: pathlib.Path) -> None:
     gpu = load("gpu")
     driver = gpu.Driver(tmp_path, dict(os.environ), time.monotonic() + 100)
