@@ -152,7 +152,7 @@ def make_cached_forward(
         # A Python loop over layers: a scan would copy the stacked caches in and out at each token.
         for layer, (k_BNSH, v_BNSH) in zip(weights["layers"], caches, strict=True):
             cache = Cache(k_BNSH, v_BNSH, positions_BC)
-            result = block.apply({"params": layer}, x_BCD, None, cache)
+            result = block.apply({"params": layer}, x_BCD, cache=cache)
             x_BCD, cache = typing.cast(Any, result)
             x_BCD = sharding.constrain(x_BCD, mesh, x_spec)
             k_BNSH = sharding.constrain(cache.k_BNSH, mesh, kv_spec)

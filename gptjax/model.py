@@ -97,6 +97,7 @@ class CausalSelfAttention(nn.Module):
         self,
         x_BTD: jax.Array,
         segments_BT: jax.Array | None,
+        *,
         cache: Cache | None,
         dropout_key: jax.Array | None,
     ) -> tuple[jax.Array, Cache | None]:
@@ -226,6 +227,7 @@ class Block(nn.Module):
         self,
         x_BTD: jax.Array,
         segments_BT: jax.Array | None = None,
+        *,
         cache: Cache | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:
@@ -236,7 +238,7 @@ class Block(nn.Module):
         with jax.named_scope("attention"):
             normed_BTD = LayerNorm(self.config.bias, name="ln_1")(x_BTD)
             attention = CausalSelfAttention(*parts, name="attn")
-            y_BTD, cache = attention(normed_BTD, segments_BT, cache, dropout_key)
+            y_BTD, cache = attention(normed_BTD, segments_BT, cache=cache, dropout_key=dropout_key)
             x_BTD = x_BTD + y_BTD
         with jax.named_scope("mlp"):
             normed_BTD = LayerNorm(self.config.bias, name="ln_2")(x_BTD)
@@ -344,7 +346,7 @@ class GPT(nn.Module):
             params, key = scanned
             params = all_gather_layer(params, parallel)  # FSDP; its transpose reduce-scatters the gradients
             variables = {"params": params}
-            result = block.apply(variables, x_BTD, segments_BT, None, key)
+            result = block.apply(variables, x_BTD, segments_BT, dropout_key=key)
             x_BTD, _ = typing.cast(Any, result)
             return x_BTD, None
 

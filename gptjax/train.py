@@ -202,7 +202,7 @@ def run_until_spike(run: Run, state: TrainState, history: History, *, tools: Too
         reporter = make_reporter(run, history, tools=tools, resumed_from=step, compiled=compiled)
         stack.enter_context(contextlib.closing(reporter))
         # Starts to read the first batch now, while the step compiles.
-        prefetcher = Prefetcher(batch, step, run.config.train.steps_per_dispatch)
+        prefetcher = Prefetcher(batch, step, step=run.config.train.steps_per_dispatch)
         stack.enter_context(contextlib.closing(prefetcher))
         stack.enter_context(exit_on_peer_failure())
         # The time since the last lap was start-up or rollback. From here on the loop counts its own time.

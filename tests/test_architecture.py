@@ -365,13 +365,22 @@ def parameters(function):
 
 
 def too_many_positional(tree):
-    """Returns the public functions and methods of `tree` that take more than three positional arguments."""
-    bodies = [tree.body, *(node.body for node in tree.body if isinstance(node, ast.ClassDef))]
+    """Returns the public functions and methods of `tree` that take more than three positional arguments.
+
+    __init__ and __call__ of a public class are public: "Class.__init__".
+    """
     found = set()
-    for function in (node for body in bodies for node in body if isinstance(node, ast.FunctionDef)):
-        names = [x.arg for x in (*function.args.posonlyargs, *function.args.args) if x.arg not in ("self", "cls")]
-        if len(names) > 3 and not function.name.startswith("_"):
-            found.add(function.name)
+    for owner in (tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))):
+        name_of_owner = getattr(owner, "name", "_")
+        public = set() if name_of_owner.startswith("_") else {"__init__", "__call__"}
+        for function in (node for node in owner.body if isinstance(node, ast.FunctionDef)):
+            names = [x.arg for x in (*function.args.posonlyargs, *function.args.args) if x.arg not in ("self", "cls")]
+            if len(names) <= 3:
+                continue
+            if function.name in public:
+                found.add(f"{name_of_owner}.{function.name}")
+            elif not function.name.startswith("_"):
+                found.add(function.name)
     return found
 
 
@@ -382,6 +391,9 @@ def test_public_functions_take_at_most_three_positional_arguments():
 def test_too_many_positional_arguments_are_detected():
     source = "def f(a, b, c, d): pass\nclass X:\n def g(self, a, b, c): pass\n def h(self, a, b, c, d, *, e): pass"
     assert too_many_positional(ast.parse(source)) == {"f", "h"}
+    call = "class {}:\n def __init__(self, a, b, c, *, d): pass\n def __call__(self, a, b, c, d): pass"
+    assert too_many_positional(ast.parse(call.format("X"))) == {"X.__call__"}
+    assert too_many_positional(ast.parse(call.format("_X"))) == set()
 
 
 def annotations(tree):

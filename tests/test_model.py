@@ -230,7 +230,7 @@ def test_cached_attention_equals_uncached(rows):
     whole_BTD = jit(lambda x_BTD: block.apply({"params": params}, x_BTD)[0])(x_BTD)
     leftovers_BNSH = jnp.full((B, 2, T, 8), 7.0)
     cache = Cache(leftovers_BNSH, leftovers_BNSH, jnp.zeros((B, T), jnp.int32))
-    read = jit(lambda x_BCD, cache: block.apply({"params": params}, x_BCD, None, cache))
+    read = jit(lambda x_BCD, cache: block.apply({"params": params}, x_BCD, cache=cache))
     if rows == "all at once":
         y_BTD, cache = read(x_BTD, Cache(cache.k_BNSH, cache.v_BNSH, position_ids((B, T), None)))
         assert_near(y_BTD, whole_BTD)

@@ -248,6 +248,7 @@ class Prefetcher(Generic[T]):
         self,
         make: Callable[[int], T],
         start: int,
+        *,
         step: int = 1,
         depth: int = 2,
     ) -> None:
