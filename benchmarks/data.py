@@ -4,7 +4,7 @@
 
 Reading, cached: shuffled windows of one shard of random ids, one epoch in four parts, with the resident memory after
 each: it must not grow.
-Reading, cold: 300 shards of 200 MB, 60 GB in all. The page cache is dropped before each batch of 480 windows. The
+Reading, cold: 300 shards of 200 MB. The page cache is dropped before each batch of 480 windows. The
 shards are links to ten files, so that 2 GB of disk are enough. /proc/self/io counts the bytes that come from disk.
 Opening: 10,000 small shards, with and without meta.json.
 Tokenising: `prepare` of a folder of this Python's own library to the end: hashes, splits, shards and
