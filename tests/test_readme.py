@@ -157,3 +157,11 @@ def test_core_installs_neither_torch_nor_tensorflow():
     core = {distribution(requirement) for requirement in project()["dependencies"]}
     assert {"jax", "flax", "optax"} <= core
     assert core.isdisjoint({"torch", "tensorflow", "tensorflow-cpu", "tf-nightly", "tensorflow-text", "transformers"})
+
+
+@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md"])
+def test_cold_shards_are_described_as_links(name):
+    """benchmarks/data.py gives ten files 300 names: a claim of 60 GB would be one about a disk that nobody filled."""
+    about = [line for line in read(name).splitlines() if "300" in line and "shards of 200 MB" in line]
+    assert any("ten files, 2 GB on disk" in line for line in about)
+    assert "60 GB" not in read(name)
