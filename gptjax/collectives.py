@@ -9,12 +9,14 @@ Every function takes a `Parallel`. Along a mesh axis of size 1 it sends nothing.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Primitive
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import KeyPath
@@ -244,8 +246,22 @@ def _all_gather(
         return jnp.moveaxis(shard, 0, dim).astype(x.dtype)
 
     # A linear_call, not plain astype and all_gather: their transposes would sum the gradient in `dtype`. The remat
-    # policy in model.py also recognises all-gathered weights by the name linear_call.
+    # policy in model.py also recognises all-gathered weights by it.
     return jax.custom_derivatives.linear_call(gather, scatter, None, x)
+
+
+@functools.cache
+def gather_primitive() -> Primitive:
+    """Returns the primitive of linear_call, by which the remat policy recognises all-gathered weights."""
+
+    def call(x: jax.Array) -> jax.Array:
+        return jax.custom_derivatives.linear_call(lambda _, x: x, lambda _, g: g, None, x)
+
+    # JAX exports the function, not its primitive. If JAX renamed it, a comparison of names would let the policy save
+    # the weights of all layers, without an error. A name of our own (checkpoint_name) would not do either: the policy
+    # would save the array that gets the name.
+    [equation] = jax.make_jaxpr(call)(0.0).eqns
+    return equation.primitive
 
 
 def _stages(count: int) -> list[Groups]:

@@ -19,6 +19,7 @@ from gptjax.collectives import (
     Parallel,
     all_gather_layer,
     all_gather_sequence,
+    gather_primitive,
     local_sequence,
     reduce_scatter_sequence,
     tensor_parallel_index,
@@ -40,7 +41,7 @@ INIT_STD = 0.02
 REMAT_POLICIES = {
     # All-gathered weights (collectives.py marks them by a linear_call) are not saved, because those of all layers
     # together would be an unsharded model on each device. The backward pass all-gathers them a second time.
-    "none": lambda primitive, *_, **__: primitive.name != "linear_call",
+    "none": lambda primitive, *_, **__: primitive is not gather_primitive(),
     "full": None,  # saves the input of each layer only
     "dots": jax.checkpoint_policies.checkpoint_dots,
     "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,

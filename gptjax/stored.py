@@ -18,6 +18,7 @@ from gptjax.record import FAILURES, CorruptCheckpointError, judge
 from gptjax.sharding import abstract_params, make_mesh, nest, param_shardings
 
 log = logging.getLogger("gptjax")
+ADAMW_PARTS = 3  # optax.adamw is a chain of three; the state of the first has the moments, the others have no arrays
 
 
 def load_params(workdir: str, *, step: int | None = None) -> tuple[Config, Any, int]:
@@ -92,7 +93,7 @@ class StoredParams:
         context.pytree.loading.partial_load = True  # without it Orbax requires every parameter in `wanted`
         context.memory.read_concurrent_bytes = 2 * CHUNK_BYTES
         try:
-            wanted: Any = {tree: nest([(path, np.empty(shape, dtype))])}
+            wanted: Any = {tree: _only(path, np.empty(shape, dtype))}
         except (ValueError, MemoryError) as error:
             raise CorruptCheckpointError(f"{path} needs more memory than is available") from error
         directory = self._checkpointer.directory / str(self.step)
@@ -107,6 +108,16 @@ class StoredParams:
         if fingerprint_array(leaf) != self.record.fingerprints.get(f"{tree}/{path}"):
             raise CorruptCheckpointError(f"{path}: the fingerprint does not match")
         return leaf
+
+
+def _only(path: str, leaf: np.ndarray) -> Any:
+    """Returns a tree with one leaf, at "h/ln_1/bias", or at "0/mu/h/ln_1/bias" in the tuple that is AdamW's state."""
+    first, _, rest = path.partition("/")
+    if not first.isdigit():
+        return nest([(path, leaf)])
+    parts: list[Any] = [None] * ADAMW_PARTS
+    parts[int(first)] = nest([(rest, leaf)])
+    return tuple(parts)
 
 
 def _abstract_params(config: Config) -> Any:
