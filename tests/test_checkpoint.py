@@ -690,6 +690,10 @@ def test_parameters_of_a_run_are_read_one_at_a_time(tmp_path):
     leaf = stored.read("h/mlp/c_fc/kernel", (2, 16, 64))
     assert type(leaf) is np.ndarray
     assert leaf.tobytes() == np.asarray(make_state()[1].params["h"]["mlp"]["c_fc"]["kernel"]).tobytes()
+    moments = make_state()[1].opt_state[0]
+    second = stored.read("0/nu/h/mlp/c_fc/kernel", (2, 16, 64), tree="opt_state")
+    assert second.tobytes() == np.asarray(moments.nu["h"]["mlp"]["c_fc"]["kernel"]).tobytes()
+    assert stored.read("0/count", (), tree="opt_state", dtype=np.int32) == moments.count
     with pytest.raises(CorruptCheckpointError, match="ln_f/bias"):
         stored.read("ln_f/bias", (16,))
     record = stored.record.fingerprints
