@@ -29,6 +29,7 @@ LAYERS = """
     setup  convert.formats
     convert.msgpack  convert.probe
     convert.huggingface  convert.nanogpt  convert.llmc  convert.native
+    convert.nanogpt_run
     convert.card  convert.torch_file  convert.safetensors_file
     convert.weights
     convert.names  convert.tokenizer_files
