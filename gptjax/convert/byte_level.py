@@ -25,6 +25,7 @@ def _make_alphabet() -> dict[int, str]:
 
 
 _LETTERS = _make_alphabet()
+ALPHABET = frozenset(_LETTERS.values())
 _BYTES = {letter: byte for byte, letter in _LETTERS.items()}
 
 

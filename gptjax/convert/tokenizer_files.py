@@ -3,10 +3,10 @@
 import json
 import os
 import re
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from gptjax.convert.byte_level import (
+    ALPHABET,
     UnsupportedTokenizerError,
     bytes_to_unicode,
     derive_merges,
@@ -41,6 +41,14 @@ class _CorruptError(Exception):
         self.remedy = remedy
 
 
+class _Parts(NamedTuple):
+    """A vocabulary: the ids of text's tokens in rising order, those of special tokens, and the name of end-of-text."""
+
+    ranks: dict[bytes, int]
+    specials: dict[str, int]
+    eot: str
+
+
 class _Found(NamedTuple):
     """A tokenizer as files describe it, before it is compared with byte-level BPE."""
 
@@ -48,6 +56,8 @@ class _Found(NamedTuple):
     merges: list[str]
     regex: str | None  # in tokenizers' syntax; "" means no splitting, None means GPT-2's, which is built in there
     left_out: list[str]  # for the note: options that a Tokenizer cannot hold
+    added: dict[str, bool]  # tokens that are matched in a text before its pieces, and whether they are special
+    prefix_space: bool  # whether a text that does not begin with a space is encoded as if it did
 
 
 def write_tokenizer(
@@ -69,16 +79,17 @@ def write_tokenizer(
         merges = derive_merges(tokens)
         regex = express_regex(tokenizer.pattern, merges)
         check_pattern(tokenizer.pattern)  # tiktoken drops text between pieces, tokenizers keeps it
-        if END_OF_TEXT.encode() in tokens:
-            raise UnsupportedTokenizerError(f"{END_OF_TEXT} is also a token of text")
+        for name in tokenizer.specials:
+            if name.encode() in tokens:
+                raise UnsupportedTokenizerError(f"{name} is also a token of text")
     except (UnsupportedTokenizerError, BadPattern) as reason:
         raise DataError(
             f"cannot be written for transformers: {reason}",
             field=f"tokenizer {tokenizer.name}",
         ) from reason
-    ids = {bytes_to_unicode(token): rank for rank, token in enumerate(tokens)}
-    ids[END_OF_TEXT] = tokenizer.eot_id
-    tokenizer_json = make_tokenizer_json(ids, merges, regex)
+    ids = {bytes_to_unicode(token): number for token, number in tokenizer.ranks().items()}
+    ids |= dict(sorted(tokenizer.specials.items(), key=lambda item: item[1]))
+    tokenizer_json = make_tokenizer_json(tokenizer, ids, merges, regex=regex)
     settings = make_settings(tokenizer, regex, block_size)
     merge_lines = ["#version: 0.2", *merges, ""]
     os.makedirs(directory, exist_ok=True)
@@ -177,7 +188,7 @@ def _read_tokenizer_json(directory: str, settings: dict[str, Any]) -> _Found | N
     if kind != "BPE":
         raise UnsupportedTokenizerError(f"it has a {kind[:SHOWN_NAME]!a} model; here it is byte-level BPE")
     _reject_options(saved, model, settings)
-    ids = _merge_added(
+    ids, added = _merge_added(
         _take(model, "vocab", dict, {}),
         _take(saved, "added_tokens", list, []),
     )
@@ -186,8 +197,8 @@ def _read_tokenizer_json(directory: str, settings: dict[str, Any]) -> _Found | N
     left_out = []
     if post_processor != "ByteLevel":
         left_out.append(f"post_processor {post_processor[:SHOWN_NAME]!a}")
-    regex = _read_regex(_take(saved, "pre_tokenizer", dict, {}))
-    return _Found(ids, merges, regex, left_out)
+    regex, prefix_space = _read_regex(_take(saved, "pre_tokenizer", dict, {}), settings)
+    return _Found(ids, merges, regex, left_out, added, prefix_space)
 
 
 def _read_vocab_and_merges(directory: str, settings: dict[str, Any]) -> _Found | None:
@@ -208,11 +219,14 @@ def _read_vocab_and_merges(directory: str, settings: dict[str, Any]) -> _Found |
     if lines[0].startswith("#version"):
         del lines[0]
     left_out = [option for option in ("add_bos_token", "add_eos_token") if settings.get(option)]
+    ids, is_special = _merge_added(vocab, added)
     return _Found(
-        ids=_merge_added(vocab, added),
+        ids=ids,
         merges=[line for line in lines if line],
         regex=None,
         left_out=left_out,
+        added=is_special,
+        prefix_space=_take(settings, "add_prefix_space", bool, False),
     )
 
 
@@ -229,8 +243,6 @@ def _reject_options(saved: dict[str, Any], model: dict[str, Any], settings: dict
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
             raise UnsupportedTokenizerError(f"it has the option {option}")
-    if settings.get("add_prefix_space"):
-        raise UnsupportedTokenizerError("it has the option add_prefix_space")
     decoder = _take_type(saved, "decoder")
     if decoder != "ByteLevel":
         raise UnsupportedTokenizerError(f"it has a {decoder[:SHOWN_NAME]!a} decoder; here it is ByteLevel")
@@ -245,26 +257,22 @@ def _join_merge(merge: Any) -> str:
     return _expect(merge, str, "merges")
 
 
-def _merge_added(vocab: dict[str, int], added: list[Any]) -> dict[str, int]:
-    """Returns the ids of `vocab` and of the added tokens, which are matched in a text before its pieces."""
+def _merge_added(vocab: dict[str, int], added: list[Any]) -> tuple[dict[str, int], dict[str, bool]]:
+    """Returns the ids of `vocab` and of the added tokens; and the added tokens, and whether they are special."""
     ids = dict(vocab)
-    contents = []
+    is_special = {}
     for token in added:
         fields = _expect(token, dict, "added_tokens")
         content = _take(fields, "content", str, "")
         number = _take(fields, "id", int, -1)
         if ids.setdefault(content, number) != number:
             raise UnsupportedTokenizerError(f"its token {content[:SHOWN_NAME]!a} has two ids")
-        contents.append(content)
-    for content in contents:
-        if _take(ids, content, int, 0) < _take(ids, END_OF_TEXT, int, 0):
-            name = f"{content[:SHOWN_NAME]!a}"
-            raise UnsupportedTokenizerError(f"its added token {name} has an id before that of {END_OF_TEXT}")
-    return ids
+        is_special[content] = _take(fields, "special", bool, False)
+    return ids, is_special
 
 
-def _read_regex(pre_tokenizer: dict[str, Any]) -> str | None:
-    """Returns the regular expression of a pre_tokenizer as in `_Found`."""
+def _read_regex(pre_tokenizer: dict[str, Any], settings: dict[str, Any]) -> tuple[str | None, bool]:
+    """Returns the regular expression of a pre_tokenizer and its add_prefix_space, both as in `_Found`."""
     steps = [pre_tokenizer]
     if "pretokenizers" in pre_tokenizer:
         steps = _take(pre_tokenizer, "pretokenizers", list, [])
@@ -278,11 +286,14 @@ def _read_regex(pre_tokenizer: dict[str, Any]) -> str | None:
             f"its pre_tokenizer is {found!a}; here it is ByteLevel, alone or after one Split"
         )
     byte_level = steps[-1]
-    if _take(byte_level, "add_prefix_space", bool, True):
-        raise UnsupportedTokenizerError("it has the option add_prefix_space")
+    # transformers prefers its own setting to that of tokenizer.json.
+    in_file = _take(byte_level, "add_prefix_space", bool, True)
+    prefix_space = _take(settings, "add_prefix_space", bool, in_file)
     use_regex = _take(byte_level, "use_regex", bool, True)
     if len(steps) == 1:
-        return None if use_regex else ""
+        return (None if use_regex else ""), prefix_space
+    if in_file or prefix_space:
+        raise UnsupportedTokenizerError("it has the option add_prefix_space, and a Split before it")
     split = steps[0]
     pattern = _take(split, "pattern", dict, {})
     regex = _take(pattern, "Regex", str, "")
@@ -291,16 +302,18 @@ def _read_regex(pre_tokenizer: dict[str, Any]) -> str | None:
         raise UnsupportedTokenizerError(
             "its pre_tokenizer is not one Split by a Regex, Isolated, and then ByteLevel without use_regex"
         )
-    return regex
+    return regex, False
 
 
 def _represent(found: _Found, settings: dict[str, Any], directory: str) -> tuple[Tokenizer, str]:
     """Returns the Tokenizer with the same ids, and a note about it and the parts that it cannot hold."""
-    tokens, after = _order(found.ids)
-    if derive_merges(tokens) != found.merges:
+    parts, after = _split_vocabulary(found, settings)
+    if derive_merges(list(parts.ranks)) != found.merges:
         raise UnsupportedTokenizerError("its merges are not those of its tokens in the order of their ids")
-    tokenizer = _name(tokens, found, _take(settings, "gptjax", dict, {}), directory)
+    tokenizer = _name(parts, found, _take(settings, "gptjax", dict, {}), directory)
     note = f"tokenizer {tokenizer.name!a}, {tokenizer.vocab_size:,} tokens"
+    if parts.eot != END_OF_TEXT:
+        note += f", end-of-text is {parts.eot[:SHOWN_NAME]!a}"
     left_out = [*after, *found.left_out]
     if left_out:
         note += f"; left out: {', '.join(left_out[:SHOWN_LEFT_OUT])}"
@@ -309,54 +322,77 @@ def _represent(found: _Found, settings: dict[str, Any], directory: str) -> tuple
     return tokenizer, note
 
 
-def _order(ids: dict[str, int]) -> tuple[list[bytes], list[str]]:
-    """Returns the tokens before end-of-text in the order of ids, and the names of those after it."""
+def _split_vocabulary(found: _Found, settings: dict[str, Any]) -> tuple[_Parts, list[str]]:
+    """Returns the tokens of text and the special tokens, and the names of those after both, which are left out."""
+    ids = found.ids
     for number in ids.values():
         _expect(number, int, "ids of tokens")
-    if END_OF_TEXT not in ids:
-        raise UnsupportedTokenizerError(f"it has no {END_OF_TEXT}")
-    eot = ids[END_OF_TEXT]
-    before = []
-    after = []
+    eot = _end_of_text(ids, settings)
+    if "" in ids:
+        raise UnsupportedTokenizerError("a token is empty")
+    # Text is only ever encoded to single bytes and to results of merges. Every other token is special, or unused.
+    merged = {merge.replace(" ", "", 1) for merge in found.merges}
+    ranks: dict[bytes, int] = {}
+    specials: dict[str, int] = {}
     for number, token in sorted((number, token) for token, number in ids.items()):
-        if number < eot:
-            before.append((number, token))
-        elif token != END_OF_TEXT:
-            after.append(f"{token[:SHOWN_NAME]!a}")
-    numbers = [number for number, _ in before]
-    if len(before) != eot or numbers != list(range(len(before))):
-        raise UnsupportedTokenizerError(f"the ids before {END_OF_TEXT} are not 0 ... {eot - 1}, one for each token")
-    tokens = [unicode_to_bytes(token) for _, token in before]
-    single_bytes = [token for token in tokens if len(token) == 1]
-    if len(single_bytes) != 256:
-        raise UnsupportedTokenizerError(f"not every single byte is a token before {END_OF_TEXT}, which has id {eot}")
-    return tokens, after
+        if token in merged or (len(token) == 1 and token in ALPHABET):
+            ranks[unicode_to_bytes(token)] = number
+        else:
+            specials[token] = number
+    if eot not in specials:
+        raise UnsupportedTokenizerError(f"{eot} is also a token of text")
+    if sum(len(token) == 1 for token in ranks) != len(ALPHABET):
+        raise UnsupportedTokenizerError("not every single byte is a token")
+    for name, is_special in found.added.items():
+        # Programs find such a token in a text; here a text has no special tokens, so only those may differ.
+        is_text = name not in specials or not is_special
+        if is_text and ids[name] < max(specials[eot], *ranks.values()):
+            raise UnsupportedTokenizerError(
+                f"its added token {name[:SHOWN_NAME]!a} is found in a text, and has an id before that of {eot}"
+            )
+    last = max(specials[eot], *ranks.values())
+    after = [f"{name[:SHOWN_NAME]!a}" for name, number in specials.items() if number > last]
+    kept = {name: number for name, number in specials.items() if number <= last}
+    if sorted([*ranks.values(), *kept.values()]) != list(range(last + 1)):
+        raise UnsupportedTokenizerError(f"its ids are not 0 ... {last}, one for each token")
+    return _Parts(ranks, kept, eot), after
+
+
+def _end_of_text(ids: dict[str, int], settings: dict[str, Any]) -> str:
+    """Returns the name of the token that separates documents: GPT-2's, or the one that the settings name."""
+    stated = settings.get("eos_token")
+    if isinstance(stated, dict):
+        stated = stated.get("content")
+    for name in (END_OF_TEXT, stated, "</s>"):
+        if isinstance(name, str) and name in ids:
+            return name
+    raise UnsupportedTokenizerError(f"it has no {END_OF_TEXT}, and no other end-of-text")
 
 
 def _name(
-    tokens: Sequence[bytes],
+    parts: _Parts,
     found: _Found,
     saved: dict[str, Any],
     directory: str,
 ) -> Tokenizer:
     """Returns the tokenizer under the name that gptjax stored, a built-in one's name, or the directory's name."""
-    ranks = {token: rank for rank, token in enumerate(tokens)}
     saved_name = _take(saved, "name", str, "")
     saved_pattern = _take(saved, "pattern", str, "")
     # Another program may have changed tokenizer.json since: then the stored pattern does not count.
     if saved_name and saved_pattern and express_regex(saved_pattern, found.merges) == found.regex:
-        return _make(saved_name, saved_pattern, ranks, "tokenizer_config.json")
+        return _make(saved_name, saved_pattern, parts, found, file="tokenizer_config.json")
     pattern = _choose_pattern(found)
     for name, its_pattern in BUILT_IN.items():
         if pattern != its_pattern:
             continue
         built_in = load_tokenizer(name)
-        if built_in.tokens() == tokens:
+        is_same = built_in.ranks() == parts.ranks and built_in.specials == parts.specials
+        if is_same and not found.prefix_space:
             return built_in
     name = os.path.basename(os.path.abspath(directory)) or "custom"
     if name in BUILT_IN:
         name = f"{name}-custom"
-    return _make(name, pattern, ranks, "tokenizer.json")
+    return _make(name, pattern, parts, found, file="tokenizer.json")
 
 
 def _choose_pattern(found: _Found) -> str:
@@ -375,13 +411,22 @@ def _choose_pattern(found: _Found) -> str:
 def _make(
     name: str,
     pattern: str,
-    ranks: dict[bytes, int],
+    parts: _Parts,
+    found: _Found,
+    *,
     file: str,
 ) -> Tokenizer:
     """Returns the tokenizer, if the pattern, which was read from `file`, can be used."""
     try:
         check_pattern(pattern)
-        return make_tokenizer(name, pattern, ranks)
+        return make_tokenizer(
+            name,
+            pattern,
+            parts.ranks,
+            specials=parts.specials,
+            eot=parts.eot,
+            prefix_space=found.prefix_space,
+        )
     except HostilePattern as error:
         raise _CorruptError(
             f"{file}: {error}",

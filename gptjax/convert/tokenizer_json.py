@@ -9,18 +9,23 @@ _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": F
 
 
 def make_tokenizer_json(
+    tokenizer: Tokenizer,
     ids: dict[str, int],
     merges: Sequence[str],
+    *,
     regex: str | None,
 ) -> dict[str, Any]:
     """Returns tokenizer.json of a byte-level BPE.
 
-    ids: of all tokens in GPT-2's alphabet, with end-of-text.
+    ids: of all tokens in GPT-2's alphabet, with the special ones under their names.
     merges: 'LEFT RIGHT' in GPT-2's alphabet.
     regex: as `express_regex` returns it.
     """
     # GPT-2's regex is built into ByteLevel; any other is a Split before it.
-    pre_tokenizer: dict[str, Any] = _BYTE_LEVEL | {"use_regex": regex is None}
+    pre_tokenizer: dict[str, Any] = _BYTE_LEVEL | {
+        "add_prefix_space": tokenizer.prefix_space,
+        "use_regex": regex is None,
+    }
     if regex:
         split = {
             "type": "Split",
@@ -29,20 +34,23 @@ def make_tokenizer_json(
             "invert": False,
         }
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, pre_tokenizer]}
-    end_of_text = {
-        "id": ids[END_OF_TEXT],
-        "content": END_OF_TEXT,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
+    added = []
+    for name, number in sorted(tokenizer.specials.items(), key=lambda item: item[1]):
+        token = {
+            "id": number,
+            "content": name,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        added.append(token)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [end_of_text],
+        "added_tokens": added,
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": _BYTE_LEVEL | {"use_regex": True},  # adds nothing; with None transformers would choose one
@@ -68,13 +76,14 @@ def make_settings(tokenizer: Tokenizer, regex: str | None, block_size: int) -> d
     block_size: becomes model_max_length.
     """
     # transformers 5 rebuilds a GPT2Tokenizer with GPT-2's pattern; the other class uses tokenizer.json unchanged.
-    tokenizer_class = "GPT2Tokenizer" if regex is None else "PreTrainedTokenizerFast"
+    # GPT2Tokenizer would also put its own end-of-text behind other special tokens.
+    is_plain = regex is None and list(tokenizer.specials) == [END_OF_TEXT]
     return {
-        "tokenizer_class": tokenizer_class,
-        "add_prefix_space": False,
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "unk_token": END_OF_TEXT,
+        "tokenizer_class": "GPT2Tokenizer" if is_plain else "PreTrainedTokenizerFast",
+        "add_prefix_space": tokenizer.prefix_space,
+        "bos_token": tokenizer.eot,
+        "eos_token": tokenizer.eot,
+        "unk_token": tokenizer.eot,
         "clean_up_tokenization_spaces": False,
         "model_max_length": block_size,
         "gptjax": {"name": tokenizer.name, "pattern": tokenizer.pattern},

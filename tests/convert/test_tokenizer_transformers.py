@@ -197,8 +197,32 @@ def test_tokenizer_trained_by_tokenizers_gives_the_same_ids(tmp_path: Path) -> N
         assert ours.encode(text) == theirs.encode(text).ids
 
 
-def test_tokenizer_with_special_tokens_first_is_refused(tmp_path: Path) -> None:
-    train(tmp_path / "trained", special_first=True)
-    ours, line = read_tokenizer(str(tmp_path / "trained"))
-    assert ours is None
-    assert "<|endoftext|>, which has id 0" in line
+# name: special tokens before the tokens of text, the name of end-of-text, add_prefix_space
+TRAINED = {
+    "course": ([END_OF_TEXT], END_OF_TEXT, False),
+    "run_clm_flax": (["<s>", "<pad>", "</s>", "<unk>", "<mask>"], "</s>", False),
+    "pad first": (["<pad>", END_OF_TEXT], END_OF_TEXT, True),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_tokenizer_trained_with_special_tokens_first_has_the_same_ids(name: str, tmp_path: Path) -> None:
+    """Both ways: tokenizers' own file is read, and what is written of it gives the same ids to both programs."""
+    specials, eot, prefix_space = TRAINED[name]
+    theirs = tokenizers.ByteLevelBPETokenizer(add_prefix_space=prefix_space)
+    theirs.train_from_iterator(TEXTS * 3, vocab_size=400, min_frequency=2, special_tokens=specials)
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours, _ = read_tokenizer(str(tmp_path))
+    assert ours is not None
+    assert (ours.eot, ours.eot_id) == (eot, specials.index(eot))
+    assert ours.vocab_size == theirs.get_vocab_size()
+    write_tokenizer(ours, str(tmp_path / "again"), block_size=64)
+    again = load(tmp_path / "again")
+    assert (again.eos_token, again.eos_token_id) == (eot, ours.eot_id)
+    for text in TEXTS:
+        ids = theirs.encode(text).ids
+        assert ours.encode(text) == ids == again(text, add_special_tokens=False)["input_ids"], text
+        assert ours.decode(ids) == theirs.decode(ids) == again.decode(ids)
+    back, _ = read_tokenizer(str(tmp_path / "again"))
+    assert back is not None
+    assert back.sha256 == ours.sha256
