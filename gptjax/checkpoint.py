@@ -38,6 +38,7 @@ from gptjax.exhaustion import show_bytes
 from gptjax.fingerprint import fingerprints
 from gptjax.orbax_context import saving_context
 from gptjax.record import FAILURES, CorruptCheckpointError, Record, judge, read_record, seal
+from gptjax.retention import remove_unfinished
 from gptjax.sharding import check_params
 from gptjax.state import TrainState
 from gptjax.tree_checks import check_same_arrays, refuse_nonfinite
@@ -46,8 +47,6 @@ from gptjax.workdir import check_bucket, is_bucket
 
 log = logging.getLogger("gptjax")
 MAX_FAILED_SAVES = 3
-TEMPORARY = ".orbax-checkpoint-tmp"  # part of the name of a save that Orbax has not finished
-REMOVALS = 20  # attempts, 0.05 s apart, to remove the files of a failed save
 RETRY_SECONDS = 2.0  # before the last save of a run is retried
 STEP_NAME = re.compile(r"0|[1-9][0-9]*")  # Orbax writes no leading zeros; str.isdigit() would accept "\u00b2"
 
@@ -242,24 +241,12 @@ class Checkpointer:
         if orbax is not None:
             with contextlib.suppress(Exception):  # it may raise the same failure once more
                 orbax.close()
-        self._remove_temporary()
+        if jax.process_index() == 0:
+            remove_unfinished(self.directory)
         if self._failed >= allowed:
             self._release_state()
             raise SaveError(f"{self._failed} saves failed: {self._cause}", field=str(self.directory)) from error
         log.warning("checkpoint save failed, training continues: %s", _reason(error))
-
-    def _remove_temporary(self) -> None:
-        """Removes the files of a failed save. On a full disk they would leave no room for the next save."""
-        if jax.process_index() or not self.directory.exists():
-            return
-        for _ in range(REMOVALS):  # threads of the save may still be writing there
-            unfinished = [path for path in self.directory.iterdir() if TEMPORARY in path.name]
-            if not unfinished:
-                return
-            for path in unfinished:
-                with contextlib.suppress(OSError):  # the next save removes what is left
-                    path.rmtree()
-            time.sleep(0.05)
 
     def check_disk_space(self, abstract: TrainState) -> str:
         """Returns a line with the size of checkpoints of `abstract` and the free space.

@@ -18,9 +18,9 @@ def measure_free_space(directory: epath.Path) -> float:
     Raises:
         WorkdirError: nothing can be written there.
     """
-    is_missing = not directory.exists()
     probe = directory / f".probe-{secrets.token_hex(8)}"  # a name that nobody can guess and put a link at
     try:
+        is_missing = not directory.exists()
         directory.mkdir(parents=True, exist_ok=True)
         probe.write_text("can be written\n")
         probe.unlink()

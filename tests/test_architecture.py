@@ -48,7 +48,7 @@ LAYERS = """
     config  cli  convert.hub  chips
     distributed
     signals  peers  coordinator
-    orbax_context  disk_space  convert.hub_download
+    orbax_context  disk_space  retention  convert.hub_download
     redaction  workdir  streams
     plan.hlo_kernels  plan.traffic  convert.hub_listing
     convert.files  convert.transfer  plan.hlo  goodput  convert.byte_level

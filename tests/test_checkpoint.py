@@ -606,6 +606,60 @@ def test_three_failed_saves_end_the_run(monkeypatch, said, tmp_path):
     assert 4 in checkpoint_steps(tmp_path)
 
 
+@pytest.mark.faults
+def test_d1_replaced_checkpoint_directory_is_a_failed_save(said, tmp_path):
+    """A file in its place makes both the save and the removal of its files fail."""
+    checkpointer = Checkpointer(str(tmp_path))
+    save(checkpointer, 4)
+    checkpointer.wait_until_finished()
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").touch()
+    for step in (5, 6):
+        save(checkpointer, step)
+    (tmp_path / "checkpoints").unlink()
+    save(checkpointer, 7)
+    checkpointer.wait_until_finished()
+    assert checkpoint_steps(tmp_path) == [7]
+    assert [line.split(":")[0] for line in said] == ["checkpoint save failed, training continues"] * 2
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").touch()
+    for step in (8, 9):
+        save(checkpointer, step)
+    with raises(SaveError, f"{tmp_path}/checkpoints", match="3 saves failed"):
+        save(checkpointer, 10)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_d1_failed_save_in_an_unlistable_directory_is_retried(number, monkeypatch, said, tmp_path):
+    failing_writes(monkeypatch, 1)
+    checkpointer = Checkpointer(str(tmp_path))
+    save(checkpointer, 5)
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(checkpointer.directory), "iterdir", fail)
+        checkpointer.wait_for_pending_save()
+    save(checkpointer, 6)
+    checkpointer.close()
+    assert checkpoint_steps(tmp_path) == [6]
+    assert said == ["checkpoint save failed, training continues: [Errno 28] No space left on device"]
+
+
+@pytest.mark.faults
+def test_c6_unreachable_directory_is_no_traceback_in_the_check_for_space(monkeypatch, tmp_path):
+    checkpointer = Checkpointer(str(tmp_path))
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(type(checkpointer.directory), "exists", fail)
+    with raises(WorkdirError, f"{tmp_path}/checkpoints", match="Input/output error"):
+        checkpointer.check_disk_space(make_state()[0])
+
+
 def test_save_skipped_by_orbax_raises_an_error(tmp_path):
     """Orbax answers a step that is not above the newest with None, and no word."""
     checkpointer = Checkpointer(str(tmp_path))
