@@ -318,7 +318,7 @@ def cut_to_step(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
         cut = size  # the file is rewritten from here on
         num_moved = 0  # kept lines after `cut`, which are written again
         next_start = size  # where the line after the current one starts
-        for start, line in _lines_backwards(file):
+        for start, line in lines_backwards(file):
             if cut - next_start > BLOCK_BYTES:
                 break
             next_start = start
@@ -351,7 +351,7 @@ def rows_after(directory: str, step: int) -> Iterator[dict[str, Any]]:
     path = os.path.join(directory, METRICS_FILE)
     # Suppressed, because the rows only feed the account of lost time.
     with contextlib.suppress(OSError), os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
-        for _, line in _lines_backwards(file):
+        for _, line in lines_backwards(file):
             for row in parse_rows(line):
                 if row["step"] <= step:
                     return
@@ -375,7 +375,7 @@ def thinned_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
                 yield from parse_rows(line)
 
 
-def _lines_backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+def lines_backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """Yields (offset, line without its end), from the last to the first, with one block and one line in memory.
 
     A line of more than LONGEST_LINE bytes, such as a hole left by a power failure, ends in DAMAGED.

@@ -33,7 +33,7 @@ LAYERS = """
     convert.card  convert.torch_file  convert.safetensors_file
     convert.weights
     convert.names  convert.tokenizer_files
-    metrics  stored  convert.tokenizer_json
+    metrics  stored  convert.tokenizer_json  log_reader
     bucket_logs
     checkpoint  logs  step  generate  data.prepare  divergence
     state  optim  data.dataset  data.progress  data.shard_writer  plan.estimate  decode

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import os
 import re
 import tempfile
@@ -32,7 +33,7 @@ from gptjax.data.tokenizer import Tokenizer, load_tokenizer
 from gptjax.errors import ConfigError, DataError, one_line
 from gptjax.fingerprint import fingerprint_array
 from gptjax.identity import read_identity
-from gptjax.logs import parse_rows
+from gptjax.log_reader import newest_rows
 from gptjax.optim import make_optimizer
 from gptjax.orbax_context import CHUNK_BYTES, saving_context
 from gptjax.params import Param, check_paths, leaf_shape, rows, tensor_shape
@@ -40,8 +41,9 @@ from gptjax.record import CorruptCheckpointError, Record, seal
 from gptjax.sharding import abstract_params, nest, path_name
 from gptjax.stored import StoredParams
 from gptjax.versions import versions
-from gptjax.workdir import CONFIG_FILE, METRICS_FILE, TOKENIZER_FILE, check_bucket, read_file, write_json
+from gptjax.workdir import CONFIG_FILE, METRICS_FILE, TOKENIZER_FILE, check_bucket, write_json
 
+log = logging.getLogger("gptjax")
 STEP = "[0-9]{1,18}"  # a step as text; int() refuses thousands of digits, and str.isdigit() accepts superscripts
 # AdamW's state in the opt_state of gptjax.optim: optax's count, and trees like the parameters'.
 COUNT, FIRST, SECOND = "0/count", "0/mu/", "0/nu/"
@@ -235,12 +237,18 @@ def _history(workdir: str, stored: StoredParams) -> dict[str, Any]:
 
 def _losses(workdir: str, step: int) -> dict[str, float]:
     """Returns the newest losses up to `step` in metrics.jsonl. If that is damaged or missing, there are none."""
-    found = {}
-    content = read_file(workdir, METRICS_FILE) or b""
-    for row in parse_rows(content):
-        if row["step"] <= step:
-            losses = {name: row.get(name) for name in ("loss", "val_loss")}
-            found |= make_history(losses)
+    wanted = ("loss", "val_loss")
+    found: dict[str, float] = {}
+    try:
+        for row in newest_rows(workdir, having=b"loss"):
+            if row["step"] <= step:
+                losses = {name: row.get(name) for name in wanted}
+                found = make_history(losses) | found
+            if len(found) == len(wanted):
+                break
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        log.warning("%s/%s: %s: converted without its losses", workdir, METRICS_FILE, reason)
     return found
 
 

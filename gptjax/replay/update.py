@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,13 +20,13 @@ from gptjax.errors import CheckpointError, ConfigError, one_line
 from gptjax.former_names import rename_fields
 from gptjax.history import History, SkippedRange
 from gptjax.identity import Identity
-from gptjax.logs import parse_rows
+from gptjax.log_reader import newest_rows
 from gptjax.record import CorruptCheckpointError, Record
 from gptjax.replay.report import Replayed, Row, TokenText, is_layered, split_documents
 from gptjax.setup import Run
 from gptjax.state import TrainState
 from gptjax.strict_json import InvalidTextError
-from gptjax.workdir import CONFIG_FILE, METRICS_FILE, read_file
+from gptjax.workdir import CONFIG_FILE, read_file
 
 log = logging.getLogger("gptjax")
 PROGRESS_SECONDS = 5.0  # between two lines of progress
@@ -402,8 +402,10 @@ def compare_with_log(
     skipped: Ranges,
 ) -> str:
     """Returns a line that reports whether the run logged the same metrics."""
-    content = read_file(workdir, METRICS_FILE) or b""
-    row = _last_train_row(parse_rows(content), number)
+    try:
+        row = _last_train_row(workdir, number)
+    except OSError as error:
+        return f"metrics.jsonl: {error.strerror or one_line(error)}: not compared"
     if not row:
         return "metrics.jsonl has no such step"
     rollbacks = row.get("rollbacks", 0)
@@ -418,13 +420,16 @@ def compare_with_log(
     return "equal to metrics.jsonl, bit for bit"
 
 
-def _last_train_row(rows: Iterable[dict[str, Any]], number: int) -> dict[str, Any]:
-    """Returns the last training row of a step, {} without one: after a rollback or resume the log has several."""
-    found: dict[str, Any] = {}
-    for row in rows:
+def _last_train_row(workdir: str, number: int) -> dict[str, Any]:
+    """Returns the last training row of a step, {} without one: after a rollback or resume the log has several.
+
+    Raises:
+        OSError: the log cannot be read.
+    """
+    for row in newest_rows(workdir, having=str(number).encode()):
         if row["step"] == number and "loss" in row:
-            found = row
-    return found
+            return row
+    return {}
 
 
 def _as_logged(value: float) -> float | None:

@@ -1,7 +1,9 @@
 """J1: damaged JSON and text of a run, of data or of a model ends in one line that names the file, or is left out."""
 
 import dataclasses
+import errno
 import json
+import os
 
 import pytest
 
@@ -177,6 +179,58 @@ def test_j1_damaged_log_lines_are_skipped(tmp_path):
     assert update.compare_with_log(str(tmp_path), 2, metrics, skipped=()) == "equal to metrics.jsonl, bit for bit"
     assert logs.cut_to_step(tmp_path / "metrics.jsonl", 1) == rows[:1]
     assert (tmp_path / "metrics.jsonl").read_bytes() == lines[0] + b"\n"
+
+
+def unreadable_log(kind, directory, monkeypatch):
+    """Makes a metrics.jsonl that cannot be read, and returns the reason."""
+    path = directory / "metrics.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+        return "is a pipe, not a regular file"
+    if kind == "endless":
+        path.symlink_to("/dev/zero")
+        return "is a symbolic link, not a regular file"
+    path.touch()
+    if kind == "huge":
+        monkeypatch.setattr(logs, "LARGEST_FILE", 2**20)
+        os.truncate(path, 10**12)
+        return "more than 1,048,576 bytes to be searched"
+
+    def fail(*_):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("gptjax.log_reader.open_regular", fail)
+    return "Permission denied"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless", "huge", "forbidden"])
+def test_j1_unreadable_log_is_left_out_and_named(kind, said, monkeypatch, tmp_path):
+    reason = unreadable_log(kind, tmp_path, monkeypatch)
+    assert native._losses(str(tmp_path), 9) == {}
+    assert said == [f"{tmp_path}/metrics.jsonl: {reason}: converted without its losses"]
+    line = update.compare_with_log(str(tmp_path), 2, {"loss": 1.5}, skipped=())
+    assert line == f"metrics.jsonl: {reason}: not compared"
+
+
+def test_j1_unreachable_log_in_a_bucket_is_left_out(said, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("403 Forbidden")
+
+    monkeypatch.setattr("gptjax.log_reader.read_file", fail)
+    assert native._losses("gs://bucket/run", 9) == {}
+    assert said == ["gs://bucket/run/metrics.jsonl: 403 Forbidden: converted without its losses"]
+
+
+def test_w3_end_of_a_large_log_is_read_from_its_end(tmp_path):
+    """A row near the end, behind a hole of a terabyte."""
+    rows = [{"step": 7, "loss": 2.5}, {"step": 8, "loss": 1.5, "val_loss": 3.5}]
+    with open(tmp_path / "metrics.jsonl", "wb") as file:
+        file.truncate(10**12)
+        file.seek(10**12)
+        file.writelines(b"\n" + json.dumps(row).encode() for row in rows)
+    assert native._losses(str(tmp_path), 9) == {"loss": 1.5, "val_loss": 3.5}
+    line = update.compare_with_log(str(tmp_path), 7, {"loss": 2.5}, skipped=())
+    assert line == "equal to metrics.jsonl, bit for bit"
 
 
 def test_j1_nonfinite_numbers_in_a_log_become_null(tmp_path):
