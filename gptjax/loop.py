@@ -1,11 +1,9 @@
 """The training loop: dispatches steps, reads their metrics, and evaluates, samples and saves when due."""
 
-import contextlib
 import dataclasses
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +26,7 @@ from gptjax.periodic import validate, write_samples
 from gptjax.setup import Run, write_files
 from gptjax.signals import Watchdog, fault_point
 from gptjax.state import TrainState
+from gptjax.traces import profiled
 from gptjax.workdir import WorkdirLock
 
 log = logging.getLogger("gptjax")
@@ -346,15 +345,3 @@ def process_metrics(
             log.warning("step %d: %s: update skipped (%d so far)", step, verdict.why, history.skipped_steps)
         reporter.report_step(step, row, skipped=history.skipped_steps)
     return history
-
-
-@contextlib.contextmanager
-def profiled(wanted: bool, directory: str) -> Iterator[None]:
-    """Writes a profiler trace of the block to `directory`/profile if `wanted`, for TensorBoard or Perfetto."""
-    if not wanted:
-        yield
-        return
-    path = os.path.join(directory, "profile")
-    with jax.profiler.trace(path):
-        yield
-    log.info("profile written to %s", path)

@@ -29,6 +29,8 @@ METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
 LOGS = (CONFIG_FILE, PARAMETERS_FILE, TOKENIZER_FILE, METRICS_FILE, SAMPLES_FILE)
 TENSORBOARD = "tensorboard"  # directory
+PROFILE = "profile"  # directory
+TRACES = "plugins/profile"  # directory in it, where TensorBoard looks for traces
 LOCK_FILE = ".lock"
 LARGEST_FILE = 2**31  # bytes; larger files are refused
 PROCESS_NAME = re.compile(r"process-\d+")  # directory of a process's logs and lock, except process 0's
@@ -175,10 +177,31 @@ def check_files(directory: str) -> None:
     """
     for name in (*LOGS, LOCK_FILE):
         _check_kind(os.path.join(directory, name), "", expected="a regular file")
-    directories = [os.path.join(directory, TENSORBOARD)]
+    check_directories(os.path.join(directory, TENSORBOARD))
+    check_profile(directory)
     if PROCESS_NAME.fullmatch(os.path.basename(os.path.normpath(directory))):
-        directories.append(directory)  # a run creates it inside the work directory
-    for path in directories:
+        check_directories(directory)  # a run creates it inside the work directory
+
+
+def check_profile(directory: str) -> str:
+    """Returns the path of a run's profiler traces, after the check of `check_files`.
+
+    Raises:
+        WorkdirError: it, or a directory inside it to which a trace is moved, is something else, such as a link.
+    """
+    path = os.path.join(directory, PROFILE)
+    traces = os.path.join(path, TRACES)
+    check_directories(path, os.path.dirname(traces), traces)
+    return path
+
+
+def check_directories(*paths: str) -> None:
+    """Checks that each of `paths` is missing or a directory, and no link.
+
+    Raises:
+        WorkdirError: one is something else; the message names it.
+    """
+    for path in paths:
         _check_kind(path, "a directory", expected="a directory")
 
 

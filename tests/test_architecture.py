@@ -49,6 +49,7 @@ LAYERS = """
     distributed
     signals  peers  coordinator
     orbax_context  disk_space  retention  convert.hub_download
+    traces
     redaction  workdir  streams
     plan.hlo_kernels  plan.traffic  convert.hub_listing
     convert.files  convert.transfer  plan.hlo  goodput  convert.byte_level

@@ -191,7 +191,24 @@ def test_l2_temporary_names_cannot_be_guessed_and_are_new(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("name", ["tensorboard", "process-1"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "a directory"])
+@pytest.mark.parametrize("name", ["profile", "profile/plugins", "profile/plugins/profile"])
+def test_l2_irregular_profile_is_refused_before_locking(name: str, kind: str, outside: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    path = run / name
+    path.parent.mkdir(parents=True)
+    make(kind, path, outside)
+    with raises(WorkdirError, str(path), remedy="another --workdir", match=kind), workdir.lock_workdir(str(run)):
+        pytest.fail("it was taken")
+    assert not (run / ".lock").exists()
+    path.unlink()
+    path.write_bytes(b"")
+    with raises(WorkdirError, str(path), match="is a file, not a directory"):
+        workdir.check_files(str(run))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["tensorboard", "profile", "process-1"])
 def test_l2_linked_run_directory_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run").mkdir()
