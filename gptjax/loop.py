@@ -27,7 +27,7 @@ from gptjax.setup import Run, write_files
 from gptjax.signals import Watchdog, fault_point
 from gptjax.state import TrainState
 from gptjax.traces import profiled
-from gptjax.workdir import WorkdirLock
+from gptjax.workdir import WorkdirLock, missing_description
 
 log = logging.getLogger("gptjax")
 
@@ -256,11 +256,15 @@ class Loop:
         self._saved = self._step
 
     def _renew_workdir(self) -> None:
-        """Re-creates the files of the work directory if somebody has removed it during the run."""
+        """Re-creates the files of the work directory if somebody has removed them during the run."""
         tools = self._tools
-        if not tools.lock.renew():
+        is_renewed = tools.lock.renew()
+        # Looked for separately, because a shell's `rm -rf RUN/*` spares the lock, whose name begins with a dot.
+        missing = missing_description(tools.directory)
+        if not is_renewed and not missing:
             return
-        log.warning("%s: the directory or its lock was removed during the run; re-creating the files", tools.directory)
+        removed = "the directory or its lock" if is_renewed else ", ".join(missing)
+        log.warning("%s: removed during the run: %s; re-creating the files", tools.directory, removed)
         try:
             write_files(self._run, tools.directory, tools.identity)
         except WorkdirError as error:  # the checkpoint matters more, and has retries of its own

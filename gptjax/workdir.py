@@ -27,7 +27,8 @@ PARAMETERS_FILE = "parameters.json"
 TOKENIZER_FILE = "tokenizer.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
-LOGS = (CONFIG_FILE, PARAMETERS_FILE, TOKENIZER_FILE, METRICS_FILE, SAMPLES_FILE)
+DESCRIPTION = (CONFIG_FILE, PARAMETERS_FILE, TOKENIZER_FILE)  # written at each start of a run
+LOGS = (*DESCRIPTION, METRICS_FILE, SAMPLES_FILE)
 TENSORBOARD = "tensorboard"  # directory
 PROFILE = "profile"  # directory
 TRACES = "plugins/profile"  # directory in it, where TensorBoard looks for traces
@@ -217,6 +218,11 @@ def _check_kind(path: str, wanted: str, *, expected: str) -> None:
             field=path,
             remedy="remove it, or choose another --workdir",
         )
+
+
+def missing_description(directory: str) -> list[str]:
+    """Returns the names of the files of DESCRIPTION that a work directory lacks."""
+    return [name for name in DESCRIPTION if not os.path.lexists(os.path.join(directory, name))]
 
 
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:

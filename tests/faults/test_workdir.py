@@ -140,6 +140,29 @@ def test_d4_removed_work_directory_is_recreated(lab, twin, tiny_run, tmp_path):
     assert restored_bytes(workdir, tiny_run.abstract_state) == restored_bytes(twin, tiny_run.abstract_state)
 
 
+def test_d4_files_removed_without_the_lock_are_written_again(train_here, said, twin, monkeypatch, tmp_path):
+    """As by `rm -rf RUN/*`."""
+    workdir, before, saves = tmp_path / "run", {}, []
+
+    def remove_once(point):
+        if point != "save":
+            return
+        saves.append(point)
+        for path in workdir.iterdir() if len(saves) == 1 else ():
+            if path.is_file() and path.name != ".lock":
+                before[path.name] = path.read_bytes()
+                path.unlink()
+
+    monkeypatch.setattr("gptjax.loop.fault_point", remove_once)
+    assert train_here(workdir) == 0
+    names = ["config.json", "parameters.json", "tokenizer.json"]
+    assert [(workdir / name).read_bytes() for name in names] == [before[name] for name in names]
+    assert "run_id" in (workdir / "config.json").read_text()
+    assert list(losses(workdir)) == [step for step in losses(twin) if step > 8], "noticed at the save of step 8"
+    [line] = [line for line in said if "removed during the run" in line]
+    assert line == f"{workdir}: removed during the run: {', '.join(names)}; re-creating the files"
+
+
 def test_d2_file_in_place_of_the_workdir_is_refused(lab, tmp_path):
     workdir = tmp_path / "run"
     workdir.write_text("not a directory")
