@@ -291,6 +291,7 @@ class Checkpointer:
         Raises:
             CheckpointError: checkpoints exist, and none is intact.
             UnreadableError: a checkpoint cannot be read at the moment.
+            WorkdirError: a corrupt checkpoint cannot be renamed.
             UnavailableError: this is one of several processes, and it cannot read its shards.
             ConfigError: the work directory holds converted weights, without an optimizer state.
         """
@@ -394,8 +395,7 @@ class Checkpointer:
         damage = judge(self.directory / str(step), "unreadable", error)
         if not isinstance(damage, CorruptCheckpointError):
             raise damage from error
-        with contextlib.suppress(FileNotFoundError):  # another process has renamed it already
-            self._quarantine(step, damage, by_any=True)
+        self._quarantine(step, damage, by_any=True)
         raise UnavailableError(
             f"{damage} in process {jax.process_index()}",
             field=f"{self.directory}/{step}",
@@ -403,7 +403,13 @@ class Checkpointer:
         ) from error
 
     def _quarantine(self, step: int, damage: CorruptCheckpointError, *, by_any: bool = False) -> None:
-        """Renames a corrupt checkpoint to N.corrupt-REASON. by_any: any process may rename it, not only process 0."""
+        """Renames a corrupt checkpoint to N.corrupt-REASON.
+
+        by_any: any process may rename it, not only process 0.
+
+        Raises:
+            WorkdirError: it cannot be renamed.
+        """
         summary = str(damage).split("(")[0].lower()
         reason = re.sub(r"[^a-z0-9]+", "-", summary).strip("-")[:40]
         name = f"{str(step)[:100]}.corrupt-{reason}"  # shortened: a directory's name may be one number of 255 digits
@@ -412,10 +418,28 @@ class Checkpointer:
         while target.exists():  # the same step was refused for the same reason before
             target = self.directory / f"{name}-{count}"
             count += 1
-        log.warning("checkpoint %s/%d refused: %s; renamed to %s", self.directory, step, damage, target.name)
         self._close_orbax()  # Orbax caches the list of steps, and would refuse to save this step again
         if by_any or jax.process_index() == 0:
+            self._rename(step, target, damage)
+        log.warning("checkpoint %s/%d refused: %s; renamed to %s", self.directory, step, damage, target.name)
+
+    def _rename(self, step: int, target: epath.Path, damage: CorruptCheckpointError) -> None:
+        """Renames a corrupt checkpoint, unless another process has renamed it already.
+
+        Raises:
+            WorkdirError: it cannot be renamed.
+        """
+        try:
             (self.directory / str(step)).rename(target)
+        except FileNotFoundError:
+            return
+        except Exception as error:  # of the file system, or of the library that reaches a bucket
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise WorkdirError(
+                f"damaged ({damage}), and cannot be renamed: {reason}; nothing was changed",
+                field=f"{self.directory}/{step}",
+                remedy="allow writing there, or rename it: the run then resumes from the checkpoint before it",
+            ) from error
 
 
 def _reason(error: Exception) -> str:

@@ -1,7 +1,9 @@
 """C1 to C4: a damaged checkpoint is never loaded silently, and never ends in a silent fresh start."""
 
 import dataclasses
+import errno
 import functools
+import os
 import random
 import shutil
 
@@ -11,12 +13,12 @@ import pytest
 
 from gptjax.checkpoint import Checkpointer
 from gptjax.config import Config, GPTConfig, MeshConfig, OptimConfig
-from gptjax.errors import CheckpointError, ConfigError
+from gptjax.errors import CheckpointError, ConfigError, WorkdirError
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer
 from gptjax.sharding import make_mesh
 from gptjax.state import make_init
-from tests.helpers import raises
+from tests.helpers import raises, snapshot
 from tests.runs import checkpoint_steps, state_bytes, temporary_directories
 
 pytestmark = [
@@ -204,6 +206,45 @@ def test_c4_foreign_files_beside_checkpoints_are_ignored(workdir, said):
     assert temporary_directories(workdir) == []
     assert checkpoint_steps(workdir) == [2, 3]
     assert (directory / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", ["an empty record", "an empty directory"])
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EROFS])
+def test_c4_damaged_step_that_cannot_be_renamed_ends_the_run(damage, number, healthy, said, monkeypatch, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(healthy, workdir)
+    step = 2
+    if damage == "an empty directory":
+        step = 9
+        (workdir / "checkpoints" / "9").mkdir()
+    else:
+        (workdir / "checkpoints" / "2" / "_CHECKPOINT_METADATA").write_text("")
+    before = snapshot(workdir)
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    checkpointer = Checkpointer(str(workdir))
+    monkeypatch.setattr(type(checkpointer.directory), "rename", fail)
+    problem = f"damaged .record unreadable .* and cannot be renamed: {os.strerror(number)}; nothing was changed"
+    with raises(WorkdirError, f"{workdir}/checkpoints/{step}", remedy="rename it", match=problem):
+        checkpointer.restore_latest(states()[0])
+    assert said == []
+    assert snapshot(workdir) == before
+
+
+def test_c4_step_that_another_process_has_renamed_is_left_out(healthy, monkeypatch, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(healthy, workdir)
+    (workdir / "checkpoints" / "2" / "_CHECKPOINT_METADATA").write_text("")
+    rename = type(Checkpointer(str(workdir)).directory).rename
+
+    def rename_twice(path, target):
+        rename(path, target)
+        return rename(path, f"{target}-again")
+
+    monkeypatch.setattr(type(Checkpointer(str(workdir)).directory), "rename", rename_twice)
+    assert restore(workdir) == 1
 
 
 def test_c4_empty_step_directory_alone_prevents_a_fresh_start(tmp_path):
