@@ -32,13 +32,12 @@ from gptjax.errors import (
     UnavailableError,
     UnreadableError,
     WorkdirError,
-    one_line,
 )
 from gptjax.exhaustion import show_bytes
 from gptjax.fingerprint import fingerprints
 from gptjax.orbax_context import saving_context
 from gptjax.record import FAILURES, CorruptCheckpointError, Record, judge, read_record, seal
-from gptjax.retention import remove_unfinished
+from gptjax.retention import Retention, remove_unfinished, why
 from gptjax.sharding import check_params
 from gptjax.state import TrainState
 from gptjax.tree_checks import check_same_arrays, refuse_nonfinite
@@ -65,27 +64,21 @@ class Checkpointer:
         root = workdir if is_bucket(workdir) else os.path.abspath(workdir)
         self.directory = epath.Path(root) / "checkpoints"
         self._keep = keep
+        self._retention: Any = Retention(keep)
         self._orbax: Any = None  # opened by the first save
         self._pending: Any = None  # Orbax's future of the save that is being written
         self._failed = 0  # number of saves in a row that have failed
         self._cause = ""  # why the first of them failed
+        self._record: Record | None = None  # of the newest save
         self._state: TrainState | None = None  # kept until the last save is on disk, because a retry needs it
         self._start: Callable[[], None] = lambda: None  # starts the last save once more
 
     def _open(self) -> Any:
         decisions: Any = ocp.training.save_decision_policies
-        policies: Any = ocp.training.preservation_policies
-        newest = policies.LatestN(self._keep)
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics["val_loss"],
-            reverse=True,  # sorts in descending order; the last one, the lowest loss, is kept
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
         return ocp.training.Checkpointer(
             self.directory,
             save_decision_policy=decisions.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy([newest, best]),
+            preservation_policy=self._retention,
             cleanup_tmp_directories=True,
             context=saving_context(),
         )
@@ -104,8 +97,7 @@ class Checkpointer:
                 return []
             return [path.name for path in self.directory.iterdir()]
         except OSError as error:
-            reason = error.strerror or one_line(error)
-            raise UnreadableError(f"cannot be read now: {reason}", field=str(self.directory)) from error
+            raise UnreadableError(f"cannot be read now: {why(error)}", field=str(self.directory)) from error
 
     def save(
         self,
@@ -145,12 +137,14 @@ class Checkpointer:
             versions=versions(),
         )
         self._state = state
-        self._start = functools.partial(self._start_save, step, trees, record, metrics)
+        self._record = record
+        self._start = functools.partial(self._start_save, trees, record, metrics)
         self._start()
 
-    def _start_save(self, step: int, trees: dict[str, Any], record: Record, metrics: dict[str, float] | None) -> None:
+    def _start_save(self, trees: dict[str, Any], record: Record, metrics: dict[str, float] | None) -> None:
+        step = record.step
         try:
-            if self._failed and self._is_saved(step, record):  # a retry: the save failed after its files were complete
+            if self._failed and self._is_saved(record):  # a retry: the save failed after its files were complete
                 self._failed = 0
                 return
             if self._orbax is None:
@@ -167,11 +161,11 @@ class Checkpointer:
         if self._pending is None:  # Orbax skips a step below the newest one without an error
             raise SaveError(f"a checkpoint after step {step} exists already", field=str(self.directory))
 
-    def _is_saved(self, step: int, record: Record) -> bool:
-        if step not in self.steps():
+    def _is_saved(self, record: Record) -> bool:
+        if record.step not in self.steps():
             return False
         try:
-            return self.read_record(step).fingerprints == record.fingerprints
+            return self.read_record(record.step).fingerprints == record.fingerprints
         except CorruptCheckpointError:
             return False
 
@@ -229,24 +223,39 @@ class Checkpointer:
             pending.result()
             self._failed = 0
         except Exception as error:  # Orbax raises many types; each failure is logged, and raised at the limit
-            self._save_failed(error, allowed)
+            peers.settle()
+            if not self._is_complete():
+                self._save_failed(error, allowed)
+                return
+            self._failed = 0
+            self._drop_orbax()
+            if jax.process_index() or not self._retention.remove_old(self.directory):
+                log.warning("the checkpoint is complete, but its save ended with an error: %s", why(error))
+
+    def _is_complete(self) -> bool:
+        """Returns whether the newest save has all its files, so that only what follows them can have failed."""
+        with contextlib.suppress(CheckpointError):  # it cannot be read now
+            return self._record is not None and self._is_saved(self._record)
+        return False
 
     def _save_failed(self, error: Exception, allowed: int) -> None:
         peers.settle()
         if self._failed == 0:
-            self._cause = _reason(error)
+            self._cause = why(error)
         self._failed += 1
-        orbax = self._orbax
-        self._orbax = None  # the next save re-opens Orbax, which re-reads the directory
-        if orbax is not None:
-            with contextlib.suppress(Exception):  # it may raise the same failure once more
-                orbax.close()
+        self._drop_orbax()
         if jax.process_index() == 0:
             remove_unfinished(self.directory)
         if self._failed >= allowed:
             self._release_state()
             raise SaveError(f"{self._failed} saves failed: {self._cause}", field=str(self.directory)) from error
-        log.warning("checkpoint save failed, training continues: %s", _reason(error))
+        log.warning("checkpoint save failed, training continues: %s", why(error))
+
+    def _drop_orbax(self) -> None:
+        """Closes Orbax after a failure. The next save re-opens it, and then it re-reads the directory."""
+        with contextlib.suppress(Exception):  # it may raise the same failure once more
+            self._close_orbax()
+        self._orbax = None
 
     def check_disk_space(self, abstract: TrainState) -> str:
         """Returns a line with the size of checkpoints of `abstract` and the free space.
@@ -434,15 +443,8 @@ class Checkpointer:
         except FileNotFoundError:
             return
         except Exception as error:  # of the file system, or of the library that reaches a bucket
-            reason = getattr(error, "strerror", None) or one_line(error)
             raise WorkdirError(
-                f"damaged ({damage}), and cannot be renamed: {reason}; nothing was changed",
+                f"damaged ({damage}), and cannot be renamed: {why(error)}; nothing was changed",
                 field=f"{self.directory}/{step}",
                 remedy="allow writing there, or rename it: the run then resumes from the checkpoint before it",
             ) from error
-
-
-def _reason(error: Exception) -> str:
-    """Returns why a save failed: the OS's text for the error number in tensorstore's message, or else the message."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(code[1])) if code else one_line(error)

@@ -574,12 +574,14 @@ def test_failed_last_save_with_deleted_state_is_reported(monkeypatch, tmp_path):
         checkpointer.wait_until_finished()
 
 
-def test_failure_after_a_complete_save_keeps_the_checkpoint(monkeypatch, tmp_path):
-    failing_writes(monkeypatch, 1, after=True)
+def test_failure_after_a_complete_save_keeps_the_checkpoint(monkeypatch, said, tmp_path):
+    failing_writes(monkeypatch, 4, after=True)
     checkpointer = Checkpointer(str(tmp_path))
-    save(checkpointer, 5)
+    for step in (5, 6, 7, 8):
+        save(checkpointer, step)
     checkpointer.close()
-    assert checkpoint_steps(tmp_path) == [5]
+    assert checkpoint_steps(tmp_path) == [8]
+    assert [line.split(":")[0] for line in said] == ["the checkpoint is complete, but its save ended with an error"] * 4
 
 
 def test_training_continues_after_failed_saves(monkeypatch, said, tmp_path):
@@ -645,7 +647,28 @@ def test_d1_failed_save_in_an_unlistable_directory_is_retried(number, monkeypatc
     save(checkpointer, 6)
     checkpointer.close()
     assert checkpoint_steps(tmp_path) == [6]
-    assert said == ["checkpoint save failed, training continues: [Errno 28] No space left on device"]
+    assert said == ["checkpoint save failed, training continues: No space left on device"]
+
+
+@pytest.mark.faults
+def test_d1_old_step_that_cannot_be_removed_is_one_warning(monkeypatch, said, tmp_path):
+    remove = shutil.rmtree
+
+    def refuse_4(path, *args, **kwargs):
+        if str(path).endswith("/checkpoints/4"):
+            raise OSError(errno.EPERM, "Operation not permitted")
+        remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse_4)
+    checkpointer = Checkpointer(str(tmp_path))
+    for step in range(4, 10):
+        save(checkpointer, step)
+    checkpointer.close()
+    assert checkpoint_steps(tmp_path) == [4, 9]
+    assert said == [
+        f"{tmp_path}/checkpoints/4: the old checkpoint cannot be removed: Operation not permitted; training continues"
+    ]
+    assert int(Checkpointer(str(tmp_path)).restore_latest(make_state()[0])[0].step) == 9
 
 
 @pytest.mark.faults
