@@ -1,4 +1,4 @@
-"""Which checkpoints stay; and the removal of old ones, and of the files of a failed save."""
+"""Which checkpoints stay, and the removal of old ones and of the files of a failed save."""
 
 import contextlib
 import logging

@@ -1,4 +1,7 @@
-"""Profiler traces of a run, for TensorBoard or Perfetto. A trace is a log: a failure to write it is a warning."""
+"""Profiler traces of a run, for TensorBoard or Perfetto.
+
+A trace is a log: a failure to write it is a warning.
+"""
 
 import contextlib
 import logging

@@ -49,11 +49,12 @@ LAYERS = """
     distributed
     signals  peers  coordinator
     orbax_context  disk_space  retention  convert.hub_download
-    traces
+    traces  convert.hub_listing
+    convert.files
     redaction  workdir  streams
-    plan.hlo_kernels  plan.traffic  convert.hub_listing
-    convert.files  convert.transfer  plan.hlo  goodput  convert.byte_level
-    config_values
+    plan.hlo_kernels  plan.traffic
+    convert.transfer  plan.hlo  goodput  convert.byte_level
+    config_values  model_flags
     errors  exhaustion  former_names  gpu_memory  history  documents  versions  strict_json
 """
 # Where a process starts, and its loop: only these use RUNTIME, the modules of processes and of their command lines.

@@ -5,6 +5,7 @@ from typing import Any
 
 from gptjax.errors import DataError, one_line
 from gptjax.strict_json import InvalidTextError, parse_json, read_at_most
+from gptjax.workdir import kind_of
 
 LONGEST_NAME = 255  # characters
 LARGEST_JSON = 32 * 2**20  # bytes; the index of a model with ten thousand tensors needs about one MiB
@@ -46,6 +47,22 @@ def _allowed_roots(root: str) -> list[str]:
         return [root]
     # Not resolved: a `blobs` that is itself a link leads outside the cache.
     return [root, os.path.join(os.path.dirname(parent), "blobs")]
+
+
+def require_regular(path: str) -> None:
+    """Checks that a path, if it exists, is a regular file or a link to one, before it is opened or given to a library.
+
+    Opening a pipe would block forever, and a device such as /dev/zero has no end.
+
+    Raises:
+        DataError: it is something else; the message says what it is.
+    """
+    try:
+        kind = kind_of(os.stat(path).st_mode)
+    except (OSError, ValueError):  # it does not exist, or its name is no name: opening it reports that
+        return
+    if kind:
+        raise DataError(f"is {kind}, not a regular file", field=path)
 
 
 def locate(directory: str, name: str) -> str | None:

@@ -7,6 +7,7 @@ import os
 import numpy as np
 
 from gptjax.config import GPTConfig
+from gptjax.convert.files import require_regular
 from gptjax.convert.names import Shape, layers
 from gptjax.convert.weights import DTYPES, NamedTensors, ReadTensor, Tensor, Weights, make_weights
 from gptjax.errors import DataError
@@ -66,6 +67,7 @@ def read_header(path: str) -> tuple[GPTConfig, int, np.dtype]:
     Raises:
         DataError: the file is not a model of llm.c, or its size is not the one that its header implies.
     """
+    require_regular(path)
     try:
         with open(path, "rb") as file:
             head = file.read(HEADER_BYTES)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.convert import huggingface
-from gptjax.convert.files import locate
+from gptjax.convert.files import locate, require_regular
 from gptjax.convert.tokenizer_files import read_tokenizer
 from gptjax.convert.weights import ReadTensor, Tensor, Weights, check_name, make_weights, short_repr
 from gptjax.errors import DataError, one_line
@@ -51,8 +51,12 @@ def read(
 def _load(path: str) -> Any:
     from flax import serialization
 
-    with open(path, "rb") as file:
-        data = file.read()
+    require_regular(path)
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", field=path) from error
     try:
         return serialization.msgpack_restore(data)
     except Exception as error:  # msgpack fails in many ways on damaged bytes, which all mean the same

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from gptjax.convert.files import LARGEST_JSON
+from gptjax.convert.files import LARGEST_JSON, require_regular
 from gptjax.convert.names import Shape
 from gptjax.convert.weights import DTYPES, UNKNOWN_DTYPE, NamedTensors, ReadTensor, Tensor, check_name
 from gptjax.errors import DataError, one_line
@@ -40,6 +40,7 @@ def open_safetensors(path: str) -> dict[str, Tensor]:
     Raises:
         DataError: the file is damaged.
     """
+    require_regular(path)
     with _opened(path) as file:
         slices = {}
         for name in file.keys():  # noqa: SIM118  # the file is no dict

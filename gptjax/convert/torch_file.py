@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.convert.weights import DTYPES, UNKNOWN_DTYPE, ReadTensor, Tensor, check_name
+from gptjax.convert.files import require_regular
+from gptjax.convert.weights import DTYPES, ReadTensor, Tensor, check_name
 from gptjax.errors import DataError, UnavailableError, one_line
 
 LEAST_TORCH = (2, 10)  # CVE-2025-32434 and CVE-2026-24747: in older ones a file can run code despite weights_only=True
@@ -73,6 +74,7 @@ def load(path: str) -> Any:
         DataError: the file is damaged, or contains anything else, such as code. No code of the file runs.
         UnavailableError: torch is missing or too old.
     """
+    require_regular(path)
     torch = import_torch(path)
     try:
         with torch.serialization.safe_globals(NUMPY_SCALARS):

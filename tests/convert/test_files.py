@@ -1,11 +1,13 @@
 """A file of a model directory is inside it, or refused."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from gptjax.convert.files import resolve_inside
+from gptjax.convert import llmc, msgpack, safetensors_file, torch_file
+from gptjax.convert.files import require_regular, resolve_inside
 from gptjax.errors import DataError
 from tests.helpers import raises
 
@@ -119,3 +121,36 @@ def test_snapshot_link_outside_its_blobs_is_refused(snapshot: Path, tmp_path: Pa
         blobs.symlink_to(tmp_path)
     with raises(DataError, str(snapshot), match="leads out"):
         resolve_inside(str(snapshot), "link")
+
+
+IRREGULAR = {"pipe": "a pipe", "link to a pipe": "a pipe", "device": "a device", "directory": "a directory"}
+READERS = [llmc.read_header, msgpack._load, safetensors_file.open_safetensors, torch_file.load]
+
+
+def make_irregular(kind: str, directory: Path) -> Path:
+    path = directory / "weights"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link to a pipe":
+        os.mkfifo(directory / "pipe")
+        path.symlink_to("pipe")
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    return path
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", IRREGULAR)
+@pytest.mark.parametrize("read", READERS, ids=lambda read: read.__module__)
+def test_v_irregular_model_file_is_named_unopened(read: Callable[[str], object], kind: str, tmp_path: Path) -> None:
+    path = make_irregular(kind, tmp_path)
+    with raises(DataError, str(path), match=f": is {IRREGULAR[kind]}, not a regular file$"):
+        read(str(path))
+
+
+def test_a_model_file_may_be_a_link_to_a_file(tmp_path: Path) -> None:
+    (tmp_path / "weights").symlink_to(__file__)
+    require_regular(str(tmp_path / "weights"))
+    require_regular(str(tmp_path / "missing"))
