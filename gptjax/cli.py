@@ -22,8 +22,13 @@ from gptjax.streams import go_on_without_output, open_streams
 log = logging.getLogger("gptjax")
 OVERRIDE = "--config."
 THREADS_SECONDS = 3.0  # a command that failed waits this long for threads of its libraries
-# Raised in Orbax's coroutines and tensorstore's threads after a failed read or save, which was reported already.
-IGNORED_UNRAISABLE = ("Event loop is closed", "Encountered error while reading array index")
+# Raised in Orbax's coroutines and tensorstore's threads after a failed read or save, which was reported already; and by
+# an event loop that found no free descriptor, when it is collected.
+IGNORED_UNRAISABLE = (
+    "Event loop is closed",
+    "Encountered error while reading array index",
+    "'_UnixSelectorEventLoop' object has no attribute '_ssock'",
+)
 
 
 class Parser(argparse.ArgumentParser):

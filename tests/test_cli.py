@@ -1,3 +1,7 @@
+import asyncio
+import errno
+import gc
+import socket
 import subprocess
 import sys
 
@@ -54,6 +58,21 @@ warnings.warn("another", RuntimeWarning)
     assert "never awaited" not in done.stderr
     assert "tracemalloc" not in done.stderr
     assert "another" in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning")
+def test_event_loop_that_found_no_free_descriptor_is_not_reported(monkeypatch, capsys):
+    """Its constructor failed, which was reported, and then its destructor fails too."""
+
+    def fail(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(sys, "unraisablehook", cli.print_unraisable)
+    monkeypatch.setattr(socket, "socketpair", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        asyncio.SelectorEventLoop()
+    gc.collect()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
