@@ -214,10 +214,12 @@ def read_tokenizer(workdir: str) -> Tokenizer | None:
     """Returns the tokenizer that is stored next to the checkpoints, or None.
 
     Raises:
-        DataError: the file is damaged.
+        DataError: the file is damaged or no regular file.
+        UnavailableError: it cannot be read now.
     """
     path = epath.Path(workdir) / TOKENIZER_FILE
-    return load_tokenizer(str(path)) if path.exists() else None
+    is_there = path.exists() or os.path.lexists(path)  # a link that leads nowhere is reported, too
+    return load_tokenizer(str(path)) if is_there else None
 
 
 def _history(workdir: str, stored: StoredParams) -> dict[str, Any]:

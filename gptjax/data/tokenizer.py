@@ -3,6 +3,7 @@
 import base64
 import binascii
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -32,7 +33,7 @@ from gptjax.data.patterns import (
 )
 from gptjax.errors import ConfigError, DataError, UnavailableError, one_line
 from gptjax.strict_json import parse_json, read_at_most
-from gptjax.workdir import replace_file
+from gptjax.workdir import kind_of, replace_file
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -217,22 +218,51 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     Raises:
         ConfigError: there is no such tokenizer or file.
-        DataError: the file is damaged, or its pattern cannot cut text.
-        UnavailableError: GPT-2's vocabulary files are missing or damaged; or no process can be started for the pattern.
+        DataError: the file is damaged or no regular file, or its pattern cannot cut text.
+        UnavailableError: GPT-2's vocabulary files are missing or damaged; or the file cannot be read now, or no process
+            can be started for the pattern.
     """
     if name == "gpt2":
         return make_tokenizer("gpt2", GPT2_PATTERN, _load_gpt2_ranks())
     if name == "bytes":
         ranks = {bytes([byte]): byte for byte in range(256)}
         return make_tokenizer("bytes", BYTES_PATTERN, ranks)
-    if not os.path.isfile(name):
-        raise ConfigError(
-            "no such tokenizer or file",
-            field="data.tokenizer",
-            value=name,
+    try:
+        kind = kind_of(os.stat(name).st_mode)
+    except (OSError, ValueError) as error:
+        raise _no_file(name, error) from error
+    if kind:
+        raise DataError(
+            f"is {kind}, not a regular file",
+            field=name,
             remedy=CHOICES,
         )
     return _load_file(name)
+
+
+def _no_file(name: str, error: OSError | ValueError) -> ConfigError | UnavailableError:
+    """Returns the error for a tokenizer whose file cannot be found: ValueError means that `name` is no file's name."""
+    number = getattr(error, "errno", None)
+    if number not in (None, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+        return _unreadable(name, error)
+    problem = "no such tokenizer or file"
+    if number in (errno.ENOENT, errno.ELOOP) and os.path.islink(name):
+        problem = "is a symbolic link that leads to no file"
+    return ConfigError(
+        problem,
+        field="data.tokenizer",
+        value=name,
+        remedy=CHOICES,
+    )
+
+
+def _unreadable(path: str, error: OSError | ValueError) -> UnavailableError:
+    reason = getattr(error, "strerror", None) or one_line(error)
+    return UnavailableError(
+        f"cannot be read now: {reason}",
+        field=path,
+        remedy="run the same command again when it can be read",
+    )
 
 
 def make_tokenizer(
@@ -343,13 +373,15 @@ def _load_file(path: str) -> Tokenizer:
         )
     except UnavailableError as error:
         raise UnavailableError.about(path, error) from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
     except BadPattern as error:
         raise DataError(
             f"not a saved tokenizer that can be used: {error}",
             field=path,
             remedy=CHOICES,
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, binascii.Error) as error:
+    except (ValueError, KeyError, TypeError, binascii.Error) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise DataError(
             f"not a saved tokenizer ({reason})",

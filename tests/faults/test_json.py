@@ -13,7 +13,7 @@ from gptjax.convert import huggingface, native
 from gptjax.data import journal
 from gptjax.data.meta import read_meta
 from gptjax.data.tokenizer import load_tokenizer
-from gptjax.errors import CheckpointError, DataError
+from gptjax.errors import CheckpointError, ConfigError, DataError, UnavailableError
 from gptjax.record import Record
 from gptjax.replay import update
 from gptjax.strict_json import InvalidTextError
@@ -118,6 +118,45 @@ def test_j1_damaged_json_of_gptjax_is_refused_or_ignored(tmp_path, content):
         read_meta(str(tmp_path))
     assert all(is_text_invalid(caught.value) for caught in (tokenizer, meta))
     assert journal.read_journal(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "a directory"])
+def test_j1_tokenizer_that_is_no_file_is_named(kind, twin, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    for load in (lambda: load_tokenizer(str(path)), lambda: native.read_tokenizer(str(tmp_path))):
+        with raises(DataError, str(path), remedy="gpt2, bytes", match=f"is {kind}, not a regular file"):
+            load()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("call", ["stat", "open"])
+def test_c6_unreadable_tokenizer_is_not_damage(call, number, twin, monkeypatch):
+    path = f"{twin}/tokenizer.json"
+    real = getattr(os, call)
+
+    def fail(name, *args, **kwargs):
+        if name == path:
+            raise OSError(number, os.strerror(number))
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(os, call, fail)
+    with raises(UnavailableError, path, remedy="again", match=f"cannot be read now: {os.strerror(number)}"):
+        load_tokenizer(path)
+
+
+def test_j1_tokenizer_link_that_leads_nowhere_is_named(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.symlink_to(tmp_path / "missing")
+    for name in (str(path), f"{path}\0"):
+        problem = "leads to no file" if name == str(path) else "no such tokenizer"
+        with raises(ConfigError, "data.tokenizer", value=name, match=problem):
+            load_tokenizer(name)
 
 
 def test_j1_journal_with_an_invalid_value_is_ignored(tmp_path):
