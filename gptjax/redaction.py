@@ -15,9 +15,10 @@ from gptjax.errors import ConfigError
 
 # Variables whose names end so hold secrets.
 SECRETS = re.compile(
-    r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|(^|_)(PAT|PASS|PWD|AUTH|JWT))(_?\d+|_BASE|_VALUE)?$"
+    r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|(?<!BY)(?<!COM)PASS|PWD|(^|_)(PAT|AUTH|JWT))"
+    r"(_?\d+|_BASE|_VALUE)?$"
 )
-SHELL = ("PWD",)  # the shell's directory
+SHELL = ("PWD", "OLDPWD")  # the shell's directories
 # The keys among them that are secrets even if they look like a word: SORT_KEY names a column, OPENAI_API_KEY does not.
 SECRET_KEY = re.compile(r"(API|ACCESS|SECRET|PRIVATE|ENCRYPTION|SIGNING|SSH|MASTER)_?KEY(_?\d+|_BASE|_VALUE)?$")
 # Tokens with a prefix of their issuer are secrets in a variable of any name.
@@ -31,7 +32,15 @@ LONGEST_WORD = 20  # characters; a longer value is no ordinary word
 WORD = re.compile(r"[a-z]{0,14}\d{0,4}|[A-Z]{0,14}\d{0,4}|[A-Z]?[a-z]{2,13}([A-Z][a-z]{2,13})*\d{0,4}|\d{1,10}")
 URL = r"[A-Za-z][\w+.-]{0,20}://"
 USERINFO = re.compile(rf"(?P<start>{URL}[^\s/:@'\"]{{0,200}}:)(?P<password>[^\s/'\"]+)@")
-USER = re.compile(rf"{URL}([^\s/:@'\"]{{16,}})(:[^\s/'\"]*)?@")  # a long user name may be a token
+# As far as the last @ of a word, since a password may contain / and @; bounded, so that no text takes long to search.
+LONG_USERINFO = re.compile(rf"(?P<start>{URL}[^\s/:@'\"]{{0,200}}:)(?P<password>[^\s'\"]{{1,1000}})@")
+USER = re.compile(rf"{URL}([^\s/:@'\"]{{16,}})(:[^\s'\"]{{0,1000}})?@")  # a long user name may be a token
+# The secret of a connection string, such as Azure's AccountName=x;AccountKey=y.
+CONNECTION = re.compile(
+    r"(?P<start>\b(?:AccountKey|SharedAccessKey|SharedAccessSignature|Password|Pwd)=)(?P<password>[^\s;'\"]{8,})",
+    re.IGNORECASE,
+)
+NAME = re.compile(r"\[\w+\]")  # in place of a secret
 # Characters that reverse the direction of text, or end a line, in some terminals and editors.
 CONTROLS = {
     *"\u061c\u200e\u200f\u2028\u2029",
@@ -82,17 +91,20 @@ def redact(text: str) -> str:
     """
     secrets, passwords = _environment()
     for secret in secrets:
-        text = _hide(text, secret)
+        text = _hide_short_lines(_hide(text, secret), secret)
+    text = CONNECTION.sub(_hide_password, text)
     if "://" not in text:
         return text
     for name, password in passwords:
         text = text.replace(f":{password}@", f":[{name}]@")
-    return USERINFO.sub(_hide_password, text)
+    return LONG_USERINFO.sub(_hide_password, text)
 
 
-def _hide_password(url: re.Match[str]) -> str:
-    is_hidden = url["password"].startswith("[")  # [NAME] already
-    return url[0] if is_hidden else f"{url['start']}[password]@"
+def _hide_password(match: re.Match[str]) -> str:
+    if NAME.fullmatch(match["password"]):
+        return match[0]
+    end = "@" if match[0].endswith("@") else ""
+    return f"{match['start']}[password]{end}"
 
 
 def refuse_secrets(settings: Mapping[str, Any]) -> None:
@@ -137,6 +149,22 @@ def _hide(text: str, secret: Secret) -> str:
     return "".join(kept)
 
 
+def _hide_short_lines(text: str, secret: Secret) -> str:
+    """Returns `text` with [NAME] in place of the lines of a key that are too short to be recognised by a part."""
+    for line in _short_lines(secret.value):
+        text = re.sub(rf"(?<![\w+/=]){re.escape(line)}(?![\w+/=])", f"[{secret.name}]", text)
+    return text
+
+
+@functools.lru_cache
+def _short_lines(value: str) -> tuple[str, ...]:
+    """Returns the short lines of a key in PEM form, such as its last one."""
+    if "-----BEGIN" not in value:
+        return ()
+    lines = re.split(r"[\r\n]+|\\n", value)
+    return tuple(line for line in lines if len(line) < SHORTEST_PART and re.fullmatch("[A-Za-z0-9+/]+=*", line))
+
+
 @functools.lru_cache
 def _forms(value: str) -> tuple[str, ...]:
     """Returns a secret as it is, escaped by `repr` and by JSON, and on one line, the longest form first."""
@@ -168,7 +196,8 @@ def _find(variables: tuple[tuple[str, str], ...]) -> tuple[list[Secret], list[tu
         passwords += [(name, password) for password in url_passwords]
         value = value.strip()
         users = [match[1] for match in USER.finditer(value)]
-        candidates = [*url_passwords, *users]
+        connections = [match["password"] for match in CONNECTION.finditer(value)]
+        candidates = [*url_passwords, *users, *connections]
         if _is_secret(name.upper(), value):
             candidates.append(value)
         for text in candidates:
@@ -176,6 +205,7 @@ def _find(variables: tuple[tuple[str, str], ...]) -> tuple[list[Secret], list[tu
             is_word_in_url = is_word and text != value
             if len(text) >= SHORTEST_SECRET and not is_word_in_url:
                 found.append(Secret(name, text, is_word))
+    passwords.sort(key=lambda pair: -len(pair[1]))
     return sorted(found, key=lambda secret: -len(secret.value)), passwords
 
 
@@ -202,7 +232,8 @@ def _passwords(value: str) -> list[str]:
     if "://" not in value:
         return []
     found = []
-    for match in USERINFO.finditer(value):
+    # A value with several URLs and no blanks has more passwords than LONG_USERINFO finds.
+    for match in (*LONG_USERINFO.finditer(value), *USERINFO.finditer(value)):
         password = match["password"]
         found += [password, urllib.parse.unquote(password)]
     return list(dict.fromkeys(found))

@@ -390,8 +390,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "secrets",
         "no line shows a secret of the environment",
         "gptjax/redaction.py",
-        "        text = _hide(text, secret)\n    if",
-        "        pass\n    if",
+        "text = _hide_short_lines(_hide(text, secret), secret)",
+        "pass",
         "tests/faults/test_printed.py tests/test_cli.py",
     ),
     Mutant(

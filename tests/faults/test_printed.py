@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import time
 
 import pytest
 
@@ -132,6 +133,24 @@ HIDDEN = {  # (variable, its value): texts and what is printed of them
     ("HTTPS_PROXY", "http://joe:Xy7kQ2mPz9@proxy:80"): {"no: Xy7kQ2mPz9": "no: [HTTPS_PROXY]"},
     ("REMOTE", "https://Xy7kQ2mPz9Xy7kQ2mPz9@e.org/r"): {"no Xy7kQ2mPz9Xy7kQ2mPz9@": "no [REMOTE]@"},
     ("NONE", ""): {"s3://a:b@c http://h/a:b@c": "s3://a:[password]@c http://h/a:b@c"},
+    ("DB", "postgres://u:p@ss/w0rdlong@h/x"): {
+        "postgres://u:p@ss/w0rdlong@h/x": "postgres://u:[DB]@h/x",
+        "no p@ss/w0rdlong": "no [DB]",
+        "redis://:a/b@c/d@h and e@f": "redis://:[password]@h and e@f",
+    },
+    ("URLS", "a://u:Xy7kQ2mPz9@h,b://u:Zt5rW8nLq3@k"): {
+        "b://u:Zt5rW8nLq3@k": "b://u:[URLS]@k",
+        "Xy7kQ2mPz9, Zt5rW8nLq3": "[URLS], [URLS]",
+        "a://u:Xy7kQ2mPz9@h,b://u:other@k": "a://u:[password]@k",
+    },
+    ("PGPASS", "s3cretPassw0rd"): {"as s3cretPassw0rd": "as [PGPASS]"},
+    ("MYSQL_PWD", "s3cretPassw0rd"): {"as s3cretPassw0rd": "as [MYSQL_PWD]"},
+    ("COMPASS", "s3cretPassw0rd"): {"as s3cretPassw0rd": "as s3cretPassw0rd"},
+    ("AZURE", "AccountName=joe;AccountKey=Xy7kQ2mPz9Xy7k==;EndpointSuffix=e.org"): {
+        "AccountKey=Xy7kQ2mPz9Xy7k==;EndpointSuffix=e.org": "AccountKey=[AZURE];EndpointSuffix=e.org",
+        "no Xy7kQ2mPz9Xy7k==": "no [AZURE]",
+        "accountkey=anotherLongOne;x": "accountkey=[password];x",
+    },
     ("SORT_KEY", "constant"): {"a constant": "a constant"},
     ("PWD", "/a1B2/c3D4e5F6"): {"in /a1B2/c3D4e5F6": "in /a1B2/c3D4e5F6"},
     ("SSH_PRIVATE_KEY", PEM): {
@@ -140,6 +159,9 @@ HIDDEN = {  # (variable, its value): texts and what is printed of them
         " ".join(PEM.split()): "[SSH_PRIVATE_KEY]",
         f"x={PEM[:60]!r}..."[:70]: "x='[SSH_PRIVATE_KEY]\\n[SSH_PRIVATE_KEY]'...",
         f"at {PEM.split()[4]} end": "at [SSH_PRIVATE_KEY] end",
+        "line 4: Qw==": "line 4: [SSH_PRIVATE_KEY]",
+        "a PRIVATE KEY": "a PRIVATE KEY",
+        "Qw==\nQw": "[SSH_PRIVATE_KEY]\nQw",
     },
 }
 
@@ -149,6 +171,12 @@ def test_s2_secrets_of_any_form_are_not_printed(variable, monkeypatch):
     monkeypatch.setenv(*variable)
     for text, expected in HIDDEN[variable].items():
         assert redaction.redact(text) == expected
+
+
+def test_s2_a_long_text_takes_no_time_to_search():
+    begin = time.process_time()
+    redaction.redact("a://b:" * 20_000)
+    assert time.process_time() - begin < 10
 
 
 def test_s2_multiline_secret_is_redacted_in_an_error(monkeypatch, capsys):
