@@ -1,6 +1,7 @@
 """Builds the mesh, the model, the datasets and the jitted steps of a run from a Config."""
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import os
@@ -313,16 +314,21 @@ def write_files(run: Run, workdir: str, identity: Identity) -> None:
     """
     roles = parameter_table(run.abstract_state.params, run.config.optim)
     # With a copy of the tokenizer, sampling from the run does not depend on a file elsewhere.
-    try:
-        write_json(os.path.join(workdir, CONFIG_FILE), run.config.to_dict() | identity.to_json())
-        write_json(os.path.join(workdir, PARAMETERS_FILE), roles)
-        run.tokenizer.save(os.path.join(workdir, TOKENIZER_FILE))
-    except OSError as error:
-        raise WorkdirError(
-            f"its files cannot be written: {error.strerror}",
-            field=workdir,
-            remedy="make room or allow writing there, or choose another --workdir",
-        ) from error
+    writers = {
+        CONFIG_FILE: functools.partial(write_json, value=run.config.to_dict() | identity.to_json()),
+        PARAMETERS_FILE: functools.partial(write_json, value=roles),
+        TOKENIZER_FILE: run.tokenizer.save,
+    }
+    for name, write in writers.items():
+        path = os.path.join(workdir, name)
+        try:
+            write(path)
+        except OSError as error:
+            raise WorkdirError(
+                f"cannot be written: {error.strerror}",
+                field=path,
+                remedy="make room or allow writing there, or choose another --workdir",
+            ) from error
 
 
 def out_of_memory_error(run: Run, size: float) -> OutOfMemoryError:

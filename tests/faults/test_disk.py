@@ -132,7 +132,7 @@ def test_d1_too_little_disk_space_is_reported_before_training(lab, tmp_path):
 @pytest.mark.parametrize("name", ["config.json", "parameters.json", "tokenizer.json"])
 def test_d3_unwritable_description_file_ends_the_run(name, tiny_run, tmp_path):
     (tmp_path / name).mkdir()
-    with raises(WorkdirError, str(tmp_path), remedy="another --workdir", match="Is a directory"):
+    with raises(WorkdirError, f"{tmp_path}/{name}", remedy="make room ", match="cannot be written: Is a directory"):
         write_description(tiny_run, str(tmp_path), Identity())
 
 
