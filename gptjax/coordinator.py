@@ -6,7 +6,7 @@ import re
 import socket
 from collections.abc import Mapping
 
-from gptjax.errors import ConfigError, UnavailableError
+from gptjax.errors import ConfigError, UnavailableError, shown
 
 
 def is_cluster(environment: Mapping[str, str]) -> bool:
@@ -67,10 +67,16 @@ def describe_missing(coordinator: str, num_processes: int, process_id: int) -> s
     """Returns which processes have not joined yet, as far as this one can know: "waiting for process 1 ..."."""
     if not coordinator:
         return "waiting for the other processes"
+    host, _, port = coordinator.rpartition(":")
+    try:
+        socket.getaddrinfo(host.strip("[]"), None)
+    except (OSError, UnicodeError):  # UnicodeError: a label of the name is empty or too long
+        return f"the name {shown(host)} of process 0's host cannot be looked up"
+    if num_processes == 1:
+        return f"waiting for its own service at {coordinator}"
     if process_id == 0:
         others = "process 1" if num_processes == 2 else f"one or more of processes 1 to {num_processes - 1}"
         return f"waiting for {others} to come to {coordinator}"
-    host, _, port = coordinator.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=2).close()
     except (OSError, ValueError):

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from gptjax import distributed
-from gptjax.coordinator import check_coordinator, is_cluster
+from gptjax.coordinator import check_coordinator, describe_missing, is_cluster
 from gptjax.errors import ConfigError, UnavailableError
 from tests.helpers import raises
 
@@ -116,6 +116,34 @@ def test_p4_reserved_port_is_free_until_someone_listens():
         other.listen()
         with raises(UnavailableError, "--coordinator", value=coordinator):
             check_coordinator(coordinator, is_here=True)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("count", "number", "expected"),
+    [
+        (1, 0, "waiting for its own service at 127.0.0.1:1"),
+        (2, 0, "waiting for process 1 to come to 127.0.0.1:1"),
+        (3, 0, "waiting for one or more of processes 1 to 2 to come to 127.0.0.1:1"),
+        (2, 1, "waiting for process 0, which does not answer at 127.0.0.1:1"),
+    ],
+)
+def test_p3_missing_process_is_described(count, number, expected, monkeypatch):
+    assert describe_missing("127.0.0.1:1", count, number) == expected
+
+    def fail(*_):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    assert describe_missing("no.host:1", count, number) == "the name no.host of process 0's host cannot be looked up"
+
+
+@pytest.mark.faults
+def test_p3_bracketed_address_is_looked_up(monkeypatch):
+    asked = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments: asked.append(arguments[0]))
+    assert describe_missing("[::1]:1", 2, 0) == "waiting for process 1 to come to [::1]:1"
+    assert asked == ["::1"]
 
 
 @pytest.mark.parametrize("wrong", ["host", ":80", "host:", "host:0", "host:65536", "host:8o", "host:\u0661", "host:-1"])
