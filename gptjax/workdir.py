@@ -69,6 +69,18 @@ def is_new(directory: str) -> bool:
     return all(name == LOCK_FILE or PROCESS_NAME.fullmatch(name) for name in names)
 
 
+def is_empty(directory: str) -> bool:
+    """Returns whether a local path is a directory without entries.
+
+    Raises:
+        UnavailableError: it is a directory that cannot be listed now.
+    """
+    try:
+        return os.path.isdir(directory) and not os.listdir(directory)
+    except OSError as error:
+        raise UnavailableError(f"cannot be listed now: {error.strerror}", field=directory) from error
+
+
 def check_bucket(directory: str) -> None:
     """Checks that a bucket can be reached. It does nothing for a local directory.
 

@@ -12,8 +12,10 @@ import pytest
 
 from gptjax import workdir
 from gptjax.checkpoint import Checkpointer
-from gptjax.config import CheckpointConfig, Config
+from gptjax.config import CheckpointConfig, Config, DataConfig
+from gptjax.convert import __main__ as convert
 from gptjax.convert import native
+from gptjax.data import prepare
 from gptjax.errors import ConfigError, UnavailableError, WorkdirError
 from gptjax.stored import load_params
 from gptjax.train import train
@@ -261,3 +263,20 @@ def test_c6_a_bucket_that_cannot_be_reached_is_named(bucket, error, kind, parts,
         with raises(kind, bucket, **parts):
             open_it(bucket)
     assert list(tmp_path.iterdir()) == [], "nothing was written"
+
+
+@pytest.mark.faults
+def test_c6_unlistable_directory_of_data_or_results_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    path = str(tmp_path)
+    assert workdir.is_empty(path)
+    monkeypatch.setattr(os, "listdir", fail)
+    for call in (
+        lambda: workdir.is_empty(path),
+        lambda: prepare.ensure_prepared(DataConfig(path=path)),
+        lambda: convert.refuse_existing(path, force=False),
+    ):
+        with raises(UnavailableError, path, match="cannot be listed now: Permission denied"):
+            call()

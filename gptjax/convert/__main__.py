@@ -25,7 +25,7 @@ from gptjax.cli import Parser, run_cli
 from gptjax.config import Activation
 from gptjax.errors import ConfigError, DataError, WorkdirError
 from gptjax.redaction import say
-from gptjax.workdir import is_bucket, sync_path, sync_tree
+from gptjax.workdir import is_bucket, is_empty, sync_path, sync_tree
 
 with epy.lazy_imports():  # so that a wrong flag exits before anything large loads
     import numpy as np
@@ -346,16 +346,12 @@ def refuse_existing(path: str, *, force: bool) -> None:
 
     Raises:
         ConfigError: something exists at `path`, and `force` is off.
+        UnavailableError: it is a directory that cannot be listed now.
     """
     # abspath drops a trailing slash, with which a dangling link would seem not to exist.
     exists = os.path.lexists(os.path.abspath(path))
     if exists and not force and not is_empty(path):
         raise ConfigError("exists", field=path, remedy="--force replaces it")
-
-
-def is_empty(path: str) -> bool:
-    """Returns whether `path` is a directory without entries."""
-    return os.path.isdir(path) and not os.listdir(path)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from gptjax.data.tokens import verify
 from gptjax.errors import ConfigError, DataError, UserError, WorkdirError
 from gptjax.redaction import say
 from gptjax.streams import go_on_without_output
-from gptjax.workdir import missing_parts, remove_directories
+from gptjax.workdir import is_empty, missing_parts, remove_directories
 
 VAL_FRACTION = 0.05
 SHARD_TOKENS = 100_000_000
@@ -136,9 +136,9 @@ def _is_done(out: str, source: str, tokenizer: Tokenizer) -> bool:
     if not os.path.lexists(out):
         return False
     meta = None
+    if is_empty(out):
+        return False
     if os.path.isdir(out):
-        if not os.listdir(out):
-            return False
         meta = read_meta(out)
     if meta is None:
         raise ConfigError(
@@ -297,7 +297,7 @@ def ensure_prepared(config: DataConfig) -> str:
         UserError: as `prepare` and `load_tokenizer`.
     """
     path = config.path or default_path(config.source, config.tokenizer)
-    if os.path.isdir(path) and os.listdir(path):
+    if os.path.isdir(path) and not is_empty(path):
         return path
     command = _prepare_command(config, path)
     if sources.needs_network(config.source):
