@@ -83,7 +83,7 @@ class DataConfig:
 
     source: str = "stdlib"  # stdlib | tfds:NAME[/CONFIG] | text:PATH | lines:PATH
     path: str = ""  # a directory of shards; '' means data/<source>-<tokenizer>
-    tokenizer: str = "gpt2"  # gpt2 | bytes | a saved tokenizer file
+    tokenizer: str = "gpt2"  # gpt2 | bytes | a saved file | a tokenizer.json or its directory | hf:OWNER/NAME
     text_feature: str = "text"  # tfds only
     global_batch_size: Positive = 512  # sequences per update, over all devices and accumulation steps
     seed: Seed = 0

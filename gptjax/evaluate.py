@@ -180,7 +180,7 @@ def load_model(args: argparse.Namespace) -> tuple[Config, Any, "Tokenizer | None
     import jax
 
     from gptjax.convert import formats
-    from gptjax.data.tokenizer import load_tokenizer
+    from gptjax.convert.tokenizer_source import open_tokenizer
     from gptjax.stored import load_params
 
     if args.workdir:
@@ -188,7 +188,7 @@ def load_model(args: argparse.Namespace) -> tuple[Config, Any, "Tokenizer | None
         if args.data:
             data = dataclasses.replace(config.data, path=args.data)
             config = dataclasses.replace(config, data=data)
-        tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+        tokenizer = open_tokenizer(args.tokenizer) if args.tokenizer else None
         return config, params, tokenizer, f"step {step}"
     weights = formats.open_model(args.model, tokenizer=args.tokenizer, activation=args.activation)
     data = DataConfig(path=args.data, global_batch_size=ROWS * jax.device_count())

@@ -23,7 +23,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         choices=["", *typing.get_args(Activation)],
         help="of a --model whose file does not store it: gelu_new for nanoGPT from before May 2023",
     )
-    parser.add_argument("--tokenizer", default="", help="gpt2, bytes or a file, instead of the tokenizer of the model")
+    parser.add_argument(
+        "--tokenizer", default="", help="gpt2, bytes, a file, a directory or hf:OWNER/NAME, instead of the model's"
+    )
 
 
 def check_model_flags(args: argparse.Namespace) -> None:

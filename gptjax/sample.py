@@ -180,7 +180,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
     from gptjax import bucket_logs
     from gptjax.convert import formats
-    from gptjax.data.tokenizer import load_tokenizer
+    from gptjax.convert.tokenizer_source import open_tokenizer
     from gptjax.stored import load_params
 
     if args.model:
@@ -190,7 +190,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     settings, params, _ = load_params(args.workdir, step=args.step)
     local = workdir.local_directory(args.workdir)
     bucket_logs.fetch_logs(args.workdir, local)  # with the tokenizer, if the run is in a bucket
-    tokenizer = load_tokenizer(args.tokenizer or os.path.join(local, workdir.TOKENIZER_FILE))
+    tokenizer = open_tokenizer(args.tokenizer or os.path.join(local, workdir.TOKENIZER_FILE))
     return settings, params, tokenizer
 
 

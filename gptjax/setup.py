@@ -19,9 +19,10 @@ from gptjax.chips import device_memory
 from gptjax.compute import ResolvedCompute, resolve_compute, resolve_parallel
 from gptjax.config import Config
 from gptjax.config_values import nearest_divisors
+from gptjax.convert.tokenizer_source import open_tokenizer
 from gptjax.data.dataset import Dataset, batch_index
 from gptjax.data.prepare import ensure_prepared
-from gptjax.data.tokenizer import Tokenizer, load_tokenizer
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.data.tokens import open_split
 from gptjax.errors import ConfigError, OutOfMemoryError, WorkdirError
 from gptjax.exhaustion import show, show_bytes
@@ -115,7 +116,7 @@ def make_run(config: Config, *, tokenizer: Tokenizer | None = None) -> Run:
     # Over the devices of all processes. From here on each process must do the same things in the same order.
     mesh = make_mesh(config.mesh)
     compute = resolve_compute(config, mesh)
-    tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
+    tokenizer = tokenizer or open_tokenizer(config.data.tokenizer)
     check_vocabulary(config, tokenizer)
     # Tokenizing the prompt can fail. It should do so now, and not in the middle of the run.
     if config.train.sample_every:

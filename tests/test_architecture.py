@@ -32,12 +32,14 @@ LAYERS = """
     convert.nanogpt_run
     convert.card  convert.torch_file  convert.safetensors_file
     convert.weights
-    convert.names  convert.tokenizer_files
-    metrics  stored  convert.tokenizer_json  log_reader
+    convert.names
+    metrics  stored  log_reader
     bucket_logs
     checkpoint  logs  step  generate  data.prepare  divergence
+    convert.tokenizer_source
+    convert.tokenizer_files
     state  optim  data.dataset  data.progress  data.shard_writer  plan.estimate  decode
-    model  data.tokens  data.journal  data.sources  data.partial
+    model  convert.tokenizer_json  data.tokens  data.journal  data.sources  data.partial
     sizes
     compute
     attention  loss  kernels.pointwise  data.tokenizer  data.shards  data.shuffle  data.meta  kv_cache
@@ -54,7 +56,7 @@ LAYERS = """
     redaction  workdir  streams
     plan.hlo_kernels  plan.traffic
     convert.transfer  plan.hlo  goodput  convert.byte_level
-    config_values  model_flags
+    config_values
     errors  exhaustion  former_names  gpu_memory  history  documents  versions  strict_json
 """
 # Where a process starts, and its loop: only these use RUNTIME, the modules of processes and of their command lines.
@@ -87,6 +89,7 @@ SPINE |= {"loop", "optim", "state", "dropout", "kv_cache", "examples"}
 SPINE |= {"kernels.cross_entropy", "kernels.pointwise"}
 # Data know nothing of models, and models nothing of data.
 DATA_MAY_IMPORT = {"config", "documents", "errors", "cli", "history", "strict_json", "workdir", "redaction", "streams"}
+DATA_MAY_IMPORT |= {"convert.tokenizer_source"}  # which knows tokenizers in other forms, and no model
 # Read before any mistake of the user's is found, so at their top they import the standard library only.
 CHEAP = {
     "main",

@@ -74,7 +74,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer",
         default="",
-        help="gpt2, bytes or a saved tokenizer, instead of the source's own",
+        help="gpt2, bytes, a file, a directory or hf:OWNER/NAME, instead of the source's own",
     )
     parser.add_argument(
         "--activation",

@@ -11,6 +11,7 @@ import numpy as np
 from gptjax.config import GPTConfig
 from gptjax.convert import huggingface, llmc, msgpack, nanogpt, native, probe
 from gptjax.convert.names import PREFIX, Shape, layers
+from gptjax.convert.tokenizer_source import open_tokenizer
 from gptjax.convert.weights import (
     Checksum,
     NamedTensors,
@@ -104,7 +105,7 @@ def open_weights(
     notes = list(weights.notes)
     chosen = weights.tokenizer
     if tokenizer:
-        chosen = load_tokenizer(tokenizer)
+        chosen = open_tokenizer(tokenizer)
     elif chosen is None and place.format in FILES:
         chosen, note = _guess_tokenizer(vocab_size)
         notes.append(note)

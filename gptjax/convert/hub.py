@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from gptjax.convert import transfer
 from gptjax.convert.hub_download import RESUME, fetch
-from gptjax.convert.hub_listing import COMMIT, RERUN, choose_files, list_files, with_retries
+from gptjax.convert.hub_listing import COMMIT, MODEL, RERUN, Kind, list_files, with_retries
 from gptjax.errors import ConfigError, DataError, UnavailableError, UserError, WorkdirError, one_line
 from gptjax.strict_json import read_at_most
 from gptjax.workdir import replace_file
@@ -26,15 +26,15 @@ MISSING = {  # the Hub's error codes with status 404
 }
 
 
-def download(repo: str, revision: str = "") -> tuple[str, str]:
-    """Returns (the local snapshot with the files that a conversion needs, the commit that `revision` names now).
+def download(repo: str, revision: str = "", *, kind: Kind = MODEL) -> tuple[str, str]:
+    """Returns (the local snapshot with the files of `kind`, the commit that `revision` names now).
 
     The snapshot is in huggingface_hub's own cache ($HF_HOME), where other programs find it, too. With HF_HUB_OFFLINE
     set, no connection is made. A private repository needs a token in HF_TOKEN; a token on disk is not used.
 
     Raises:
         ConfigError: `repo` or `revision` cannot be a name.
-        DataError: the repository does not exist, may not be read, or has no weights; or a file is not as announced.
+        DataError: the repository does not exist, may not be read, or lacks the files; or a file is not as announced.
         UnavailableError: huggingface_hub is missing, or the server does not answer, or too slowly.
         WorkdirError: the cache cannot be written, or lacks space for the files.
     """
@@ -45,9 +45,9 @@ def download(repo: str, revision: str = "") -> tuple[str, str]:
         from huggingface_hub import constants
 
         if constants.HF_HUB_OFFLINE:
-            return _find_snapshot(store, name, revision)
+            return _find_snapshot(store, name, revision, kind=kind)
         token = _read_token()
-        commit, files = list_files(repo, revision, token=token, store=store)
+        commit, files = list_files(repo, revision, token=token, store=store, kind=kind)
         by_blob = {file.blob: file.remaining for file in files}  # two names may have the same contents
         remaining = sum(by_blob.values())
         log.info("%s@%s: %d bytes to download", repo, commit, remaining)
@@ -224,14 +224,14 @@ def _read_token() -> str:
     return token
 
 
-def _find_snapshot(store: str, name: str, revision: str) -> tuple[str, str]:
+def _find_snapshot(store: str, name: str, revision: str, *, kind: Kind) -> tuple[str, str]:
     """Returns (directory, commit) of a snapshot in the cache, without a connection."""
     commit = revision
     with contextlib.suppress(OSError, ValueError):
         ref = read_at_most(os.path.join(store, "refs", revision), LONGEST_REF)
         commit = ref.decode().strip()
     directory = os.path.join(store, "snapshots", commit)
-    if not COMMIT.fullmatch(commit) or not choose_files(set(_walk(directory))):
+    if not COMMIT.fullmatch(commit) or not kind.choose(set(_walk(directory))):
         raise _offline(name, f"not in {store}, and ")
     return directory, commit
 

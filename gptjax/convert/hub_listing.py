@@ -6,7 +6,7 @@ import re
 import time
 import urllib.parse
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from gptjax.convert import transfer
 from gptjax.convert.files import LARGEST_JSON
@@ -29,6 +29,7 @@ WEIGHTS = (  # in the order of preference; each may be sharded
     "flax_model.msgpack",
 )
 NEEDED = f"{CONFIG} and one of {', '.join(WEIGHTS)}, unsharded or with all its shards"
+TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # in the order of preference
 
 COMMIT = re.compile("[0-9a-f]{40}")
 GIT_HASH = COMMIT  # a SHA-1, of a file that git stores
@@ -37,6 +38,14 @@ LARGEST_FILE = 2**50  # bytes that a server may announce
 TIMEOUT_SECONDS = 10.0
 PAUSES = (1.0, 2.0)  # seconds before another attempt
 RERUN = "rerun the same command"
+
+
+class Kind(NamedTuple):
+    """A kind of files that a repository may have: a model, or its tokenizer alone."""
+
+    choose: Callable[[Collection[str]], list[str]]  # names of all files -> names of those that are needed, or []
+    missing: str  # the problem where there are none
+    needed: str  # the files, for a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,20 +80,22 @@ def list_files(
     *,
     token: str,
     store: str,
+    kind: Kind,
 ) -> tuple[str, list[File]]:
-    """Returns the commit of `revision`, and the files of it that a conversion needs, by one request.
+    """Returns the commit of `revision`, and the files of it that are needed, by one request.
 
     store: the repository's directory in the cache.
+    kind: what is needed.
 
     Raises:
-        DataError: the repository has no model that can be converted, or the server does not announce its files.
+        DataError: the repository does not have it, or the server does not announce its files.
         UnavailableError: the server does not answer as a Hub does.
     """
     commit, entries = _request_files(repo, revision, token=token)
-    names = choose_files([name for name in entries if isinstance(name, str)])
+    names = kind.choose([name for name in entries if isinstance(name, str)])
     if not names:
         raise DataError(
-            f"not a model that can be converted: it needs {NEEDED}",
+            f"{kind.missing}: it needs {kind.needed}",
             field=f"{repo}@{revision}",
         )
     files = []
@@ -173,6 +184,19 @@ def choose_files(names: Collection[str]) -> list[str]:
             text = [name for name in TEXT if name in names]
             return [CONFIG, *text, *weights]
     return []
+
+
+def choose_tokenizer(names: Collection[str]) -> list[str]:
+    """Returns the files of a repository that make its tokenizer; none if there is none."""
+    for files in TOKENIZERS:
+        if all(name in names for name in files):
+            settings = [name for name in ("tokenizer_config.json",) if name in names]
+            return [*settings, *files]
+    return []
+
+
+MODEL = Kind(choose_files, "not a model that can be converted", NEEDED)
+TOKENIZER = Kind(choose_tokenizer, "no tokenizer that can be read", "tokenizer.json, or vocab.json and merges.txt")
 
 
 def _find_shards(unsharded: str, names: Collection[str]) -> list[str]:

@@ -17,13 +17,14 @@ from typing import Any
 
 from gptjax.cli import Parser, run_cli
 from gptjax.config import DataConfig
+from gptjax.convert.tokenizer_source import open_tokenizer
 from gptjax.data import shard_writer, sources
 from gptjax.data.header import LARGEST_COUNT
 from gptjax.data.journal import Journal, chain, hash_text, read_journal, write_journal
 from gptjax.data.meta import read_meta
 from gptjax.data.partial import hold, remove
 from gptjax.data.progress import Log, reporter
-from gptjax.data.tokenizer import Tokenizer, load_tokenizer
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.data.tokens import verify
 from gptjax.errors import ConfigError, DataError, UserError, WorkdirError
 from gptjax.redaction import say
@@ -294,7 +295,7 @@ def ensure_prepared(config: DataConfig) -> str:
 
     Raises:
         ConfigError: it is missing and data.path names it, or it would have to be downloaded; the remedy is a command.
-        UserError: as `prepare` and `load_tokenizer`.
+        UserError: as `prepare` and `open_tokenizer`.
     """
     path = config.path or default_path(config.source, config.tokenizer)
     if os.path.isdir(path) and not is_empty(path):
@@ -317,7 +318,7 @@ def ensure_prepared(config: DataConfig) -> str:
     logging.getLogger("gptjax").info("%s: no data yet; preparing it now (same as: %s)", path, command)
     prepare(
         source=config.source,
-        tokenizer=load_tokenizer(config.tokenizer),
+        tokenizer=open_tokenizer(config.tokenizer),
         out=path,
         text_feature=config.text_feature,
     )
@@ -342,7 +343,7 @@ def _prepare_command(config: DataConfig, path: str) -> str:
 def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--source", default="stdlib", help=sources.kinds())
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes, or a saved tokenizer file")
+    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes, a file, a directory or hf:OWNER/NAME")
     parser.add_argument(
         "--out",
         default="",
@@ -375,7 +376,7 @@ def main(arguments: list[str]) -> None:
         UserError: the source, the tokenizer or the output is wrong, or a shard is damaged.
     """
     args = _parse_arguments(arguments)
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer = open_tokenizer(args.tokenizer)
     out = args.out or default_path(args.source, args.tokenizer)
     if args.verify:
         verify(out, tokenizer)

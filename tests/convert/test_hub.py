@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import pytest
 
 from gptjax.convert.hub import download
+from gptjax.convert.tokenizer_files import write_tokenizer
+from gptjax.data.tokenizer import load_tokenizer
 from gptjax.errors import ConfigError
 from tests import runs
 from tests.convert.hub_server import Hub
@@ -139,6 +141,38 @@ def test_download_logs_the_commit_and_the_remaining_bytes(hub: Hub, client: Clie
     expected = [f"{REPO}@{commit}: {total} bytes to download", f"{REPO}@{commit}: 0 bytes to download"]
     assert [client.call("download", REPO).stdout.splitlines()[0] for _ in expected] == expected
     assert len(hub.fetched()) == len(SMALL) + 1
+
+
+OPEN_TOKENIZER = """
+import sys
+from gptjax import cli
+from gptjax.convert.tokenizer_source import open_tokenizer
+cli.run_cli(lambda arguments: print(open_tokenizer(arguments[0]).sha256))
+"""
+
+
+def test_tokenizer_of_a_repository_is_downloaded_alone_and_once(hub, client, tmp_path):
+    tokenizer = load_tokenizer("bytes")
+    write_tokenizer(tokenizer, str(tmp_path / "files"), block_size=8)
+    files = contents(tmp_path / "files")
+    hub.add(REPO, files | {"config.json": b"{}", "model.safetensors": b"not asked for"})
+
+    def opened(**environment):
+        command = [sys.executable, "-c", OPEN_TOKENIZER, f"hf:{REPO}"]
+        done = subprocess.run(
+            command, env=client.environment | environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        return done.returncode, done.stdout.splitlines()[-1:], done.stderr
+
+    assert opened()[:2] == (0, [tokenizer.sha256])
+    assert {r.path.rsplit("/", 1)[1] for r in hub.fetched()} == {"tokenizer.json", "tokenizer_config.json"}
+    fetched = len(hub.requests)
+    assert opened(HF_HUB_OFFLINE="1")[:2] == (0, [tokenizer.sha256])
+    assert len(hub.requests) == fetched
+    hub.add(REPO, {"config.json": b"{}", "model.safetensors": b"x"})
+    code, _, said = opened()
+    assert code == 65
+    assert "no tokenizer that can be read" in said
 
 
 @pytest.mark.parametrize("chosen", ["model.safetensors", "pytorch_model.bin", "flax_model.msgpack"])

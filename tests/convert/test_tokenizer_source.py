@@ -1,0 +1,66 @@
+"""data.tokenizer and --tokenizer: gptjax's own forms and Hugging Face's."""
+
+import json
+
+import pytest
+
+from gptjax.convert.tokenizer_files import write_tokenizer
+from gptjax.convert.tokenizer_source import open_tokenizer
+from gptjax.data.patterns import GPT2_PATTERN
+from gptjax.data.tokenizer import load_tokenizer, make_tokenizer
+from gptjax.errors import ConfigError, DataError
+from tests.helpers import raises
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """(a tokenizer with end-of-text at 0, a directory with it in every form)."""
+    tokens = [*(bytes([byte]) for byte in range(256)), b"th", b"the", b" the"]
+    ranks = {token: number + 1 for number, token in enumerate(tokens)}
+    tokenizer = make_tokenizer("mine", GPT2_PATTERN, ranks, specials={"<|endoftext|>": 0})
+    directory = tmp_path_factory.mktemp("places")
+    write_tokenizer(tokenizer, str(directory / "whole"), block_size=64)
+    write_tokenizer(tokenizer, str(directory / "old"), block_size=64)
+    (directory / "old" / "tokenizer.json").unlink()
+    settings = directory / "old" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}))
+    (directory / "run").mkdir()
+    tokenizer.save(str(directory / "run" / "tokenizer.json"))
+    tokenizer.save(str(directory / "saved.json"))
+    return tokenizer, directory
+
+
+@pytest.mark.parametrize("name", ["whole", "whole/tokenizer.json", "old", "run", "run/tokenizer.json", "saved.json"])
+def test_every_form_of_a_tokenizer_is_the_same_one(places, name, monkeypatch):
+    tokenizer, directory = places
+    opened = open_tokenizer(str(directory / name))
+    assert opened.sha256 == tokenizer.sha256
+    monkeypatch.chdir(directory / name if (directory / name).is_dir() else (directory / name).parent)
+    relative = "." if (directory / name).is_dir() else (directory / name).name
+    assert open_tokenizer(relative).ranks() == tokenizer.ranks()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_built_in_names_win_over_directories(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    assert open_tokenizer(name).sha256 == load_tokenizer(name).sha256
+
+
+def test_directory_without_a_tokenizer_is_refused(tmp_path):
+    with raises(ConfigError, "data.tokenizer", value=str(tmp_path), match="no tokenizer: "):
+        open_tokenizer(str(tmp_path))
+
+
+def test_file_that_does_not_exist_is_refused(tmp_path):
+    with raises(ConfigError, "data.tokenizer", value=f"{tmp_path}/it.json"):
+        open_tokenizer(f"{tmp_path}/it.json")
+
+
+@pytest.mark.parametrize("text", ['{"model": {', '{"model": 3}', '{"x": 1}', ""])
+def test_damaged_tokenizer_file_is_refused_by_its_name(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    for place in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(DataError) as caught:
+            open_tokenizer(str(place))
+        assert str(tmp_path) in caught.value.field
