@@ -52,7 +52,7 @@ LAYERS = """
     signals  peers  coordinator
     orbax_context  disk_space  retention  convert.hub_download
     traces  convert.hub_listing
-    convert.files
+    convert.files  convert.staging
     redaction  workdir  streams
     plan.hlo_kernels  plan.traffic
     convert.transfer  plan.hlo  goodput  convert.byte_level

@@ -8,12 +8,8 @@ The result is read back and compared before it gets its name, so an output that 
 from __future__ import annotations  # np.ndarray in a signature would import NumPy
 
 import argparse
-import contextlib
-import itertools
 import logging
 import os
-import shutil
-import tempfile
 import time
 import typing
 from collections.abc import Iterator
@@ -23,9 +19,10 @@ from etils import epy
 
 from gptjax.cli import Parser, run_cli
 from gptjax.config import Activation
-from gptjax.errors import ConfigError, DataError, WorkdirError
+from gptjax.convert.staging import refuse_existing, staged
+from gptjax.errors import ConfigError, DataError
 from gptjax.redaction import say
-from gptjax.workdir import is_bucket, is_empty, sync_path, sync_tree
+from gptjax.workdir import is_bucket
 
 with epy.lazy_imports():  # so that a wrong flag exits before anything large loads
     import numpy as np
@@ -339,91 +336,6 @@ def holds(directory: str, path: str) -> bool:
     root = os.path.realpath(directory)
     inside = os.path.realpath(path)
     return os.path.isdir(root) and os.path.commonpath([root, inside]) == root
-
-
-def refuse_existing(path: str, *, force: bool) -> None:
-    """Checks that nothing at `path` would be replaced, except an empty directory.
-
-    Raises:
-        ConfigError: something exists at `path`, and `force` is off.
-        UnavailableError: it is a directory that cannot be listed now.
-    """
-    # abspath drops a trailing slash, with which a dangling link would seem not to exist.
-    exists = os.path.lexists(os.path.abspath(path))
-    if exists and not force and not is_empty(path):
-        raise ConfigError("exists", field=path, remedy="--force replaces it")
-
-
-@contextlib.contextmanager
-def staged(path: str, *, force: bool) -> Iterator[str]:
-    """Yields a temporary path next to `path`, which is moved to `path` at the end, or removed on failure.
-
-    A link to an empty directory is followed; any other link is replaced, and its target is kept.
-
-    Raises:
-        ConfigError: something has appeared at `path` meanwhile, and `force` is off.
-        WorkdirError: `path` cannot be written.
-    """
-    final = os.path.realpath(path) if is_empty(path) else os.path.abspath(path)
-    parent, name = os.path.split(final)
-    missing = itertools.takewhile(lambda directory: not os.path.lexists(directory), parents(parent))
-    made = list(missing)  # before they are made
-    try:
-        os.makedirs(parent, exist_ok=True)
-        staging = tempfile.mkdtemp(prefix=f".{name}.partial-", dir=parent)
-    except OSError as error:
-        raise WorkdirError(
-            f"cannot be written: {error.strerror}",
-            field=path,
-            remedy="choose another",
-        ) from error
-    try:
-        new = os.path.join(staging, "new")
-        yield new
-        refuse_existing(path, force=force)  # it may have appeared meanwhile
-        replace(new, final, aside=os.path.join(staging, "old"))
-    except OSError as error:
-        raise WorkdirError(f"cannot be written: {error.strerror or error}", field=path) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        for directory in made:
-            with contextlib.suppress(OSError):  # not empty: it has the result, or another process uses it
-                os.rmdir(directory)
-
-
-def parents(path: str) -> Iterator[str]:
-    """Yields `path` and the directories above it."""
-    while True:
-        yield path
-        parent = os.path.dirname(path)
-        if parent == path:
-            return
-        path = parent
-
-
-def replace(
-    new: str,
-    path: str,
-    *,
-    aside: str,
-) -> None:
-    """Moves `new`, synced to disk, to `path`, and whatever was at `path` to `aside`.
-
-    Raises:
-        OSError: a move fails; whatever was at `path` is there as before.
-    """
-    sync_tree(new)
-    if not os.path.lexists(path):
-        os.rename(new, path)
-        sync_path(os.path.dirname(os.path.abspath(path)))
-        return
-    os.rename(path, aside)
-    try:
-        os.rename(new, path)
-        sync_path(os.path.dirname(os.path.abspath(path)))
-    except BaseException:  # also a KeyboardInterrupt between the two moves
-        os.rename(aside, path)
-        raise
 
 
 def cli() -> None:
