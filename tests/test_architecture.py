@@ -32,7 +32,7 @@ LAYERS = """
     convert.nanogpt_run
     convert.card  convert.torch_file  convert.safetensors_file
     convert.weights
-    convert.names
+    convert.names  convert.beside
     metrics  stored  log_reader
     bucket_logs
     checkpoint  logs  step  generate  data.prepare  divergence

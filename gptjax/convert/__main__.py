@@ -223,7 +223,8 @@ def convert(
     dtype: of the tensors in the result.
 
     Raises:
-        ConfigError: an output has appeared meanwhile, and `force` is off.
+        ConfigError: an output has appeared meanwhile, or another file is where the tokenizer's belongs, and `force`
+            is off.
         DataError: a weight is not finite, the source is damaged, or the result differs when it is read back.
         WorkdirError: the target cannot be written.
     """
@@ -234,7 +235,8 @@ def convert(
     rounds = dtype not in (weights.dtype, "float32")
     expected_sum = w.Checksum() if rounds else source_sum
     found_sum = w.Checksum()
-    with staged(target.path, force=force) as path:
+    beside = formats.side_file(weights, target.format)
+    with staged(target.path, force=force, beside=beside) as path:
         tensors = w.read_tensors(
             weights,
             checksum=source_sum,

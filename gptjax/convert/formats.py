@@ -10,7 +10,9 @@ import numpy as np
 
 from gptjax.config import GPTConfig
 from gptjax.convert import huggingface, llmc, msgpack, nanogpt, native, probe
+from gptjax.convert.beside import make_side_file
 from gptjax.convert.names import PREFIX, Shape, layers
+from gptjax.convert.staging import SideFile
 from gptjax.convert.tokenizer_source import open_tokenizer
 from gptjax.convert.weights import (
     Checksum,
@@ -326,12 +328,19 @@ def differences(weights: Weights, target: str, dtype: str) -> list[str]:
         lines.append(f"{config.vocab_size} rows of the vocabulary are padded with zeros to {padded}")
     if target in FILES:
         lines.append("matrices of layers are stored as [out, in]")
-    if target in FILES and weights.tokenizer is not None:
-        lines.append(f"the tokenizer is left out: there is no place for it in {target}")
+    _, tokenizer_line = make_side_file(weights.tokenizer, target, vocab_size=config.vocab_size)
+    if tokenizer_line:
+        lines.append(tokenizer_line)
     lines += _moments_lines(weights, target)
     if target == "llmc" and config.dropout:
         lines.append(f"dropout={config.dropout:g} is left out: there is no place for it in llmc")
     return lines
+
+
+def side_file(weights: Weights, target: str) -> SideFile | None:
+    """Returns the file beside the model from which the program of `target` reads the tokenizer; None without one."""
+    file, _ = make_side_file(weights.tokenizer, target, vocab_size=weights.config.vocab_size)
+    return file
 
 
 def _moments_lines(weights: Weights, target: str) -> list[str]:
@@ -392,7 +401,17 @@ def write(
         native.write(path, place.path, weights, tensors=tensors, allow_nonfinite=allow_nonfinite)
         return
     if place.format == "nanogpt":
-        nanogpt.write(path, weights, tensors, dtype=dtype, allow_nonfinite=allow_nonfinite)
+        dataset = ""
+        if side_file(weights, "nanogpt"):
+            dataset = os.path.dirname(os.path.abspath(place.path))
+        nanogpt.write(
+            path,
+            weights,
+            tensors,
+            dtype=dtype,
+            dataset=dataset,
+            allow_nonfinite=allow_nonfinite,
+        )
         return
     if place.format == "hf":
         os.mkdir(path)

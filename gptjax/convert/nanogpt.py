@@ -124,6 +124,7 @@ def write(
     tensors: NamedTensors,
     *,
     dtype: str,
+    dataset: str = "",
     allow_nonfinite: bool = False,
 ) -> None:
     """Writes a ckpt.pt for nanoGPT's sample.py and train.py, which resumes with the moments of `weights.adamw`.
@@ -132,6 +133,8 @@ def write(
 
     tensors: (name, tensor) in Hugging Face's layout.
     dtype: of the tensors in the file; moments are float32.
+    dataset: the absolute directory of meta.pkl; "" without one. sample.py of nanoGPT joins it to "data", which an
+        absolute path replaces.
     allow_nonfinite: accept moments that are NaN or infinite.
 
     Raises:
@@ -154,7 +157,7 @@ def write(
     args["dropout"] = config.dropout
     history = weights.history
     settings = nanogpt_run.write_config(weights.adamw.config) if weights.adamw else {}
-    saved = {
+    saved: dict[str, Any] = {
         "model": state,
         "optimizer": nanogpt_run.write_optimizer(torch, weights, allow_nonfinite=allow_nonfinite),
         "model_args": args,
@@ -168,6 +171,8 @@ def write(
             **settings,
         },
     }
+    if dataset:
+        saved["config"]["dataset"] = dataset
     try:
         with open(path, "wb") as file:
             torch.save(saved, file)

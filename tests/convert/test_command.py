@@ -13,6 +13,8 @@ from gptjax.convert import __main__ as command
 from gptjax.convert import formats, hub
 from gptjax.convert.formats import ModelRef
 from gptjax.convert.weights import read_tensors
+from gptjax.data.patterns import GPT2_PATTERN
+from gptjax.data.tokenizer import make_tokenizer
 from gptjax.errors import ConfigError, DataError, WorkdirError
 from gptjax.model import GPT
 from tests.convert.models import CONFIG, write_hf, write_llmc
@@ -175,10 +177,30 @@ def test_activation_flag_is_only_for_files_that_do_not_store_it(tmp_path, capsys
         dry_run(capsys, f"hf:{tmp_path}/a", "--activation=gelu")
 
 
-def test_tokenizer_that_the_target_cannot_store_is_reported(tmp_path, capsys, said):
-    write_hf(tmp_path / "a", config=CONFIG | {"vocab_size": 257})
-    dry_run(capsys, f"hf:{tmp_path}/a", f"--to=llmc:{tmp_path}/b", "--tokenizer=bytes")
-    assert any("the tokenizer is left out" in line for line in said)
+# target, tokenizer, its vocab_size, and the line about it
+TOKENIZER_LINES = [
+    ("llmc", "bytes", 257, "is in gpt2_tokenizer.bin beside"),
+    ("llmc", "gpt2", 50257, "is in gpt2_tokenizer.bin beside"),
+    ("nanogpt", "bytes", 257, "is in meta.pkl beside"),
+    ("nanogpt", "gpt2", 50257, ""),  # which nanoGPT assumes
+    ("nanogpt", "words", 258, "is left out: nanogpt has place for single characters only"),
+    ("hf", "bytes", 257, ""),
+    ("gptjax", "bytes", 257, ""),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "vocab_size", "line"), TOKENIZER_LINES)
+def test_dry_run_says_where_the_tokenizer_goes(tmp_path, capsys, said, kind, name, vocab_size, line):
+    if name == "words":
+        ranks = {token: rank for rank, token in enumerate([*(bytes([byte]) for byte in range(256)), b"ab"])}
+        name = str(tmp_path / "words")
+        make_tokenizer("words", GPT2_PATTERN, ranks).save(name)
+    write_hf(tmp_path / "a", config=CONFIG | {"vocab_size": vocab_size})
+    dry_run(capsys, f"hf:{tmp_path}/a", f"--to={kind}:{tmp_path}/b/m", f"--tokenizer={name}")
+    lines = [each for each in said if each.startswith("  the tokenizer")]
+    assert len(lines) == bool(line)
+    assert line in "".join(lines)
+    assert not (tmp_path / "b").exists()
 
 
 def test_an_existing_output_is_kept_unless_forced(tmp_path):

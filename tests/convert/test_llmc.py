@@ -1,10 +1,17 @@
+import struct
+
 import numpy as np
 import pytest
 
 from gptjax.config import GPTConfig
+from gptjax.convert import __main__ as command
 from gptjax.convert import llmc
 from gptjax.convert.weights import read_tensors
-from tests.convert.models import write_llmc
+from gptjax.data.patterns import GPT2_PATTERN
+from gptjax.data.tokenizer import load_tokenizer, make_tokenizer
+from gptjax.errors import ConfigError
+from tests.convert.models import CONFIG, write_hf, write_llmc
+from tests.helpers import raises
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -32,3 +39,57 @@ def test_header_gives_config_padding_and_dtype(tmp_path):
     write_llmc(tmp_path / "m.bin")
     config, padded, dtype = llmc.read_header(str(tmp_path / "m.bin"))
     assert (config.vocab_size, padded, dtype) == (50, 128, np.dtype("float32"))
+
+
+def read_tokenizer(path):
+    """Returns (tokens, id of end-of-text) as tokenizer.h of llm.c reads them."""
+    whole = path.read_bytes()
+    header = struct.unpack("<256I", whole[:1024])
+    assert header[:2] == (20240328, 2)
+    assert set(header[4:]) == {0}
+    tokens, at = [], 1024
+    for _ in range(header[2]):
+        length = whole[at]
+        assert length > 0
+        tokens.append(whole[at + 1 : at + 1 + length])
+        at += 1 + length
+    assert at == len(whole)
+    return tokens, header[3]
+
+
+@pytest.mark.parametrize(("name", "vocab_size"), [("bytes", 257), ("bytes", 300), ("gpt2", 50257)])
+def test_tokenizer_beside_a_model_is_decoded_as_by_llm_c(tmp_path, said, name, vocab_size):
+    write_hf(tmp_path / "a", config=CONFIG | {"vocab_size": vocab_size})
+    command.main([f"--from=hf:{tmp_path}/a", f"--to=llmc:{tmp_path}/out/model.bin", f"--tokenizer={name}"])
+    tokens, eot = read_tokenizer(tmp_path / "out" / "gpt2_tokenizer.bin")
+    tokenizer = load_tokenizer(name)
+    text = "Hello, wörld!\n\0 1234"
+    assert b"".join(tokens[number] for number in tokenizer.encode(text)) == text.encode()
+    assert (len(tokens), eot, tokens[eot]) == (tokenizer.vocab_size, tokenizer.vocab_size - 1, b"<|endoftext|>")
+    assert any("gpt2_tokenizer.bin beside the model" in line for line in said)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gpt2_tokenizer.bin", "model.bin"]
+
+
+@pytest.mark.parametrize(("length", "is_written"), [(255, True), (256, False)])
+def test_token_too_long_for_llm_c_leaves_the_tokenizer_out(tmp_path, said, length, is_written):
+    tokens = [*(bytes([byte]) for byte in range(256)), b"x" * length]
+    make_tokenizer("long", GPT2_PATTERN, {token: rank for rank, token in enumerate(tokens)}).save(tmp_path / "long")
+    write_hf(tmp_path / "a", config=CONFIG | {"vocab_size": 258})
+    command.main([f"--from=hf:{tmp_path}/a", f"--to=llmc:{tmp_path}/out/m.bin", f"--tokenizer={tmp_path}/long"])
+    assert (tmp_path / "out" / "gpt2_tokenizer.bin").exists() == is_written
+    assert any("the tokenizer is left out: token 256 has 256 bytes" in line for line in said) != is_written
+    assert (tmp_path / "out" / "m.bin").exists()
+
+
+def test_model_without_tokenizer_has_no_file_beside_it(tmp_path):
+    write_hf(tmp_path / "a")
+    command.main([f"--from=hf:{tmp_path}/a", f"--to=llmc:{tmp_path}/out/m.bin"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["m.bin"]
+
+
+def test_model_may_not_take_the_name_of_its_tokenizer(tmp_path):
+    write_hf(tmp_path / "a", config=CONFIG | {"vocab_size": 257})
+    out = f"{tmp_path}/out/gpt2_tokenizer.bin"
+    with raises(ConfigError, out, match="has that name"):
+        command.main([f"--from=hf:{tmp_path}/a", f"--to=llmc:{out}", "--tokenizer=bytes"])
+    assert not (tmp_path / "out").exists()

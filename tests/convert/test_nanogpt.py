@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import pickle
+import pickletools
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +16,11 @@ from gptjax.collectives import ONE_DEVICE
 from gptjax.config import Config, GPTConfig, OptimConfig, from_dict
 from gptjax.convert import __main__ as command
 from gptjax.convert import formats, nanogpt
+from gptjax.convert.beside import GPT2_SHA256
 from gptjax.convert.weights import read_tensors
+from gptjax.data.tokenizer import load_tokenizer
 from gptjax.documents import EndOfText
-from gptjax.errors import DataError
+from gptjax.errors import ConfigError, DataError
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer as make_optax
 from gptjax.optim import make_schedule
@@ -393,3 +398,75 @@ def test_bfloat16_keeps_its_bits(tmp_path):
     command.main([f"--from=nanogpt:{tmp_path}/b.pt", f"--to=hf:{tmp_path}/c"])
     back = {n: t.tobytes() for n, t in read_tensors(formats.open_weights(formats.ModelRef("hf", f"{tmp_path}/c")))}
     assert back == {name: tensor.tobytes() for name, tensor in expected.items()}
+
+
+def export(directory, out, *flags, vocab_size=257):
+    """Exports a random model of hf:`directory`, made if it is missing, to `out`."""
+    if not directory.exists():
+        write_hf(directory, config=CONFIG | {"vocab_size": vocab_size})
+    command.main([f"--from=hf:{directory}", f"--to=nanogpt:{out}", *flags])
+
+
+def sample_codec(out_dir):
+    """Returns (encode, decode) as sample.py of nanoGPT makes them with init_from=resume; None without meta.pkl."""
+    checkpoint = torch.load(os.path.join(out_dir, "ckpt.pt"), map_location="cpu", weights_only=True)
+    load_meta = False
+    if "config" in checkpoint and "dataset" in checkpoint["config"]:
+        meta_path = os.path.join("data", checkpoint["config"]["dataset"], "meta.pkl")
+        load_meta = os.path.exists(meta_path)
+    if not load_meta:
+        return None
+    with open(meta_path, "rb") as file:
+        meta = pickle.load(file)
+    stoi, itos = meta["stoi"], meta["itos"]
+    return lambda text: [stoi[c] for c in text], lambda ids: "".join([itos[i] for i in ids])
+
+
+@pytest.mark.parametrize("vocab_size", [257, 320])
+def test_sample_py_encodes_and_decodes_with_a_bytes_model(tmp_path, monkeypatch, said, vocab_size):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    export(tmp_path / "a", "out/ckpt.pt", "--tokenizer=bytes", vocab_size=vocab_size)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    encode, decode = sample_codec(tmp_path / "out")
+    prompt = "Hello,\n\0 \x7f world \xe9\xff"
+    assert encode(prompt) == list(prompt.encode("latin-1"))
+    assert decode(encode(prompt)) == prompt
+    assert decode(range(vocab_size)) == bytes(range(256)).decode("latin-1")
+    assert sorted(os.listdir(tmp_path / "out")) == ["ckpt.pt", "meta.pkl"]
+    assert any("meta.pkl beside the model" in line and "data/NAME/meta.pkl" in line for line in said)
+
+
+def test_meta_pickle_has_the_content_that_nanogpt_pickles_and_plain_opcodes_only(tmp_path):
+    export(tmp_path / "a", tmp_path / "ckpt.pt", "--tokenizer=bytes", vocab_size=260)
+    content = (tmp_path / "meta.pkl").read_bytes()
+    characters = [chr(byte) for byte in range(256)]
+    stoi = {character: number for number, character in enumerate(characters)}
+    itos = dict(enumerate([*characters, "", "", "", ""]))
+    assert pickle.loads(content) == {"vocab_size": 260, "stoi": stoi, "itos": itos}
+    opcodes = {opcode.name for opcode, _, _ in pickletools.genops(content)}
+    assert opcodes == {"PROTO", "EMPTY_DICT", "MARK", "BINUNICODE", "BININT", "SETITEMS", "STOP"}
+
+
+def test_another_meta_pickle_is_kept_unless_forced(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "meta.pkl").write_bytes(b"theirs")
+    with raises(ConfigError, f"{out}/meta.pkl", remedy="--force replaces it"):
+        export(tmp_path / "a", out / "ckpt.pt", "--tokenizer=bytes")
+    assert os.listdir(out) == ["meta.pkl"]
+    export(tmp_path / "a", out / "ckpt.pt", "--tokenizer=bytes", "--force")
+    assert sample_codec(out) is not None
+    export(tmp_path / "a", out / "second.pt", "--tokenizer=bytes")
+    assert sorted(os.listdir(out)) == ["ckpt.pt", "meta.pkl", "second.pt"]
+
+
+@pytest.mark.parametrize(("name", "vocab_size"), [("gpt2", 50257), ("", 257)])
+def test_model_without_a_bytes_tokenizer_has_no_meta_pickle(tmp_path, name, vocab_size):
+    export(tmp_path / "a", tmp_path / "out" / "ckpt.pt", f"--tokenizer={name}", vocab_size=vocab_size)
+    assert os.listdir(tmp_path / "out") == ["ckpt.pt"]
+    assert sample_codec(tmp_path / "out") is None
+
+
+def test_the_hash_of_gpt2s_tokenizer_is_known():
+    assert load_tokenizer("gpt2").sha256 == GPT2_SHA256

@@ -1,0 +1,102 @@
+"""The tokenizer of a model as the file that nanoGPT or llm.c reads beside the model."""
+
+import struct
+
+import numpy as np
+
+from gptjax.convert.staging import SideFile
+from gptjax.data.tokenizer import END_OF_TEXT, Tokenizer
+
+# The saved form of GPT-2's tokenizer under the name gpt2.
+GPT2_SHA256 = "3a1f8b75c440cfc21bb4d737c0fa1ed7fbe68f224bc20a56d193189cfdc9e981"
+
+# meta.pkl is written by these opcodes of pickle protocol 2. They build dicts, strings and whole numbers only.
+PROTOCOL = b"\x80\x02"
+EMPTY_DICT = b"}"
+MARK = b"("
+STRING = b"X"  # then the length as uint32, and UTF-8
+INT = b"J"  # then int32
+SET_ITEMS = b"u"  # of the dict before the mark, from the keys and values after it
+STOP = b"."
+
+# gpt2_tokenizer.bin: a header of 256 uint32, then for each token its length in a byte, and its bytes.
+MAGIC = 20240328
+VERSION = 2  # with end-of-text in the header
+HEADER_LENGTH = 256
+HEADER_DTYPE = np.dtype("<u4")
+LONGEST_TOKEN = 255  # bytes
+
+
+class _NoPlaceError(Exception):
+    """A program has no place for a tokenizer; the message is the reason."""
+
+
+def make_side_file(
+    tokenizer: Tokenizer | None,
+    target: str,
+    *,
+    vocab_size: int,
+) -> tuple[SideFile | None, str]:
+    """Returns (the file with the tokenizer beside a model of the format `target`, a line for the user).
+
+    The file is None if there is none to write, and the line "" if nothing differs.
+
+    Args:
+        tokenizer: the model's; None if it has none.
+        target: the format of the model.
+        vocab_size: the model's, at least the tokenizer's.
+    """
+    if tokenizer is None or target not in ("nanogpt", "llmc"):
+        return None, ""
+    try:
+        if target == "llmc":
+            content = _gpt2_tokenizer(tokenizer)
+            return SideFile("gpt2_tokenizer.bin", content), "the tokenizer is in gpt2_tokenizer.bin beside the model"
+        if tokenizer.sha256 == GPT2_SHA256:
+            return None, ""  # nanoGPT assumes GPT-2's
+        content = _meta_pickle(tokenizer, vocab_size)
+    except _NoPlaceError as reason:
+        return None, f"the tokenizer is left out: {reason}"
+    line = "the tokenizer is in meta.pkl beside the model, where sample.py of nanoGPT finds it; on another machine "
+    line += "it belongs to data/NAME/meta.pkl, with that NAME as config['dataset'] of the checkpoint"
+    return SideFile("meta.pkl", content), line
+
+
+def _gpt2_tokenizer(tokenizer: Tokenizer) -> bytes:
+    """Returns the content of gpt2_tokenizer.bin."""
+    tokens = [*tokenizer.tokens(), END_OF_TEXT.encode()]
+    header = np.zeros(HEADER_LENGTH, HEADER_DTYPE)
+    header[:4] = [MAGIC, VERSION, len(tokens), tokenizer.eot_id]
+    parts = [header.tobytes()]
+    for number, token in enumerate(tokens):
+        if len(token) > LONGEST_TOKEN:
+            raise _NoPlaceError(f"token {number} has {len(token)} bytes, and llmc has place for {LONGEST_TOKEN}")
+        parts += [bytes([len(token)]), token]
+    return b"".join(parts)
+
+
+def _meta_pickle(tokenizer: Tokenizer, vocab_size: int) -> bytes:
+    """Returns the content of meta.pkl, whose characters are the bytes in Latin-1."""
+    tokens = tokenizer.tokens()
+    if any(len(token) > 1 for token in tokens):
+        raise _NoPlaceError("nanogpt has place for single characters only")
+    characters = [token.decode("latin-1") for token in tokens]
+    # End-of-text and the ids that pad the vocabulary have no text.
+    texts = characters + [""] * (vocab_size - len(characters))
+    meta = {
+        "vocab_size": vocab_size,
+        "stoi": {character: number for number, character in enumerate(characters)},
+        "itos": dict(enumerate(texts)),
+    }
+    return PROTOCOL + _opcodes(meta) + STOP
+
+
+def _opcodes(value: str | int | dict) -> bytes:
+    """Returns the opcodes of pickle that build `value`."""
+    if isinstance(value, str):
+        text = value.encode()
+        return STRING + struct.pack("<I", len(text)) + text
+    if isinstance(value, int):
+        return INT + struct.pack("<i", value)
+    parts = [_opcodes(part) for item in value.items() for part in item]
+    return EMPTY_DICT + MARK + b"".join(parts) + SET_ITEMS
