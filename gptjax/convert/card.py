@@ -13,9 +13,27 @@ MARKUP = re.compile(
     r"[^\w\s./:@,+=%()-]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.|(?<=\w)@(?=[\w-]+\.)", re.IGNORECASE
 )
 
+LOAD_TOKENIZER = 'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY OF THIS FILE")'
+TOKENIZER_SECTION = """
+## Tokenizer
+
+The tokenizer has no padding token, because the model was trained without padding. A batch of texts of different lengths
+needs one, and end-of-text can serve as it:
+
+```python
+tokenizer.pad_token = tokenizer.eos_token
+tokenizer.padding_side = "left"  # for generate(), which continues the right end
+```
+
+The attention mask that the tokenizer returns hides the padding from the model. Pass it on with the ids.
+
+The converter of llama.cpp, `convert_hf_to_gguf.py`, takes an export with GPT-2's tokenizer. It does not take a
+tokenizer of single bytes or a custom one, because it knows only the tokenizers in its own list.
+"""
+
 
 def model_card(weights: Weights, dtype: str) -> str:
-    """Returns README.md for a model directory: front matter, then config, data, steps and losses as far as known.
+    """Returns README.md for a model directory: front matter, then tokenizer, config, data, steps, losses if known.
 
     dtype: of the exported tensors.
     """
@@ -38,6 +56,11 @@ def model_card(weights: Weights, dtype: str) -> str:
     settings = ""
     if run_config:
         settings = f"\n## Settings of the run\n\n```json\n{json.dumps(run_config, indent=2)}\n```\n"
+    imports = "GPT2LMHeadModel"
+    loading = ""
+    if tokenizer:
+        imports = "AutoTokenizer, GPT2LMHeadModel"
+        loading = f"{LOAD_TOKENIZER}\n"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -53,12 +76,11 @@ tags:
 {rows}
 
 ```python
-from transformers import AutoTokenizer, GPT2LMHeadModel
+from transformers import {imports}
 
 model = GPT2LMHeadModel.from_pretrained("DIRECTORY OF THIS FILE")
-tokenizer = AutoTokenizer.from_pretrained("DIRECTORY OF THIS FILE")
-```
-
+{loading}```
+{TOKENIZER_SECTION if tokenizer else ""}
 ## Model
 
 ```json
