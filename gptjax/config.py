@@ -81,7 +81,7 @@ class OptimConfig:
 class DataConfig:
     """Where the tokens come from, and how they are grouped into batches."""
 
-    source: str = "stdlib"  # stdlib | tfds:NAME[/CONFIG] | text:PATH | lines:PATH
+    source: str = "stdlib"  # stdlib | tfds:NAME[/CONFIG] | tfds:/DIR | text:PATH | lines:PATH
     path: str = ""  # a directory of shards; '' means data/<source>-<tokenizer>
     tokenizer: str = "gpt2"  # gpt2 | bytes | a saved file | a tokenizer.json or its directory | hf:OWNER/NAME
     text_feature: str = "text"  # tfds only

@@ -44,7 +44,7 @@ LAYERS = """
     compute
     attention  loss  kernels.pointwise  data.tokenizer  data.shards  data.shuffle  data.meta  kv_cache
     identity  tree_checks  convert.tokenizer_regex  dropout
-    collectives  kernels.cross_entropy  fingerprint  record  data.patterns  data.header
+    collectives  kernels.cross_entropy  fingerprint  record  data.patterns  data.header  data.reach
     sharding
     params  sampling_flags  model_flags  examples  sampling
     config  cli  convert.hub  chips

@@ -74,4 +74,4 @@ def test_new_optimizer_learns_and_new_metric_is_reported(changed):
 
 def test_new_source_yields_its_documents(changed):
     assert changed["documents"] == [["a.csv:1", "first"], ["a.csv:2", "second"]]
-    assert changed["kinds"].endswith("expected stdlib, tfds:NAME[/CONFIG], text:PATH, lines:PATH, csv:PATH")
+    assert changed["kinds"].endswith("expected stdlib, tfds:NAME[/CONFIG], tfds:/DIR, text:PATH, lines:PATH, csv:PATH")

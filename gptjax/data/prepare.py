@@ -61,7 +61,7 @@ def prepare(
 
     Raises:
         ConfigError: an argument is wrong, or `out` holds something else.
-        DataError: a document cannot be read, or a split would be empty.
+        DataError: a document or the directory of tfds:/DIR cannot be read, or a split would be empty.
         UnavailableError: a TFDS data set cannot be downloaded.
         WorkdirError: `out` cannot be written.
     """
@@ -272,8 +272,8 @@ def default_path(source: str, tokenizer: str) -> str:
     'data/tfds-wiki40b-en-gpt2'
     """
     kind, _, path = source.partition(":")
-    if kind in ("text", "lines"):
-        source = f"{kind}-{_shorten(path)}"
+    if kind in ("text", "lines") or sources.is_tfds_directory(source):
+        source = f"{kind}-{_shorten(os.path.expanduser(path))}"
     if tokenizer not in ("gpt2", "bytes"):
         tokenizer = _shorten(tokenizer)
     return os.path.join("data", f"{_make_safe(source)}-{_make_safe(tokenizer)}")

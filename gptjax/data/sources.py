@@ -2,14 +2,17 @@
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import os
 import platform
+import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
-from gptjax.errors import ConfigError, DataError, UnavailableError
+from gptjax.data.reach import can_connect, hub_url
+from gptjax.errors import ConfigError, DataError, UnavailableError, one_line
 
 if TYPE_CHECKING:
     from tensorflow_datasets.core import DatasetBuilder
@@ -18,7 +21,11 @@ Document = tuple[str, str]  # id and text
 # Yields the documents of one file, from its path and its name. Their ids begin with the name.
 Reader = Callable[[str, str], Iterator[Document]]
 
-TFDS_REMEDY = "rerun the command to continue the download; `pip install tensorflow` helps if its error asks for it"
+TFDS_REMEDY = "rerun the command to continue the download"
+PACKAGE_REMEDY = "install the package that the error names"
+OFFLINE_REMEDY = "connect this machine, or prepare the data set on another one, copy it here and give tfds:/DIR"
+TFDS_RETRIES = 4  # of a request, within 3 s; TFDS's own 10 take 205 s
+COMMUNITY_URL = "https://storage.googleapis.com"  # of the lists of data sets of TFDS's community
 
 # Directories of the standard library that do not hold its source text.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -36,7 +43,13 @@ class Source:
 
 def needs_network(name: str) -> bool:
     """Returns whether the source may have to be downloaded."""
-    return name.startswith("tfds:")
+    return name.startswith("tfds:") and not is_tfds_directory(name)
+
+
+def is_tfds_directory(name: str) -> bool:
+    """Returns whether the source is a directory that TFDS has prepared: tfds:/DIR or tfds:~/DIR."""
+    kind, _, path = name.partition(":")
+    return kind == "tfds" and path.startswith(("/", "~", "."))
 
 
 def canonical_name(name: str) -> str:
@@ -48,6 +61,8 @@ def canonical_name(name: str) -> str:
     kind, _, path = name.partition(":")
     if kind in READERS and path:
         return f"{kind}:{os.path.abspath(path)}"
+    if is_tfds_directory(name):
+        return f"{kind}:{os.path.abspath(os.path.expanduser(path))}"
     if name == "stdlib" or (kind == "tfds" and path):
         return name
     raise ConfigError(
@@ -63,10 +78,11 @@ def open_source(
     text_feature: str = "text",
     work_dir: str,
 ) -> Source:
-    """Returns the source: `stdlib` is prepared under `work_dir`, `tfds:` in TFDS's own directory, files stay in place.
+    """Returns the source: `stdlib` is prepared under `work_dir`, `tfds:NAME` in TFDS's directory, others stay in place.
 
     Raises:
         ConfigError: there is no such source, path, or text feature.
+        DataError: the directory of `tfds:/DIR` does not hold a data set that can be read.
         UnavailableError: a TFDS data set cannot be downloaded.
     """
     kind, _, path = canonical_name(name).partition(":")
@@ -141,7 +157,7 @@ READERS: dict[str, Reader] = {
 
 def kinds() -> str:
     """Returns the forms of data.source, for messages."""
-    forms = ["stdlib", "tfds:NAME[/CONFIG]"]
+    forms = ["stdlib", "tfds:NAME[/CONFIG]", "tfds:/DIR"]
     forms += [f"{kind}:PATH" for kind in READERS]
     return ", ".join(forms)
 
@@ -215,40 +231,166 @@ def _read_stdlib() -> Iterator[Document]:
 
 
 def _open_tfds(name: str, text_feature: str) -> Source:
+    source = f"tfds:{name}"
+    if is_tfds_directory(source):
+        builder = _open_directory(name)
+        _check_feature(builder, source, text_feature)
+        return _read_builder(builder, source, text_feature)
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS reports a missing TensorFlow there, in seven lines
+        builder = _make_builder(name)
+        _check_feature(builder, source, text_feature)
+        _download(builder, source)
+    return _read_builder(builder, source, text_feature)
+
+
+def _open_directory(path: str) -> "DatasetBuilder":
+    """Returns the builder of a directory that TFDS has prepared.
+
+    Raises:
+        DataError: it is not one, or its files cannot be read.
+    """
     import tensorflow_datasets as tfds  # here, since only prepare needs it
 
+    if not os.path.isfile(os.path.join(path, "dataset_info.json")):
+        raise DataError(
+            "not a data set that TFDS has prepared: no dataset_info.json in it",
+            field=path,
+            remedy="name the directory of one version, such as NAME/1.0.0",
+        )
     try:
-        builder = tfds.builder(name, file_format="array_record")
-    except (ValueError, ImportError) as error:
-        raise ConfigError(
-            _first_line(error),  # the other lines list all data sets
-            field="data.source",
-            value=f"tfds:{name}",
+        builder = tfds.builder_from_directory(path)
+        for name, split in builder.info.splits.items():
+            cast(Any, builder).as_data_source(name)  # does not open the files yet
+            for file in split.filepaths:
+                os.stat(file)
+    except Exception as error:  # from TFDS, protobuf and the reader of the file format
+        raise DataError(
+            f"cannot be read ({_reason(error)})",
+            field=path,
+            remedy="prepare it again, with file_format='array_record'",
         ) from error
+    if not builder.info.splits:
+        raise DataError("has no splits, so it is not completely prepared", field=path)
+    return builder
+
+
+def _make_builder(name: str) -> "DatasetBuilder":
+    """Returns the builder of a data set that TFDS knows by name.
+
+    Raises:
+        ConfigError: there is no such data set, config or version.
+        UnavailableError: TFDS cannot tell, because a server does not answer or a package is missing.
+    """
+    import tensorflow_datasets as tfds  # here, since only prepare needs it
+    from tensorflow_datasets.core import naming
+
+    with contextlib.suppress(ImportError):
+        # TFDS leaves out these data sets if a package is missing that its data sets of images need.
+        import tensorflow_datasets.text
+
+    source = f"tfds:{name}"
+    servers = {"huggingface": hub_url(), "kubric": COMMUNITY_URL, "robotics": COMMUNITY_URL}
+    try:
+        namespace = naming.parse_builder_name_kwargs(name)[0].namespace
+        if namespace in servers and not can_connect([servers[namespace]]):
+            raise _offline(source, servers[namespace])
+        builder = tfds.builder(name, file_format="array_record")
+        _ = builder.info  # computed now, by the data set's own code
+    except tfds.core.DatasetNotFoundError as error:
+        known = tfds.list_builders(with_community_datasets=False)
+        nearest = difflib.get_close_matches(name.partition("/")[0], known, 3)
+        raise ConfigError(
+            _first_line(error).rstrip("."),  # the other lines list all data sets
+            field="data.source",
+            value=source,
+            remedy=f"nearest: {', '.join(nearest)}" if nearest else "",
+        ) from error
+    except UnavailableError:
+        raise
+    except Exception as error:  # from any library that the data set's own code uses
+        if isinstance(error, ValueError | AssertionError) and not _is_from_outside(error):
+            raise ConfigError(_first_line(error), field="data.source", value=source) from error
+        raise _unavailable(source, error) from error
+    return builder
+
+
+def _check_feature(builder: "DatasetBuilder", source: str, text_feature: str) -> None:
     features = list(cast(Iterable[str], builder.info.features or ()))
     if text_feature not in features:
         available = ", ".join(features) or "no features"
         raise ConfigError(
-            f"tfds:{name} has {available}",
+            f"{source} has {available}",
             field="data.text_feature",
             value=text_feature,
         )
+
+
+def _download(builder: "DatasetBuilder", source: str) -> None:
+    """Downloads and prepares a data set, unless it is on disk already.
+
+    Raises:
+        UnavailableError: that fails.
+    """
+    import tensorflow_datasets as tfds  # here, since only prepare needs it
+    from tensorflow_datasets.core.download import downloader
+
+    retries = TFDS_RETRIES
+    if not builder.data_path.exists() and not can_connect(builder.url_infos or ()):
+        if not _has_downloads(builder):
+            raise _offline(source, "its server")
+        retries = 0
+    downloader.MAX_RETRIES = retries  # TFDS has no option for it
+    # What Google's bucket has prepared is of another file format, which needs TensorFlow.
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
-        builder.download_and_prepare()
+        builder.download_and_prepare(download_config=config)
     except Exception as error:  # from any library that the data set's own code uses
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise UnavailableError(
-            f"cannot be prepared ({reason})",
-            field="data.source",
-            value=f"tfds:{name}",
-            remedy=TFDS_REMEDY,
-        ) from error
-    return _read_builder(builder, f"tfds:{name}", text_feature)
+        raise _unavailable(source, error) from error
+
+
+def _has_downloads(builder: "DatasetBuilder") -> bool:
+    """Returns whether there are complete files of the data set that TFDS downloaded before, from which it can go on."""
+    directory = os.path.join(builder.data_dir_root, "downloads", builder.name)
+    names = os.listdir(directory) if os.path.isdir(directory) else []
+    return any(".tmp." not in name for name in names)
+
+
+def _unavailable(source: str, error: Exception) -> UnavailableError:
+    remedy = PACKAGE_REMEDY if isinstance(error, ImportError) else TFDS_REMEDY
+    return UnavailableError(
+        f"cannot be prepared ({_reason(error)})",
+        field="data.source",
+        value=source,
+        remedy=remedy,
+    )
+
+
+def _offline(source: str, server: str) -> UnavailableError:
+    return UnavailableError(
+        f"cannot be downloaded: {server} does not answer",
+        field="data.source",
+        value=source,
+        remedy=OFFLINE_REMEDY,
+    )
+
+
+def _is_from_outside(error: BaseException | None) -> bool:
+    """Returns whether a file, a server or a missing package is among the causes of `error`."""
+    while error is not None:
+        if isinstance(error, OSError | ImportError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else ""
+    """Returns the first line of a foreign message that is not blank, without TFDS's repetition of the arguments."""
+    line = next(filter(str.strip, str(error).splitlines()), "")
+    return one_line(re.sub(r'^Failed to construct dataset ".*?", builder_kwargs ".*?": ', "", line))
 
 
 def _read_builder(

@@ -359,6 +359,9 @@ def test_bad_arguments_are_refused(corpus: Path, tmp_path: Path) -> None:
 def test_default_path_is_unique_per_source_and_tokenizer() -> None:
     assert default_path("stdlib", "gpt2") == "data/stdlib-gpt2"
     assert default_path("tfds:wiki40b/en", "bytes") == "data/tfds-wiki40b-en-bytes"
+    directories = [default_path(f"tfds:{path}/1.0.0", "bytes") for path in ("/a/b-c", "/a-b/c", "~/c")]
+    assert len(set(directories)) == 3
+    assert all(re.fullmatch(r"data/tfds-1\.0\.0-[0-9a-f]{8}-bytes", path) for path in directories)
     assert re.fullmatch(r"data/text-b-[0-9a-f]{8}-gpt2", default_path("text:/a/b", "gpt2"))
     paths = [
         default_path(f"{kind}:/{folder}/b c", t) for kind in ("text", "lines") for folder in "xy" for t in ("t", "u")
