@@ -198,6 +198,7 @@ def find_tensors(directory: str, *, tied: bool) -> tuple[dict[str, Tensor], list
         UnavailableError: the file is pickled, and torch is missing or too old to read it safely.
     """
     found: dict[str, Tensor] = {}
+    files: dict[str, str] = {}  # the file of each tensor
     for path, indexed, opened in _weight_files(directory):
         for name in opened:
             if indexed is not None and name not in indexed:
@@ -206,10 +207,11 @@ def find_tensors(directory: str, *, tied: bool) -> tuple[dict[str, Tensor], list
         if missing:
             raise DataError(f"{min(missing)} is missing, which the index places there", field=path)
         found |= opened  # an index has one file per name
+        files |= dict.fromkeys(opened, path)
     renamed = rename(found)
     if renamed.twice:
         name, first, second = renamed.twice
-        raise DataError(f"{name} occurs twice, as {first} and as {second}", field=directory)
+        raise DataError(f"{name} occurs twice, as {first} and as {second}", field=files[second])
     tensors = {name: found[stored] for name, stored in renamed.names.items()}
     notes = left_out(renamed.heads)
     if tied:
