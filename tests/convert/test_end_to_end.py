@@ -83,8 +83,9 @@ def test_export_and_reimport_of_each_format_is_bit_equal(lab, tuned, tmp_path, f
     assert bits(there) == bits(f"gptjax:{tuned}")
     convert(lab, there, f"gptjax:{tmp_path}/back")
     _, params, step = load_params(str(tmp_path / "back"))
-    _, expected, _ = load_params(str(tuned))
-    assert step == 0
+    _, expected, trained = load_params(str(tuned))
+    # nanoGPT's form holds AdamW's moments, with which a run resumes; the others hold parameters only.
+    assert step == (trained if form.startswith("nanogpt") else 0)
     assert (
         np.asarray(params["h"]["attn"]["c_attn"]["kernel"]).tobytes()
         == np.asarray(expected["h"]["attn"]["c_attn"]["kernel"]).tobytes()
