@@ -5,7 +5,7 @@ import struct
 import numpy as np
 
 from gptjax.convert.staging import SideFile
-from gptjax.data.tokenizer import END_OF_TEXT, Tokenizer
+from gptjax.data.tokenizer import Tokenizer
 
 # The saved form of GPT-2's tokenizer under the name gpt2.
 GPT2_SHA256 = "3a1f8b75c440cfc21bb4d737c0fa1ed7fbe68f224bc20a56d193189cfdc9e981"
@@ -64,7 +64,11 @@ def make_side_file(
 
 def _gpt2_tokenizer(tokenizer: Tokenizer) -> bytes:
     """Returns the content of gpt2_tokenizer.bin."""
-    tokens = [*tokenizer.tokens(), END_OF_TEXT.encode()]
+    _require_no_prefix(tokenizer)
+    # llm.c decodes only: it prints a special token by its name, as its own file has end-of-text.
+    texts = {number: token for token, number in tokenizer.ranks().items()}
+    texts |= {number: name.encode() for name, number in tokenizer.specials.items()}
+    tokens = [texts[number] for number in range(tokenizer.vocab_size)]
     header = np.zeros(HEADER_LENGTH, HEADER_DTYPE)
     header[:4] = [MAGIC, VERSION, len(tokens), tokenizer.eot_id]
     parts = [header.tobytes()]
@@ -77,18 +81,25 @@ def _gpt2_tokenizer(tokenizer: Tokenizer) -> bytes:
 
 def _meta_pickle(tokenizer: Tokenizer, vocab_size: int) -> bytes:
     """Returns the content of meta.pkl, whose characters are the bytes in Latin-1."""
-    tokens = tokenizer.tokens()
-    if any(len(token) > 1 for token in tokens):
+    _require_no_prefix(tokenizer)
+    ranks = tokenizer.ranks()
+    if any(len(token) > 1 for token in ranks):
         raise _NoPlaceError("nanogpt has place for single characters only")
-    characters = [token.decode("latin-1") for token in tokens]
-    # End-of-text and the ids that pad the vocabulary have no text.
-    texts = characters + [""] * (vocab_size - len(characters))
+    characters = {token.decode("latin-1"): number for token, number in ranks.items()}
+    # Special tokens and the ids that pad the vocabulary have no text.
+    texts = dict.fromkeys(range(vocab_size), "")
+    texts |= {number: character for character, number in characters.items()}
     meta = {
         "vocab_size": vocab_size,
-        "stoi": {character: number for number, character in enumerate(characters)},
-        "itos": dict(enumerate(texts)),
+        "stoi": characters,
+        "itos": texts,
     }
     return PROTOCOL + _opcodes(meta) + STOP
+
+
+def _require_no_prefix(tokenizer: Tokenizer) -> None:
+    if tokenizer.prefix_space:
+        raise _NoPlaceError("it has add_prefix_space, which only hf and gptjax hold")
 
 
 def _opcodes(value: str | int | dict) -> bytes:

@@ -1,0 +1,59 @@
+"""The tokenizer beside a model of nanoGPT or llm.c, where special tokens do not come last."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from gptjax.convert.beside import make_side_file
+from gptjax.data.patterns import BYTES_PATTERN, GPT2_PATTERN
+from gptjax.data.tokenizer import make_tokenizer
+
+SPECIALS = {"<s>": 0, "<pad>": 1, "</s>": 2}
+
+
+def specials_first(merged=(), **options):
+    tokens = [*(bytes([byte]) for byte in range(256)), *merged]
+    ranks = {token: number + len(SPECIALS) for number, token in enumerate(tokens)}
+    pattern = GPT2_PATTERN if merged else BYTES_PATTERN
+    return make_tokenizer("mine", pattern, ranks, specials=SPECIALS, eot="</s>", **options)
+
+
+def read_gpt2_tokenizer(content):
+    """As llm.c's tokenizer.h does: returns (end-of-text's id, the bytes of each id)."""
+    header = np.frombuffer(content[:1024], "<u4")
+    assert list(header[:2]) == [20240328, 2]
+    tokens, at = [], 1024
+    for _ in range(header[2]):
+        length = content[at]
+        tokens.append(content[at + 1 : at + 1 + length])
+        at += 1 + length
+    assert at == len(content)
+    return header[3], tokens
+
+
+def test_llmc_decodes_ids_behind_special_tokens():
+    tokenizer = specials_first([b"th", b"the", b" the"])
+    file, _ = make_side_file(tokenizer, "llmc", vocab_size=tokenizer.vocab_size)
+    eot, tokens = read_gpt2_tokenizer(file.content)
+    assert eot == 2
+    text = "the house, the  tree ü"
+    assert b"".join(tokens[number] for number in tokenizer.encode(text)).decode() == text
+    assert tokens[:3] == [b"<s>", b"<pad>", b"</s>"]
+
+
+def test_nanogpt_decodes_ids_behind_special_tokens():
+    tokenizer = specials_first()
+    file, _ = make_side_file(tokenizer, "nanogpt", vocab_size=300)
+    meta = pickle.loads(file.content)
+    text = "the house"
+    assert [meta["stoi"][character] for character in text] == tokenizer.encode(text)
+    assert "".join(meta["itos"][number] for number in [2, *tokenizer.encode(text), 1, 299]) == text
+    assert sorted(meta["itos"]) == list(range(300))
+
+
+@pytest.mark.parametrize("target", ["nanogpt", "llmc"])
+def test_tokenizer_with_a_space_before_each_text_is_left_out(target):
+    file, line = make_side_file(specials_first(prefix_space=True), target, vocab_size=259)
+    assert file is None
+    assert "left out" in line
