@@ -172,7 +172,7 @@ def main(arguments: list[str]) -> None:
 
 
 def load_model(args: argparse.Namespace) -> tuple[Config, Any, "Tokenizer | None", str]:
-    """Returns (config, params, tokenizer or None for the config's, a name for the result) of --workdir or --model.
+    """Returns (config, params, tokenizer, a name for the result) of --workdir or --model.
 
     Raises:
         UserError: the model or its tokenizer is missing or damaged.
@@ -180,15 +180,19 @@ def load_model(args: argparse.Namespace) -> tuple[Config, Any, "Tokenizer | None
     import jax
 
     from gptjax.convert import formats
-    from gptjax.convert.tokenizer_source import open_tokenizer
+    from gptjax.convert.tokenizer_source import open_run_tokenizer, open_tokenizer
     from gptjax.stored import load_params
+    from gptjax.workdir import local_directory
 
     if args.workdir:
         config, params, step = load_params(args.workdir, step=args.step)
         if args.data:
             data = dataclasses.replace(config.data, path=args.data)
             config = dataclasses.replace(config, data=data)
-        tokenizer = open_tokenizer(args.tokenizer) if args.tokenizer else None
+        if args.tokenizer:
+            tokenizer = open_tokenizer(args.tokenizer)
+        else:
+            tokenizer = open_run_tokenizer(config.data.tokenizer, local_directory(args.workdir))
         return config, params, tokenizer, f"step {step}"
     weights = formats.open_model(args.model, tokenizer=args.tokenizer, activation=args.activation)
     data = DataConfig(path=args.data, global_batch_size=ROWS * jax.device_count())

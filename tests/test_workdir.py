@@ -16,6 +16,7 @@ from gptjax.config import CheckpointConfig, Config, DataConfig
 from gptjax.convert import __main__ as convert
 from gptjax.convert import native
 from gptjax.data import prepare
+from gptjax.data.tokenizer import load_tokenizer
 from gptjax.errors import ConfigError, UnavailableError, WorkdirError
 from gptjax.stored import load_params
 from gptjax.train import train
@@ -275,7 +276,7 @@ def test_c6_unlistable_directory_of_data_or_results_is_named(monkeypatch: pytest
     monkeypatch.setattr(os, "listdir", fail)
     for call in (
         lambda: workdir.is_empty(path),
-        lambda: prepare.ensure_prepared(DataConfig(path=path)),
+        lambda: prepare.ensure_prepared(DataConfig(path=path), load_tokenizer("bytes")),
         lambda: convert.refuse_existing(path, force=False),
     ):
         with raises(UnavailableError, path, match="cannot be listed now: Permission denied"):

@@ -8,6 +8,8 @@ from gptjax.convert.hub_listing import TOKENIZER
 from gptjax.convert.tokenizer_files import BUILT_IN, read_tokenizer
 from gptjax.data.tokenizer import Tokenizer, load_tokenizer
 from gptjax.errors import ConfigError
+from gptjax.strict_json import InvalidTextError, parse_json
+from gptjax.workdir import CONFIG_FILE, TOKENIZER_FILE, read_file
 
 log = logging.getLogger("gptjax")
 HUB = "hf:"  # before OWNER/NAME[@REVISION]
@@ -39,6 +41,31 @@ def open_tokenizer(name: str) -> Tokenizer:
     if os.path.basename(name) == HF_FILE and os.path.isfile(name) and _is_of_hugging_face(name):
         return _from_directory(name, os.path.dirname(name) or ".", title="")
     return load_tokenizer(name)
+
+
+def open_run_tokenizer(name: str, workdir: str) -> Tokenizer:
+    """Returns the tokenizer `name` of a run in the local directory `workdir`.
+
+    A run whose tokenizer comes from the Hub makes a connection at its first start only. Afterwards it takes the copy in
+    its work directory: the Hub may be out of reach, or have another file under the same name.
+
+    Raises:
+        UserError: as `open_tokenizer`.
+    """
+    saved = os.path.join(workdir, TOKENIZER_FILE)
+    if name.startswith(HUB) and _recorded_name(workdir) == name and os.path.isfile(saved):
+        return load_tokenizer(saved)
+    return open_tokenizer(name)
+
+
+def _recorded_name(workdir: str) -> str:
+    """Returns data.tokenizer in the config.json of a work directory, "" if it cannot be read."""
+    try:
+        content = read_file(workdir, CONFIG_FILE)
+        values = parse_json(content, dict) if content else {}
+        return str(values["data"]["tokenizer"])
+    except (OSError, InvalidTextError, KeyError, TypeError):
+        return ""
 
 
 def _from_directory(name: str, directory: str, *, title: str) -> Tokenizer:

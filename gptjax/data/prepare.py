@@ -290,12 +290,12 @@ def _make_safe(name: str) -> str:
     return re.sub(r"[^\w.]+", "-", name).strip("-")
 
 
-def ensure_prepared(config: DataConfig) -> str:
+def ensure_prepared(config: DataConfig, tokenizer: Tokenizer) -> str:
     """Returns the directory of the data that `config` names, prepared now if it is missing and needs no network.
 
     Raises:
         ConfigError: it is missing and data.path names it, or it would have to be downloaded; the remedy is a command.
-        UserError: as `prepare` and `open_tokenizer`.
+        UserError: as `prepare`.
     """
     path = config.path or default_path(config.source, config.tokenizer)
     if os.path.isdir(path) and not is_empty(path):
@@ -318,7 +318,7 @@ def ensure_prepared(config: DataConfig) -> str:
     logging.getLogger("gptjax").info("%s: no data yet; preparing it now (same as: %s)", path, command)
     prepare(
         source=config.source,
-        tokenizer=open_tokenizer(config.tokenizer),
+        tokenizer=tokenizer,
         out=path,
         text_feature=config.text_feature,
     )

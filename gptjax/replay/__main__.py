@@ -88,6 +88,7 @@ def main(arguments: list[str]) -> None:
     distributed.start_jax()
     # start_jax configures JAX before these import it.
     from gptjax.checkpoint import Checkpointer
+    from gptjax.convert.tokenizer_source import open_run_tokenizer
     from gptjax.identity import read_identity
     from gptjax.replay import report, update
     from gptjax.setup import make_run
@@ -111,7 +112,8 @@ def main(arguments: list[str]) -> None:
             field="--step",
             value=args.step,
         )
-    run = make_run(config)
+    tokenizer = open_run_tokenizer(config.data.tokenizer, local_directory(args.workdir))
+    run = make_run(config, tokenizer=tokenizer)
     replayed = update.replay(
         run,
         args.workdir,

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from gptjax.convert import tokenizer_source
 from gptjax.convert.tokenizer_files import write_tokenizer
-from gptjax.convert.tokenizer_source import open_tokenizer
+from gptjax.convert.tokenizer_source import open_run_tokenizer, open_tokenizer
 from gptjax.data.patterns import GPT2_PATTERN
 from gptjax.data.tokenizer import load_tokenizer, make_tokenizer
 from gptjax.errors import ConfigError, DataError
@@ -64,3 +65,36 @@ def test_damaged_tokenizer_file_is_refused_by_its_name(tmp_path, text):
         with pytest.raises(DataError) as caught:
             open_tokenizer(str(place))
         assert str(tmp_path) in caught.value.field
+
+
+@pytest.fixture
+def asked(monkeypatch, places):
+    """The names for which a connection was made; each answer is the tokenizer of `places`."""
+    names = []
+    answer = (str(places[1] / "whole"), "c0ffee")
+    monkeypatch.setattr(tokenizer_source.hub, "download", lambda *of, kind: names.append(of) or answer)
+    return names
+
+
+def test_run_with_a_tokenizer_of_the_hub_connects_at_its_first_start_only(places, asked, tmp_path):
+    tokenizer, _ = places
+    assert open_run_tokenizer("hf:me/it@v1", str(tmp_path)).sha256 == tokenizer.sha256
+    assert asked == [("me/it", "v1")]
+    load_tokenizer("bytes").save(str(tmp_path / "tokenizer.json"))  # another one, to see which is taken
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"tokenizer": "hf:me/it@v1"}}))
+    assert open_run_tokenizer("hf:me/it@v1", str(tmp_path)).name == "bytes"
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("recorded", ['{"data": {"tokenizer": "hf:me/other"}}', '{"data": 3}', "{", ""])
+def test_copy_of_another_tokenizer_is_not_taken(places, asked, tmp_path, recorded):
+    load_tokenizer("bytes").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(recorded)
+    assert open_run_tokenizer("hf:me/it", str(tmp_path)).sha256 == places[0].sha256
+    assert len(asked) == 1
+
+
+def test_run_with_another_tokenizer_ignores_the_copy(tmp_path):
+    load_tokenizer("bytes").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"tokenizer": "gpt2"}}))
+    assert open_run_tokenizer("gpt2", str(tmp_path)).name == "gpt2"

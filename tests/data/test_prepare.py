@@ -377,32 +377,32 @@ def test_ensure_prepared_prepares_once(
     monkeypatch.chdir(tmp_path)
     config = DataConfig(source=f"text:{corpus}", tokenizer="bytes")
     with caplog.at_level(logging.INFO, "gptjax"):
-        path = ensure_prepared(config)
+        path = ensure_prepared(config, load_tokenizer(config.tokenizer))
     assert path == default_path(config.source, "bytes")
     assert f"preparing it now (same as: python -m gptjax.data.prepare --source=text:{corpus}" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO, "gptjax"):
-        assert ensure_prepared(config) == path
+        assert ensure_prepared(config, load_tokenizer(config.tokenizer)) == path
     assert not caplog.text
     assert open_split(path, "train", tokenizer=TOKENIZER).tokens > 0
 
 
 def test_ensure_prepared_uses_existing_data(prepared: Path) -> None:
-    assert ensure_prepared(DataConfig(source="tfds:lm1b", path=str(prepared))) == str(prepared)
+    assert ensure_prepared(DataConfig(source="tfds:lm1b", path=str(prepared)), load_tokenizer("bytes")) == str(prepared)
 
 
 def test_ensure_prepared_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     flags = "--source=tfds:lm1b --tokenizer=gpt2 '--text_feature=a b' --out=data/tfds-lm1b-gpt2"
     with raises(ConfigError, "data/tfds-lm1b-gpt2", remedy=f"run: python -m gptjax.data.prepare {flags}"):
-        ensure_prepared(DataConfig(source="tfds:lm1b", text_feature="a b"))
+        ensure_prepared(DataConfig(source="tfds:lm1b", text_feature="a b"), load_tokenizer("bytes"))
     assert not os.listdir(tmp_path)
 
 
 def test_ensure_prepared_never_fills_a_path_that_was_given(corpus: Path, tmp_path: Path) -> None:
     path = tmp_path / "typo"
     with raises(ConfigError, "data.path", value=str(path), remedy=f"--out={path}"):
-        ensure_prepared(DataConfig(source=f"text:{corpus}", tokenizer="bytes", path=str(path)))
+        ensure_prepared(DataConfig(source=f"text:{corpus}", path=str(path)), load_tokenizer("bytes"))
     assert not path.exists()
 
 

@@ -14,6 +14,7 @@ from gptjax import config, divergence, errors, resume, setup, workdir
 from gptjax.chips import GIB
 from gptjax.config import Config, GPTConfig, MeshConfig
 from gptjax.data.prepare import ensure_prepared
+from gptjax.data.tokenizer import load_tokenizer
 from gptjax.history import History
 from gptjax.plan import aot
 from gptjax.sharding import make_mesh
@@ -95,7 +96,7 @@ def wrong_batch() -> None:
 
 
 def missing_data() -> None:
-    ensure_prepared(config.DataConfig(path="data/mine"))
+    ensure_prepared(config.DataConfig(path="data/mine"), load_tokenizer("bytes"))
 
 
 def locked() -> None:
