@@ -92,7 +92,7 @@ def train_here(lab: runs.Lab, tiny_run: Run, monkeypatch: pytest.MonkeyPatch) ->
     """
 
     def train(workdir: pathlib.Path, *, parts: dict | None = None, **sections: dict) -> int:
-        def make_run(config: Config) -> Run:
+        def make_run(config: Config, **_: object) -> Run:
             return dataclasses.replace(tiny_run, config=config, **(parts or {}))
 
         monkeypatch.setattr(train_module, "make_run", make_run)

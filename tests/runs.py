@@ -250,7 +250,7 @@ def wait_until_stopped(process: subprocess.Popen[str]) -> None:
     wait_for(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", process)
 
 
-def make_run_on(config: Config, devices: int = 1) -> Any:
+def make_run_on(config: Config, devices: int = 1, **_: object) -> Any:
     """Returns the Run of `config` on the first so many of this process's devices."""
     original = run_setup.make_mesh
     run_setup.make_mesh = lambda mesh: make_mesh(mesh, jax.devices()[:devices])

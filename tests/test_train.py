@@ -177,7 +177,7 @@ def test_compare_data_refuses_changes_unless_allowed(said):
 
 
 def test_resume_never_is_checked_before_the_run_is_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "make_run", lambda config: pytest.fail("it went on"))
+    monkeypatch.setattr(train_module, "make_run", lambda config, **_: pytest.fail("it went on"))
     (tmp_path / "notes.txt").touch()
     with raises(ConfigError, "checkpoint.resume", value="never", remedy="choose another"):
         train(Config(checkpoint=CheckpointConfig(resume="never")), str(tmp_path))
@@ -253,7 +253,7 @@ def test_report_time_is_not_counted_as_data_wait(train_here, tmp_path, monkeypat
 
 
 def test_no_thread_outlives_a_run_that_fails(tmp_path, monkeypatch):
-    def fail(config):
+    def fail(config, **_):
         raise ConfigError("as it may")
 
     monkeypatch.setattr(train_module, "make_run", fail)

@@ -26,7 +26,7 @@ def train_on(lab, monkeypatch, workdir, devices, mesh, **checkpoint):
     """Trains 24 steps, one micro-batch an update, so that dropout is the same on every mesh; returns the Run."""
     made = []
 
-    def make_run(config):
+    def make_run(config, **_):
         made.append(make_run_on(config, devices))
         return made[-1]
 
