@@ -1,6 +1,5 @@
 """Whether servers can be reached, before a library spends minutes on retries."""
 
-import os
 import queue
 import socket
 import threading
@@ -69,5 +68,9 @@ def _address(scheme: str, netloc: str) -> tuple[str, int]:
 
 
 def hub_url() -> str:
-    """Returns the address of the Hugging Face Hub, which the environment may set."""
-    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    """Returns the address of the Hugging Face Hub, which HF_ENDPOINT may set; "" without huggingface_hub."""
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        return ""
+    return constants.ENDPOINT

@@ -1,11 +1,13 @@
 """Servers are tried within seconds, all at once, and behind the proxy of the environment."""
 
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
 
 import pytest
+from huggingface_hub import constants
 
 from gptjax.data import reach
 from gptjax.data.reach import can_connect
@@ -80,8 +82,9 @@ def test_proxy_is_tried_in_place_of_the_server(
     assert not can_connect([url])
 
 
-def test_the_hub_is_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example")
+def test_the_hub_is_that_of_huggingface_hub(monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example")
     assert reach.hub_url() == "https://hub.example"
-    monkeypatch.delenv("HF_ENDPOINT")
-    assert reach.hub_url() == "https://huggingface.co"
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert reach.hub_url() == ""
+    assert reach.can_connect([reach.hub_url()])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import tensorflow_datasets as tfds
+from huggingface_hub import constants
 
 from gptjax.data import sources
 from gptjax.data.prepare import prepare
@@ -202,7 +203,7 @@ def test_known_data_set_without_a_network_is_unavailable(name: str, monkeypatch:
 def test_huggingface_data_set_without_a_network_is_unavailable(
     monkeypatch: pytest.MonkeyPatch, closed_url: str
 ) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", closed_url)
+    monkeypatch.setattr(constants, "ENDPOINT", closed_url)
     name = "tfds:huggingface:wikitext/wikitext-2-raw-v1"
     with raises(UnavailableError, "data.source", value=name, remedy="tfds:/DIR", match=closed_url):
         open_source(name, work_dir="")
