@@ -290,8 +290,10 @@ def _make_safe(name: str) -> str:
     return re.sub(r"[^\w.]+", "-", name).strip("-")
 
 
-def ensure_prepared(config: DataConfig, tokenizer: Tokenizer) -> str:
+def ensure_prepared(config: DataConfig, tokenizer: Tokenizer | None = None) -> str:
     """Returns the directory of the data that `config` names, prepared now if it is missing and needs no network.
+
+    tokenizer: of the data; None means data.tokenizer.
 
     Raises:
         ConfigError: it is missing and data.path names it, or it would have to be downloaded; the remedy is a command.
@@ -318,7 +320,7 @@ def ensure_prepared(config: DataConfig, tokenizer: Tokenizer) -> str:
     logging.getLogger("gptjax").info("%s: no data yet; preparing it now (same as: %s)", path, command)
     prepare(
         source=config.source,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer or open_tokenizer(config.tokenizer),
         out=path,
         text_feature=config.text_feature,
     )

@@ -377,18 +377,18 @@ def test_ensure_prepared_prepares_once(
     monkeypatch.chdir(tmp_path)
     config = DataConfig(source=f"text:{corpus}", tokenizer="bytes")
     with caplog.at_level(logging.INFO, "gptjax"):
-        path = ensure_prepared(config, load_tokenizer(config.tokenizer))
+        path = ensure_prepared(config)
     assert path == default_path(config.source, "bytes")
     assert f"preparing it now (same as: python -m gptjax.data.prepare --source=text:{corpus}" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO, "gptjax"):
-        assert ensure_prepared(config, load_tokenizer(config.tokenizer)) == path
+        assert ensure_prepared(config) == path
     assert not caplog.text
     assert open_split(path, "train", tokenizer=TOKENIZER).tokens > 0
 
 
 def test_ensure_prepared_uses_existing_data(prepared: Path) -> None:
-    assert ensure_prepared(DataConfig(source="tfds:lm1b", path=str(prepared)), load_tokenizer("bytes")) == str(prepared)
+    assert ensure_prepared(DataConfig(source="tfds:lm1b", path=str(prepared))) == str(prepared)
 
 
 def test_ensure_prepared_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
