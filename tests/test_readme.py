@@ -165,3 +165,11 @@ def test_cold_shards_are_described_as_links(name):
     about = [line for line in read(name).splitlines() if "300" in line and "shards of 200 MB" in line]
     assert any("ten files, 2 GB on disk" in line for line in about)
     assert "60 GB" not in read(name)
+
+
+def test_the_matrix_names_tests_that_exist():
+    named = set(re.findall(r"`(test_\w+)`", read("docs/matrix.md")))
+    files = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    defined = {name for text in files for name in re.findall(r"def (test_\w+)", text)}
+    assert len(named) > 15
+    assert named <= defined

@@ -20,6 +20,8 @@ def test_compare_configs_notes_changes_and_refuses_other_models(said):
         "note: train.num_steps changed ",
         "note: train.nan_policy changed ",
     ]
+    with raises(ConfigError, "model.activation", remedy="another --workdir"):
+        compare_configs(old, dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, activation="gelu")))
     with raises(ConfigError, "model.n_layer", remedy="another --workdir") as caught:
         compare_configs(old, dataclasses.replace(CONFIG, model=GPTConfig(block_size=8, vocab_size=100)))
     changed = [error.field.removeprefix("model.") for error in caught.value.errors]

@@ -271,7 +271,7 @@ def with_every_option(name, heads):
     """Returns loss, gradient norm, tokens of a train step, and evaluation's sums, with options that change the loss."""
     config = from_dict(
         {
-            "model": MODEL | {"n_head": heads, "tie_embeddings": False, "bias": False},
+            "model": MODEL | {"n_head": heads, "tie_embeddings": False, "bias": False, "activation": "gelu"},
             "data": {"document_mask": True},
             "train": {"z_loss": 1e-2},
             "optim": {"warmup_steps": 0},

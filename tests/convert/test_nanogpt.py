@@ -274,12 +274,14 @@ SCALARS = {"float64": np.float64(2.5), "float32": np.float32(2.5), "float16": np
 @pytest.mark.parametrize("kind", SCALARS)
 def test_numpy_scalars_of_a_training_script_are_read(tmp_path, kind):
     path = tmp_path / "ckpt.pt"
-    save(path, Model(ARGS), ARGS | {name: np.int64(ARGS[name]) for name in ("vocab_size", "n_embd")})
+    sizes = {name: np.int64(ARGS[name]) for name in ("vocab_size", "n_embd")}
+    save(path, Model(ARGS), ARGS | sizes | {"bias": np.bool_(ARGS["bias"]), "dropout": np.float32(0.25)})
     saved = torch.load(path, weights_only=False)
     torch.save(saved | {"best_val_loss": SCALARS[kind], "iter_num": np.int32(9)}, path)
     weights = nanogpt.read(str(path), origin="")
     assert weights.history == {"step": 9, "val_loss": 2.5}
     assert weights.config.vocab_size == 50
+    assert (weights.config.bias, weights.config.dropout) == (ARGS["bias"], 0.25)
 
 
 @pytest.mark.parametrize(

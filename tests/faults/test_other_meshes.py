@@ -38,7 +38,8 @@ def train_on(lab, monkeypatch, workdir, devices, mesh, **checkpoint):
 
 def make_config(lab, mesh, **checkpoint):
     train = {"num_steps": 24, "micro_batch_size": 0, "eval_every": 0, "eval_batches": 1}
-    return lab.config(mesh=mesh, train=train, checkpoint={"save_every": 24} | checkpoint)
+    model = {"activation": "gelu"}
+    return lab.config(mesh=mesh, model=model, train=train, checkpoint={"save_every": 24} | checkpoint)
 
 
 @pytest.fixture(scope="module")

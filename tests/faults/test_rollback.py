@@ -291,7 +291,13 @@ def test_g4_spike_within_the_first_64_steps_is_ignored(train_here, spiking_at, s
 
 # Real processes, and data in which one batch is of one byte that is nowhere else
 
-REAL = ("train.num_steps=120", "train.eval_every=60", "train.nan_policy=rollback", "checkpoint.save_every=20")
+REAL = (
+    "model.activation=gelu",
+    "train.num_steps=120",
+    "train.eval_every=60",
+    "train.nan_policy=rollback",
+    "checkpoint.save_every=20",
+)
 
 
 @pytest.fixture(scope="session")
