@@ -226,11 +226,11 @@ def _log_z_and_label_by_triton(
 ) -> tuple[jax.Array, jax.Array]:
     # The kernel takes logits in the compute dtype, and masks the padded columns itself.
     logits_BTV = _logits(x_BTD, head_DV)
-    rows_NV = logits_BTV.reshape(-1, logits_BTV.shape[2])
-    targets_N = targets_BT.reshape(-1)
-    log_z_N, label_N = kernel.log_z_and_label(rows_NV, targets_N, vocab_size=vocab_size)
-    log_z_BT = log_z_N.reshape(targets_BT.shape)
-    label_BT = label_N.reshape(targets_BT.shape)
+    rows_MV = logits_BTV.reshape(-1, logits_BTV.shape[2])
+    targets_M = targets_BT.reshape(-1)
+    log_z_M, label_M = kernel.log_z_and_label(rows_MV, targets_M, vocab_size=vocab_size)
+    log_z_BT = log_z_M.reshape(targets_BT.shape)
+    label_BT = label_M.reshape(targets_BT.shape)
     return log_z_BT, label_BT
 
 

@@ -102,11 +102,11 @@ def make_token_loss_fn(
     ) -> jax.Array:
         # Gathers the tables as the gradient function does, so that they are rounded to the compute dtype here, too.
         params = all_gather_embeddings(params, model.parallel)
-        key = microbatch_dropout_keys(config, step)
+        key_of = microbatch_dropout_keys(config, step)
 
         def run_microbatch(micro: tuple[jax.Array, jax.Array]) -> jax.Array:
             index, tokens = micro
-            return loss_fn(params, tokens, key(index))
+            return loss_fn(params, tokens, key_of(index))
 
         # lax.map is a loop; vmap would hold all micro-batches in memory.
         index_A = jnp.arange(tokens_ABT.shape[0])
@@ -185,7 +185,7 @@ def make_gradient_fn(
     """
     z_weight = config.train.z_loss
 
-    def summed(
+    def loss_sum(
         params: PyTree,
         tokens: jax.Array,
         key: jax.Array | None,
@@ -201,21 +201,21 @@ def make_gradient_fn(
         tokens_ABT: jax.Array,
         step: jax.Array,
     ) -> tuple[PyTree, LossSums]:
-        key = microbatch_dropout_keys(config, step)
-        # The embedding tables are all-gathered once per step, for all micro-batches. `scatter` is the transpose of that
-        # gather: it reduce-scatters their accumulated gradient, also once. The weights of the layers are all-gathered
-        # in each micro-batch, because all of them unsharded would not fit.
-        gathered, scatter = jax.vjp(lambda p: all_gather_embeddings(p, parallel), params)
+        key_of = microbatch_dropout_keys(config, step)
+        # The embedding tables are all-gathered once per step, for all micro-batches. `gather_vjp` is the transpose of
+        # that gather: it reduce-scatters their accumulated gradient, also once. The weights of the layers are
+        # all-gathered in each micro-batch, because all of them unsharded would not fit.
+        gathered, gather_vjp = jax.vjp(lambda p: all_gather_embeddings(p, parallel), params)
 
         def run_microbatch(
             index: jax.typing.ArrayLike,
             tokens: jax.Array,
         ) -> tuple[PyTree, LossSums]:
-            gradient = jax.grad(summed, has_aux=True)
-            return gradient(gathered, tokens, key(index))
+            gradient = jax.grad(loss_sum, has_aux=True)
+            return gradient(gathered, tokens, key_of(index))
 
         grads, sums = accumulate(run_microbatch, tokens_ABT)
-        [grads] = scatter(grads)  # not yet summed over the axes that do not shard the parameter
+        [grads] = gather_vjp(grads)  # not yet summed over the axes that do not shard the parameter
         grads = all_reduce_gradients(grads, parallel)
         return grads, psum_all(sums, parallel)
 

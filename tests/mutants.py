@@ -287,7 +287,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "gptjax/checkpoint.py",
         "        refuse_nonfinite(trees, step)\n",
         "        pass\n",
-        "tests/test_checkpoint.py",
+        "tests/test_checkpoint.py -k nonfinite_state",
     ),
     Mutant(
         "save-again",

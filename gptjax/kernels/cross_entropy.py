@@ -14,33 +14,33 @@ WARPS = 8  # of 32 threads each, which share a chunk
 
 
 def log_z_and_label(
-    logits_NV: jax.Array,
-    targets_N: jax.Array,
+    logits_MV: jax.Array,
+    targets_M: jax.Array,
     *,
     vocab_size: int,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns each row's log of the sum of exponentials, and its target's logit: both float32 [N].
+    """Returns each row's log of the sum of exponentials, and its target's logit: both float32 [M].
 
     The logit is 0 for a target that is no column. One pass reads the logits, with the maximum of those read so far; XLA
     reads them for the maximum and a second time for the sum. Source: Milakov and Gimelshein 2018, "Online normalizer
     calculation for softmax", algorithm 3.
 
-    logits_NV: [N, V] in the compute dtype. targets_N: int32 [N]. vocab_size: columns from there on are padding.
+    logits_MV: [M, V] in the compute dtype. targets_M: int32 [M]. vocab_size: columns from there on are padding.
     interpret: run the kernel in plain JAX, anywhere.
     """
-    return typing.cast(Any, _log_z_and_label(logits_NV, targets_N, vocab_size, interpret))
+    return typing.cast(Any, _log_z_and_label(logits_MV, targets_M, vocab_size, interpret))
 
 
 # JAX cannot differentiate a Pallas kernel. custom_vjp takes positional arguments only, hence this second function.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _log_z_and_label(
-    logits_NV: jax.Array,
-    targets_N: jax.Array,
+    logits_MV: jax.Array,
+    targets_M: jax.Array,
     vocab_size: int,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    N, V = logits_NV.shape
+    M, V = logits_MV.shape
     # One program per row: it gets the row of logits, and one entry of each vector.
     row = pl.BlockSpec((1, V), lambda n: (n, 0))
     one = pl.BlockSpec((1,), lambda n: (n,))
@@ -50,10 +50,10 @@ def _log_z_and_label(
         width=width,
         vocab_size=min(vocab_size, V),
     )
-    result = jax.ShapeDtypeStruct((N,), jnp.float32)
+    result = jax.ShapeDtypeStruct((M,), jnp.float32)
     call = pl.pallas_call(
         kernel,
-        grid=(N,),
+        grid=(M,),
         in_specs=[row, one],
         out_specs=(one, one),
         out_shape=(result, result),
@@ -61,7 +61,7 @@ def _log_z_and_label(
         interpret=interpret,
         name="log_z_and_label",
     )
-    return call(logits_NV, targets_N)
+    return call(logits_MV, targets_M)
 
 
 def _log_z_kernel(
@@ -105,15 +105,15 @@ def _log_z_kernel(
 
 
 def _log_z_forward(
-    logits_NV: jax.Array,
-    targets_N: jax.Array,
+    logits_MV: jax.Array,
+    targets_M: jax.Array,
     vocab_size: int,
     interpret: bool,
 ) -> Any:
-    result = _log_z_and_label(logits_NV, targets_N, vocab_size, interpret)
-    log_z_N, label_N = typing.cast(Any, result)
+    result = _log_z_and_label(logits_MV, targets_M, vocab_size, interpret)
+    log_z_M, label_M = typing.cast(Any, result)
     # The logits are kept as they came, in the compute dtype; probabilities follow from them and log_z.
-    return (log_z_N, label_N), (logits_NV, targets_N, log_z_N)
+    return (log_z_M, label_M), (logits_MV, targets_M, log_z_M)
 
 
 def _log_z_backward(
@@ -122,19 +122,19 @@ def _log_z_backward(
     residuals: Any,
     g: Any,
 ) -> tuple[jax.Array, None]:
-    """Returns the gradient of the logits, [N, V] in their dtype. XLA computes it in one pass over the logits."""
+    """Returns the gradient of the logits, [M, V] in their dtype. XLA computes it in one pass over the logits."""
     # Plain JAX is enough: one element-wise pass, whose result two matmuls read. The log of the sum of exponentials has
     # the softmax as its gradient, the label's logit a one-hot row.
-    logits_NV, targets_N, log_z_N = residuals
-    log_z_g_N, label_g_N = g
-    column_NV = jax.lax.broadcasted_iota(jnp.int32, logits_NV.shape, 1)
-    softmax_NV = jnp.exp(logits_NV.astype(jnp.float32) - log_z_N[:, None])
-    grad_NV = softmax_NV * log_z_g_N[:, None]
-    is_label_NV = column_NV == targets_N[:, None]
-    grad_NV += jnp.where(is_label_NV, label_g_N[:, None], 0.0)
+    logits_MV, targets_M, log_z_M = residuals
+    log_z_g_M, label_g_M = g
+    column_MV = jax.lax.broadcasted_iota(jnp.int32, logits_MV.shape, 1)
+    softmax_MV = jnp.exp(logits_MV.astype(jnp.float32) - log_z_M[:, None])
+    grad_MV = softmax_MV * log_z_g_M[:, None]
+    is_label_MV = column_MV == targets_M[:, None]
+    grad_MV += jnp.where(is_label_MV, label_g_M[:, None], 0.0)
     # The padding was not part of the sum; its softmax here is not 0.
-    grad_NV = jnp.where(column_NV < vocab_size, grad_NV, 0.0)
-    return grad_NV.astype(logits_NV.dtype), None
+    grad_MV = jnp.where(column_MV < vocab_size, grad_MV, 0.0)
+    return grad_MV.astype(logits_MV.dtype), None
 
 
 _log_z_and_label.defvjp(_log_z_forward, _log_z_backward)
