@@ -7,15 +7,13 @@ Peak learning rate: that of GPT-3's model of this size (Brown et al. 2020, table
 Expected result and cost: not yet run.
 """
 
-import pathlib
-import runpy
 from typing import Any
 
-SMALL = pathlib.Path(__file__).with_name("gpt2_small.py")
+from gptjax.config import base_config
 
 
 def get_config() -> Any:
-    config = runpy.run_path(str(SMALL))["get_config"]()
+    config = base_config("gpt2_small")
     config.model.n_layer = 24
     config.model.n_head = 16
     config.model.n_embd = 1024

@@ -20,7 +20,6 @@ from gptjax.redaction import print_error, redact, shown
 from gptjax.streams import go_on_without_output, open_streams
 
 log = logging.getLogger("gptjax")
-OVERRIDE = "--config."
 THREADS_SECONDS = 3.0  # a command that failed waits this long for threads of its libraries
 # Raised in Orbax's coroutines and tensorstore's threads after a failed read or save, which was reported already; and by
 # an event loop that found no free descriptor, when it is collected.
@@ -38,6 +37,8 @@ class Parser(argparse.ArgumentParser):
         # By default the usage of a package's command names `__main__.py`.
         spec = getattr(sys.modules["__main__"], "__spec__", None)
         prog = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
+        if sys.argv[0].startswith("gptjax "):  # a subcommand of gptjax/__main__.py
+            prog = sys.argv[0]
         super().__init__(
             prog,
             description=description,
@@ -167,28 +168,6 @@ class _Lines(logging.StreamHandler[Any]):
 class _Redacting(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return shown(redact(super().format(record)))
-
-
-def parse_overrides(parser: Parser, arguments: list[str]) -> dict[str, str]:
-    """Returns {"model.n_layer": "6"} for ["--config.model.n_layer=6"], or for the same as two arguments.
-
-    Raises:
-        ConfigError: an argument is of another form.
-    """
-    found = {}
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith(OVERRIDE):
-            raise parser.unknown(argument)
-        name, equals, value = argument.removeprefix(OVERRIDE).partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                flag = one_line(argument)
-                raise ConfigError(f"needs a value, as in {flag}=VALUE", field=flag)
-            value = rest.pop(0)
-        found[name] = value
-    return found
 
 
 def start_logging() -> None:

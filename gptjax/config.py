@@ -1,21 +1,17 @@
 """Every setting of a run and its validation; imports only the standard library, so a mistake exits before JAX loads."""
 
 import dataclasses
-import difflib
 import os
-import pathlib
 import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from gptjax.config_values import Bounds, Value, convert, nearest_divisors, wrong_value
+from gptjax.config_files import read_settings
+from gptjax.config_values import Bounds, Value, convert, nearest_divisors, nearest_fields, wrong_value
 from gptjax.errors import ConfigError, one_line
 from gptjax.former_names import current_name, make_config_dict, rename_fields
-from gptjax.strict_json import InvalidTextError, parse_json
 
 LARGEST_SEED = 2**31 - 1
-CONFIG_FILE = "config.json"  # written to a work directory; can be given as --config, too
-IDENTITY_KEYS = ("run_id", "adopted_steps")  # stored in it, but not settings: see identity.py
 
 
 # Types of numeric fields, with the ranges that find_problems checks.
@@ -35,22 +31,25 @@ Activation = Literal["gelu_new", "gelu"]
 class GPTConfig:
     """Determines the parameter tree and the function that it computes: no field may change within a run."""
 
-    block_size: Positive = 1024
+    block_size: Positive = 1024  # tokens of a sequence
     vocab_size: Positive = 50257  # the tokenizer's true size; padded inside the model only
-    n_layer: Positive = 12
-    n_head: Positive = 12
-    n_embd: Positive = 768
-    dropout: Rate = 0.0  # after the embedding, on attention weights, and on each residual branch
-    bias: bool = True  # in every linear layer and LayerNorm
+    n_layer: Positive = 12  # blocks
+    n_head: Positive = 12  # attention heads of a block; divides n_embd
+    n_embd: Positive = 768  # model width; the MLP is four times as wide
+    dropout: Rate = 0.0  # rate, after the embedding, on attention weights, and on each residual branch
+    bias: bool = True  # of every linear layer and LayerNorm
     tie_embeddings: bool = True  # the output head is the token embedding
-    activation: Activation = "gelu_new"
+    activation: Activation = "gelu_new"  # of the MLP: GELU's tanh form, which is GPT-2's, or the exact one of nanoGPT
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
     """How the function is computed: every field may change on resume."""
 
+    # The attention kernel. auto: splash on a TPU and cudnn on a GPU where they can run, otherwise xla.
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    # What a block recomputes in the backward pass. none: nothing; full: all; dots: all but its matmuls; dots_no_batch:
+    # all but the matmuls with weights.
     remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
     scan_unroll: AtLeastMinusOne = -1  # layers per iteration; 0: all, without a loop; -1: all on a GPU, otherwise 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmul inputs; parameters are float32
@@ -63,17 +62,17 @@ class ComputeConfig:
 class OptimConfig:
     """The optimizer and its learning-rate schedule: the schedule may change on resume, `name` may not."""
 
-    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # each after a linear warm-up
-    peak_lr: NonNegative = 6e-4
-    min_lr: NonNegative = 6e-5
-    warmup_steps: Count = 2000
+    name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"  # the optimizer
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # of the learning rate, after a linear warm-up
+    peak_lr: NonNegative = 6e-4  # learning rate after the warm-up
+    min_lr: NonNegative = 6e-5  # learning rate at the end of the run
+    warmup_steps: Count = 2000  # of rising learning rate
     decay_fraction: Fraction = 0.2  # wsd: the last part of the run, in which the rate falls to min_lr
     weight_decay: NonNegative = 0.1  # on matrices and embeddings only
-    beta1: Rate = 0.9
-    beta2: Rate = 0.95
-    eps: NonNegative = 1e-8
-    muon_beta: Rate = 0.95
+    beta1: Rate = 0.9  # decay of the first moment
+    beta2: Rate = 0.95  # decay of the second moment
+    eps: NonNegative = 1e-8  # added to the root of the second moment
+    muon_beta: Rate = 0.95  # muon: momentum of the matrices; the other parameters have AdamW
     grad_clip: NonNegative = 1.0  # largest global gradient norm; 0 means no clipping
 
 
@@ -86,7 +85,7 @@ class DataConfig:
     tokenizer: str = "gpt2"  # gpt2 | bytes | a saved file | a tokenizer.json or its directory | hf:OWNER/NAME
     text_feature: str = "text"  # tfds only
     global_batch_size: Positive = 512  # sequences per update, over all devices and accumulation steps
-    seed: Seed = 0
+    seed: Seed = 0  # of the order of the sequences
     document_mask: bool = False  # attention and positions restart at each document
     # Whether end-of-text begins or ends a document. auto: read from meta.json, or inferred from the first token.
     eot_position: Literal["auto", "first", "last"] = "auto"
@@ -106,14 +105,14 @@ class MeshConfig:
 class TrainConfig:
     """The length of a run, its periods, and the policy on divergence and hangs."""
 
-    num_steps: Count = 600_000
+    num_steps: Count = 600_000  # updates of the whole run
     micro_batch_size: Count = 0  # sequences per data-parallel rank and accumulation step; 0: chosen by memory
     steps_per_dispatch: Positive = 1  # steps in one jitted call; saves, logs and stops happen between calls
-    log_every: Positive = 10
-    eval_every: Count = 1000  # 0 means only after the last step
-    eval_batches: Count = 20  # global batches; 0 means the whole validation split
-    sample_every: Count = 0  # 0 means never
-    sample_prompt: str = ""
+    log_every: Positive = 10  # steps between two lines of metrics
+    eval_every: Count = 1000  # steps between two validations; 0 means only after the last step
+    eval_batches: Count = 20  # global batches of a validation; 0 means the whole validation split
+    sample_every: Count = 0  # steps between two samples; 0 means never
+    sample_prompt: str = ""  # the text that samples continue
     seed: Seed = 0  # of initialisation and dropout
     # The reaction to a non-finite step. Only rollback looks for spikes, too.
     nan_policy: Literal["stop", "skip", "rollback"] = "stop"
@@ -129,8 +128,9 @@ class TrainConfig:
 class CheckpointConfig:
     """When checkpoints are saved, how many are kept, and which one a run resumes from."""
 
-    save_every: Positive = 1000
-    keep: Positive = 3  # the newest ones; the best by validation loss is kept in addition
+    save_every: Positive = 1000  # steps between two checkpoints
+    keep: Positive = 3  # checkpoints: the newest ones; the best by validation loss is kept in addition
+    # auto: from the newest checkpoint, or from the start without one. never: refuses where there is one.
     resume: Literal["auto", "require", "never"] = "auto"
     allow_foreign: bool = False  # resume from a checkpoint of another run
 
@@ -139,8 +139,8 @@ class CheckpointConfig:
 class LogConfig:
     """Where metrics go in addition to metrics.jsonl and the screen."""
 
-    tensorboard: bool = True
-    wandb_project: str = ""  # '' means no Weights & Biases
+    tensorboard: bool = True  # write event files for TensorBoard
+    wandb_project: str = ""  # the project in Weights & Biases; '' means none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,13 +207,15 @@ def from_dict(values: Mapping[str, object]) -> Config:
     return config
 
 
-def load(path: str, overrides: Mapping[str, str]) -> Config:
+def load(path: str, overrides: Mapping[str, object]) -> Config:
     """Returns the Config of a config file's get_config(), with `overrides` {"model.n_layer": "6"} applied.
+
+    path: of a file, or the name of one that comes with gptjax, such as quickstart.
 
     Raises:
         ConfigError: the file is missing or fails, or a field or value is wrong.
     """
-    values = rename_fields(_run_config_file(path), warn=True)
+    values = rename_fields(read_settings(path, FIELD_TYPES), warn=True)
     for name, text in overrides.items():
         name = current_name(name)
         if name not in FIELD_TYPES:
@@ -229,71 +231,22 @@ def load(path: str, overrides: Mapping[str, str]) -> Config:
     return from_dict(values)
 
 
-def find_configs(directory: pathlib.Path) -> list[str]:
-    """Returns the paths of possible config files in a directory; [] where it is missing or cannot be listed."""
-    try:
-        paths = sorted(directory.iterdir())
-    except OSError:
-        return []
-    return [str(path) for path in paths if path.suffix == ".py" or path.name == CONFIG_FILE]
+def base_config(path: str | os.PathLike[str]) -> Any:
+    """Returns the settings of another config file as `default_config` does; get_config() of a config file may use it.
 
+        def get_config():
+            config = base_config("gpt2_small")
+            config.model.n_layer = 24
+            return config
 
-def _run_config_file(path: str) -> dict[str, Any]:
-    file = pathlib.Path(path)
-    if not os.path.isfile(file):  # pathlib raises where a name is too long
-        directory = file if os.path.isdir(file) else file.parent
-        near = find_configs(directory)
-        raise ConfigError(
-            "file not found",
-            field="--config",
-            value=path,
-            remedy=f"available: {', '.join(near)}" if near else "",
-        )
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", field="--config", value=path) from error
-    if file.suffix == ".json":
-        return _read_json(path, content)
-    scope: dict[str, Any] = {"__name__": file.stem, "__file__": str(file)}
-    try:
-        # From bytes: Python itself reads a byte-order mark and a coding line. A config file is code: see SECURITY.md.
-        exec(compile(content, str(file), "exec"), scope)
-        values = scope["get_config"]()
-        return values.to_dict() if hasattr(values, "to_dict") else dict(values)
-    except Exception as error:  # user code raises anything; its traceback would show our frames, not the mistake
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise ConfigError(f"get_config() failed: {reason}", field="--config", value=path) from error
-
-
-def _read_json(path: str, content: bytes) -> dict[str, Any]:
-    try:
-        return settings_in(content)
-    except InvalidTextError as error:
-        raise ConfigError(
-            one_line(error),
-            field="--config",
-            value=path,
-            remedy="expected the config.json of a run",
-        ) from error
-
-
-def settings_in(content: bytes) -> dict[str, Any]:
-    """Returns the settings in the config.json of a run, without the run's identity.
+    path: as in `load`. A path is relative to the current directory: `pathlib.Path(__file__).with_name("other.py")` is
+        a file beside the one that calls.
 
     Raises:
-        InvalidTextError: it is not a JSON object.
+        ConfigError: the file is missing or fails, or a field or a value is wrong.
     """
-    settings = parse_json(content, dict)
-    for name in IDENTITY_KEYS:
-        settings.pop(name, None)
-    return settings
-
-
-def default_workdir(path: str) -> str:
-    """Returns the work directory for a config file: runs/<its name>, or the directory of a run's config.json."""
-    file = pathlib.Path(path)
-    return str(file.parent) if file.name == CONFIG_FILE else f"runs/{file.stem}"
+    values = rename_fields(read_settings(os.fspath(path), FIELD_TYPES), warn=True)
+    return make_config_dict(from_dict(values).to_dict())
 
 
 def flatten(config: Config) -> dict[str, Value]:
@@ -309,11 +262,7 @@ def flatten(config: Config) -> dict[str, Value]:
 
 def unknown_field(path: str) -> ConfigError:
     """Returns the error for a dotted `path` that is not a config field, with the nearest field names."""
-    last = path.rpartition(".")[2]
-    near = difflib.get_close_matches(path, FIELD_TYPES, n=3, cutoff=0.6)
-    if not near:
-        # A field under another section, or without one, is too far away for difflib.
-        near = [known for known in FIELD_TYPES if known.rpartition(".")[2] == last]
+    near = nearest_fields(path, FIELD_TYPES)
     return ConfigError(
         "no such config field",
         field=one_line(path),

@@ -1,6 +1,8 @@
 """Reads the values of config fields, from Python objects or from text, and finds valid values near a wrong one."""
 
+import difflib
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from gptjax.errors import ConfigError, is_utf8
@@ -87,3 +89,32 @@ def nearest_divisors(number: int, wanted: int, count: int = 2) -> list[int]:
     divisors = {*small, *(number // divisor for divisor in small)}
     by_distance = sorted(divisors, key=lambda divisor: (abs(divisor - wanted), divisor))
     return sorted(by_distance[:count])
+
+
+def nearest_fields(path: str, fields: Iterable[str]) -> list[str]:
+    """Returns at most three of the dotted names `fields`, or of their sections, nearest to `path`.
+
+    path: a dotted name, or the last part of one.
+
+    >>> nearest_fields("model.n_layers", ["model.n_layer", "train.num_steps"])
+    ['model.n_layer']
+    >>> nearest_fields("num_step", ["model.n_layer", "train.num_steps"])
+    ['train.num_steps']
+    """
+    names = list(fields)
+    by_last_part: dict[str, list[str]] = {}
+    for name in names:
+        by_last_part.setdefault(name.rpartition(".")[2], []).append(name)
+    near = difflib.get_close_matches(path, names, n=3, cutoff=0.6) if "." in path else []
+    if near:
+        return near
+    # A field under another section, or without one, is too far away for difflib.
+    last = path.rpartition(".")[2]
+    if last in by_last_part:
+        return by_last_part[last]
+    for name in names:
+        section = name.rpartition(".")[0]
+        if section:
+            by_last_part.setdefault(section, [section])
+    words = difflib.get_close_matches(last, by_last_part, n=3, cutoff=0.75)
+    return [name for word in words for name in by_last_part[word]][:3]

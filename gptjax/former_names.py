@@ -19,6 +19,14 @@ for _old, _new in RENAMED.items():
     _BY_LAST_PART[_old.rpartition(".")[2]] = (_old, _new.rpartition(".")[2])
 
 
+class UnknownKeyError(KeyError):
+    """A ConfigDict has no field `name`. The KeyError of ml_collections would show the whole section."""
+
+    def __init__(self, name: object) -> None:
+        super().__init__(f"no such config field: {name}")
+        self.name = str(name)
+
+
 def current_name(path: str) -> str:
     """Returns the dotted name of a field, which may be given by its former name; warns about that once."""
     if path in RENAMED:
@@ -58,10 +66,16 @@ def make_config_dict(values: Mapping[str, Any]) -> Any:
         """A ConfigDict whose fields can be read and assigned by their former names."""
 
         def __getitem__(self, key: str) -> Any:
-            return super().__getitem__(_translate(key))
+            try:
+                return super().__getitem__(_translate(key))
+            except KeyError as error:
+                raise UnknownKeyError(key) from error
 
         def __setitem__(self, key: str, value: Any) -> None:
-            super().__setitem__(_translate(key), value)
+            try:
+                super().__setitem__(_translate(key), value)
+            except KeyError as error:  # the dict is locked
+                raise UnknownKeyError(key) from error
 
     config = FormerNames()
     for name, value in values.items():

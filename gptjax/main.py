@@ -7,8 +7,9 @@ import argparse
 import gc
 import time
 
-from gptjax import config, distributed
-from gptjax.cli import Parser, parse_overrides, run_cli
+from gptjax import config, config_files, distributed
+from gptjax.cli import Parser, run_cli
+from gptjax.config_flags import add_config_flag, parse_config_flags
 from gptjax.redaction import refuse_secrets
 from gptjax.streams import go_on_without_output
 
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> int:
     gc.freeze()
     gc.enable()  # cli() had switched it off
 
-    workdir = args.workdir or config.default_workdir(args.config)
+    workdir = args.workdir or config_files.default_workdir(args.config)
     return train(settings, workdir, started=started)
 
 
@@ -45,12 +46,7 @@ def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, config.Config
         ConfigError: a flag, the config file or a setting is wrong, or a setting contains a secret.
     """
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE",
-        help="a config file, such as configs/quickstart.py, or config.json of a run",
-    )
+    add_config_flag(parser)
     parser.add_argument(
         "--workdir",
         default="",
@@ -62,12 +58,11 @@ def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, config.Config
     parser.add_argument("--num_processes", type=int, default=0, help="with --coordinator: the number of processes")
     parser.add_argument("--process_id", type=int, default=-1, help="with --coordinator: this process's id, from 0")
     parser.add_argument("--join_seconds", type=float, default=300, help="timeout for the other processes to join")
-    # argparse does not know the --config.section.field flags, so they end up in `rest`.
-    args, rest = parser.parse_known_args(arguments)
+    args, overrides = parse_config_flags(parser, arguments)
 
     # From here on a closed stdout is not an error: the output of a run is its work directory.
     go_on_without_output()
-    settings = config.load(args.config, parse_overrides(parser, rest))
+    settings = config.load(args.config, overrides)
     refuse_secrets(config.flatten(settings))  # settings are written to config.json, checkpoints and logs
     return args, settings
 

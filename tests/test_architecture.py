@@ -18,7 +18,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # A module imports only from lines below its own, also inside functions and for types.
 LAYERS = """
-    main
+    __main__
+    main  describe
     train
     loop
     periodic
@@ -46,7 +47,7 @@ LAYERS = """
     identity  tree_checks  convert.tokenizer_regex  dropout
     collectives  kernels.cross_entropy  fingerprint  record  data.patterns  data.header  data.reach
     sharding
-    params  sampling_flags  model_flags  examples  sampling
+    params  sampling_flags  model_flags  examples  sampling  config_flags
     config  cli  convert.hub  chips
     distributed
     signals  peers  coordinator
@@ -56,13 +57,14 @@ LAYERS = """
     redaction  workdir  streams
     plan.hlo_kernels  plan.traffic
     convert.transfer  plan.hlo  goodput  convert.byte_level
+    config_files
     config_values
     errors  exhaustion  former_names  gpu_memory  history  documents  versions  strict_json
 """
 # Where a process starts, and its loop: only these use RUNTIME, the modules of processes and of their command lines.
-ENTRIES = {"main", "train", "loop", "sample", "evaluate", "data.prepare"}
+ENTRIES = {"__main__", "main", "describe", "train", "loop", "sample", "evaluate", "data.prepare"}
 ENTRIES |= {f"{package}.__main__" for package in ("convert", "plan", "replay")}
-RUNTIME = {"cli", "distributed", "signals"}
+RUNTIME = {"cli", "config_flags", "distributed", "signals"}
 # Whatever computes, so that it runs anywhere those libraries do.
 COMPUTING = {
     "model",
@@ -94,8 +96,9 @@ DATA_MAY_IMPORT |= {"convert.tokenizer_source"}  # which knows tokenizers in oth
 CHEAP = {
     "main",
     "config",
-    "coordinator",
+    "config_files",
     "config_values",
+    "coordinator",
     "errors",
     "exhaustion",
     "former_names",
@@ -178,6 +181,9 @@ def test_only_entry_points_import_the_runtime_modules():
     users = {module for module, tree in modules().items() if own_imports(tree) & RUNTIME}
     assert users <= ENTRIES | RUNTIME
     assert set().union(*(own_imports(modules()[m]) for m in RUNTIME)) <= RUNTIME | {
+        "config",
+        "config_files",
+        "config_values",
         "coordinator",
         "errors",
         "peers",
@@ -235,7 +241,7 @@ def test_the_package_itself_imports_nothing():
     assert loaded(result.stderr) - loaded(before.stderr) == {"gptjax"}
 
 
-@pytest.mark.parametrize("entry", sorted(ENTRIES - {"train", "loop"}))
+@pytest.mark.parametrize("entry", sorted(ENTRIES - {"__main__", "train", "loop"}))
 def test_help_is_printed_without_importing_jax(entry):
     command = f"gptjax.{entry.removesuffix('.__main__')}"
     result = run_python("-X", "importtime", "-m", command, "--help")
@@ -422,11 +428,15 @@ def test_few_annotations_of_core_modules_are_any():
 PICKLING = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 
 
+def is_private(name):
+    return any(part.startswith("_") and part != "__main__" for part in name.split("."))
+
+
 def refused(tree):
     """Returns what in `tree` is refused: private parts of other packages, pickle, and imports that no drawing shows."""
     names = imported(tree)
     found = {name for name in names if PICKLING & set(name.split("."))}
-    found |= {name for name in names - {"__future__.annotations"} if any(p.startswith("_") for p in name.split("."))}
+    found |= {name for name in names - {"__future__.annotations"} if is_private(name)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in ("_src", "import_module"):
             found.add(ast.unparse(node))

@@ -18,26 +18,6 @@ def parser() -> cli.Parser:
     return made
 
 
-def test_overrides_come_in_one_argument_or_two():
-    arguments = ["--config.model.n_layer=6", "--config.data.source", "text:a=b", "--config.init_from="]
-    expected = {"model.n_layer": "6", "data.source": "text:a=b", "init_from": ""}
-    assert cli.parse_overrides(parser(), arguments) == expected
-
-
-@pytest.mark.parametrize(
-    ("arguments", "problem", "remedy"),
-    [
-        (["--config.model.n_layer"], "model.n_layer=VALUE", ""),
-        (["--config.a", "--config.b=1"], "a=VALUE", ""),
-        (["--wokdir=x"], "no such flag", "nearest: --workdir"),
-        (["stray"], "no such flag", ""),
-    ],
-)
-def test_invalid_arguments_are_refused(arguments, problem, remedy):
-    with raises(ConfigError, arguments[0], remedy=remedy, match=problem):
-        cli.parse_overrides(parser(), arguments)
-
-
 def test_flags_are_never_abbreviated_and_never_end_the_process():
     with raises(ConfigError, "--work=x", remedy="nearest: --workdir"):
         parser().parse_strictly(["--work=x"])

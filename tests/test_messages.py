@@ -36,6 +36,7 @@ def open_data(path):
 
 
 # (the call, its error's class, field, value, remedy, the whole message)
+SHIPPED = "gpt2_large, gpt2_medium, gpt2_small, gpt2_xl, quickstart"
 TABLE = [
     # Configs.
     (
@@ -80,8 +81,8 @@ TABLE = [
     ),
     (
         lambda: load("none.py", {}),
-        (ConfigError, "--config", "none.py", "available: empty.py, raises.py"),
-        "--config=none.py: file not found; available: empty.py, raises.py",
+        (ConfigError, "--config", "none.py", f"available: empty.py, raises.py, {SHIPPED}"),
+        f"--config=none.py: file not found; available: empty.py, raises.py, {SHIPPED}",
     ),
     (
         lambda: load("raises.py", {}),

@@ -18,8 +18,9 @@ from typing import Any
 from gptjax import config as config_module
 from gptjax import gpu_memory
 from gptjax.chips import Topology, parse_topology
-from gptjax.cli import Parser, parse_overrides, run_cli
+from gptjax.cli import Parser, run_cli
 from gptjax.config import Config
+from gptjax.config_flags import add_config_flag, parse_config_flags
 from gptjax.errors import ConfigError, WorkdirError
 from gptjax.redaction import say
 
@@ -40,22 +41,17 @@ def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
         ConfigError: a flag or a config field is wrong.
     """
     parser = _make_parser()
-    args, rest = parser.parse_known_args(arguments)
+    args, overrides = parse_config_flags(parser, arguments)
     _check_number("--slices", args.slices, minimum=1)
     _check_number("--target_tokens", args.target_tokens, minimum=0)
     _check_number("--price_per_chip_hour", args.price_per_chip_hour, minimum=0)
-    config = config_module.load(args.config, parse_overrides(parser, rest))
+    config = config_module.load(args.config, overrides)
     return args, config
 
 
 def _make_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE",
-        help="as configs/gpt2_small.py, or config.json of a run",
-    )
+    add_config_flag(parser)
     parser.add_argument(
         "--topology",
         required=True,

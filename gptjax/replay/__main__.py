@@ -10,8 +10,9 @@ import argparse
 import os
 
 from gptjax import distributed
-from gptjax.cli import Parser, parse_overrides, run_cli
+from gptjax.cli import Parser, run_cli
 from gptjax.config import Config, flatten, unknown_field
+from gptjax.config_flags import parse_overrides
 from gptjax.errors import ConfigError, WorkdirError
 from gptjax.former_names import current_name
 from gptjax.redaction import say

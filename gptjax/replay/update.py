@@ -14,7 +14,8 @@ import numpy as np
 
 from gptjax import resume, sharding, step
 from gptjax.checkpoint import Checkpointer
-from gptjax.config import Config, MeshConfig, from_dict, settings_in
+from gptjax.config import Config, MeshConfig, from_dict
+from gptjax.config_files import settings_in
 from gptjax.data.dataset import batch_index
 from gptjax.errors import CheckpointError, ConfigError, one_line
 from gptjax.former_names import rename_fields

@@ -8,7 +8,8 @@ import os
 import pytest
 
 from gptjax import goodput, logs
-from gptjax.config import Config, settings_in
+from gptjax.config import Config
+from gptjax.config_files import settings_in
 from gptjax.convert import huggingface, native
 from gptjax.data import journal
 from gptjax.data.meta import read_meta

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from gptjax import config, distributed, evaluate, main, resume, sample, streams, workdir
+from gptjax import config, config_files, distributed, evaluate, main, resume, sample, streams, workdir
 from gptjax import train as train_module
 from gptjax.convert import __main__ as convert
 from gptjax.convert import formats
@@ -237,9 +237,9 @@ def test_i2_wrong_field_in_a_config_file_is_named(name, content, field, parts, t
 
 
 def test_i2_default_workdir_follows_the_config_path():
-    assert config.default_workdir("runs/a/config.json") == "runs/a"
-    assert config.default_workdir("configs/quickstart.py") == "runs/quickstart"
-    assert config.default_workdir("other/small.json") == "runs/small"
+    assert config_files.default_workdir("runs/a/config.json") == "runs/a"
+    assert config_files.default_workdir("configs/quickstart.py") == "runs/quickstart"
+    assert config_files.default_workdir("other/small.json") == "runs/small"
 
 
 def test_i2_directory_name_may_have_a_colon(tmp_path, monkeypatch):
