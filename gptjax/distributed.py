@@ -18,6 +18,7 @@ from typing import Any
 
 from gptjax import errors, gpu_memory, peers
 from gptjax.coordinator import check_coordinator, describe_missing, is_cluster
+from gptjax.devices import check_devices, first_line
 from gptjax.errors import ConfigError, UnavailableError, UserError, is_utf8
 from gptjax.redaction import print_error, redact
 from gptjax.signals import Preemption
@@ -29,7 +30,6 @@ COORDINATOR_GRACE_SECONDS = 2.0  # after that, for the others to exit: without t
 # Removed from the source paths in a program, so that its hash and its key in the compile cache are the same wherever
 # gptjax is installed: the text of a Pallas kernel contains them.
 INSTALLED_AT = r"^.*[/\\](?:site|dist)-packages[/\\]|^.*[/\\](?=gptjax[/\\])"
-ACCELERATORS = {"/dev/nvidia0": "cuda", "/dev/accel0": "tpu", "/dev/vfio/0": "tpu"}  # device file -> extra of gptjax
 _handlers: list[Any] = []
 _joined: list[int] = []  # the number of processes, once they are joined
 
@@ -61,7 +61,7 @@ def start_jax(
     if is_several:
         _join(coordinator, num_processes, process_id, join_seconds)
     _choose_gpu_memory(join_seconds if is_several else 0)
-    _check_devices()
+    check_devices()
     if is_several:
         _joined.append(jax.process_count())
         if jax.process_index():
@@ -163,28 +163,6 @@ def _exchange(question: str, answer: str, seconds: float) -> set[str]:
         return set()
 
 
-def _check_devices() -> None:
-    import jax
-
-    wanted = os.environ.get("JAX_PLATFORMS", "")
-    try:
-        platform = jax.devices()[0].platform
-    except (RuntimeError, AssertionError) as error:
-        reason = first_line(error) or "its plugin is not installed"
-        raise UnavailableError(
-            f"no such device: {reason}",
-            field="JAX_PLATFORMS",
-            value=wanted or "(unset)",
-            remedy="pip install 'gptjax[cuda]' or 'gptjax[tpu]'",
-        ) from error
-    present = next((extra for path, extra in ACCELERATORS.items() if os.path.exists(path)), "")
-    if platform == "cpu" and present and not wanted:
-        raise UnavailableError(
-            f"this machine has a {present} device, but JAX sees only its CPU",
-            remedy=f"pip install 'gptjax[{present}]', or set JAX_PLATFORMS=cpu to train on the CPU",
-        )
-
-
 def exit_where_jax_aborts() -> None:
     """Turns an abort of this process into an exit with code 69 and a line on stderr.
 
@@ -259,11 +237,6 @@ def _describe_absent(service: Any, point: str, count: int) -> str:
         named.append(f"process {number}{host}")
     gone = [f"; process {number} has left: {reasons[number]}" for number in absent if number in reasons]
     return f"waiting for {', '.join(named) or 'an answer'}{''.join(gone)}"
-
-
-def first_line(what: object) -> str:
-    """Returns the first line of an error's text."""
-    return str(what).partition("\n")[0]
 
 
 def _service() -> Any:

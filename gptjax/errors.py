@@ -53,6 +53,11 @@ def _shorten(text: str) -> str:
     return f"{text[:_LONGEST_VALUE]}... ({len(text)} characters)"
 
 
+def install(extra: str) -> str:
+    """Returns the remedy for a missing extra, as a user of a package and a user of a checkout would install it."""
+    return f"pip install 'gptjax[{extra}]', or in a checkout: pip install -e '.[{extra}]'"
+
+
 class UserError(ValueError):
     """Ends a command with one message per line, no traceback, and `exit_code`.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gptjax import distributed
 from gptjax.cli import Parser, run_cli
 from gptjax.config import Config, DataConfig
+from gptjax.convert.model_ref import READABLE, parse_model_ref
 from gptjax.errors import ConfigError
 from gptjax.model_flags import add_model_flags, check_model_flags
 from gptjax.redaction import say
@@ -120,11 +121,17 @@ def compare(split: "Split", tokenizer: "Tokenizer") -> str:
     return f"bits per byte of {len(text):,} bytes of the same text: {parts}"
 
 
-def describe(result: dict[str, float]) -> str:
-    """Returns the result of `evaluate` as one line."""
+def count_sequences(dataset: "Dataset", batches: int) -> int:
+    """Returns how many sequences `evaluate` reads for so many batches; 0 means all."""
+    available = dataset.num_windows
+    return min(batches * dataset.global_batch_size or available, available)
+
+
+def describe(result: dict[str, float], sequences: int) -> str:
+    """Returns the result of `evaluate` on so many sequences as one line."""
     return (
         f"validation loss {result['val_loss']:.4f}, perplexity {result['val_perplexity']:.2f}, "
-        f"{result['val_bits_per_byte']:.3f} bits per byte"
+        f"{result['val_bits_per_byte']:.3f} bits per byte, on {sequences:,} sequences"
     )
 
 
@@ -140,12 +147,13 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=0, help="global batches to read; 0, the default, means all")
     args = parser.parse_strictly(arguments)
     check_model_flags(args)
-    if args.model and not args.data:
+    if args.model and not args.data and not args.model.startswith("gptjax:"):
+        parse_model_ref("--model", args.model, READABLE)
         raise ConfigError(
             "needs --data=DIR, a directory of shards",
             field="--model",
             value=args.model,
-            remedy="gptjax.data.prepare creates one",
+            remedy="gptjax prepare creates one",
         )
     return args
 
@@ -167,7 +175,7 @@ def main(arguments: list[str]) -> None:
     # Weights of --model are NumPy arrays on the host; those of a run are on one device.
     params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, run.abstract_state.params)
     result = evaluate_run(run, params, batches=args.batches)
-    say(f"{name}: {describe(result)}")
+    say(f"{name}: {describe(result, count_sequences(run.validation_data, args.batches))}")
     say(compare(run.validation_data.split, run.tokenizer))
 
 
@@ -186,9 +194,7 @@ def load_model(args: argparse.Namespace) -> tuple[Config, Any, "Tokenizer | None
 
     if args.workdir:
         config, params, step = load_params(args.workdir, step=args.step)
-        if args.data:
-            data = dataclasses.replace(config.data, path=args.data)
-            config = dataclasses.replace(config, data=data)
+        config = _with_data(config, args.workdir, step, data=args.data)
         if args.tokenizer:
             tokenizer = open_tokenizer(args.tokenizer)
         else:
@@ -198,8 +204,24 @@ def load_model(args: argparse.Namespace) -> tuple[Config, Any, "Tokenizer | None
     data = DataConfig(path=args.data, global_batch_size=ROWS * jax.device_count())
     # init_from lets the model's vocabulary be larger than the tokenizer's.
     config = Config(model=weights.config, data=data, init_from=weights.origin)
+    if not args.data:  # the origin of a model of gptjax is gptjax:WORKDIR@STEP
+        workdir, _, step = weights.origin.removeprefix("gptjax:").rpartition("@")
+        config = _with_data(config, workdir, int(step), data="")
     params = formats.load_params(weights, lambda _, leaf: leaf)
     return config, params, weights.tokenizer, weights.origin
+
+
+def _with_data(config: Config, workdir: str, step: int, *, data: str) -> Config:
+    """Returns `config` with data.path at `data`, or without it at the data of the run in `workdir`.
+
+    Raises:
+        UserError: the checkpoint of `step` names no data, or they are not there.
+    """
+    from gptjax.stored import StoredParams, at_its_data
+
+    if data:
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
+    return at_its_data(config, StoredParams(workdir, step).record, flag="--data")
 
 
 def cli() -> None:

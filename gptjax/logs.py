@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from gptjax.config import Config
+from gptjax.errors import install
 from gptjax.redaction import shown
 from gptjax.strict_json import InvalidTextError, parse_json
 from gptjax.workdir import LARGEST_FILE, METRICS_FILE, TENSORBOARD, is_at, open_file, open_regular
@@ -286,7 +287,9 @@ class _Tracker:
             while self._is_on and (row := self._rows.get()) is not None:
                 run.log(row, step=row["step"])
             run.finish()
-        except Exception as error:  # including ImportError; a tracker must not end a run
+        except ModuleNotFoundError as error:
+            self._turn_off(f"{error.name} is not installed; {install('wandb')}")
+        except Exception as error:  # a tracker must not end a run
             self._turn_off(error)
 
     def _turn_off(self, reason: object) -> None:

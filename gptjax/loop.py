@@ -245,7 +245,7 @@ class Loop:
             self._step,
             config=run.config,
             history=history.to_json(),
-            data=run.data_identity,
+            data=run.data_identity | run.data_location,
             metrics=result or None,
         )
         # Does nothing unless the work directory is in a bucket.

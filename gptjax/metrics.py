@@ -96,12 +96,16 @@ class Reporter:
         self._last_accounted = step
         return goodput.scalars(self.watch.spent)
 
-    def report_validation(self, step: int, result: dict[str, float]) -> None:
-        """Reports the result of an evaluation: val_loss, val_perplexity and val_bits_per_byte, in this order."""
+    def report_validation(self, step: int, result: dict[str, float], *, sequences: int) -> None:
+        """Reports the result of an evaluation: val_loss, val_perplexity and val_bits_per_byte, in this order.
+
+        sequences: the number of sequences that were evaluated.
+        """
         # The file already has the row if a preemption came right after it: the evaluation then ran twice.
         if step > self._log.last_validation:
             self._log.write({"step": step, **result})
-        log.info("step %d  validation loss %.4f  perplexity %.2f  bits per byte %.3f", step, *result.values())
+        line = "step %d  validation loss %.4f  perplexity %.2f  bits per byte %.3f  on %d sequences"
+        log.info(line, step, *result.values(), sequences)
 
     def report_sample(self, step: int, text: str) -> None:
         """Reports a sampled text: in TensorBoard, samples.txt and on the screen."""

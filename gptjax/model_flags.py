@@ -34,7 +34,14 @@ def check_model_flags(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: none or two are given, or --step without --workdir.
     """
-    if bool(args.workdir) == bool(args.model):
+    if args.workdir and args.model:
+        raise ConfigError(
+            "--workdir is given, too: each names a model",
+            field="--model",
+            value=args.model,
+            remedy="leave one of them out",
+        )
+    if not args.workdir and not args.model:
         raise ConfigError("one of --workdir=DIR and --model=FORMAT:PATH is required")
     if args.activation and not args.model:
         raise ConfigError("is for --model", field="--activation", value=args.activation, remedy="leave the flag out")

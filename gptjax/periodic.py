@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable
 
-from gptjax.evaluate import evaluate_run
+from gptjax.evaluate import count_sequences, evaluate_run
 from gptjax.generate import generate
 from gptjax.metrics import Reporter
 from gptjax.params import PyTree
@@ -17,9 +17,10 @@ def validate(
     run: Run, params: PyTree, reporter: Reporter, *, step: int, should_stop: Callable[[], bool]
 ) -> dict[str, float]:
     """Evaluates `params`, reports the result and returns it; {} if `should_stop` interrupted the evaluation."""
-    result = evaluate_run(run, params, batches=run.config.train.eval_batches, should_stop=should_stop)
+    batches = run.config.train.eval_batches
+    result = evaluate_run(run, params, batches=batches, should_stop=should_stop)
     if result:
-        reporter.report_validation(step, result)
+        reporter.report_validation(step, result, sequences=count_sequences(run.validation_data, batches))
     reporter.watch.lap("evaluation")
     return result
 

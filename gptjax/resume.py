@@ -13,6 +13,7 @@ import numpy as np
 from gptjax.checkpoint import Checkpointer
 from gptjax.config import Config, GPTConfig, flatten, from_dict
 from gptjax.convert import formats
+from gptjax.convert.model_ref import ModelRef, guess, parse_model_ref
 from gptjax.data.tokens import has_former_fingerprint
 from gptjax.errors import ConfigError, one_line
 from gptjax.history import History
@@ -118,7 +119,7 @@ def check_record(run: Run, record: Record) -> None:
     # differs, because it reads from all shards.
     if changed == ["fingerprint"] and has_former_fingerprint(run.train_data.split, old.get("fingerprint", "")):
         old = new
-    compare_data(old, new, allowed=run.config.data.allow_changed)
+    compare_data(old, new | run.data_location, allowed=run.config.data.allow_changed)
 
 
 def initial_state(run: Run) -> TrainState:
@@ -158,7 +159,7 @@ def _no_checkpoint(checkpointer: Checkpointer) -> ConfigError:
     )
 
 
-def find_weights(text: str) -> formats.ModelRef:
+def find_weights(text: str) -> ModelRef:
     """Returns the weights that init_from refers to: FORMAT:PATH, or a work directory.
 
     Raises:
@@ -168,8 +169,12 @@ def find_weights(text: str) -> formats.ModelRef:
     # gs://... has a colon, and a directory's name may have one.
     is_directory = is_bucket(text) or os.path.isdir(text)
     if not has_format and (is_directory or ":" not in text):
+        # A directory may also hold a model of another format, for which the user forgot the prefix.
+        found = guess(text)
+        if found and not found.startswith("gptjax:"):
+            raise ConfigError("has no format", field="init_from", value=text, remedy=f"write init_from={found}")
         text = f"gptjax:{text}"
-    return formats.parse_model_ref("init_from", text, formats.READABLE)
+    return parse_model_ref("init_from", text, formats.READABLE)
 
 
 def initial_params(run: Run) -> PyTree:
@@ -268,14 +273,22 @@ def compare_models(found: GPTConfig, wanted: GPTConfig, source: str) -> None:
 def compare_data(old: Mapping[str, object], new: Mapping[str, object], *, allowed: bool) -> None:
     """Checks that a run trains on the data of its checkpoint in the same order, and logs the differences.
 
+    old, new: the data's identity, and their `directory` and number of `tokens`, which may change.
+
     Raises:
         ConfigError: the data or their order differ, and `allowed` is False.
     """
     lines = []
-    for name, value in new.items():
+    for name in (name for name in new if name not in ("directory", "tokens")):
         former = old.get(name)  # None in a checkpoint of a version that did not record it
-        if former != value:
-            lines.append(f"the data changed since the checkpoint: {name} was {former!r}, now {value!r}")
+        if former == new[name]:
+            continue
+        # A fingerprint tells a reader nothing, so the directories and their sizes are named with it.
+        if name == "fingerprint":
+            change = f"it was trained on {_describe_data(old)}, this is {_describe_data(new)}"
+        else:
+            change = f"{name} was {former!r}, now {new[name]!r}"
+        lines.append(f"the data changed since the checkpoint: {change}")
     if lines and not allowed:
         # Resuming on other data is legitimate, for example to fine-tune, but then the run is not reproducible from
         # its config: hence the flag.
@@ -283,3 +296,11 @@ def compare_data(old: Mapping[str, object], new: Mapping[str, object], *, allowe
         raise ConfigError.of([*map(ConfigError, lines), remedy])
     for line in lines:
         log.info("note: %s", line)
+
+
+def _describe_data(data: Mapping[str, object]) -> str:
+    """Returns the directory and number of tokens of data, and the start of their fingerprint."""
+    fingerprint = f"fingerprint {str(data.get('fingerprint', ''))[:8]}"
+    if "directory" not in data:  # in a checkpoint of an earlier version
+        return f"data with {fingerprint}"
+    return f"{data['directory']} ({data['tokens']:,} tokens, {fingerprint})"

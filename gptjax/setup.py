@@ -69,6 +69,7 @@ class Run:
     num_microbatches: int  # A, accumulation steps per update
     batch_sharding: NamedSharding  # of [A, B, T+1]
     data_identity: dict[str, str | int]  # a resume compares it with the one in the checkpoint
+    data_location: dict[str, str | int]  # where the data are and how many tokens: saved for messages and evaluation
 
     @property
     def tokens_per_step(self) -> int:
@@ -152,6 +153,10 @@ def make_run(config: Config, *, tokenizer: Tokenizer | None = None) -> Run:
             "data.seed": config.data.seed,
             "data.global_batch_size": config.data.global_batch_size,
             "model.block_size": config.model.block_size,
+        },
+        data_location={
+            "directory": os.path.abspath(directory),
+            "tokens": train_data.split.tokens,
         },
     )
 

@@ -1,7 +1,9 @@
 """Reads the parameters of a checkpoint without its run: the whole tree, or one array at a time."""
 
 import dataclasses
+import glob
 import logging
+import os
 from typing import Any
 
 import jax
@@ -10,14 +12,17 @@ from orbax.checkpoint import v1 as ocp
 
 from gptjax.checkpoint import Checkpointer
 from gptjax.config import Config, from_dict
-from gptjax.errors import CheckpointError
+from gptjax.data.prepare import default_path
+from gptjax.errors import CheckpointError, ConfigError
 from gptjax.fingerprint import fingerprint_array
 from gptjax.identity import read_identity
 from gptjax.orbax_context import CHUNK_BYTES
-from gptjax.record import FAILURES, CorruptCheckpointError, judge
+from gptjax.record import FAILURES, CorruptCheckpointError, Record, judge
 from gptjax.sharding import abstract_params, make_mesh, nest, param_shardings
+from gptjax.workdir import is_bucket
 
 log = logging.getLogger("gptjax")
+MOST_RUNS = 8  # that an error lists
 ADAMW_PARTS = 3  # optax.adamw is a chain of three; the state of the first has the moments, the others have no arrays
 
 
@@ -33,6 +38,8 @@ def load_params(workdir: str, *, step: int | None = None) -> tuple[Config, Any, 
     """
     checkpointer = Checkpointer(workdir)
     steps = checkpointer.steps()
+    if not steps and not is_bucket(workdir) and not os.path.isdir(workdir):
+        raise _no_such_run(workdir)
     if not steps or (step is not None and step not in steps):
         available = ", ".join(map(str, steps)) or "none"
         wanted = "" if step is None else f" of step {step}"
@@ -61,6 +68,45 @@ def load_params(workdir: str, *, step: int | None = None) -> tuple[Config, Any, 
             continue
         return config, params, candidate
     raise CheckpointError(f"no usable checkpoint: {'; '.join(refused)}", field="--workdir", value=workdir)
+
+
+def at_its_data(config: Config, record: Record, *, flag: str) -> Config:
+    """Returns `config` with data.path at the data of the run that saved `record`. Nothing is prepared.
+
+    The data are where they were at that time, or where `config` names them, seen from the current directory.
+
+    flag: names another directory of data, for the remedy.
+
+    Raises:
+        ConfigError: they are at neither place, or `record` names none.
+    """
+    if not record.data:
+        raise ConfigError("the checkpoint does not say on which data it was trained", remedy=f"name them: {flag}=DIR")
+    recorded = str(record.data.get("directory", ""))
+    named = config.data.path or default_path(config.data.source, config.data.tokenizer)
+    for directory in (recorded, named):
+        if directory and os.path.isdir(directory):
+            return dataclasses.replace(config, data=dataclasses.replace(config.data, path=directory))
+    raise ConfigError(
+        "the run's data are not there",
+        field="data.path",
+        value=recorded or named,
+        remedy=f"name their directory: {flag}=DIR",
+    )
+
+
+def _no_such_run(workdir: str) -> CheckpointError:
+    """Returns the error for a work directory that does not exist; it lists those beside it, or in runs/."""
+    found = [run for place in (os.path.dirname(workdir) or ".", "runs") for run in _runs_in(place)]
+    remedy = f"runs: {', '.join(dict.fromkeys(found))}" if found else "there are no runs here"
+    return CheckpointError("no such directory", field="--workdir", value=workdir, remedy=remedy)
+
+
+def _runs_in(directory: str) -> list[str]:
+    """Returns the paths of the newest work directories in a directory, at most MOST_RUNS."""
+    found = glob.glob(f"{glob.escape(directory)}/*/checkpoints")
+    runs = [os.path.normpath(os.path.dirname(path)) for path in found]
+    return sorted(runs, key=os.path.getmtime, reverse=True)[:MOST_RUNS]
 
 
 class StoredParams:

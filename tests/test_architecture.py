@@ -33,7 +33,7 @@ LAYERS = """
     convert.nanogpt_run
     convert.card  convert.torch_file  convert.safetensors_file
     convert.weights
-    convert.names  convert.beside
+    convert.names  convert.beside  convert.model_ref
     metrics  stored  log_reader
     bucket_logs
     checkpoint  logs  step  generate  data.prepare  divergence
@@ -50,7 +50,7 @@ LAYERS = """
     params  sampling_flags  model_flags  examples  sampling  config_flags
     config  cli  convert.hub  chips
     distributed
-    signals  peers  coordinator
+    signals  peers  coordinator  devices
     orbax_context  disk_space  retention  convert.hub_download
     traces  convert.hub_listing
     convert.files  convert.staging
@@ -99,6 +99,7 @@ CHEAP = {
     "config_files",
     "config_values",
     "coordinator",
+    "devices",
     "errors",
     "exhaustion",
     "former_names",
@@ -185,6 +186,7 @@ def test_only_entry_points_import_the_runtime_modules():
         "config_files",
         "config_values",
         "coordinator",
+        "devices",
         "errors",
         "peers",
         "exhaustion",

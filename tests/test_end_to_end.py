@@ -77,6 +77,9 @@ def test_evaluate_command_gives_the_loss_of_the_run(lab, twin):
     earlier = lab.call([*command, "--step=8"]).stdout
     assert earlier.startswith("step 8: validation loss")
     assert found[1] not in earlier
+    assert "on 16 sequences" in earlier
+    named = lab.call([*command[:3], f"--model=gptjax:{twin}@8", "--batches=1"]).stdout
+    assert named.startswith(f"gptjax:{twin}@8: validation loss"), "on the run's own data"
 
 
 @pytest.mark.parametrize(

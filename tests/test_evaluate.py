@@ -3,14 +3,22 @@ import random
 
 import pytest
 
-from gptjax.evaluate import compressed_bits_per_byte, describe, evaluate
+from gptjax.config import Config, DataConfig
+from gptjax.data.prepare import default_path
+from gptjax.errors import CheckpointError, ConfigError
+from gptjax.evaluate import compressed_bits_per_byte, count_sequences, describe, evaluate, parse_flags
 from gptjax.loss import LossSums
+from gptjax.record import Record
+from gptjax.stored import at_its_data, load_params
+from tests.helpers import raises
 
 
 class Batches:
     """Three batches: index i has loss 10 i, i + 1 tokens, and 2 i bytes."""
 
     num_validation_batches = 3
+    num_windows = 10
+    global_batch_size = 4
     seen: list[int]
 
     def __init__(self):
@@ -58,4 +66,60 @@ def test_compressors_shrink_repetition_but_not_noise():
 
 def test_describe_states_loss_perplexity_and_bits():
     result = {"val_loss": 1.5, "val_perplexity": 4.4817, "val_bits_per_byte": 2.0}
-    assert describe(result) == "validation loss 1.5000, perplexity 4.48, 2.000 bits per byte"
+    expected = "validation loss 1.5000, perplexity 4.48, 2.000 bits per byte, on 1,024 sequences"
+    assert describe(result, 1024) == expected
+
+
+@pytest.mark.parametrize(("batches", "sequences"), [(0, 10), (1, 4), (2, 8), (3, 10), (9, 10)])
+def test_sequences_of_an_evaluation_are_counted(batches, sequences):
+    assert count_sequences(Batches(), batches) == sequences
+
+
+def make_record(**data):
+    return Record(step=1, config={}, history={}, data=data, fingerprints={}, versions={})
+
+
+def test_data_of_a_run_are_found_and_never_prepared(tmp_path, monkeypatch):
+    """Where they were at the time of the checkpoint, otherwise where the config names them here."""
+    monkeypatch.chdir(tmp_path)
+    config = Config(data=DataConfig(source="text:x", tokenizer="bytes"))
+    named = default_path("text:x", "bytes")
+    for name in ("there", named):
+        (tmp_path / name).mkdir(parents=True)
+    found = at_its_data(config, make_record(fingerprint="", directory=f"{tmp_path}/there"), flag="--data")
+    assert found.data.path == f"{tmp_path}/there"
+    assert found.model == config.model
+    for record in (make_record(fingerprint="", directory="/not/there"), make_record(fingerprint="")):
+        assert at_its_data(config, record, flag="--data").data.path == named
+    (tmp_path / named).rmdir()
+    with raises(ConfigError, "data.path", value="/not/there", remedy="--data=DIR"):
+        at_its_data(config, make_record(fingerprint="", directory="/not/there"), flag="--data")
+    with raises(ConfigError, match="does not say", remedy="--data=DIR"):
+        at_its_data(config, make_record(), flag="--data")
+    assert not list((tmp_path / "data").iterdir())
+
+
+def test_work_directory_that_does_not_exist_is_refused_with_those_that_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with raises(CheckpointError, "--workdir", value="runs/nothere", remedy="there are no runs here"):
+        load_params("runs/nothere")
+    (tmp_path / "runs" / "a" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "empty").mkdir()
+    for name in ("runs/nothere", "nothere", "/tmp/of/nobody"):
+        with raises(CheckpointError, "--workdir", value=name, remedy="runs: runs/a"):
+            load_params(name)
+    with raises(CheckpointError, "--workdir", value="runs/empty", remedy="available: none"):
+        load_params("runs/empty")
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "remedy"),
+    [
+        (["--workdir=a", "--model=hf:b"], "--model", "leave one of them out"),
+        (["--model=gpt2"], "--model", "write --model=hf:openai-community/gpt2"),
+        (["--model=hf:x"], "--model", "gptjax prepare creates one"),
+    ],
+)
+def test_flags_that_name_no_single_model_are_refused(flags, field, remedy):
+    with raises(ConfigError, field, value=flags[-1].removeprefix("--model="), remedy=remedy):
+        parse_flags(flags)

@@ -207,7 +207,7 @@ def test_d3_run_continues_if_its_logs_are_directories(said, tmp_path):
     )  # fmt: skip
     reporter.report_sample(1, "text")
     reporter.report_sample(2, "text")
-    reporter.report_validation(2, {"val_loss": 1.0, "val_perplexity": 1.0, "val_bits_per_byte": 1.0})
+    reporter.report_validation(2, {"val_loss": 1.0, "val_perplexity": 1.0, "val_bits_per_byte": 1.0}, sequences=8)
     reporter.sync()
     reporter.close()
     told = [line.partition(str(tmp_path) + "/")[2].split(":")[0] for line in said]

@@ -10,6 +10,7 @@ import pytest
 from gptjax import chips, coordinator, loss, sharding, workdir
 from gptjax.config import GPTConfig, MeshConfig, from_dict, load
 from gptjax.convert import formats, huggingface, llmc
+from gptjax.convert.model_ref import FORMATS_HELP
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.data.tokens import open_split
 from gptjax.errors import ConfigError, DataError, UserError, WorkdirError
@@ -103,7 +104,7 @@ TABLE = [
     (
         lambda: formats.parse_model_ref("--from", "xyz:abc", ("hf", "llmc")),
         (ConfigError, "--from", "xyz:abc", ""),
-        f"--from=xyz:abc: expected one of hf, llmc, a colon and a path, such as {formats.FORMATS_HELP}",
+        f"--from=xyz:abc: expected one of hf, llmc, a colon and a path, such as {FORMATS_HELP}",
     ),
     (
         lambda: chips.parse_topology("v9:2x2", 1),

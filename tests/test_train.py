@@ -168,12 +168,19 @@ def test_divergence_error_names_step_and_resume_command():
 def test_compare_data_refuses_changes_unless_allowed(said):
     old = {"fingerprint": "a", "data.seed": 0}
     compare_data(old, dict(old), allowed=False)
-    with raises(ConfigError, remedy="--config.data.allow_changed=True", match="fingerprint .*'a'.*'b'\n.*seed .*0.*1"):
+    expected = "fingerprint a, this is data with fingerprint b\n.*seed was 0, now 1"
+    with raises(ConfigError, remedy="--config.data.allow_changed=True", match=expected):
         compare_data(old, {"fingerprint": "b", "data.seed": 1}, allowed=False)
     assert said == []
     compare_data(old, {"fingerprint": "b", "data.seed": 0}, allowed=True)
     (line,) = said
-    assert line.endswith("fingerprint was 'a', now 'b'")
+    assert line.endswith("it was trained on data with fingerprint a, this is data with fingerprint b")
+    named = [{"fingerprint": name * 64, "directory": f"/data/{name}", "tokens": 1000} for name in "ab"]
+    compare_data(named[0], named[0] | {"directory": "/moved", "tokens": 2}, allowed=False)
+    with raises(
+        ConfigError, match=r"on /data/a \(1,000 tokens, fingerprint a{8}\), this is /data/b \(1,000 tokens, fing"
+    ):
+        compare_data(*named, allowed=False)
 
 
 def test_resume_never_is_checked_before_the_run_is_made(tmp_path, monkeypatch):

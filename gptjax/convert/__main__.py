@@ -19,6 +19,7 @@ from etils import epy
 
 from gptjax.cli import Parser, run_cli
 from gptjax.config import Activation
+from gptjax.convert.model_ref import WRITABLE, ModelRef, parse_model_ref
 from gptjax.convert.staging import refuse_existing, staged
 from gptjax.errors import ConfigError, DataError
 from gptjax.redaction import say
@@ -138,10 +139,10 @@ def main(arguments: list[str]) -> None:
         UserError: the weights cannot be read, do not fit the target's format, or cannot be written.
     """
     args = parse_flags(arguments)
-    source = formats.parse_model_ref("--from", args.source, formats.READABLE)
+    source = parse_model_ref("--from", args.source, formats.READABLE)
     target = None
     if args.target:
-        target = formats.parse_model_ref("--to", args.target, formats.WRITABLE)
+        target = parse_model_ref("--to", args.target, WRITABLE)
     if target and not args.dry_run:
         check_target(source, target, force=args.force)
     weights = formats.open_weights(
@@ -212,7 +213,7 @@ def refuse_other_function(weights: w.Weights, target: str, *, strict: bool) -> N
 
 def convert(
     weights: w.Weights,
-    target: formats.ModelRef,
+    target: ModelRef,
     *,
     dtype: str,
     force: bool,
@@ -253,7 +254,7 @@ def convert(
             allow_nonfinite=allow_nonfinite,
         )
         log.info("source %s  weights sha256 %s", weights.origin, source_sum.hexdigest())
-        result = formats.open_weights(formats.ModelRef(target.format, path))
+        result = formats.open_weights(ModelRef(target.format, path))
         for _ in w.read_tensors(result, checksum=found_sum, allow_nonfinite=True):
             pass
         if found_sum.hexdigest() != expected_sum.hexdigest():
@@ -299,8 +300,8 @@ def with_progress(tensors: Iterator[tuple[str, Any]], total: int) -> Iterator[tu
 
 
 def check_target(
-    source: formats.ModelRef,
-    target: formats.ModelRef,
+    source: ModelRef,
+    target: ModelRef,
     *,
     force: bool,
 ) -> None:
@@ -324,7 +325,7 @@ def check_target(
         raise _bad_target(target, f"contains the source {source}, which would be overwritten", "name another")
 
 
-def _bad_target(target: formats.ModelRef, problem: str, remedy: str) -> ConfigError:
+def _bad_target(target: ModelRef, problem: str, remedy: str) -> ConfigError:
     return ConfigError(
         problem,
         field="--to",

@@ -4,13 +4,14 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from gptjax.config import GPTConfig
 from gptjax.convert import huggingface, llmc, msgpack, nanogpt, native, probe
 from gptjax.convert.beside import make_side_file
+from gptjax.convert.model_ref import READABLE, ModelRef, parse_model_ref
 from gptjax.convert.names import PREFIX, Shape, layers
 from gptjax.convert.staging import SideFile
 from gptjax.convert.tokenizer_source import open_tokenizer
@@ -29,8 +30,6 @@ from gptjax.params import Param, leaf_shape, padded_vocab_size, rows, tensor_sha
 from gptjax.sharding import nest
 
 log = logging.getLogger("gptjax")
-READABLE = ("gptjax", "hf", "nanogpt", "llmc", "msgpack")
-WRITABLE = ("gptjax", "hf", "nanogpt", "llmc")
 WITH_MOMENTS = ("gptjax", "nanogpt")  # formats that hold AdamW's state
 PADDED = ("gptjax", "llmc")  # formats whose embedding table has more rows than the vocabulary
 FILES = {  # formats of one file, with a usual name for it; the others are directories
@@ -55,33 +54,6 @@ GPT2_FIELDS = {
     "activation",
 }
 GPT2_ACTIVATIONS = ("gelu_new", "gelu")  # which other programs know; _require_gpt2 refuses any other
-FORMATS_HELP = "hf:DIR, hf:OWNER/NAME[@REVISION], gptjax:WORKDIR[@STEP], nanogpt:ckpt.pt, llmc:model.bin, msgpack:DIR"
-
-
-class ModelRef(NamedTuple):
-    """A model as --from, --to and --model name it."""
-
-    format: str
-    path: str
-
-    def __str__(self) -> str:
-        return f"{self.format}:{self.path}"
-
-
-def parse_model_ref(flag: str, text: str, formats: tuple[str, ...]) -> ModelRef:
-    """Returns the ModelRef of FORMAT:PATH.
-
-    Raises:
-        ConfigError: the format is not one of `formats`, or the path is empty.
-    """
-    name, _, path = text.partition(":")
-    if not path or name not in formats:
-        raise ConfigError(
-            f"expected one of {', '.join(formats)}, a colon and a path, such as {FORMATS_HELP}",
-            field=flag,
-            value=text,
-        )
-    return ModelRef(name, os.path.expanduser(path))
 
 
 def open_weights(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from gptjax.convert import transfer
 from gptjax.convert.hub_download import RESUME, fetch
 from gptjax.convert.hub_listing import COMMIT, MODEL, RERUN, Kind, list_files, with_retries
-from gptjax.errors import ConfigError, DataError, UnavailableError, UserError, WorkdirError, one_line
+from gptjax.errors import ConfigError, DataError, UnavailableError, UserError, WorkdirError, install, one_line
 from gptjax.strict_json import read_at_most
 from gptjax.workdir import replace_file
 
@@ -109,7 +109,7 @@ def _user_errors(name: str, remedy: str) -> Iterator[None]:
     except ImportError as error:
         raise UnavailableError(
             "huggingface_hub is not installed",
-            remedy="pip install 'gptjax[hub]'",
+            remedy=install("hub"),
         ) from error
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 

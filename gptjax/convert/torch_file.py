@@ -8,10 +8,10 @@ import numpy as np
 
 from gptjax.convert.files import require_regular
 from gptjax.convert.weights import DTYPES, UNKNOWN_DTYPE, ReadTensor, Tensor, check_name
-from gptjax.errors import DataError, UnavailableError, one_line
+from gptjax.errors import DataError, UnavailableError, install, one_line
 
 LEAST_TORCH = (2, 10)  # CVE-2025-32434 and CVE-2026-24747: in older ones a file can run code despite weights_only=True
-REMEDY = "pip install 'gptjax[torch]'"
+REMEDY = install("torch")
 
 
 class _NumpyType:

@@ -17,7 +17,7 @@ from gptjax import sharding
 from gptjax.chips import GIB, Topology, device_memory, find_chip, gpu_target, local_topology
 from gptjax.config import Config
 from gptjax.documents import EndOfText
-from gptjax.errors import ConfigError, PlanError, UnavailableError, one_line
+from gptjax.errors import ConfigError, PlanError, UnavailableError, install, one_line
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer
 from gptjax.plan.estimate import Candidate
@@ -133,7 +133,7 @@ def _describe_tpus(topology: Topology) -> list[Any]:
             f"the TPU compiler is missing or refuses: {one_line(error)}",
             field="--topology",
             value=name,
-            remedy="pip install 'gptjax[plan]'",
+            remedy=install("plan"),
         ) from error
     return list(found.devices)
 

@@ -93,6 +93,7 @@ def main(arguments: list[str]) -> None:
     from gptjax.identity import read_identity
     from gptjax.replay import report, update
     from gptjax.setup import make_run
+    from gptjax.stored import at_its_data
 
     records = update.read_records(Checkpointer(args.workdir), read_identity(args.workdir))
     skipped = update.skipped_ranges(records, args.rollbacks)
@@ -113,6 +114,8 @@ def main(arguments: list[str]) -> None:
             field="--step",
             value=args.step,
         )
+    if records and not any(name.startswith("data.") for name in overrides):
+        config = at_its_data(config, next(iter(records.values())), flag="--config.data.path")
     tokenizer = open_run_tokenizer(config.data.tokenizer, local_directory(args.workdir))
     run = make_run(config, tokenizer=tokenizer)
     replayed = update.replay(

@@ -7,6 +7,7 @@ from gptjax import evaluate, sample
 from gptjax.config import GPTConfig
 from gptjax.convert import formats, hub
 from gptjax.convert.formats import ModelRef
+from gptjax.convert.model_ref import WRITABLE
 from gptjax.convert.weights import Weights
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.errors import ConfigError, DataError
@@ -21,7 +22,29 @@ def test_model_reference_is_a_format_and_a_path(monkeypatch):
     assert str(ModelRef("hf", "gpt2")) == "hf:gpt2"
 
 
-@pytest.mark.parametrize("text", ["", "gpt2", "hf:", "huggingface:gpt2", ":x"])
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("gpt2", "hf:openai-community/gpt2"),
+        ("gpt2-xl", "hf:openai-community/gpt2-xl"),
+        ("run", "gptjax:run"),
+        ("exported", "hf:exported"),
+        ("ckpt.pt", "nanogpt:ckpt.pt"),
+        ("model.bin", "llmc:model.bin"),
+    ],
+)
+def test_model_without_a_format_is_refused_with_the_reference_to_write(text, meant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").touch()
+    (tmp_path / "exported").mkdir()
+    for name in ("exported/config.json", "ckpt.pt", "model.bin"):
+        (tmp_path / name).touch()
+    with raises(ConfigError, "--from", value=text, remedy=f"write --from={meant}"):
+        formats.parse_model_ref("--from", text, formats.READABLE)
+
+
+@pytest.mark.parametrize("text", ["", "nothere", "hf:", "huggingface:gpt2", ":x"])
 def test_invalid_model_reference_lists_the_expected_formats(text):
     with raises(ConfigError, "--from", value=text, match=r"gptjax, hf, .* hf:DIR"):
         formats.parse_model_ref("--from", text, formats.READABLE)
@@ -29,7 +52,7 @@ def test_invalid_model_reference_lists_the_expected_formats(text):
 
 def test_msgpack_cannot_be_written():
     with raises(ConfigError, "--to", value="msgpack:x"):
-        formats.parse_model_ref("--to", "msgpack:x", formats.WRITABLE)
+        formats.parse_model_ref("--to", "msgpack:x", WRITABLE)
 
 
 def write(kind, path, **options):

@@ -250,6 +250,12 @@ def test_i2_directory_name_may_have_a_colon(tmp_path, monkeypatch):
     assert resume.find_weights("hf:12:30") == formats.ModelRef("hf", "12:30")
     with raises(ConfigError, "init_from", value="12:31", match="gptjax, hf"):
         resume.find_weights("12:31")
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "config.json").write_text("{}")
+    with raises(ConfigError, "init_from", value="exported", remedy="write init_from=hf:exported"):
+        resume.find_weights("exported")
+    (tmp_path / "exported" / "checkpoints").mkdir()
+    assert resume.find_weights("exported") == formats.ModelRef("gptjax", "exported"), "a run has a config.json, too"
 
 
 # Nothing is written

@@ -177,7 +177,7 @@ def test_d2_s2_unicode_workdir_works_and_holds_no_secrets(lab, twin, tmp_path):
     second = lab.train(workdir, "train.num_steps=8", "train.sample_every=8", **secrets)
     assert checkpoint_steps(workdir) == [4, 8]
     assert losses(workdir) == {step: loss for step, loss in losses(twin).items() if step <= 8}
-    assert "log.wandb_project='x': wandb is off: " in first.stdout
+    assert "log.wandb_project='x': wandb is off: wandb is not installed; pip install 'gptjax[wandb]'" in first.stdout
     texts = [first.stdout + first.stderr + second.stdout + second.stderr]
     texts += [path.read_bytes().decode(errors="replace") for path in workdir.rglob("*") if path.is_file()]
     assert len(texts) > 20

@@ -1,0 +1,52 @@
+"""Whether JAX finds the devices that it should, and what to install where it does not."""
+
+import importlib.util
+import os
+
+from gptjax.errors import UnavailableError, install
+
+ACCELERATORS = {"/dev/nvidia0": "cuda", "/dev/accel0": "tpu", "/dev/vfio/0": "tpu"}  # device file -> extra of gptjax
+# What JAX_PLATFORMS may name -> extra of gptjax, and the modules of which JAX needs one.
+PLUGINS = {
+    "cuda": ("cuda", ("jax_cuda13_plugin", "jax_cuda12_plugin")),
+    "gpu": ("cuda", ("jax_cuda13_plugin", "jax_cuda12_plugin")),
+    "tpu": ("tpu", ("libtpu",)),
+}
+
+
+def check_devices() -> None:
+    """Raises UnavailableError where JAX finds no device of JAX_PLATFORMS, or not the accelerator that is here."""
+    import jax
+
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    try:
+        platform = jax.devices()[0].platform
+    except (RuntimeError, AssertionError) as error:
+        raise _no_device(wanted, first_line(error)) from error
+    present = next((extra for path, extra in ACCELERATORS.items() if os.path.exists(path)), "")
+    if platform == "cpu" and present and not wanted:
+        raise UnavailableError(
+            f"this machine has a {present} device, but JAX sees only its CPU",
+            remedy=f"{install(present)}; or set JAX_PLATFORMS=cpu to train on the CPU",
+        )
+
+
+def _no_device(wanted: str, reason: str) -> UnavailableError:
+    """Returns the error where JAX finds no device; wanted: JAX_PLATFORMS, reason: JAX's own."""
+    extra, modules = PLUGINS.get(wanted.split(",")[0], ("", ()))
+    if extra and not any(importlib.util.find_spec(module) for module in modules):
+        reason = f"JAX's plugin for it is not installed ({' or '.join(modules)})"
+        remedy = f"{install(extra)}; or set JAX_PLATFORMS=cpu"
+    else:
+        remedy = "unset JAX_PLATFORMS to take what JAX finds, or set it to cpu, cuda or tpu"
+    return UnavailableError(
+        f"no such device: {reason or 'JAX gives no reason'}",
+        field="JAX_PLATFORMS",
+        value=wanted or "(unset)",
+        remedy=remedy,
+    )
+
+
+def first_line(what: object) -> str:
+    """Returns the first line of an error's text."""
+    return str(what).partition("\n")[0]
