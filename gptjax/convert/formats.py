@@ -13,6 +13,7 @@ from gptjax.convert import huggingface, llmc, msgpack, nanogpt, native, probe
 from gptjax.convert.beside import make_side_file
 from gptjax.convert.model_ref import READABLE, ModelRef, parse_model_ref
 from gptjax.convert.names import PREFIX, Shape, layers
+from gptjax.convert.nanogpt_run import settings_left_out
 from gptjax.convert.staging import SideFile
 from gptjax.convert.tokenizer_source import open_tokenizer
 from gptjax.convert.weights import (
@@ -182,8 +183,9 @@ def adapt(weights: Weights, target: str) -> Weights:
     """
     if target != "gptjax":
         _require_gpt2(weights.config, target)
-    elif weights.origin.startswith("gptjax:"):
-        weights = dataclasses.replace(weights, adamw=None)  # a copy of the weights, not of the run
+    elif weights.origin.startswith("gptjax:") and weights.adamw:
+        note = "AdamW's moments are left out: this copies the weights, not the run"
+        weights = dataclasses.replace(weights, adamw=None, notes=(*weights.notes, note))
     if target in FILES and not weights.config.tie_embeddings:
         raise ConfigError(
             "that format has no lm_head of its own, and this model is untied",
@@ -318,7 +320,11 @@ def side_file(weights: Weights, target: str) -> SideFile | None:
 def _moments_lines(weights: Weights, target: str) -> list[str]:
     adamw = weights.adamw
     if target in WITH_MOMENTS and adamw:
-        return [f"AdamW's moments of step {adamw.step} are kept: a run resumes from there"]
+        lines = [f"AdamW's moments of step {adamw.step} are kept: a run resumes from there"]
+        left_out = list(adamw.left_out)
+        if target == "nanogpt":
+            left_out += settings_left_out(adamw.config, adamw.step)
+        return [*lines, *(f"a setting of the run is left out: {setting}" for setting in left_out)]
     if adamw:
         return [f"AdamW's moments are left out: there is no place for them in {target}"]
     run = weights.history.get("config")

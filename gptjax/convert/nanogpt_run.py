@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config import Config, DataConfig, GPTConfig, OptimConfig, TrainConfig, find_problems
+from gptjax.config import Config, GPTConfig, OptimConfig, from_dict
 from gptjax.convert import torch_file
 from gptjax.convert.names import layers
-from gptjax.convert.weights import DTYPES, AdamW, Tensor, Weights, read_tensors
+from gptjax.convert.weights import DTYPES, AdamW, Tensor, Weights, read_tensors, short_repr
+from gptjax.errors import ConfigError
 from gptjax.params import PARAMS, rows
 
 ADAMW = {"lr": 6e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}  # nanoGPT's defaults, for a model without a run
@@ -67,7 +68,10 @@ def read_adamw(
     """
     step = saved.get("iter_num")
     optimizer = saved.get("optimizer")
-    if not isinstance(optimizer, Mapping) or not optimizer.get("state"):
+    if not isinstance(optimizer, Mapping) or not isinstance(optimizer.get("state"), Mapping):
+        raise OtherOptimizerError("the file has no moments")
+    state = optimizer["state"]
+    if not state:
         raise OtherOptimizerError("the file has no moments")
     if type(step) is not int or not 0 <= step <= LARGEST_COUNT:
         raise OtherOptimizerError("iter_num is not a number of steps")
@@ -79,20 +83,22 @@ def read_adamw(
     second: dict[str, Tensor] = {}
     counts = set()
     for number, name in enumerate(optimizer_order(model)):
-        moments = optimizer["state"].get(number)
+        moments = state.get(number)
         if not isinstance(moments, Mapping):
             raise OtherOptimizerError(f"no moments of {name}")
         first[name] = _moment(moments, "exp_avg", name, tensors[name], path)
         second[name] = _moment(moments, "exp_avg_sq", name, tensors[name], path)
         counts.add(_count(moments.get("step")))
-    if len(optimizer["state"]) != len(tensors) or len(counts) != 1:
+    if len(state) != len(tensors) or len(counts) != 1:
         raise OtherOptimizerError("its parameters have different numbers of updates, or are not the model's")
+    config, left_out = _run_config(saved.get("config"), group, model)
     return AdamW(
-        config=_run_config(saved.get("config"), group, model),
+        config=config,
         step=step,
         count=_scalar(counts.pop()),
         first=first,
         second=second,
+        left_out=tuple(left_out),
     )
 
 
@@ -138,44 +144,73 @@ def _scalar(value: int) -> Tensor:
     return Tensor((), np.dtype(np.int32), read=lambda: np.asarray(value, np.int32), label="count")
 
 
-def _run_config(values: Any, group: Mapping[str, Any], model: GPTConfig) -> Config:
-    """Returns gptjax's config for nanoGPT's settings; a setting that is missing or impossible has gptjax's default."""
+def _run_config(values: Any, group: Mapping[str, Any], model: GPTConfig) -> tuple[Config, list[str]]:
+    """Returns gptjax's config for nanoGPT's settings, and those as NAME=VALUE that it cannot hold.
+
+    A setting that is missing or cannot be held has gptjax's default; a least rate has 0.
+    """
     settings = values if isinstance(values, Mapping) else {}
-    defaults = Config(model=model)
+    decays = bool(settings.get("decay_lr", True))
     beta1, beta2 = group["betas"]
     peak = settings.get("learning_rate", group.get("lr"))
-    wanted = {
-        "peak_lr": peak,
-        "min_lr": settings.get("min_lr", peak),
-        "warmup_steps": settings.get("warmup_iters"),
-        "schedule": "cosine" if settings.get("decay_lr", True) else "constant",
-        "weight_decay": group.get("weight_decay"),
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": group.get("eps"),
-        "grad_clip": settings.get("grad_clip"),
-    }
-    optim = OptimConfig()
-    for name, value in wanted.items():
-        optim = _with(optim, name, value)
-    train = _with(TrainConfig(), "num_steps", settings.get("max_iters"))
+    # (nanoGPT's name, section, field, value)
+    wanted = [
+        ("learning_rate", "optim", "peak_lr", peak),
+        ("weight_decay", "optim", "weight_decay", group.get("weight_decay")),
+        ("beta1", "optim", "beta1", beta1),
+        ("beta2", "optim", "beta2", beta2),
+        ("eps", "optim", "eps", group.get("eps")),
+        ("grad_clip", "optim", "grad_clip", settings.get("grad_clip")),
+        ("max_iters", "train", "num_steps", settings.get("max_iters")),
+        ("min_lr", "optim", "min_lr", settings.get("min_lr", peak)),
+    ]
+    optim = OptimConfig(schedule="constant", warmup_steps=0, min_lr=0.0)
+    if decays:
+        optim = OptimConfig(schedule="cosine", min_lr=0.0)
+        wanted.append(("warmup_iters", "optim", "warmup_steps", settings.get("warmup_iters")))
     sequences = settings.get("batch_size")
     micro_batches = settings.get("gradient_accumulation_steps", 1)  # before nanoGPT divides them among its processes
-    data = defaults.data
+    batch: Any = sequences
     if type(sequences) is int and type(micro_batches) is int:
-        data = _with(DataConfig(), "global_batch_size", sequences * micro_batches)
-    config = Config(model=model, optim=optim, train=train, data=data)
-    return defaults if find_problems(config) else config
+        batch = sequences * micro_batches
+    wanted.append(("batch_size", "data", "global_batch_size", batch))
+    config = Config(model=model, optim=optim)
+    left_out = []
+    for name, section, field, value in wanted:
+        changed = None if value is None else _with(config, section, field, value)
+        config = changed or config
+        is_used = decays or name != "min_lr"
+        if value is not None and changed is None and is_used:
+            left_out.append(f"{name}={short_repr(value)}")
+    end = settings.get("lr_decay_iters", config.train.num_steps)
+    if decays and end != config.train.num_steps:
+        left_out.append(f"lr_decay_iters={short_repr(end)}, because the rate falls until max_iters")
+    return config, left_out
 
 
-def _with(section: Any, name: str, value: Any) -> Any:
-    """Returns a config section with `name` set to `value`, if that has the type of the field."""
-    kind = type(getattr(section, name))
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        return section
-    return type(section)(**vars(section) | {name: value})
+def _with(
+    config: Config,
+    section: str,
+    field: str,
+    value: Any,
+) -> Config | None:
+    """Returns `config` with section.field set to `value`; None if that cannot be."""
+    values = config.to_dict()
+    values[section][field] = value
+    try:
+        return None if isinstance(value, str) else from_dict(values)
+    except ConfigError:
+        return None
+
+
+def settings_left_out(config: Config, step: int) -> list[str]:
+    """Returns the settings of a run of gptjax at `step`, as NAME=VALUE, that `write_config` cannot express."""
+    optim = config.optim
+    if optim.schedule == "wsd":
+        return ["optim.schedule=wsd, for which decay_lr=True stands"]
+    if optim.schedule == "constant" and optim.warmup_steps > step:
+        return [f"optim.warmup_steps={optim.warmup_steps}, because decay_lr=False has no warm-up"]
+    return []
 
 
 def write_config(config: Config) -> dict[str, Any]:

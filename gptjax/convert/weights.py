@@ -55,13 +55,14 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """AdamW's state in a run: moments by GPT-2's names, each with the shape of its tensor in `Weights.tensors`."""
+    """AdamW's state in a run: moments by the names of the source's tensors, each with the shape of its tensor."""
 
     config: Config  # of the run, or what other settings of it are in gptjax
     step: int  # finished updates of the run
     count: Tensor  # updates that AdamW has counted: int32, without dims
     first: Mapping[str, Tensor]  # averages of gradients
     second: Mapping[str, Tensor]  # averages of their squares
+    left_out: tuple[str, ...] = ()  # settings of the run that `config` cannot hold, as NAME=VALUE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +263,6 @@ def with_biases(weights: Weights) -> Weights:
         config=config,
         tensors=tensors,
         notes=(*weights.notes, note),
-        adamw=None,  # its moments are those of the model without biases
     )
 
 

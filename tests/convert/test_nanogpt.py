@@ -15,7 +15,7 @@ from gptjax.checkpoint import Checkpointer
 from gptjax.collectives import ONE_DEVICE
 from gptjax.config import Config, GPTConfig, OptimConfig, from_dict
 from gptjax.convert import __main__ as command
-from gptjax.convert import formats, nanogpt
+from gptjax.convert import formats, nanogpt, nanogpt_run
 from gptjax.convert.beside import GPT2_SHA256
 from gptjax.convert.weights import read_tensors
 from gptjax.data.tokenizer import load_tokenizer
@@ -178,6 +178,7 @@ OTHER_OPTIMIZERS = {
     "no groups": change_optimizer(lambda it: it.update(param_groups=[])),
     "no betas": change_optimizer(lambda it: it["param_groups"][0].pop("betas")),
     "a list": lambda saved: saved | {"optimizer": [1]},
+    "a list of states": change_optimizer(lambda it: it.update(state=[1])),
 }
 
 
@@ -201,13 +202,53 @@ def test_nan_in_a_moment_is_refused(interrupted, tmp_path):
     command.main([source, target, "--allow_nonfinite"])
 
 
-@pytest.mark.parametrize("changed", [{"batch_size": "x"}, {"max_iters": -1}, {"learning_rate": True}, {"min_lr": None}])
-def test_settings_that_cannot_be_read_have_defaults(interrupted, tmp_path, changed):
+HUGE = 10**400
+UNHELD = {  # nanoGPT's settings, and how the note on those that are left out begins
+    "text": ({"batch_size": "x"}, "batch_size='x'"),
+    "a batch too large": ({"batch_size": HUGE}, "batch_size="),
+    "negative": ({"max_iters": -1}, "max_iters=-1"),
+    "a rate too large": ({"learning_rate": HUGE}, "learning_rate="),
+    "NaN": ({"learning_rate": float("nan")}, "learning_rate=nan"),
+    "a rate that rises": ({"decay_lr": True, "min_lr": 1e-3}, "min_lr=0.001"),
+    "an earlier end": ({"decay_lr": True, "lr_decay_iters": 25}, "lr_decay_iters=25, because"),
+}
+
+
+@pytest.mark.parametrize("name", UNHELD)
+def test_settings_that_cannot_be_held_are_named_and_the_others_kept(interrupted, tmp_path, said, name):
+    changed, line = UNHELD[name]
     saved = torch.load(interrupted[0], weights_only=True)
+    torch.save(saved | {"config": RUN | {"lr_decay_iters": 50} | changed}, tmp_path / "ckpt.pt")
+    command.main([f"--from=nanogpt:{tmp_path}/ckpt.pt", f"--to=gptjax:{tmp_path}/run", "--dry_run"])
+    assert sum(f"a setting of the run is left out: {line}" in each for each in said) == 1
+    config = nanogpt.read(str(tmp_path / "ckpt.pt"), origin="").adamw.config
+    assert (config.optim.beta1, config.optim.beta2, config.optim.weight_decay) == (0.8, 0.9, 0.2)
+    assert config == from_dict(config.to_dict())
+
+
+def test_settings_of_fine_tuning_with_nanogpt_are_kept(interrupted, tmp_path):
+    """As in its finetune_shakespeare.py: a low constant rate, beside defaults for a rate that falls."""
+    saved = torch.load(interrupted[0], weights_only=True)
+    changed = {"learning_rate": 3e-5, "min_lr": 6e-5, "warmup_iters": 2000, "max_iters": 40, "lr_decay_iters": 600_000}
     torch.save(saved | {"config": RUN | changed}, tmp_path / "ckpt.pt")
-    assert nanogpt.read(str(tmp_path / "ckpt.pt"), origin="").adamw.config.model == GPTConfig(
-        8, 50, 2, 2, 16, activation="gelu"
-    )
+    adamw = nanogpt.read(str(tmp_path / "ckpt.pt"), origin="").adamw
+    rates = make_schedule(adamw.config.optim, adamw.config.train.num_steps)
+    assert [float(rates(step)) for step in (0, 20, 39)] == [np.float32(3e-5)] * 3
+    assert (adamw.config.optim.beta1, adamw.config.train.num_steps, adamw.left_out) == (0.8, 40, ())
+
+
+@pytest.mark.parametrize(
+    ("optim", "line"),
+    [
+        ({"schedule": "wsd"}, "optim.schedule=wsd"),
+        ({"schedule": "constant", "warmup_steps": 21}, "optim.warmup_steps=21"),
+        ({"schedule": "constant", "warmup_steps": 20}, ""),
+        ({"schedule": "cosine"}, ""),
+    ],
+)
+def test_schedules_that_nanogpt_lacks_are_named(optim, line):
+    lines = nanogpt_run.settings_left_out(Config(optim=OptimConfig(**optim)), 20)
+    assert (len(lines) == 1 and lines[0].startswith(line)) if line else lines == []
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "model.", "module._orig_mod."])
@@ -385,9 +426,13 @@ def test_round_trip_through_gptjax_keeps_every_tensor(tmp_path, bias):
 
 def test_missing_biases_are_exported_as_zeros_with_a_note(tmp_path, said):
     args = ARGS | {"bias": False}
-    save(tmp_path / "a.pt", Model(args), args)
+    model = Model(args)
+    optimizer = make_optimizer(model)
+    train(model, optimizer, BATCHES[:1])
+    save(tmp_path / "a.pt", model, args, optimizer=optimizer)
     command.main([f"--from=nanogpt:{tmp_path}/a.pt", f"--to=hf:{tmp_path}/b"])
     assert any("has no biases: zeros are written" in line for line in said)
+    assert any("AdamW's moments are left out" in line for line in said)
 
 
 def test_bfloat16_keeps_its_bits(tmp_path):
