@@ -19,6 +19,7 @@ from gptjax.resume import compare_data, compare_models
 from gptjax.sampling_flags import validate_sampling_params
 
 KNOWN_CHIPS = "known: v4, v5e, v5p, v6e, a100, h100, h200, b200, as in v5e:4x4 or h100:8"
+TOKENIZERS = "give gpt2, bytes, a file or directory of a tokenizer, or hf:OWNER/NAME"
 SECRET = "a8f3kd92jf83hd72"
 SAMPLING = {"max_new_tokens": 8, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
 FILES = {
@@ -169,8 +170,13 @@ TABLE = [
     # Data and weights.
     (
         lambda: load_tokenizer("nothing"),
-        (ConfigError, "data.tokenizer", "nothing", "give gpt2, bytes, or a file written by Tokenizer.save"),
-        "data.tokenizer=nothing: no such tokenizer or file; give gpt2, bytes, or a file written by Tokenizer.save",
+        (
+            ConfigError,
+            "data.tokenizer",
+            "nothing",
+            "give gpt2, bytes, a file or directory of a tokenizer, or hf:OWNER/NAME",
+        ),
+        f"data.tokenizer=nothing: no such tokenizer or file; {TOKENIZERS}",
     ),
     (
         lambda: open_data("nowhere"),

@@ -14,11 +14,10 @@ from gptjax.convert.byte_level import (
 )
 from gptjax.convert.files import resolve_inside
 from gptjax.convert.tokenizer_json import make_settings, make_tokenizer_json
-from gptjax.convert.tokenizer_regex import express_regex, translate_regex
+from gptjax.convert.tokenizer_regex import choose_pattern, express_regex
 from gptjax.data.patterns import (
     BYTES_PATTERN,
     GPT2_PATTERN,
-    WHOLE_PATTERN,
     BadPattern,
     HostilePattern,
     check_pattern,
@@ -27,6 +26,7 @@ from gptjax.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, make_t
 from gptjax.errors import DataError, one_line
 from gptjax.strict_json import InvalidTextError, decode_text, parse_json, read_at_most
 
+TOKENIZER_JSON = "tokenizer.json"
 MAX_FILE_BYTES = 100_000_000
 SHOWN_NAME = 40  # characters of a name from a file in a message
 SHOWN_LEFT_OUT = 5  # tokens or options in a note
@@ -99,8 +99,10 @@ def write_tokenizer(
     _write(directory, "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
 
 
-def read_tokenizer(directory: str) -> tuple[Tokenizer | None, str]:
+def read_tokenizer(directory: str, *, file: str = TOKENIZER_JSON) -> tuple[Tokenizer | None, str]:
     """Returns the tokenizer of a model directory, or None, and a note for the user about it.
+
+    file: of the tokenizers library. Under another name than the usual one it stands for itself, without settings.
 
     Raises:
         DataError: a file is damaged, too large, or a link that leads outside; or its pattern takes too much time.
@@ -108,11 +110,12 @@ def read_tokenizer(directory: str) -> tuple[Tokenizer | None, str]:
             started to test an unknown pattern.
     """
     try:
-        settings = _read_json(directory, "tokenizer_config.json") or {}
-        found = _read_tokenizer_json(directory, settings) or _read_vocab_and_merges(directory, settings)
+        settings = (_read_json(directory, "tokenizer_config.json") or {}) if file == TOKENIZER_JSON else {}
+        title = os.path.abspath(directory) if file == TOKENIZER_JSON else os.path.splitext(file)[0]
+        found = _read_tokenizer_json(directory, file, settings) or _read_vocab_and_merges(directory, settings)
         if found is None:
             return None, "no tokenizer: neither tokenizer.json nor vocab.json with merges.txt exists"
-        return _represent(found, settings, directory)
+        return _represent(found, settings, title)
     except UnsupportedTokenizerError as reason:
         return None, f"no tokenizer: the one in {directory!r} cannot be represented: {reason}"
     except _CorruptError as damage:
@@ -178,8 +181,8 @@ def _take_type(holder: dict[str, Any], name: str) -> str:
     return _take(component, "type", str, "ByteLevel")
 
 
-def _read_tokenizer_json(directory: str, settings: dict[str, Any]) -> _Found | None:
-    saved = _read_json(directory, "tokenizer.json")
+def _read_tokenizer_json(directory: str, file: str, settings: dict[str, Any]) -> _Found | None:
+    saved = _read_json(directory, file)
     if saved is None:
         return None
     model = _take(saved, "model", dict, {})
@@ -197,7 +200,12 @@ def _read_tokenizer_json(directory: str, settings: dict[str, Any]) -> _Found | N
     left_out = []
     if post_processor != "ByteLevel":
         left_out.append(f"post_processor {post_processor[:SHOWN_NAME]!a}")
-    regex, prefix_space = _read_regex(_take(saved, "pre_tokenizer", dict, {}), settings)
+    if model.get("ignore_merges"):
+        _reject_whole_words(ids, merges, added)
+    regex, in_file = _read_regex(_take(saved, "pre_tokenizer", dict, {}))
+    prefix_space = _replaced_prefix_space(directory, settings, in_file)
+    if regex and (in_file or prefix_space):
+        raise UnsupportedTokenizerError("it has the option add_prefix_space, and a Split before it")
     return _Found(ids, merges, regex, left_out, added, prefix_space)
 
 
@@ -271,7 +279,26 @@ def _merge_added(vocab: dict[str, int], added: list[Any]) -> tuple[dict[str, int
     return ids, is_special
 
 
-def _read_regex(pre_tokenizer: dict[str, Any], settings: dict[str, Any]) -> tuple[str | None, bool]:
+def _replaced_prefix_space(directory: str, settings: dict[str, Any], in_file: bool) -> bool:
+    """Returns add_prefix_space as transformers 5 takes it, where tokenizer.json has `in_file`.
+
+    Its GPT2Tokenizer, which is also the class of a model of GPT-2 without tokenizer_class, has a setting of its own,
+    false by default. Other classes take that of the file.
+    """
+    is_model = settings or os.path.isfile(os.path.join(directory, "config.json"))
+    kind = _take(settings, "tokenizer_class", str, "GPT2Tokenizer" if is_model else "")
+    has_own = kind.removesuffix("Fast") == "GPT2Tokenizer"
+    return _take(settings, "add_prefix_space", bool, False) if has_own else in_file
+
+
+def _reject_whole_words(ids: dict[str, int], merges: list[str], added: dict[str, bool]) -> None:
+    """Raises UnsupportedTokenizerError if a token of text is no result of merges: `ignore_merges` would use it."""
+    merged = {merge.replace(" ", "", 1) for merge in merges}
+    if any(len(token) > 1 and token not in merged and token not in added for token in ids):
+        raise UnsupportedTokenizerError("it has the option ignore_merges, and tokens that no merge makes")
+
+
+def _read_regex(pre_tokenizer: dict[str, Any]) -> tuple[str | None, bool]:
     """Returns the regular expression of a pre_tokenizer and its add_prefix_space, both as in `_Found`."""
     steps = [pre_tokenizer]
     if "pretokenizers" in pre_tokenizer:
@@ -286,14 +313,10 @@ def _read_regex(pre_tokenizer: dict[str, Any], settings: dict[str, Any]) -> tupl
             f"its pre_tokenizer is {found!a}; here it is ByteLevel, alone or after one Split"
         )
     byte_level = steps[-1]
-    # transformers prefers its own setting to that of tokenizer.json.
-    in_file = _take(byte_level, "add_prefix_space", bool, True)
-    prefix_space = _take(settings, "add_prefix_space", bool, in_file)
+    prefix_space = _take(byte_level, "add_prefix_space", bool, True)
     use_regex = _take(byte_level, "use_regex", bool, True)
     if len(steps) == 1:
         return (None if use_regex else ""), prefix_space
-    if in_file or prefix_space:
-        raise UnsupportedTokenizerError("it has the option add_prefix_space, and a Split before it")
     split = steps[0]
     pattern = _take(split, "pattern", dict, {})
     regex = _take(pattern, "Regex", str, "")
@@ -302,15 +325,15 @@ def _read_regex(pre_tokenizer: dict[str, Any], settings: dict[str, Any]) -> tupl
         raise UnsupportedTokenizerError(
             "its pre_tokenizer is not one Split by a Regex, Isolated, and then ByteLevel without use_regex"
         )
-    return regex, False
+    return regex, prefix_space
 
 
-def _represent(found: _Found, settings: dict[str, Any], directory: str) -> tuple[Tokenizer, str]:
+def _represent(found: _Found, settings: dict[str, Any], title: str) -> tuple[Tokenizer, str]:
     """Returns the Tokenizer with the same ids, and a note about it and the parts that it cannot hold."""
     parts, after = _split_vocabulary(found, settings)
     if derive_merges(list(parts.ranks)) != found.merges:
         raise UnsupportedTokenizerError("its merges are not those of its tokens in the order of their ids")
-    tokenizer = _name(parts, found, _take(settings, "gptjax", dict, {}), directory)
+    tokenizer = _name(parts, found, _take(settings, "gptjax", dict, {}), title)
     note = f"tokenizer {tokenizer.name!a}, {tokenizer.vocab_size:,} tokens"
     if parts.eot != END_OF_TEXT:
         note += f", end-of-text is {parts.eot[:SHOWN_NAME]!a}"
@@ -373,15 +396,15 @@ def _name(
     parts: _Parts,
     found: _Found,
     saved: dict[str, Any],
-    directory: str,
+    title: str,
 ) -> Tokenizer:
-    """Returns the tokenizer under the name that gptjax stored, a built-in one's name, or the directory's name."""
+    """Returns the tokenizer under the name that gptjax stored, a built-in one's name, or `title`."""
     saved_name = _take(saved, "name", str, "")
     saved_pattern = _take(saved, "pattern", str, "")
     # Another program may have changed tokenizer.json since: then the stored pattern does not count.
     if saved_name and saved_pattern and express_regex(saved_pattern, found.merges) == found.regex:
         return _make(saved_name, saved_pattern, parts, found, file="tokenizer_config.json")
-    pattern = _choose_pattern(found)
+    pattern = choose_pattern(found.regex, found.merges)
     for name, its_pattern in BUILT_IN.items():
         if pattern != its_pattern:
             continue
@@ -389,23 +412,10 @@ def _name(
         is_same = built_in.ranks() == parts.ranks and built_in.specials == parts.specials
         if is_same and not found.prefix_space:
             return built_in
-    name = os.path.basename(os.path.abspath(directory)) or "custom"
+    name = os.path.basename(title) or "custom"
     if name in BUILT_IN:
         name = f"{name}-custom"
     return _make(name, pattern, parts, found, file="tokenizer.json")
-
-
-def _choose_pattern(found: _Found) -> str:
-    """Returns tiktoken's pattern for the tokenizer that was found."""
-    if not found.merges:
-        return BYTES_PATTERN
-    if found.regex is None:
-        return GPT2_PATTERN
-    if not found.regex:
-        return WHOLE_PATTERN
-    if translate_regex(found.regex) != found.regex:
-        raise UnsupportedTokenizerError("its pattern means different things to tiktoken and tokenizers")
-    return found.regex
 
 
 def _make(

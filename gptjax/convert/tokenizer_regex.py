@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from gptjax.convert.byte_level import UnsupportedTokenizerError
-from gptjax.data.patterns import GPT2_PATTERN
+from gptjax.data.patterns import BYTES_PATTERN, GPT2_PATTERN, WHOLE_PATTERN
 
 SHOWN_PATTERN = 20  # characters of a pattern in a message
 
@@ -33,6 +33,23 @@ def express_regex(pattern: str, merges: Sequence[str]) -> str | None:
     if not merges:
         return ""  # without merges the ids do not depend on the pieces, so no splitting is the safest
     return translate_regex(pattern)
+
+
+def choose_pattern(regex: str | None, merges: Sequence[str]) -> str:
+    """Returns tiktoken's pattern for a `regex` as `express_regex` returns it.
+
+    Raises:
+        UnsupportedTokenizerError: it may have another meaning there.
+    """
+    if not merges:
+        return BYTES_PATTERN
+    if regex is None:
+        return GPT2_PATTERN
+    if not regex:
+        return WHOLE_PATTERN
+    if translate_regex(regex) != regex:
+        raise UnsupportedTokenizerError("its pattern means different things to tiktoken and tokenizers")
+    return regex
 
 
 def translate_regex(pattern: str) -> str:

@@ -14,16 +14,20 @@ from gptjax.workdir import CONFIG_FILE, TOKENIZER_FILE, read_file
 log = logging.getLogger("gptjax")
 HUB = "hf:"  # before OWNER/NAME[@REVISION]
 HF_FILE = "tokenizer.json"
-# gptjax saves its own form as tokenizer.json, too. A file of the tokenizers library has this key, and ours does not.
+# gptjax saves its own form as tokenizer.json, too. A file of the tokenizers library has one of these keys; ours begins
+# with its format, and may have the name "model".
 HF_KEY = b'"model"'
+HF_START = b'"added_tokens"'
+OWN_START = b'"format": "gptjax-tokenizer-'
 PEEKED = 2**16  # bytes at either end of a file, in which the key is searched
 
 
 def open_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer `name`.
 
-    name: gpt2, bytes, a file saved by gptjax, a tokenizer.json of Hugging Face, a directory with one (or with
-        vocab.json and merges.txt), or hf:OWNER/NAME[@REVISION], which is downloaded to huggingface_hub's cache.
+    name: gpt2, bytes, a file saved by gptjax or the tokenizers library, a directory with a tokenizer.json (or with
+        vocab.json and merges.txt), hf: before either, or hf:OWNER/NAME[@REVISION], which is downloaded to
+        huggingface_hub's cache.
 
     Raises:
         ConfigError: there is no such tokenizer, or gptjax cannot represent it.
@@ -32,15 +36,30 @@ def open_tokenizer(name: str) -> Tokenizer:
     """
     if name in BUILT_IN:
         return load_tokenizer(name)
+    place = name
     if name.startswith(HUB) and not os.path.lexists(name):
-        repo, _, revision = name.removeprefix(HUB).partition("@")
-        snapshot, commit = hub.download(repo, revision, kind=TOKENIZER)
-        return _from_directory(name, snapshot, title=f"{HUB}{repo}@{commit}")
-    if os.path.isdir(name):
-        return _from_directory(name, name, title=os.path.basename(os.path.abspath(name)))
-    if os.path.basename(name) == HF_FILE and os.path.isfile(name) and _is_of_hugging_face(name):
-        return _from_directory(name, os.path.dirname(name) or ".", title="")
-    return load_tokenizer(name)
+        place = os.path.expanduser(name.removeprefix(HUB))
+        # The name of a file or directory here shall not reach a server.
+        if not os.path.lexists(place):
+            return _from_hub(name, place)
+    if os.path.isdir(place):
+        own = os.path.join(place, HF_FILE)
+        if os.path.isfile(own) and not _is_of_hugging_face(own):  # a work directory
+            return load_tokenizer(own)
+        return _from_files(name, place)
+    if os.path.isfile(place) and _is_of_hugging_face(place):
+        return _from_files(name, os.path.dirname(place) or ".", file=os.path.basename(place))
+    return load_tokenizer(place)
+
+
+def _from_hub(name: str, place: str) -> Tokenizer:
+    """Downloads and returns the tokenizer OWNER/NAME[@REVISION]."""
+    if not hub.NAME.fullmatch(place):
+        problem = "no such file or directory, and not OWNER/NAME[@REVISION] of the Hub"
+        raise ConfigError(problem, field="data.tokenizer", value=name)
+    repo, _, revision = place.partition("@")
+    snapshot, commit = hub.download(repo, revision, kind=TOKENIZER)
+    return _from_files(f"{HUB}{repo}@{commit}", snapshot)
 
 
 def open_run_tokenizer(name: str, workdir: str) -> Tokenizer:
@@ -68,23 +87,17 @@ def _recorded_name(workdir: str) -> str:
         return ""
 
 
-def _from_directory(name: str, directory: str, *, title: str) -> Tokenizer:
-    """Returns the tokenizer of the files in `directory`.
-
-    title: of a directory; other files of gptjax are named after it.
-    """
-    own = os.path.join(directory, HF_FILE)
-    if os.path.isfile(own) and not _is_of_hugging_face(own):  # a work directory
-        return load_tokenizer(own)
-    tokenizer, note = read_tokenizer(directory)
+def _from_files(name: str, directory: str, *, file: str = HF_FILE) -> Tokenizer:
+    """Returns the tokenizer of Hugging Face's files in `directory`; `name` is the user's for it."""
+    tokenizer, note = read_tokenizer(directory, file=file)
     if tokenizer is None:
         raise ConfigError(note, field="data.tokenizer", value=name)
-    log.info("%s: %s", title or name, note)
+    log.info("%s: %s", name, note)
     return tokenizer
 
 
 def _is_of_hugging_face(path: str) -> bool:
-    """Returns whether a tokenizer.json is of the tokenizers library; a damaged one is taken for gptjax's."""
+    """Returns whether a file is of the tokenizers library; a damaged one is taken for gptjax's."""
     try:
         with open(path, "rb") as file:
             start = file.read(PEEKED)
@@ -93,4 +106,4 @@ def _is_of_hugging_face(path: str) -> bool:
             end = file.read(PEEKED)
     except OSError:
         return False
-    return HF_KEY in start + end or b'"added_tokens"' in start
+    return OWN_START not in start and (HF_KEY in start + end or HF_START in start)

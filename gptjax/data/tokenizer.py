@@ -48,7 +48,7 @@ FORMAT = "gptjax-tokenizer-1"  # ids are 0, 1, ... in the order of the tokens, a
 SPECIALS_FORMAT = "gptjax-tokenizer-2"  # special tokens may have any ids
 LARGEST_FILE = 2**28  # bytes of a saved tokenizer; GPT-2's takes 0.8 million
 
-CHOICES = "give gpt2, bytes, or a file written by Tokenizer.save"  # a remedy
+CHOICES = "give gpt2, bytes, a file or directory of a tokenizer, or hf:OWNER/NAME"  # a remedy
 TASKS_PER_THREAD = 4  # of a batch; a task per text would cost more than a short text itself
 
 

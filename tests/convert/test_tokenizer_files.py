@@ -250,6 +250,9 @@ FOREIGN: dict[str, Callable[[Any], object]] = {
     "continuing_subword_prefix": lambda saved: saved["model"].update(continuing_subword_prefix="##"),
     "end_of_word_suffix": lambda saved: saved["model"].update(end_of_word_suffix="</w>"),
     "add_prefix_space": pre_tokenizer(add_prefix_space=True),
+    "ignore_merges": lambda saved: saved["model"].update(
+        ignore_merges=True, vocab=saved["model"]["vocab"] | {"thezz": len(saved["model"]["vocab"])}
+    ),
     "its pre_tokenizer is not one Split": pre_tokenizer(use_regex=True),
     "its pre_tokenizer is not one Split ": split(behavior="MergedWithNext"),
     "its pre_tokenizer is not one Split  ": split(invert=True),
@@ -320,15 +323,20 @@ def test_z1_foreign_pattern_unusable_by_tiktoken_is_not_damage(tmp_path: Path) -
     assert "cannot be represented: its pattern does not cut text into pieces" in line
 
 
+# As transformers 5.23 does: test_tokenizer_transformers.py asks it.
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "GPT2TokenizerFast", None, "PreTrainedTokenizerFast"])
 @pytest.mark.parametrize("in_settings", [True, False, None])
 @pytest.mark.parametrize("in_file", [True, False])
-def test_prefix_space_follows_the_settings_before_the_file(tmp_path: Path, in_file: bool, in_settings: bool) -> None:
+def test_prefix_space_is_that_of_the_settings_for_gpt2tokenizer_only(
+    tmp_path: Path, in_file: bool, in_settings: bool | None, kind: str | None
+) -> None:
     folder = foreign(tmp_path, custom(GPT2_PATTERN))
     edited(folder, "tokenizer.json", lambda saved: saved["pre_tokenizer"].update(add_prefix_space=in_file))
-    edited(folder, "tokenizer_config.json", lambda saved: saved.update(add_prefix_space=in_settings))
+    settings = {"add_prefix_space": in_settings, "tokenizer_class": kind}
+    edited(folder, "tokenizer_config.json", lambda saved: saved.update(settings))
     tokenizer, _ = read_tokenizer(str(folder))
     assert tokenizer is not None
-    expected = in_file if in_settings is None else in_settings
+    expected = in_file if kind == "PreTrainedTokenizerFast" else bool(in_settings)
     assert tokenizer.prefix_space == expected
     assert (tokenizer.encode("the") == tokenizer.encode(" the")) == expected
     assert tokenizer.encode("") == []

@@ -1,6 +1,8 @@
 """data.tokenizer and --tokenizer: gptjax's own forms and Hugging Face's."""
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -28,10 +30,14 @@ def places(tmp_path_factory):
     (directory / "run").mkdir()
     tokenizer.save(str(directory / "run" / "tokenizer.json"))
     tokenizer.save(str(directory / "saved.json"))
+    shutil.copy(directory / "whole" / "tokenizer.json", directory / "mine.json")  # of Hugging Face
     return tokenizer, directory
 
 
-@pytest.mark.parametrize("name", ["whole", "whole/tokenizer.json", "old", "run", "run/tokenizer.json", "saved.json"])
+FORMS = ["whole", "whole/tokenizer.json", "old", "run", "run/tokenizer.json", "saved.json", "mine.json"]
+
+
+@pytest.mark.parametrize("name", FORMS)
 def test_every_form_of_a_tokenizer_is_the_same_one(places, name, monkeypatch):
     tokenizer, directory = places
     opened = open_tokenizer(str(directory / name))
@@ -39,6 +45,23 @@ def test_every_form_of_a_tokenizer_is_the_same_one(places, name, monkeypatch):
     monkeypatch.chdir(directory / name if (directory / name).is_dir() else (directory / name).parent)
     relative = "." if (directory / name).is_dir() else (directory / name).name
     assert open_tokenizer(relative).ranks() == tokenizer.ranks()
+    assert open_tokenizer(f"hf:{relative}").ranks() == tokenizer.ranks(), "as --from=hf: takes a directory"
+
+
+@pytest.mark.parametrize("name", ["model", "added_tokens", '"model"'])
+def test_saved_tokenizer_may_have_a_key_of_hugging_face_as_its_name(tmp_path, name):
+    """A directory called model gives its name to the tokenizer in it."""
+    saved = dataclasses.replace(load_tokenizer("bytes"), name=name)
+    saved.save(str(tmp_path / "tokenizer.json"))
+    assert open_tokenizer(str(tmp_path)).sha256 == saved.sha256
+    assert open_tokenizer(str(tmp_path / "tokenizer.json")).sha256 == saved.sha256
+
+
+@pytest.mark.parametrize("name", ["hf:./nothing", "hf:/nothing", "hf:a/b/c"])
+def test_path_that_does_not_exist_reaches_no_server(name, monkeypatch):
+    monkeypatch.setattr(tokenizer_source.hub, "download", lambda *of, kind: pytest.fail("a connection"))
+    with raises(ConfigError, "data.tokenizer", value=name, match="no such file or directory"):
+        open_tokenizer(name)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])

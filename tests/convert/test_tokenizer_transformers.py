@@ -226,3 +226,25 @@ def test_tokenizer_trained_with_special_tokens_first_has_the_same_ids(name: str,
     back, _ = read_tokenizer(str(tmp_path / "again"))
     assert back is not None
     assert back.sha256 == ours.sha256
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", None, "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("in_settings", [True, False, None])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_prefix_space_is_that_of_transformers(
+    kind: str | None, in_settings: bool | None, in_file: bool, tmp_path: Path
+) -> None:
+    theirs = tokenizers.ByteLevelBPETokenizer(add_prefix_space=in_file)
+    theirs.train_from_iterator(TEXTS * 3, vocab_size=300, min_frequency=2, special_tokens=[END_OF_TEXT])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    stated = {"tokenizer_class": kind, "add_prefix_space": in_settings, "eos_token": END_OF_TEXT}
+    values = {name: value for name, value in stated.items() if value is not None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
+    ours, _ = read_tokenizer(str(tmp_path))
+    assert ours is not None
+    again = load(tmp_path)
+    assert [ours.encode(text) for text in TEXTS] == [again(text)["input_ids"] for text in TEXTS]
+    (tmp_path / "tokenizer_config.json").unlink()  # config.json alone makes it a model of GPT-2
+    ours, _ = read_tokenizer(str(tmp_path))
+    assert ours is not None
+    assert not ours.prefix_space
