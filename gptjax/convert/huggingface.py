@@ -14,7 +14,16 @@ from gptjax.convert.files import locate, read_json
 from gptjax.convert.names import PREFIX, left_out, rename, shapes
 from gptjax.convert.safetensors_file import open_safetensors, write_safetensors
 from gptjax.convert.tokenizer_files import read_tokenizer, write_tokenizer
-from gptjax.convert.weights import NamedTensors, Tensor, Weights, check_name, check_sizes, make_weights, short_repr
+from gptjax.convert.weights import (
+    DTYPES,
+    NamedTensors,
+    Tensor,
+    Weights,
+    check_name,
+    check_sizes,
+    make_weights,
+    short_repr,
+)
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import DataError
 from gptjax.workdir import write_json
@@ -229,7 +238,8 @@ def _without_tied_head(
     table = tensors.get("wte.weight")
     if head is None or table is None:
         return tensors, []
-    if not _same_tensor(head, table):
+    # A table of another type, which NumPy may lack, is not compared: make_weights refuses it by its name.
+    if table.dtype in DTYPES.values() and not _same_tensor(head, table):
         raise DataError(
             f"{head.label} is not {table.label}, but config.json has tie_word_embeddings=true",
             field=directory,

@@ -10,7 +10,7 @@ from gptjax.convert import huggingface
 from gptjax.convert.weights import Tensor, read_tensors
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.errors import DataError
-from tests.convert.models import CONFIG, PREFIX, buffers, write_hf
+from tests.convert.models import CONFIG, PREFIX, buffers, read_header, write_header, write_hf
 from tests.helpers import raises
 
 OURS = GPTConfig(block_size=8, vocab_size=50, n_layer=2, n_head=2, n_embd=16, dropout=0.1)
@@ -52,6 +52,17 @@ def test_tied_head_of_another_dtype_is_refused(tmp_path):
     table = write_hf(tmp_path, dtype="bfloat16")["wte.weight"]
     write_hf(tmp_path, dtype="bfloat16", extra={"lm_head.weight": table.view(np.float16)})
     with raises(DataError, str(tmp_path), remedy="set it to false", match="tie_word_embeddings"):
+        read(tmp_path)
+
+
+def test_tied_head_of_a_type_that_numpy_lacks_is_refused_by_its_name(tmp_path):
+    table = np.zeros((50, 16), np.uint8)
+    write_hf(tmp_path, changes={"wte.weight": lambda _: table}, extra={"lm_head.weight": table})
+    header, data = read_header(tmp_path / "model.safetensors")
+    for name in ("lm_head.weight", "transformer.wte.weight"):
+        header[name]["dtype"] = "F8_E4M3"
+    write_header(tmp_path / "model.safetensors", header, data)
+    with raises(DataError, "hf:x", match=r"transformer\.wte\.weight is of an unknown type"):
         read(tmp_path)
 
 
