@@ -265,6 +265,8 @@ def compare_models(found: GPTConfig, wanted: GPTConfig, source: str) -> None:
             errors.append(ConfigError(problem, field="init_from", value=source))
             flags.append(f"--config.model.{name}={stored[name]}")
         errors.append(ConfigError(remedy=f"to train it: {' '.join(flags)}"))
+        if "activation" in changed and source.startswith("nanogpt:"):
+            errors.append(ConfigError(remedy="if nanoGPT is from before May 2023: convert with --activation=gelu_new"))
         raise ConfigError.of(errors)
     if found.block_size > wanted.block_size:
         log.info("init_from=%s: positions from %d on are left out", source, wanted.block_size)

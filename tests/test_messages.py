@@ -158,6 +158,15 @@ TABLE = [
         ),
     ),
     (
+        lambda: compare_models(GPTConfig(activation="gelu"), GPTConfig(), "nanogpt:x"),
+        (ConfigError, "init_from", "nanogpt:x", "to train it: --config.model.activation=gelu"),
+        (
+            "init_from=nanogpt:x: it has activation=gelu, this run model.activation=gelu_new\n"
+            "to train it: --config.model.activation=gelu\n"
+            "if nanoGPT is from before May 2023: convert with --activation=gelu_new"
+        ),
+    ),
+    (
         lambda: compare_models(GPTConfig(n_layer=2), GPTConfig(), "hf:x"),
         (ConfigError, "init_from", "hf:x", "to train it: --config.model.n_layer=2"),
         ("init_from=hf:x: it has n_layer=2, this run model.n_layer=12\nto train it: --config.model.n_layer=2"),

@@ -104,7 +104,7 @@ def _with_activation(weights: Weights, place: ModelRef, activation: str) -> Weig
         return weights
     notes = weights.notes
     if place.format == "nanogpt" and not activation:
-        note = "activation gelu, the exact one: a nanoGPT from before May 2023 needs --activation=gelu_new"
+        note = "activation gelu, the exact one: convert a model from before May 2023 with --activation=gelu_new"
         notes = (*notes, note)
     config = dataclasses.replace(weights.config, activation=activation or COMPUTED[place.format])
     return dataclasses.replace(weights, config=config, notes=notes)
