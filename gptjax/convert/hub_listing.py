@@ -190,7 +190,8 @@ def choose_tokenizer(names: Collection[str]) -> list[str]:
     """Returns the files of a repository that make its tokenizer; none if there is none."""
     for files in TOKENIZERS:
         if all(name in names for name in files):
-            settings = [name for name in ("tokenizer_config.json",) if name in names]
+            # config.json because transformers takes the tokenizer's class from it if the settings name none.
+            settings = [name for name in (CONFIG, "tokenizer_config.json") if name in names]
             return [*settings, *files]
     return []
 

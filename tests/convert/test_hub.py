@@ -165,7 +165,8 @@ def test_tokenizer_of_a_repository_is_downloaded_alone_and_once(hub, client, tmp
         return done.returncode, done.stdout.splitlines()[-1:], done.stderr
 
     assert opened()[:2] == (0, [tokenizer.sha256])
-    assert {r.path.rsplit("/", 1)[1] for r in hub.fetched()} == {"tokenizer.json", "tokenizer_config.json"}
+    asked = {r.path.rsplit("/", 1)[1] for r in hub.fetched()}
+    assert asked == {"config.json", "tokenizer.json", "tokenizer_config.json"}
     fetched = len(hub.requests)
     assert opened(HF_HUB_OFFLINE="1")[:2] == (0, [tokenizer.sha256])
     assert len(hub.requests) == fetched
