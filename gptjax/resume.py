@@ -190,7 +190,7 @@ def initial_params(run: Run) -> PyTree:
     compare_models(weights.config, model, text)
     tokenizer = weights.tokenizer
     # Not an error: two files may describe the same vocabulary.
-    if tokenizer is not None and tokenizer.sha256 != run.tokenizer.sha256:
+    if tokenizer is not None and not tokenizer.has_hash(run.tokenizer.sha256, run.tokenizer.name):
         log.warning("init_from=%s: made with tokenizer %s, not with this run's", text, tokenizer.name)
     log.info("parameters from %s", weights.origin)
     for note in weights.notes:

@@ -52,7 +52,7 @@ def make_side_file(
         if target == "llmc":
             content = _gpt2_tokenizer(tokenizer)
             return SideFile("gpt2_tokenizer.bin", content), "the tokenizer is in gpt2_tokenizer.bin beside the model"
-        if tokenizer.sha256 == GPT2_SHA256:
+        if tokenizer.has_hash(GPT2_SHA256, "gpt2"):
             return None, ""  # nanoGPT assumes GPT-2's
         content = _meta_pickle(tokenizer, vocab_size)
     except _NoPlaceError as reason:

@@ -33,6 +33,14 @@ def resolve_inside(directory: str, name: str) -> str:
     return path
 
 
+def name_of(directory: str) -> str:
+    """Returns the name of a model directory: in a cache of Hugging Face that of the repository, not of the commit."""
+    parent, name = os.path.split(os.path.abspath(directory))
+    store, kind = os.path.split(parent)
+    # The directory of OWNER/NAME is models--OWNER--NAME.
+    return os.path.basename(store).split("--")[-1] if kind == "snapshots" else name
+
+
 def _is_relative_name(name: str) -> bool:
     """Returns whether `name` is a printable relative path without `..`."""
     if not name or not name.isprintable() or len(name) > LONGEST_NAME:

@@ -12,7 +12,7 @@ from gptjax.convert.byte_level import (
     derive_merges,
     unicode_to_bytes,
 )
-from gptjax.convert.files import resolve_inside
+from gptjax.convert.files import name_of, resolve_inside
 from gptjax.convert.tokenizer_json import make_settings, make_tokenizer_json
 from gptjax.convert.tokenizer_regex import choose_pattern, express_regex
 from gptjax.data.patterns import (
@@ -111,7 +111,7 @@ def read_tokenizer(directory: str, *, file: str = TOKENIZER_JSON) -> tuple[Token
     """
     try:
         settings = (_read_json(directory, "tokenizer_config.json") or {}) if file == TOKENIZER_JSON else {}
-        title = os.path.abspath(directory) if file == TOKENIZER_JSON else os.path.splitext(file)[0]
+        title = name_of(directory) if file == TOKENIZER_JSON else os.path.splitext(file)[0]
         found = _read_tokenizer_json(directory, file, settings) or _read_vocab_and_merges(directory, settings)
         if found is None:
             return None, "no tokenizer: neither tokenizer.json nor vocab.json with merges.txt exists"
@@ -412,7 +412,7 @@ def _name(
         is_same = built_in.ranks() == parts.ranks and built_in.specials == parts.specials
         if is_same and not found.prefix_space:
             return built_in
-    name = os.path.basename(title) or "custom"
+    name = title or "custom"
     if name in BUILT_IN:
         name = f"{name}-custom"
     return _make(name, pattern, parts, found, file="tokenizer.json")

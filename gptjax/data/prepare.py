@@ -147,7 +147,7 @@ def _is_done(out: str, source: str, tokenizer: Tokenizer) -> bool:
             field=out,
             remedy="choose another --out, or remove it",
         )
-    if meta.source != source or meta.tokenizer_sha256 != tokenizer.sha256:
+    if meta.source != source or not tokenizer.has_hash(meta.tokenizer_sha256, meta.tokenizer):
         raise ConfigError(
             f"already prepared from source {meta.source} and tokenizer {meta.tokenizer}",
             field=out,

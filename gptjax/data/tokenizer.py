@@ -75,8 +75,15 @@ class Tokenizer:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """The hash of the saved form: equal for equal tokenizers, wherever they were loaded from."""
+        """The hash of the saved form, which has the name: `has_hash` compares without it."""
         return hashlib.sha256(self._canonical()).hexdigest()
+
+    def has_hash(self, sha256: str, name: str) -> bool:
+        """Returns whether `sha256` is the hash of this tokenizer under `name`.
+
+        A tokenizer of Hugging Face is named after its directory, so a copy elsewhere has another name and the same ids.
+        """
+        return sha256 == self.sha256 or sha256 == dataclasses.replace(self, name=name).sha256
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`; the text <|endoftext|> in it is encoded like any other, not as end-of-text.

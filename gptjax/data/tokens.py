@@ -188,7 +188,7 @@ def open_split(
             tokenizer=tokenizer,
             eot_position=eot_position,
         )
-    if meta.tokenizer_sha256 != tokenizer.sha256:
+    if not tokenizer.has_hash(meta.tokenizer_sha256, meta.tokenizer):
         raise ConfigError(
             f"{directory} was prepared with another tokenizer, {one_line(meta.tokenizer)!r}",
             field="data.tokenizer",

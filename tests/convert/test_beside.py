@@ -1,5 +1,6 @@
 """The tokenizer beside a model of nanoGPT or llm.c, where special tokens do not come last."""
 
+import dataclasses
 import pickle
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from gptjax.convert.beside import make_side_file
 from gptjax.data.patterns import BYTES_PATTERN, GPT2_PATTERN
-from gptjax.data.tokenizer import make_tokenizer
+from gptjax.data.tokenizer import load_tokenizer, make_tokenizer
 
 SPECIALS = {"<s>": 0, "<pad>": 1, "</s>": 2}
 
@@ -50,6 +51,11 @@ def test_nanogpt_decodes_ids_behind_special_tokens():
     assert [meta["stoi"][character] for character in text] == tokenizer.encode(text)
     assert "".join(meta["itos"][number] for number in [2, *tokenizer.encode(text), 1, 299]) == text
     assert sorted(meta["itos"]) == list(range(300))
+
+
+def test_gpt2s_tokenizer_under_another_name_is_what_nanogpt_assumes():
+    tokenizer = dataclasses.replace(load_tokenizer("gpt2"), name="copy")
+    assert make_side_file(tokenizer, "nanogpt", vocab_size=50257) == (None, "")
 
 
 @pytest.mark.parametrize("target", ["nanogpt", "llmc"])

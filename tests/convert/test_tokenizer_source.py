@@ -90,6 +90,14 @@ def test_damaged_tokenizer_file_is_refused_by_its_name(tmp_path, text):
         assert str(tmp_path) in caught.value.field
 
 
+def test_tokenizer_of_the_hub_has_the_name_of_its_repository(places, tmp_path):
+    """Not that of the commit, which changes with any file of the repository."""
+    snapshot = tmp_path / "models--me--it" / "snapshots" / ("0" * 40)
+    shutil.copytree(places[1] / "whole", snapshot)
+    (snapshot / "tokenizer_config.json").unlink()  # with the name that gptjax stored
+    assert open_tokenizer(str(snapshot)).name == "it"
+
+
 @pytest.fixture
 def asked(monkeypatch, places):
     """The names for which a connection was made; each answer is the tokenizer of `places`."""

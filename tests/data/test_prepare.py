@@ -1,5 +1,6 @@
 """Prepare ends in the same bytes however often it is killed, and never mixes up its splits."""
 
+import dataclasses
 import logging
 import os
 import re
@@ -266,6 +267,9 @@ def test_existing_output_is_kept_or_refused(corpus: Path, prepared: Path, tmp_pa
     before, lines = read_all(prepared), []
     prepare_corpus(corpus, prepared, lines)
     assert "already prepared" in lines[0]
+    renamed = dataclasses.replace(TOKENIZER, name="copy")
+    prepare(source=f"text:{corpus}", tokenizer=renamed, out=str(prepared), log=lines.append)
+    assert "already prepared" in lines[1]
     with raises(ConfigError, str(prepared), remedy="choose another --out", match=f"source text:{corpus}"):
         prepare_corpus(corpus, prepared, source=f"lines:{corpus}")
     with raises(ConfigError, str(prepared), match="tokenizer bytes"):

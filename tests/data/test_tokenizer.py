@@ -220,7 +220,7 @@ def test_a_damaged_file_is_named(content: bytes, tmp_path: Path) -> None:
 
 
 def test_unknown_tokenizer_name_is_refused() -> None:
-    with raises(ConfigError, "data.tokenizer", value="gpt3", remedy="give gpt2, bytes, or a file"):
+    with raises(ConfigError, "data.tokenizer", value="gpt3", remedy="give gpt2, bytes, a file"):
         load_tokenizer("gpt3")
 
 

@@ -271,6 +271,15 @@ def test_directory_without_shards_is_refused(tmp_path: Path) -> None:
 def test_another_tokenizer_is_refused(prepared: Path) -> None:
     with raises(ConfigError, "data.tokenizer", value="gpt2", remedy="set data.tokenizer", match="'bytes'"):
         open_split(str(prepared), "train", tokenizer=load_tokenizer("gpt2"))
+    with raises(ConfigError, "data.tokenizer", value="bytes", match="another tokenizer"):
+        open_split(str(prepared), "train", tokenizer=dataclasses.replace(load_tokenizer("gpt2"), name="bytes"))
+
+
+def test_the_same_tokenizer_under_another_name_is_accepted(prepared: Path) -> None:
+    """Hugging Face's tokenizers are named after their directories."""
+    renamed = dataclasses.replace(load_tokenizer("bytes"), name="copy")
+    opened = open_split(str(prepared), "train", tokenizer=renamed)
+    assert opened.fingerprint == open_train(prepared).fingerprint
 
 
 def test_meta_is_read_as_written(prepared: Path) -> None:
