@@ -53,7 +53,9 @@ def read(
     try:
         adamw = nanogpt_run.read_adamw(saved, tensors, model=config, path=path)
     except nanogpt_run.OtherOptimizerError as reason:
-        if saved.get("optimizer") is not None and saved.get("iter_num"):
+        step = saved.get("iter_num")
+        is_at_start = step is None or (type(step) is int and step == 0)
+        if saved.get("optimizer") is not None and not is_at_start:
             notes = (*notes, f"the optimizer's moments are left out: {reason}")
     return make_weights(
         origin,

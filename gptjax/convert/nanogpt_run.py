@@ -106,7 +106,8 @@ def _first_group(optimizer: Mapping[str, Any]) -> Mapping[str, Any]:
     groups = optimizer.get("param_groups")
     if not isinstance(groups, list) or not groups or not all(isinstance(group, Mapping) for group in groups):
         raise OtherOptimizerError("it has no groups of parameters")
-    if any(group.get("amsgrad") or group.get("maximize") for group in groups):
+    # Compared by identity, because a tensor may have no truth value.
+    if any(group.get(flag, False) is not False for group in groups for flag in ("amsgrad", "maximize")):
         raise OtherOptimizerError("it is a variant of AdamW")
     betas = groups[0].get("betas")
     if not isinstance(betas, tuple | list) or len(betas) != 2:
@@ -150,7 +151,7 @@ def _run_config(values: Any, group: Mapping[str, Any], model: GPTConfig) -> tupl
     A setting that is missing or cannot be held has gptjax's default; a least rate has 0.
     """
     settings = values if isinstance(values, Mapping) else {}
-    decays = bool(settings.get("decay_lr", True))
+    decays = settings.get("decay_lr", True) is not False
     beta1, beta2 = group["betas"]
     peak = settings.get("learning_rate", group.get("lr"))
     # (nanoGPT's name, section, field, value)
