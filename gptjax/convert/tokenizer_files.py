@@ -376,7 +376,8 @@ def _split_vocabulary(found: _Found, settings: dict[str, Any]) -> tuple[_Parts, 
     last = max(specials[eot], *ranks.values())
     after = [f"{name[:SHOWN_NAME]!a}" for name, number in specials.items() if number > last]
     kept = {name: number for name, number in specials.items() if number <= last}
-    if sorted([*ranks.values(), *kept.values()]) != list(range(last + 1)):
+    numbers = sorted([*ranks.values(), *kept.values()])
+    if numbers != list(range(len(numbers))):  # not range(last + 1): a damaged id may be huge
         raise UnsupportedTokenizerError(f"its ids are not 0 ... {last}, one for each token")
     return _Parts(ranks, kept, eot), after
 

@@ -272,6 +272,7 @@ FOREIGN: dict[str, Callable[[Any], object]] = {
         saved["model"]["vocab"].update({END_OF_TEXT: 300}),
         saved.pop("added_tokens"),
     ),
+    "its ids are not 0 ": lambda saved: saved["model"]["vocab"].update(th=2**62),
     "is not a merge of two": renamed("th", " th"),
     "not every single byte": lambda saved: saved["model"]["vocab"].update(ab=saved["model"]["vocab"].pop("!")),
     "its merges are not those of its tokens  ": renamed("the1", "xyz"),
