@@ -21,7 +21,7 @@ from gptjax.coordinator import check_coordinator, describe_missing, is_cluster
 from gptjax.devices import check_devices, first_line
 from gptjax.errors import ConfigError, UnavailableError, UserError, is_utf8
 from gptjax.redaction import print_error, redact
-from gptjax.signals import Preemption
+from gptjax.signals import Interrupt, Preemption
 
 log = logging.getLogger("gptjax")
 WAITING_SECONDS = 10.0  # between two log lines of a process that waits for others
@@ -335,7 +335,7 @@ class StopVote:
     the devices, and `result` reads it. All processes must call both, in the same order.
     """
 
-    def __init__(self, preemption: Preemption, mesh: Any) -> None:
+    def __init__(self, preemption: Preemption | Interrupt, mesh: Any) -> None:
         import jax
         import jax.numpy as jnp
         from jax.sharding import NamedSharding, PartitionSpec

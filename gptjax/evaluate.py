@@ -166,6 +166,18 @@ def main(arguments: list[str]) -> None:
     """
     args = parse_flags(arguments)
     distributed.start_jax()
+    run, params, name = load_run(args)
+    result = evaluate_run(run, params, batches=args.batches)
+    say(f"{name}: {describe(result, count_sequences(run.validation_data, args.batches))}")
+    say(compare(run.validation_data.split, run.tokenizer))
+
+
+def load_run(args: argparse.Namespace) -> tuple["Run", Any, str]:
+    """Returns (run, params on its mesh, a name for the result) of --workdir or --model.
+
+    Raises:
+        UserError: the weights or the data are missing, damaged, or do not fit together.
+    """
     import jax
 
     from gptjax.setup import make_run
@@ -174,9 +186,7 @@ def main(arguments: list[str]) -> None:
     run = make_run(config, tokenizer=tokenizer)
     # Weights of --model are NumPy arrays on the host; those of a run are on one device.
     params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, run.abstract_state.params)
-    result = evaluate_run(run, params, batches=args.batches)
-    say(f"{name}: {describe(result, count_sequences(run.validation_data, args.batches))}")
-    say(compare(run.validation_data.split, run.tokenizer))
+    return run, params, name
 
 
 def load_model(args: argparse.Namespace) -> tuple[Config, Any, "Tokenizer | None", str]:

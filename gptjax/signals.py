@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 
 from gptjax import errors
 from gptjax.redaction import print_error
@@ -69,6 +70,34 @@ class Preemption:
             self.requested = True
             log.warning("%s: saving a checkpoint after this step; SIGTERM or Ctrl-C exits immediately", name)
         os.close(self._read)
+
+
+class Interrupt:
+    """Handles SIGINT in a process that others own, such as a notebook's kernel; it never ends the process.
+
+    The first SIGINT after the run has set `can_save` sets `requested`; any other raises KeyboardInterrupt. In a thread
+    other than the main one it handles nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.can_save = False
+        self._old: Any = None
+
+    def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is threading.main_thread():
+            self._old = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._old is not None:
+            signal.signal(signal.SIGINT, self._old)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.requested or not self.can_save:
+            raise KeyboardInterrupt
+        self.requested = True
+        log.warning("interrupted: saving a checkpoint after this step; a second interrupt stops without one")
 
 
 class Watchdog:

@@ -31,7 +31,7 @@ from gptjax.orbax_context import suppress_tensorstore_metrics
 from gptjax.redaction import print_error
 from gptjax.resume import check_start, initial_state, restore, start_state
 from gptjax.setup import Run, make_run, out_of_memory_error, train_step_hash, write_description
-from gptjax.signals import Preemption, Watchdog, fault_point
+from gptjax.signals import Interrupt, Preemption, Watchdog, fault_point
 from gptjax.state import TrainState
 from gptjax.versions import source_hash, versions
 from gptjax.workdir import check_bucket, is_new, local_directory, lock_workdir
@@ -39,10 +39,11 @@ from gptjax.workdir import check_bucket, is_new, local_directory, lock_workdir
 log = logging.getLogger("gptjax")
 
 
-def train(config: Config, workdir: str, *, started: float | None = None) -> int:
+def train(config: Config, workdir: str, *, started: float | None = None, owns_process: bool = True) -> int:
     """Trains the run of `config`, from the newest checkpoint in `workdir` if there is one, and returns the exit code.
 
     started: time.perf_counter() at the start of the command; None means now.
+    owns_process: whether the process exists for this run, so that a signal or a hang may end it.
 
     Raises:
         UserError: for every expected failure; it carries the exit code.
@@ -62,7 +63,7 @@ def train(config: Config, workdir: str, *, started: float | None = None) -> int:
     # The stack closes in reverse order: the last save finishes before the signal handlers and the lock are released.
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(lock_workdir(local))
-        preemption = stack.enter_context(Preemption())
+        preemption = stack.enter_context(Preemption() if owns_process else Interrupt())
         with exit_on_peer_failure():
             check_same_start(config, workdir)
             tokenizer = open_run_tokenizer(config.data.tokenizer, local)
@@ -73,7 +74,8 @@ def train(config: Config, workdir: str, *, started: float | None = None) -> int:
         stack.enter_context(suppress_tensorstore_metrics())
         checkpointer = Checkpointer(workdir, keep=config.checkpoint.keep)
         stack.enter_context(contextlib.closing(checkpointer))
-        watchdog = stack.enter_context(Watchdog(config.train.watchdog_timeout_seconds))
+        limit = config.train.watchdog_timeout_seconds if owns_process else 0.0
+        watchdog = stack.enter_context(Watchdog(limit))
         with exit_on_peer_failure():
             state, history, identity = restore_together(run, checkpointer, workdir)
         watchdog.beat()

@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # A module imports only from lines below its own, also inside functions and for types.
 LAYERS = """
-    __main__
+    __main__  api
     main  describe
     train
     loop
@@ -62,7 +62,7 @@ LAYERS = """
     errors  exhaustion  former_names  gpu_memory  history  documents  versions  strict_json
 """
 # Where a process starts, and its loop: only these use RUNTIME, the modules of processes and of their command lines.
-ENTRIES = {"__main__", "main", "describe", "train", "loop", "sample", "evaluate", "data.prepare"}
+ENTRIES = {"__main__", "api", "main", "describe", "train", "loop", "sample", "evaluate", "data.prepare"}
 ENTRIES |= {f"{package}.__main__" for package in ("convert", "plan", "replay")}
 RUNTIME = {"cli", "config_flags", "distributed", "signals"}
 # Whatever computes, so that it runs anywhere those libraries do.
@@ -197,7 +197,7 @@ def test_only_entry_points_import_the_runtime_modules():
 
 
 def test_no_command_imports_the_training_loop_but_main():
-    assert {module for module, tree in modules().items() if "train" in own_imports(tree)} == {"main"}
+    assert {module for module, tree in modules().items() if "train" in own_imports(tree)} == {"api", "main"}
     assert {module for module, tree in modules().items() if "loop" in own_imports(tree)} == {"train"}
 
 
@@ -243,7 +243,7 @@ def test_the_package_itself_imports_nothing():
     assert loaded(result.stderr) - loaded(before.stderr) == {"gptjax"}
 
 
-@pytest.mark.parametrize("entry", sorted(ENTRIES - {"__main__", "train", "loop"}))
+@pytest.mark.parametrize("entry", sorted(ENTRIES - {"__main__", "api", "train", "loop"}))
 def test_help_is_printed_without_importing_jax(entry):
     command = f"gptjax.{entry.removesuffix('.__main__')}"
     result = run_python("-X", "importtime", "-m", command, "--help")

@@ -139,8 +139,8 @@ def test_scripts_exist(name):
 
 
 def test_version_is_defined_only_in_the_package():
-    [node] = [node for node in ast.parse(read("gptjax/__init__.py")).body if isinstance(node, ast.Assign)]
-    assert [ast.unparse(target) for target in node.targets] == ["__version__"]
+    nodes = [node for node in ast.parse(read("gptjax/__init__.py")).body if isinstance(node, ast.Assign)]
+    [node] = [node for node in nodes if ast.unparse(node.targets[0]) == "__version__"]
     setting = tomllib.loads(read("pyproject.toml"))["tool"]["setuptools"]["dynamic"]["version"]
     assert (project()["dynamic"], setting) == (["version"], {"attr": "gptjax.__version__"})
     assert "version" not in project()
