@@ -84,17 +84,18 @@ def load_config(config: str, changes: Mapping[str, object] | None = None) -> Con
     return load(config, changes or {})
 
 
-def train(config: Config, workdir: str) -> TrainResult:
+def train(config: Config, workdir: str, *, verbose: bool = False) -> TrainResult:
     """Trains the run of `config` in the directory `workdir`; a run that was interrupted goes on.
 
-    Ctrl-C, or an interrupt of the notebook's kernel, saves a checkpoint and returns. Lines of progress go to the logger
-    `gptjax`: `logging.basicConfig(level="INFO", format="%(message)s")` shows them.
+    Ctrl-C, or an interrupt of the notebook's kernel, saves a checkpoint and returns.
+
+    verbose: print the lines of progress that the command prints. They always go to the logger `gptjax`.
 
     Raises:
         UserError: with field, value and remedy, for every expected failure.
     """
-    distributed.start_jax()
-    with _quiet():
+    with _logging(verbose=verbose):
+        distributed.start_jax()
         code = training.train(config, workdir, owns_process=False)
     rows = list(newest_rows(workdir))
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
@@ -107,15 +108,23 @@ def train(config: Config, workdir: str) -> TrainResult:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hides what Orbax logs at each save."""
-    absl = logging.getLogger("absl")
-    level = absl.level
+def _logging(*, verbose: bool) -> Iterator[None]:
+    """Hides what Orbax logs at each save; with `verbose` prints gptjax's own lines."""
+    loggers = [logging.getLogger(name) for name in ("absl", "gptjax")]
+    levels = [logger.level for logger in loggers]
+    absl, own = loggers
     absl.setLevel(logging.CRITICAL)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    if verbose:
+        own.addHandler(handler)
+        own.setLevel(logging.INFO)
     try:
         yield
     finally:
-        absl.setLevel(level)
+        own.removeHandler(handler)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def load_model(model: str, *, step: int | None = None, tokenizer: str = "", activation: str = "") -> "Model":
@@ -137,8 +146,7 @@ def load_model(model: str, *, step: int | None = None, tokenizer: str = "", acti
         tokenizer=tokenizer,
         activation=activation,
     )
-    config, params, chosen = sampling.load_model(args)
-    origin = f"gptjax:{model}" + (f"@{step}" if step is not None else "") if is_workdir else model
+    config, params, chosen, origin = sampling.load_model(args)
     return Model(config, params, tokenizer=chosen, origin=origin)
 
 

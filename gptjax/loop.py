@@ -17,7 +17,6 @@ from gptjax.data.dataset import Prefetcher, batch_index
 from gptjax.distributed import StopVote, barrier
 from gptjax.divergence import RollBackError, Spike, divergence_error, judge
 from gptjax.errors import WorkdirError
-from gptjax.evaluate import COMPRESSED_BYTES, compare
 from gptjax.goodput import Stopwatch, duration
 from gptjax.history import History
 from gptjax.identity import Identity
@@ -26,6 +25,7 @@ from gptjax.periodic import validate, write_samples
 from gptjax.setup import Run, write_files
 from gptjax.signals import Watchdog, fault_point
 from gptjax.state import TrainState
+from gptjax.summary import summarize
 from gptjax.traces import profiled
 from gptjax.workdir import WorkdirLock, missing_description
 
@@ -89,6 +89,7 @@ class Loop:
         has_checkpoint = self._step > 0 or 0 in tools.checkpointer.steps()
         self._saved = self._step if has_checkpoint else None
         self._pending: _Pending | None = None
+        self._result: dict[str, float] = {}  # of the last evaluation in this process
 
     def run_to_end(self) -> int:
         """Returns the exit code.
@@ -206,6 +207,7 @@ class Loop:
         fault_point("evaluation")
         # The next checkpoint has it, so a restart does not repeat the evaluation.
         if result:
+            self._result = result
             self._history = dataclasses.replace(self._history, validated=self._step)
         return result
 
@@ -279,12 +281,18 @@ class Loop:
             log.warning("preempted at step %d, checkpoint written: rerun the same command to resume", self._step)
             log.info("%s", goodput.describe(tools.watch.spent)[0])  # the table is for a finished run
             return errors.PREEMPTED
-        # Compared only if both the model and the compressors get the whole validation text.
-        split = run.validation_data.split
-        if not run.config.train.eval_batches and split.bytes <= COMPRESSED_BYTES:
-            log.info("%s", compare(split, run.tokenizer))
-        log.info("done: %d steps", self._step)
+        # Where nothing was lost, goodput says little.
+        is_worth_showing = self._history.restarts or jax.process_count() > 1
         for line in goodput.describe(tools.watch.spent):
+            log.log(logging.INFO if is_worth_showing else logging.DEBUG, "%s", line)
+        lines = summarize(
+            run,
+            str(tools.workdir),
+            step=self._step,
+            spent=tools.watch.spent,
+            result=self._result,
+        )
+        for line in lines:
             log.info("%s", line)
         return errors.OK
 

@@ -5,6 +5,7 @@ Rerun the same command to resume after an interruption. gptjax/config.py lists a
 
 import argparse
 import gc
+import logging
 import time
 
 from gptjax import config, config_files, distributed
@@ -22,6 +23,8 @@ def main(arguments: list[str]) -> int:
     """
     started = time.perf_counter()  # before the imports below, which count as start-up time in goodput
     args, settings = parse_flags(arguments)
+    if args.verbose:
+        logging.getLogger("gptjax").setLevel(logging.DEBUG)
     distributed.start_jax(
         coordinator=args.coordinator,
         num_processes=args.num_processes,
@@ -52,6 +55,11 @@ def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, config.Config
         default="",
         metavar="DIR",
         help="directory of the run; by default runs/<name of the file>, or the directory of config.json",
+    )
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="Also print the table of parameters, and at the end where the time went.",
     )
     # For clusters that JAX cannot detect. JAX detects TPU pods and Slurm by itself.
     parser.add_argument("--coordinator", default="", help="HOST:PORT of process 0, where JAX cannot detect it")

@@ -150,7 +150,7 @@ def main(arguments: list[str]) -> None:
     from gptjax.compute import resolve_compute
     from gptjax.model import GPT
 
-    config, params, tokenizer = load_model(args)
+    config, params, tokenizer, _ = load_model(args)
     # Attention over the KV cache has no fused kernel.
     compute = dataclasses.replace(config.compute, attention="xla")
     config = dataclasses.replace(config, compute=compute)
@@ -170,8 +170,8 @@ def main(arguments: list[str]) -> None:
     print_samples(sample, tokenizer.decode_bytes, texts)
 
 
-def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """Returns (config, params on one device, tokenizer) of --workdir or --model.
+def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any, str]:
+    """Returns (config, params on one device, tokenizer, FORMAT:PATH) of --workdir or --model.
 
     Raises:
         UserError: the model or its tokenizer is missing or damaged.
@@ -186,12 +186,12 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any]:
     if args.model:
         weights = formats.open_model(args.model, tokenizer=args.tokenizer, activation=args.activation)
         params = formats.load_params(weights, lambda _, leaf: jnp.asarray(leaf))
-        return Config(model=weights.config), params, weights.tokenizer
-    settings, params, _ = load_params(args.workdir, step=args.step)
+        return Config(model=weights.config), params, weights.tokenizer, weights.origin
+    settings, params, step = load_params(args.workdir, step=args.step)
     local = workdir.local_directory(args.workdir)
     bucket_logs.fetch_logs(args.workdir, local)  # with the tokenizer, if the run is in a bucket
     tokenizer = open_tokenizer(args.tokenizer or os.path.join(local, workdir.TOKENIZER_FILE))
-    return settings, params, tokenizer
+    return settings, params, tokenizer, f"gptjax:{args.workdir}@{step}"
 
 
 def print_samples(

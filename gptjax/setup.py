@@ -305,8 +305,10 @@ def write_description(run: Run, workdir: str, identity: Identity) -> None:
     """
     write_files(run, workdir, identity)
     roles = parameter_table(run.abstract_state.params, run.config.optim)
-    for line in [*describe_run(run), *describe_roles(roles)]:
+    for line in describe_run(run):
         log.info("%s", line)
+    for line in describe_roles(roles):
+        log.debug("%s", line)  # with --verbose; the file parameters.json has them always
     # An accelerator finishes any step in seconds; a CPU may need an hour for a batch of 512.
     if run.mesh.devices.flat[0].platform == "cpu":
         warn_if_slow(run)

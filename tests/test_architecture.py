@@ -22,7 +22,7 @@ LAYERS = """
     main  describe
     train
     loop
-    periodic
+    periodic  summary
     sample  evaluate  convert.__main__  plan.__main__  replay.__main__
     plan.search  replay.update
     resume  replay.report  plan.report

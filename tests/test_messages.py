@@ -38,7 +38,7 @@ def open_data(path):
 
 
 # (the call, its error's class, field, value, remedy, the whole message)
-SHIPPED = "gpt2_large, gpt2_medium, gpt2_small, gpt2_xl, quickstart"
+SHIPPED = "finetune_gpt2, gpt2_large, gpt2_medium, gpt2_small, gpt2_xl, quickstart"
 TABLE = [
     # Configs.
     (

@@ -9,6 +9,8 @@ import tomllib
 import pytest
 import yaml
 
+from gptjax.__main__ import COMMANDS
+
 ROOT = pathlib.Path(__file__).parent.parent
 RUN = r"python3 -m venv .venv && .*gptjax\.main.*"
 TEST = r"python3 -m venv .venv && .*pytest"
@@ -18,9 +20,9 @@ def read(name):
     return (ROOT / name).read_text()
 
 
-def blocks():
-    """Returns the contents of README's fenced blocks."""
-    return re.findall(r"^```\w*\n(.*?)^```$", read("README.md"), re.MULTILINE | re.DOTALL)
+def blocks(page="README.md"):
+    """Returns the contents of a page's fenced blocks."""
+    return re.findall(r"^```\w*\n(.*?)^```$", read(page), re.MULTILINE | re.DOTALL)
 
 
 def commands(pattern):
@@ -81,8 +83,12 @@ def test_pre_commit_make_and_ci_run_the_same_linters():
 
 
 def tree_lines():
-    """Returns the lines of README's tree of the repository."""
-    trees = [block for block in blocks() if re.search(r"^\W*gptjax/", block, re.MULTILINE) and "main.py" in block]
+    """Returns the lines of the tree of the repository in docs/architecture.md."""
+    trees = [
+        block
+        for block in blocks("docs/architecture.md")
+        if re.search(r"^\W*gptjax/", block, re.MULTILINE) and "main.py" in block
+    ]
     assert len(trees) == 1
     return trees[0].splitlines()
 
@@ -110,11 +116,45 @@ def tree_of(top):
     return [path for path in (ROOT / top).rglob("*") if "__pycache__" not in path.parts]
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
-def test_local_links_point_to_existing_files(name):
-    links = re.findall(r"\]\(([^)#]+)[^)]*\)", read(name))
-    local = [link for link in links if "://" not in link]
-    assert [link for link in local if not (ROOT / link).exists()] == []
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "DESIGN.md",
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+]
+
+
+def anchors(page):
+    """Returns the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_local_links_point_to_existing_files_and_headings(name):
+    links = re.findall(r"\]\(([^)#]*)#?([^)]*)\)", read(name))
+    here = (ROOT / name).parent
+    local = [(here / file if file else ROOT / name, anchor) for file, anchor in links if "://" not in file]
+    assert [str(file) for file, _ in local if not file.exists()] == []
+    assert [anchor for file, anchor in local if anchor and anchor not in anchors(file.read_text())] == []
+
+
+def test_readme_is_short_and_leads_to_every_page():
+    """Within two clicks: a page is in the README, or in a page that is."""
+    text = read("README.md")
+    assert len(text.split()) <= 900
+    linked = set(re.findall(r"\]\((docs/\w+\.md)", text))
+    second = {f"docs/{name}" for page in linked for name in re.findall(r"\]\((\w+\.md)", read(page))}
+    assert {page for page in PAGES if page.startswith("docs/")} <= linked | second
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_of_a_page_exist(name):
+    text = "\n".join([*blocks(name), *re.findall(r"`([^`\n]*)`", read(name))])
+    assert set(re.findall(r"^gptjax ([a-z]\w*)", text, re.MULTILINE)) <= set(COMMANDS)
+    shipped = {path.stem for path in (ROOT / "configs").glob("*.py")}
+    named = set(re.findall(r"gptjax (?:train|plan|config) ([a-z]\w*)(?!\S)", text))
+    assert named <= shipped
 
 
 def test_modules_and_configs_in_the_readme_exist():
@@ -159,7 +199,7 @@ def test_core_installs_neither_torch_nor_tensorflow():
     assert core.isdisjoint({"torch", "tensorflow", "tensorflow-cpu", "tf-nightly", "tensorflow-text", "transformers"})
 
 
-@pytest.mark.parametrize("name", ["README.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("name", ["docs/results.md", "benchmarks/README.md"])
 def test_cold_shards_are_described_as_links(name):
     """benchmarks/data.py gives ten files 300 names: a claim of 60 GB would be one about a disk that nobody filled."""
     about = [line for line in read(name).splitlines() if "300" in line and "shards of 200 MB" in line]
