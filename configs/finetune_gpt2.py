@@ -1,7 +1,8 @@
 """Finetunes OpenAI's GPT-2 small on a small set of text, such as a few books: 200 updates of 32 sequences.
 
-    python -m gptjax.main --config=configs/finetune_gpt2.py --config.data.source=text:FOLDER --workdir=runs/tuned
+    python -m gptjax.main --config=configs/finetune_gpt2.py
 
+With --config.data.source=text:FOLDER it reads your text; without, the source text of Python's standard library.
 It needs the extra `hub`, or the model on disk: --config.init_from=hf:DIR. For another size take its sizes from
 configs/gpt2_medium.py, gpt2_large.py or gpt2_xl.py.
 Expected result and cost: not yet run (OpenAI's weights were out of reach).
