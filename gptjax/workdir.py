@@ -405,7 +405,7 @@ def _try_lock(directory: str) -> BinaryIO:
 
 def _lock(file: BinaryIO, directory: str) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(file, f"--workdir={directory}", wait=False)
     except BlockingIOError as error:
         file.seek(0)
         text = file.read(200).decode(errors="replace")
@@ -416,17 +416,26 @@ def _lock(file: BinaryIO, directory: str) -> None:
             value=directory,
             remedy="stop it or choose another",
         ) from error
-    except OSError as error:  # ENOSYS, EOPNOTSUPP, ENOLCK: some network file systems have no locks
-        log.warning(
-            "--workdir=%s: its file system has no locks (%s): make sure that only one process at a time trains in it",
-            directory,
-            error.strerror,
-        )
     try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
     except OSError as error:
         raise _not_writable(directory, error) from error
+
+
+def lock_file(file: int | BinaryIO, name: str, *, wait: bool) -> None:
+    """Locks an open file, called `name` in the warning that is logged if its file system has no locks.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and `wait` is False.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:  # ENOSYS, EOPNOTSUPP, ENOLCK: some network file systems have no locks
+        advice = "make sure that only one process at a time uses it"
+        log.warning("%s: its file system has no locks (%s): %s", name, error.strerror, advice)
 
 
 def _not_writable(directory: str, error: Exception) -> NotWritableError:

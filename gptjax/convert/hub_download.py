@@ -1,7 +1,6 @@
 """Downloads one file of a Hub repository into huggingface_hub's cache: resumed after an interruption, and verified."""
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -11,6 +10,7 @@ from typing import BinaryIO
 from gptjax.convert import transfer
 from gptjax.convert.hub_listing import RERUN, SHA256, File
 from gptjax.errors import DataError, UnavailableError
+from gptjax.workdir import lock_file
 
 log = logging.getLogger("gptjax")
 FILE_PAUSES = (1.0,) * 5  # seconds before another attempt; an attempt that received some bytes does not count
@@ -38,7 +38,7 @@ def fetch(
     """
     os.makedirs(os.path.dirname(file.blob), exist_ok=True)
     with open(file.partial, "ab") as partial:
-        fcntl.flock(partial, fcntl.LOCK_EX)  # another process that needs the file waits here
+        lock_file(partial, file.partial, wait=True)  # another process that needs the file waits here
         if not os.path.exists(file.blob):
             partial.seek(0, os.SEEK_END)
             if partial.tell() > file.size:

@@ -1,12 +1,11 @@
 """The directory of an unfinished preparation: one process at a time holds it, and removes it at the end."""
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
 
-from gptjax.workdir import open_regular
+from gptjax.workdir import lock_file, open_regular
 
 LOCK_FILE = "lock"
 
@@ -44,10 +43,10 @@ def _try_lock(
     """Returns a descriptor of the locked file, None if its holder finished and removed it while we waited."""
     descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(descriptor, path, wait=False)
     except BlockingIOError:
         log(f"{out}: another process is preparing it: waiting")
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock_file(descriptor, path, wait=True)
     if os.path.exists(path):
         locked = os.fstat(descriptor)
         if os.path.samestat(locked, os.stat(path)):  # otherwise this is the lock of a preparation that has finished

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import os
 import resource
 import shutil
@@ -16,6 +17,9 @@ import pytest
 
 from gptjax import logs
 from gptjax.config import Config, LogConfig
+from gptjax.convert.hub_download import fetch
+from gptjax.convert.hub_listing import File
+from gptjax.data.partial import hold
 from gptjax.errors import WorkdirError
 from gptjax.logs import RunLog
 from gptjax.workdir import lock_workdir
@@ -70,17 +74,52 @@ def test_l1_lock_is_released_on_exit(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
-def test_l1_file_system_without_locks_gives_only_a_warning(number, said, tmp_path, monkeypatch):
+def refuse_locks(number):
     def flock(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(fcntl, "flock", flock)
+    return flock
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
+def test_l1_file_system_without_locks_gives_only_a_warning(number, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", refuse_locks(number))
     with lock_workdir(str(tmp_path)):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     [line] = said
     assert line.startswith(f"--workdir={tmp_path}: ")
     assert f"({os.strerror(number)})" in line
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_l1_preparation_without_locks_gives_only_a_warning(number, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", refuse_locks(number))
+    with hold(str(tmp_path), "out", pytest.fail):
+        pass
+    [line] = said
+    assert line.startswith(f"{tmp_path}/lock: its file system has no locks ({os.strerror(number)}): ")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_l1_download_without_locks_gives_only_a_warning(number, said, tmp_path, monkeypatch):
+    content = b"weights"
+    file = File(
+        name="model.bin",
+        size=len(content),
+        etag=hashlib.sha256(content).hexdigest(),
+        blob=str(tmp_path / "blobs" / "one"),
+        path=str(tmp_path / "snapshot" / "model.bin"),
+    )
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    with open(file.partial, "wb") as partial:  # received already, so that no server is needed
+        partial.write(content)
+    monkeypatch.setattr(fcntl, "flock", refuse_locks(number))
+    fetch(file, "owner/name", "0" * 40, token="")
+    with open(file.path, "rb") as fetched:
+        assert fetched.read() == content
+    [line] = said
+    assert line.startswith(f"{file.partial}: its file system has no locks ({os.strerror(number)}): ")
 
 
 def test_d4_removed_lock_is_retaken_unless_another_holds_it(tmp_path):
