@@ -5,7 +5,7 @@
 With --config.data.source=text:FOLDER it reads your text; without, the source text of Python's standard library.
 It needs the extra `hub`, or the model on disk: --config.init_from=hf:DIR. For another size take its sizes from
 configs/gpt2_medium.py, gpt2_large.py or gpt2_xl.py.
-Expected result and cost: not yet run (OpenAI's weights were out of reach).
+Expected result and cost: not yet run (no access to OpenAI's weights).
 """
 
 from typing import Any

@@ -37,8 +37,8 @@ class GPTConfig:
     n_head: Positive = 12  # attention heads of a block; divides n_embd
     n_embd: Positive = 768  # model width; the MLP is four times as wide
     dropout: Rate = 0.0  # rate, after the embedding, on attention weights, and on each residual branch
-    bias: bool = True  # of every linear layer and LayerNorm
-    tie_embeddings: bool = True  # the output head is the token embedding
+    bias: bool = True  # use biases in linear layers and LayerNorm
+    tie_embeddings: bool = True  # use the token embedding as output head
     activation: Activation = "gelu_new"  # of the MLP: GELU's tanh form, which is GPT-2's, or the exact one of nanoGPT
 
 
@@ -66,7 +66,7 @@ class OptimConfig:
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # of the learning rate, after a linear warm-up
     peak_lr: NonNegative = 6e-4  # learning rate after the warm-up
     min_lr: NonNegative = 6e-5  # learning rate at the end of the run
-    warmup_steps: Count = 2000  # of rising learning rate
+    warmup_steps: Count = 2000  # steps in which the learning rate rises
     decay_fraction: Fraction = 0.2  # wsd: the last part of the run, in which the rate falls to min_lr
     weight_decay: NonNegative = 0.1  # on matrices and embeddings only
     beta1: Rate = 0.9  # decay of the first moment
@@ -85,7 +85,7 @@ class DataConfig:
     tokenizer: str = "gpt2"  # gpt2 | bytes | a saved file | a tokenizer.json or its directory | hf:OWNER/NAME
     text_feature: str = "text"  # tfds only
     global_batch_size: Positive = 512  # sequences per update, over all devices and accumulation steps
-    seed: Seed = 0  # of the order of the sequences
+    seed: Seed = 0  # seed of the order of the sequences
     document_mask: bool = False  # attention and positions restart at each document
     # Whether end-of-text begins or ends a document. auto: read from meta.json, or inferred from the first token.
     eot_position: Literal["auto", "first", "last"] = "auto"
@@ -113,7 +113,7 @@ class TrainConfig:
     eval_batches: Count = 20  # global batches of a validation; 0 means the whole validation split
     sample_every: Count = 0  # steps between two samples; 0 means never
     sample_prompt: str = ""  # the text that samples continue
-    seed: Seed = 0  # of initialisation and dropout
+    seed: Seed = 0  # seed of initialisation and dropout
     # The reaction to a non-finite step. Only rollback looks for spikes, too.
     nan_policy: Literal["stop", "skip", "rollback"] = "stop"
     max_consecutive_nonfinite: Positive = 10  # skip: this many non-finite steps in a row end the run

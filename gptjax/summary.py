@@ -24,7 +24,7 @@ def summarize(
         lines.append(f"  {describe(dict(result), count_sequences(run.validation_data, batches))}")
         # Compared only if both the model and the compressors get the whole validation text.
         if not batches and split.bytes <= COMPRESSED_BYTES:
-            lines.append(f"  {compare(split, run.tokenizer)}; a model that has learnt needs fewer")
+            lines.append(f"  {compare(split, run.tokenizer)}")
     here = os.path.join(os.getcwd(), "")
     place = shlex.quote(workdir.removeprefix(here))
     prompt = shlex.quote(run.config.train.sample_prompt or "The ")

@@ -350,8 +350,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "lock-taken",
         "a second trainer in one work directory is refused",
         "gptjax/workdir.py",
-        "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
-        "fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        "fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_SH if wait else fcntl.LOCK_SH | fcntl.LOCK_NB",
         "tests/test_workdir.py tests/faults/test_workdir.py",
     ),
     Mutant(

@@ -17,18 +17,43 @@ VALIDATION_KEYS = {"step", "val_loss", "val_perplexity", "val_bits_per_byte"}
 def test_resumed_run_is_bit_equal_to_an_uninterrupted_run(lab, twin, tiny_run, tmp_path):
     """In two processes, with dropout and accumulation; being traced changes nothing either."""
     workdir = tmp_path / "run"
-    lab.train(workdir, "train.num_steps=8", "train.profile_step=5")
+    first = lab.train(workdir, "train.num_steps=8", "train.profile_step=5")
     assert checkpoint_steps(workdir) == [4, 8]
     (trace,) = (workdir / "profile").rglob("*.xplane.pb")
     assert b"train_step" in trace.read_bytes()
     second = lab.train(workdir)
     assert "resumed from step 8" in second.stdout
+    assert_summary(first.stdout, workdir, rows(workdir), step=8)
+    assert_summary(second.stdout, workdir, rows(workdir), step=16)
+    assert "goodput" not in first.stdout, "nothing was lost, and there is no --verbose"
+    assert "goodput" in second.stdout
     assert list(losses(workdir)) == list(range(1, 17))
     assert losses(workdir) == losses(twin)
     assert validations(workdir) == validations(twin)
     assert restored_bytes(workdir, tiny_run.abstract_state) == restored_bytes(twin, tiny_run.abstract_state)
     assert len({row["lr"] for row in rows(twin) if "lr" in row}) > 8, "a learning rate that cannot go wrong"
     assert "2 accumulation steps" in second.stdout
+
+
+def assert_summary(said, workdir, logged, *, step):
+    """The last lines say what the run reached, where it is, and the next commands."""
+    lines = said[said.index(f"done: {step} steps in ") :].splitlines()
+    [loss] = [row["val_loss"] for row in logged if row["step"] == step and "val_loss" in row]
+    assert lines[1].startswith(f"  validation loss {loss:.4f}, perplexity ")
+    assert lines[1].endswith(" on 16 sequences")
+    assert lines[2] == f"  everything is in {workdir}: checkpoints/, metrics.jsonl, config.json"
+    assert lines[3] == "next:"
+    assert [line.split()[:5] for line in lines[4:]] == [
+        ["python", "-m", "gptjax", command, f"--workdir={workdir}"] for command in ("sample", "evaluate")
+    ]
+
+
+def test_verbose_run_shows_parameters_and_goodput(lab, tmp_path):
+    quiet = lab.train(tmp_path / "a", "train.num_steps=4").stdout
+    done = lab.call([*lab.command(tmp_path / "b", "train.num_steps=4"), "--verbose"]).stdout
+    for text in ("h/mlp/c_fc/kernel ", "goodput "):
+        assert text not in quiet
+        assert text in done
 
 
 def test_metrics_have_the_documented_keys(twin):
