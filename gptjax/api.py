@@ -1,7 +1,6 @@
 """gptjax from Python: the functions and the class that `import gptjax` offers.
 
->>> import os, pathlib, tempfile
->>> os.chdir(tempfile.mkdtemp())  # for this example
+>>> import os, pathlib
 >>> os.mkdir("txt")
 >>> for name in range(40):
 ...     _ = pathlib.Path(f"txt/{name}.txt").write_text(f"document {name}: the quick brown fox\\n" * 20)

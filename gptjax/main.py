@@ -23,6 +23,7 @@ def main(arguments: list[str]) -> int:
     """
     started = time.perf_counter()  # before the imports below, which count as start-up time in goodput
     args, settings = parse_flags(arguments)
+    # Lines that most people do not need, such as the table of parameters, are logged at DEBUG.
     if args.verbose:
         logging.getLogger("gptjax").setLevel(logging.DEBUG)
     distributed.start_jax(

@@ -16,7 +16,8 @@ def test_docstrings_contain_examples():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples_pass(name):
+def test_docstring_examples_pass(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some examples write files
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0, "none of them is in a docstring"
     assert result.failed == 0

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptjax import cli, config
+from gptjax import cli, config, config_flags
 from gptjax.checkpoint import Checkpointer
 from gptjax.compute import ResolvedCompute
 from gptjax.config import Config, GPTConfig, LogConfig
@@ -95,12 +95,13 @@ def test_f1_any_overrides_raise_only_documented_errors(config_file, overrides):
 ), max_size=4))  # fmt: skip
 def test_f1_any_flags_raise_only_documented_errors(arguments):
     parser = cli.Parser("")
-    for name, kind in (("--config", str), ("--workdir", str), ("--num_processes", int)):
+    config_flags.add_config_flag(parser)
+    for name, kind in (("--workdir", str), ("--num_processes", int)):
         parser.add_argument(name, type=kind)
 
     def parse():
         if not {"-h", "--help"} & set(arguments):
-            cli.parse_overrides(parser, parser.parse_known_args(arguments)[1])
+            config_flags.parse_config_flags(parser, arguments)
 
     error = only_documented_errors(parse)
     assert error is None or error.exit_code == BAD_CONFIG
