@@ -39,7 +39,7 @@ NAMES = {
     "prepare": "prepare",
 }
 MODULES = ("convert", "evaluate", "plan", "train")
-__all__ = ["MODULES", "NAMES", "__version__", *NAMES, *MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["__version__", *NAMES, *MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 class CallableModule(types.ModuleType):

@@ -6,7 +6,7 @@ import sys
 from gptjax import __version__
 from gptjax.cli import run_cli
 from gptjax.errors import ConfigError, one_line
-from gptjax.redaction import say
+from gptjax.redaction import print_error, say
 
 COMMANDS = {
     "train": "Train a model, or resume a run.",
@@ -51,8 +51,8 @@ def main(arguments: list[str]) -> None:
 def cli() -> None:
     """Runs the subcommand that the command line names, and exits with its code."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name.startswith("--config"):
-        print("note: `gptjax --config=...` is now `gptjax train --config=...`, and still trains", flush=True)
+    if name.startswith("-") and any(argument.startswith("--config") for argument in sys.argv):
+        print_error("note: `gptjax --config=...` is now `gptjax train --config=...`, and still trains")
         sys.argv.insert(1, "train")
         name = "train"
     if name not in COMMANDS:

@@ -43,9 +43,11 @@ from gptjax import distributed, errors
 from gptjax import evaluate as evaluation
 from gptjax import sample as sampling
 from gptjax import train as training
+from gptjax.checkpoint import Checkpointer
 from gptjax.compute import resolve_compute
 from gptjax.config import Config, GPTConfig, MeshConfig, load
 from gptjax.convert import __main__ as conversion
+from gptjax.convert.model_ref import find_model
 from gptjax.convert.tokenizer_source import open_tokenizer
 from gptjax.data import prepare as preparation
 from gptjax.data.tokenizer import Tokenizer
@@ -53,6 +55,7 @@ from gptjax.errors import ConfigError, DataError, PlanError, UnavailableError, U
 from gptjax.generate import generate
 from gptjax.log_reader import newest_rows
 from gptjax.model import GPT
+from gptjax.model_flags import check_model_flags
 from gptjax.sharding import make_mesh
 
 SMALLEST_WINDOW = 16  # tokens; a window is padded to a power of two, so that few lengths are compiled
@@ -84,7 +87,7 @@ def load_config(config: str, changes: Mapping[str, object] | None = None) -> Con
 
 
 def train(config: Config, workdir: str, *, verbose: bool = False) -> TrainResult:
-    """Trains the run of `config` in the directory `workdir`; a run that was interrupted goes on.
+    """Trains the run of `config` in the directory `workdir`, or resumes it.
 
     Ctrl-C, or an interrupt of the notebook's kernel, saves a checkpoint and returns.
 
@@ -99,7 +102,7 @@ def train(config: Config, workdir: str, *, verbose: bool = False) -> TrainResult
     rows = list(newest_rows(workdir))
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
     return TrainResult(
-        step=max((row["step"] for row in rows), default=0),
+        step=max(Checkpointer(workdir).steps(), default=0),  # training saves its last step before it returns
         val_loss=losses[0] if losses else None,
         history=rows[::-1],
         exit_code=code,
@@ -137,27 +140,43 @@ def load_model(model: str, *, step: int | None = None, tokenizer: str = "", acti
     Raises:
         UserError: the model or its tokenizer is missing or damaged.
     """
-    is_workdir = ":" not in model or os.path.isdir(model)
-    args = argparse.Namespace(
-        workdir=model if is_workdir else "",
-        model="" if is_workdir else model,
-        step=step,
-        tokenizer=tokenizer,
-        activation=activation,
-    )
+    args = argparse.Namespace(step=step, tokenizer=tokenizer, activation=activation, **_name(model))
+    check_model_flags(args)
     config, params, chosen, origin = sampling.load_model(args)
-    return Model(config, params, tokenizer=chosen, origin=origin)
+    options = {"tokenizer": tokenizer, "activation": activation}
+    return Model(config, params, tokenizer=chosen, origin=origin, options=options)
+
+
+def _name(model: str) -> dict[str, str]:
+    """Returns the flags --workdir and --model, one of them empty, for a work directory or FORMAT:PATH."""
+    reference = find_model("model", model)
+    is_workdir = reference.format == "gptjax" and not model.startswith("gptjax:")
+    return {"workdir": model if is_workdir else "", "model": "" if is_workdir else model}
+
+
+def _flags(**values: object) -> list[str]:
+    """Returns --name=value for each value that is not empty."""
+    return [f"--{name}={value}" for name, value in values.items() if value]
 
 
 class Model:
     """A GPT with its parameters and its tokenizer, on one device of this process. `load` makes it."""
 
-    def __init__(self, config: Config, params: Any, *, tokenizer: Tokenizer, origin: str) -> None:
-        """origin: where it comes from, as FORMAT:PATH. params: the tree of gptjax.model.GPT."""
+    def __init__(
+        self,
+        config: Config,
+        params: Any,
+        *,
+        tokenizer: Tokenizer,
+        origin: str,
+        options: Mapping[str, str],
+    ) -> None:
+        """params: the tree of gptjax.model.GPT. origin: FORMAT:PATH of its source, and `options` how it was read."""
         self._config = config
         self._params = params
         self._tokenizer = tokenizer
         self.origin = origin
+        self.options = options
         # Attention over the KV cache has no fused kernel.
         compute = dataclasses.replace(config.compute, attention="xla")
         mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
@@ -275,7 +294,7 @@ class Model:
         return self._logprobs([self._tokenizer.eot_id], ids)
 
     def _logprobs(self, before: list[int], ids: list[int]) -> np.ndarray:
-        """Returns the log-probability of each of `ids` after the ids `before`, of which there is at least one."""
+        """Returns the log-probability of each of `ids`; `before` is their context, at least one id."""
         sequence = [*before, *ids]
         size = self.config.block_size
         found = [np.zeros(0, np.float32)]
@@ -308,8 +327,8 @@ class Model:
         return -float(self.logprobs(text).mean())
 
     def save(self, target: str, *, force: bool = False, dtype: str = "") -> None:
-        """Writes the model in another format; see `convert`."""
-        convert(self.origin, target, force=force, dtype=dtype)
+        """Writes the model in another format, from its source; see `convert`."""
+        convert(self.origin, target, force=force, dtype=dtype, **self.options)
 
 
 def prepare(source: str, *, tokenizer: str = "gpt2", out: str = "", **options: Any) -> str:
@@ -326,16 +345,24 @@ def prepare(source: str, *, tokenizer: str = "gpt2", out: str = "", **options: A
     return out
 
 
-def convert(source: str, target: str, *, force: bool = False, dtype: str = "", tokenizer: str = "") -> None:
+def convert(
+    source: str,
+    target: str,
+    *,
+    force: bool = False,
+    dtype: str = "",
+    tokenizer: str = "",
+    activation: str = "",
+) -> None:
     """Converts the model FORMAT:PATH `source` to FORMAT:PATH `target`, reads the result back and compares it.
+
+    tokenizer, activation: as in `load`. dtype: of the tensors in the result.
 
     Raises:
         UserError: the weights cannot be read, do not fit the format, or cannot be written.
     """
-    arguments = [f"--from={source}", f"--to={target}"]
-    arguments += [f"--dtype={dtype}"] if dtype else []
-    arguments += [f"--tokenizer={tokenizer}"] if tokenizer else []
-    conversion.main([*arguments, *(["--force"] if force else [])])
+    flags = _flags(to=target, dtype=dtype, tokenizer=tokenizer, activation=activation)
+    conversion.main([f"--from={source}", *flags, *(["--force"] if force else [])])
 
 
 def evaluate(model: "str | Model", *, data: str = "", batches: int = 0) -> dict[str, float]:
@@ -347,10 +374,8 @@ def evaluate(model: "str | Model", *, data: str = "", batches: int = 0) -> dict[
     Raises:
         UserError: the weights or the data are missing, damaged, or do not fit together.
     """
-    name = model.origin if isinstance(model, Model) else model
-    is_workdir = ":" not in name or os.path.isdir(name)
-    flags = [f"--workdir={name}" if is_workdir else f"--model={name}", f"--batches={batches}"]
-    args = evaluation.parse_flags([*flags, *([f"--data={data}"] if data else [])])
+    options = {"model": model.origin, **model.options} if isinstance(model, Model) else _name(model)
+    args = evaluation.parse_flags(_flags(data=data, batches=batches, **options))
     distributed.start_jax()
     run, params, _ = evaluation.load_run(args)
     return evaluation.evaluate_run(run, params, batches=batches)

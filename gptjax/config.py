@@ -240,7 +240,7 @@ def base_config(path: str | os.PathLike[str]) -> Any:
             return config
 
     path: as in `load`. A path is relative to the current directory: `pathlib.Path(__file__).with_name("other.py")` is
-        a file beside the one that calls.
+        a file in the same directory as the caller.
 
     Raises:
         ConfigError: the file is missing or fails, or a field or a value is wrong.

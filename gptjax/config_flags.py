@@ -88,7 +88,7 @@ def _unknown(parser: Parser, argument: str) -> ConfigError:
     """Returns the error for a flag that is not known; a config field without --config. is recognised."""
     error = parser.unknown(argument)
     name, equals, value = argument.lstrip("-").partition("=")
-    fields = [field for field in nearest_fields(name, FIELD_TYPES) if field.endswith(name)]
+    fields = [field for field in nearest_fields(name, FIELD_TYPES) if field == name or field.endswith(f".{name}")]
     if not fields:
         return error
     flags = [f"{OVERRIDE}{field}{equals}{value}" for field in fields]

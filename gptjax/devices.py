@@ -3,10 +3,10 @@
 import importlib.util
 import os
 
-from gptjax.errors import UnavailableError, install
+from gptjax.errors import UnavailableError, first_line, install
 
 ACCELERATORS = {"/dev/nvidia0": "cuda", "/dev/accel0": "tpu", "/dev/vfio/0": "tpu"}  # device file -> extra of gptjax
-# What JAX_PLATFORMS may name -> extra of gptjax, and the modules of which JAX needs one.
+# A name in JAX_PLATFORMS -> the extra of gptjax that installs its plugin, and the modules, any of which is that plugin.
 PLUGINS = {
     "cuda": ("cuda", ("jax_cuda13_plugin", "jax_cuda12_plugin")),
     "gpu": ("cuda", ("jax_cuda13_plugin", "jax_cuda12_plugin")),
@@ -45,8 +45,3 @@ def _no_device(wanted: str, reason: str) -> UnavailableError:
         value=wanted or "(unset)",
         remedy=remedy,
     )
-
-
-def first_line(what: object) -> str:
-    """Returns the first line of an error's text."""
-    return str(what).partition("\n")[0]

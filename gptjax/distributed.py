@@ -18,8 +18,8 @@ from typing import Any
 
 from gptjax import errors, gpu_memory, peers
 from gptjax.coordinator import check_coordinator, describe_missing, is_cluster
-from gptjax.devices import check_devices, first_line
-from gptjax.errors import ConfigError, UnavailableError, UserError, is_utf8
+from gptjax.devices import check_devices
+from gptjax.errors import ConfigError, UnavailableError, UserError, first_line, is_utf8
 from gptjax.redaction import print_error, redact
 from gptjax.signals import Interrupt, Preemption
 

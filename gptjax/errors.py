@@ -26,6 +26,11 @@ def one_line(reason: object, *, longest: int = 200) -> str:
     return line if line.isprintable() else ascii(line)[1:-1][:longest]
 
 
+def first_line(message: object) -> str:
+    """Returns the first line of a message."""
+    return str(message).partition("\n")[0]
+
+
 def is_utf8(text: str) -> bool:
     """Returns whether `text` is valid Unicode. Python decodes invalid UTF-8 in arguments and names to surrogates."""
     try:

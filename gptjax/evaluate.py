@@ -8,7 +8,7 @@ import dataclasses
 import gzip
 import lzma
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gptjax import distributed
@@ -122,13 +122,13 @@ def compare(split: "Split", tokenizer: "Tokenizer") -> str:
 
 
 def count_sequences(dataset: "Dataset", batches: int) -> int:
-    """Returns how many sequences `evaluate` reads for so many batches; 0 means all."""
+    """Returns the number of sequences that `evaluate` reads; batches=0 means all."""
     available = dataset.num_windows
     return min(batches * dataset.global_batch_size or available, available)
 
 
-def describe(result: dict[str, float], sequences: int) -> str:
-    """Returns the result of `evaluate` on so many sequences as one line."""
+def describe(result: Mapping[str, float], sequences: int) -> str:
+    """Returns the result of `evaluate` and its number of sequences as one line."""
     return (
         f"validation loss {result['val_loss']:.4f}, perplexity {result['val_perplexity']:.2f}, "
         f"{result['val_bits_per_byte']:.3f} bits per byte, on {sequences:,} sequences"

@@ -25,6 +25,7 @@ import time
 from typing import Any
 
 from gptjax import errors
+from gptjax.errors import first_line
 from gptjax.redaction import print_error, redact
 from gptjax.strict_json import parse_json
 
@@ -239,7 +240,7 @@ def watch(service: Any, *, number: int, count: int, coordinator: str) -> str:
     try:
         watcher = _listen(service, host, count) if number == 0 else _connect(service, host, number)
     except Exception as error:  # also of JAX's store, which has no class of its own; the barrier names a lost process
-        return str(error).partition("\n")[0]
+        return first_line(error)
     watcher.start()
     _watchers.append(watcher)
     atexit.register(leave, "")  # it runs before JAX's own handler, which waits for the others

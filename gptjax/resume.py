@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from gptjax.checkpoint import Checkpointer
 from gptjax.config import Config, GPTConfig, flatten, from_dict
 from gptjax.convert import formats
-from gptjax.convert.model_ref import ModelRef, guess, parse_model_ref
+from gptjax.convert.model_ref import find_model
 from gptjax.data.tokens import has_former_fingerprint
 from gptjax.errors import ConfigError, one_line
 from gptjax.history import History
@@ -23,7 +22,6 @@ from gptjax.record import CorruptCheckpointError, Record
 from gptjax.setup import Run
 from gptjax.sharding import path_name
 from gptjax.state import TrainState
-from gptjax.workdir import is_bucket
 
 log = logging.getLogger("gptjax")
 
@@ -147,7 +145,7 @@ def check_start(config: Config, checkpointer: Checkpointer) -> None:
         raise _no_checkpoint(checkpointer)
     # Checked even if the run will resume and not read the weights, because the config is wrong all the same.
     if config.init_from:
-        find_weights(config.init_from)
+        find_model("init_from", config.init_from)
 
 
 def _no_checkpoint(checkpointer: Checkpointer) -> ConfigError:
@@ -159,24 +157,6 @@ def _no_checkpoint(checkpointer: Checkpointer) -> ConfigError:
     )
 
 
-def find_weights(text: str) -> ModelRef:
-    """Returns the weights that init_from refers to: FORMAT:PATH, or a work directory.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    has_format = text.partition(":")[0] in formats.READABLE
-    # gs://... has a colon, and a directory's name may have one.
-    is_directory = is_bucket(text) or os.path.isdir(text)
-    if not has_format and (is_directory or ":" not in text):
-        # A directory may also hold a model of another format, for which the user forgot the prefix.
-        found = guess(text)
-        if found and not found.startswith("gptjax:"):
-            raise ConfigError("has no format", field="init_from", value=text, remedy=f"write init_from={found}")
-        text = f"gptjax:{text}"
-    return parse_model_ref("init_from", text, formats.READABLE)
-
-
 def initial_params(run: Run) -> PyTree:
     """Returns the parameters of init_from, with the shapes, dtypes and shardings of run.abstract_state.params.
 
@@ -186,7 +166,7 @@ def initial_params(run: Run) -> PyTree:
     text = run.config.init_from
     model = run.config.model
     # This reads headers only; load_params reads the leaves. `dropout` is passed because most formats do not store it.
-    weights = formats.open_weights(find_weights(text), dropout=model.dropout)
+    weights = formats.open_weights(find_model("init_from", text), dropout=model.dropout)
     compare_models(weights.config, model, text)
     tokenizer = weights.tokenizer
     # Not an error: two files may describe the same vocabulary.
@@ -303,6 +283,7 @@ def compare_data(old: Mapping[str, object], new: Mapping[str, object], *, allowe
 def _describe_data(data: Mapping[str, object]) -> str:
     """Returns the directory and number of tokens of data, and the start of their fingerprint."""
     fingerprint = f"fingerprint {str(data.get('fingerprint', ''))[:8]}"
-    if "directory" not in data:  # in a checkpoint of an earlier version
+    tokens = data.get("tokens")
+    if not isinstance(tokens, int):  # in a checkpoint of an earlier version, or of somebody else
         return f"data with {fingerprint}"
-    return f"{data['directory']} ({data['tokens']:,} tokens, {fingerprint})"
+    return f"{data.get('directory')} ({tokens:,} tokens, {fingerprint})"

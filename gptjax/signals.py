@@ -1,4 +1,4 @@
-"""Ends a process early: signals that ask a run to stop, the watchdog of a hang, and the faults that tests inject."""
+"""Ends a run early: signals that ask it to stop, the watchdog of a hang, and the faults that tests inject."""
 
 import contextlib
 import faulthandler

@@ -71,9 +71,9 @@ def load_params(workdir: str, *, step: int | None = None) -> tuple[Config, Any, 
 
 
 def at_its_data(config: Config, record: Record, *, flag: str) -> Config:
-    """Returns `config` with data.path at the data of the run that saved `record`. Nothing is prepared.
+    """Returns `config` with data.path set to the data of the run that saved `record`. It prepares none.
 
-    The data are where they were at that time, or where `config` names them, seen from the current directory.
+    It looks in the directory that the run read, then in the one that `config` names, relative to the current directory.
 
     flag: names another directory of data, for the remedy.
 
@@ -96,7 +96,7 @@ def at_its_data(config: Config, record: Record, *, flag: str) -> Config:
 
 
 def _no_such_run(workdir: str) -> CheckpointError:
-    """Returns the error for a work directory that does not exist; it lists those beside it, or in runs/."""
+    """Returns the error for a missing work directory; it lists the runs in the same directory and in runs/."""
     found = [run for place in (os.path.dirname(workdir) or ".", "runs") for run in _runs_in(place)]
     remedy = f"runs: {', '.join(dict.fromkeys(found))}" if found else "there are no runs here"
     return CheckpointError("no such directory", field="--workdir", value=workdir, remedy=remedy)

@@ -21,7 +21,7 @@ def summarize(
     batches = run.config.train.eval_batches
     split = run.validation_data.split
     if result:
-        lines.append(f"  {describe(dict(result), count_sequences(run.validation_data, batches))}")
+        lines.append(f"  {describe(result, count_sequences(run.validation_data, batches))}")
         # Compared only if both the model and the compressors get the whole validation text.
         if not batches and split.bytes <= COMPRESSED_BYTES:
             lines.append(f"  {compare(split, run.tokenizer)}")

@@ -19,7 +19,7 @@ from gptjax.convert.tokenizer_source import open_run_tokenizer
 from gptjax.data.dataset import Prefetcher, batch_index
 from gptjax.distributed import StopVote, barrier, check_agreement, gather_json
 from gptjax.divergence import RollBackError, Spike, history_after, replay_command
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, first_line
 from gptjax.exhaustion import bytes_asked_for
 from gptjax.goodput import Stopwatch
 from gptjax.history import History
@@ -284,7 +284,7 @@ def exit_on_peer_failure() -> Iterator[None]:
         if jax.process_count() == 1 or bytes_asked_for(error) is not None:
             raise
         peers.settle()  # waits for the peer's own message, which says more than JAX's
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         print_error(f"error: lost a peer: {reason}; restart the command on every host")
         # sys.exit would wait in JAX's shutdown barrier, and for Orbax's threads.
         os._exit(errors.UNAVAILABLE)

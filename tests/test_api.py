@@ -15,9 +15,11 @@ import gptjax
 from gptjax import api
 from gptjax.errors import ConfigError, UserError
 from gptjax.signals import REQUESTS
+from tests.convert.models import write_llmc
 from tests.helpers import raises
 from tests.runs import losses, rows
 
+SIZES = {"vocab_size": 257, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2}
 SHORT = {"train.num_steps": 4, "train.micro_batch_size": 1, "checkpoint.save_every": 2, "train.eval_every": 0}
 
 
@@ -117,6 +119,12 @@ def test_interrupt_saves_and_returns_and_leaves_no_handler(lab, tmp_path, monkey
     assert capsys.readouterr().out == ""
 
 
+def test_step_is_that_of_the_checkpoint_not_of_the_log(lab, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTJAX_FAULT", "step:3:int")
+    result = gptjax.train(config(lab, train__log_every=100), str(tmp_path / "run"))
+    assert (result.step, result.exit_code, result.history) == (3, 75, [])
+
+
 def test_interrupt_before_training_is_a_keyboard_interrupt(lab, tmp_path, monkeypatch):
     monkeypatch.setenv("GPTJAX_FAULT", "restore:1:int")
     with pytest.raises(KeyboardInterrupt):
@@ -183,6 +191,42 @@ def test_saved_model_loads_with_equal_logits(model, tmp_path):
     assert again.generate("def ", max_new_tokens=9, temperature=0) == model.generate(
         "def ", max_new_tokens=9, temperature=0
     )
+
+
+def test_options_of_a_loaded_model_reach_its_copies(tmp_path, lab):
+    """A file that stores no activation means another function without the option."""
+    wide = {
+        f"h.{layer}.mlp.{name}.weight": lambda tensor: 20 * tensor for layer in range(2) for name in ("c_fc", "c_proj")
+    }
+    write_llmc(tmp_path / "m.bin", config=SIZES, padded=384, changes=wide)
+    options = {"tokenizer": "bytes", "activation": "gelu"}
+    exact, plain = (gptjax.load(f"llmc:{tmp_path}/m.bin", **{**options, "activation": a}) for a in ("gelu", ""))
+    assert (exact.config.activation, plain.config.activation) == ("gelu", "gelu_new")
+    exact.save(f"hf:{tmp_path}/hf")
+    again = gptjax.load(f"hf:{tmp_path}/hf")
+    assert again.config.activation == "gelu"
+    np.testing.assert_array_equal(again.logits([1, 2, 3]), exact.logits([1, 2, 3]))
+    found = [gptjax.evaluate(each, data=str(lab.data), batches=1)["val_loss"] for each in (exact, again, plain)]
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        ("runs/x", {"workdir": "runs/x", "model": ""}),
+        ("gs://bucket/run", {"workdir": "gs://bucket/run", "model": ""}),
+        ("gptjax:runs/x@4", {"workdir": "", "model": "gptjax:runs/x@4"}),
+        ("hf:openai-community/gpt2", {"workdir": "", "model": "hf:openai-community/gpt2"}),
+    ],
+)
+def test_model_is_a_work_directory_or_has_a_format(model, flags):
+    assert api._name(model) == flags
+
+
+@pytest.mark.parametrize("call", [gptjax.load, gptjax.evaluate])
+def test_model_without_a_format_is_refused_with_the_reference_to_write(call):
+    with raises(ConfigError, "model", value="gpt2", remedy="write model=hf:openai-community/gpt2"):
+        call("gpt2")
 
 
 def test_evaluation_equals_the_last_validation(trained, model, lab):

@@ -59,10 +59,11 @@ def test_subcommand_shows_its_own_help_and_exit_code():
 
 
 def test_flags_without_a_subcommand_train_with_a_note():
-    done = run("--config=nothere", expect=2)
-    assert done.stdout.startswith("note: ")
-    assert "gptjax train" in done.stdout
-    assert done.stderr.startswith("error: --config=nothere: file not found")
+    for flags in (["--config=nothere"], ["--workdir=x", "--config", "nothere"]):
+        note, error = run(*flags, expect=2).stderr.splitlines()
+        assert note.startswith("note: ")
+        assert "gptjax train" in note
+        assert error.startswith("error: --config=nothere: file not found")
 
 
 def test_config_command_prints_a_config_that_can_be_used_again(capsys):

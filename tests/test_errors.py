@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from gptjax.errors import ConfigError, DataError, UserError
+from gptjax.errors import ConfigError, DataError, UserError, first_line
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,11 @@ from gptjax.errors import ConfigError, DataError, UserError
 )
 def test_a_message_consists_of_its_parts(error, message):
     assert str(error) == message
+
+
+@pytest.mark.parametrize(("message", "line"), [("a\nb", "a"), ("", ""), (RuntimeError(), ""), (ValueError("x\n"), "x")])
+def test_first_line_of_any_message(message, line):
+    assert first_line(message) == line
 
 
 def test_a_combination_prints_a_line_per_error():

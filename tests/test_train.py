@@ -175,6 +175,8 @@ def test_compare_data_refuses_changes_unless_allowed(said):
     compare_data(old, {"fingerprint": "b", "data.seed": 0}, allowed=True)
     (line,) = said
     assert line.endswith("it was trained on data with fingerprint a, this is data with fingerprint b")
+    strange = {"fingerprint": "a", "directory": 3, "tokens": "many"}
+    compare_data(strange, {"fingerprint": "b", "data.seed": 0}, allowed=True)
     named = [{"fingerprint": name * 64, "directory": f"/data/{name}", "tokens": 1000} for name in "ab"]
     compare_data(named[0], named[0] | {"directory": "/moved", "tokens": 2}, allowed=False)
     with raises(

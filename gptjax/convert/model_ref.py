@@ -4,6 +4,7 @@ import os
 from typing import NamedTuple
 
 from gptjax.errors import ConfigError
+from gptjax.workdir import is_bucket
 
 READABLE = ("gptjax", "hf", "nanogpt", "llmc", "msgpack")
 WRITABLE = ("gptjax", "hf", "nanogpt", "llmc")
@@ -39,8 +40,27 @@ def parse_model_ref(flag: str, text: str, formats: tuple[str, ...]) -> ModelRef:
     return ModelRef(name, os.path.expanduser(path))
 
 
+def find_model(flag: str, text: str) -> ModelRef:
+    """Returns the ModelRef of FORMAT:PATH, or of a work directory, which needs no format.
+
+    flag: names the text in an error.
+
+    Raises:
+        ConfigError: it is neither, or a directory of another format.
+    """
+    has_format = text.partition(":")[0] in READABLE
+    # gs://... has a colon, and a directory's name may have one.
+    is_directory = is_bucket(text) or os.path.isdir(text)
+    if not has_format and (is_directory or ":" not in text):
+        near = guess(text)
+        if near and not near.startswith("gptjax:"):
+            raise ConfigError("has no format", field=flag, value=text, remedy=f"write {flag}={near}")
+        text = f"gptjax:{text}"
+    return parse_model_ref(flag, text, READABLE)
+
+
 def guess(text: str) -> str:
-    """Returns FORMAT:PATH for the path of a model or the name of a GPT-2; "" if it can be several."""
+    """Returns FORMAT:PATH for the path of a model or the name of a GPT-2; "" where nothing tells the format."""
     if text in OPENAI_MODELS:
         return f"hf:openai-community/{text}"
     if os.path.isdir(os.path.join(text, "checkpoints")):

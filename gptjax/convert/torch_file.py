@@ -8,7 +8,7 @@ import numpy as np
 
 from gptjax.convert.files import require_regular
 from gptjax.convert.weights import DTYPES, UNKNOWN_DTYPE, ReadTensor, Tensor, check_name
-from gptjax.errors import DataError, UnavailableError, install, one_line
+from gptjax.errors import DataError, UnavailableError, first_line, install, one_line
 
 LEAST_TORCH = (2, 10)  # CVE-2025-32434 and CVE-2026-24747: in older ones a file can run code despite weights_only=True
 REMEDY = install("torch")
@@ -139,7 +139,7 @@ def _reader(
                 return dense.view(torch.uint16).numpy().view(DTYPES["bfloat16"])
             return dense.numpy()
         except (RuntimeError, TypeError, NotImplementedError) as error:  # sparse, meta, quantised
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise DataError(f"{name} is not a plain tensor: {reason}", field=path) from error
 
     return read

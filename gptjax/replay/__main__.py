@@ -114,8 +114,10 @@ def main(arguments: list[str]) -> None:
             field="--step",
             value=args.step,
         )
-    if records and not any(name.startswith("data.") for name in overrides):
-        config = at_its_data(config, next(iter(records.values())), flag="--config.data.path")
+    newest = next(iter(records.values()), None)
+    # A converted checkpoint names no data; those of the config are all there is.
+    if newest and newest.data and not any(name.startswith("data.") for name in overrides):
+        config = at_its_data(config, newest, flag="--config.data.path")
     tokenizer = open_run_tokenizer(config.data.tokenizer, local_directory(args.workdir))
     run = make_run(config, tokenizer=tokenizer)
     replayed = update.replay(

@@ -11,10 +11,11 @@ import sys
 
 import pytest
 
-from gptjax import config, config_files, distributed, evaluate, main, resume, sample, streams, workdir
+from gptjax import config, config_files, distributed, evaluate, main, sample, streams, workdir
 from gptjax import train as train_module
 from gptjax.convert import __main__ as convert
 from gptjax.convert import formats
+from gptjax.convert.model_ref import find_model
 from gptjax.data import prepare
 from gptjax.errors import ConfigError, OutputError
 from gptjax.plan import __main__ as plan
@@ -245,17 +246,17 @@ def test_i2_default_workdir_follows_the_config_path():
 def test_i2_directory_name_may_have_a_colon(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "12:30").mkdir()
-    assert resume.find_weights("12:30") == formats.ModelRef("gptjax", "12:30")
-    assert resume.find_weights("gs://bucket/run") == formats.ModelRef("gptjax", "gs://bucket/run")
-    assert resume.find_weights("hf:12:30") == formats.ModelRef("hf", "12:30")
+    assert find_model("init_from", "12:30") == formats.ModelRef("gptjax", "12:30")
+    assert find_model("init_from", "gs://bucket/run") == formats.ModelRef("gptjax", "gs://bucket/run")
+    assert find_model("init_from", "hf:12:30") == formats.ModelRef("hf", "12:30")
     with raises(ConfigError, "init_from", value="12:31", match="gptjax, hf"):
-        resume.find_weights("12:31")
+        find_model("init_from", "12:31")
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "config.json").write_text("{}")
     with raises(ConfigError, "init_from", value="exported", remedy="write init_from=hf:exported"):
-        resume.find_weights("exported")
+        find_model("init_from", "exported")
     (tmp_path / "exported" / "checkpoints").mkdir()
-    assert resume.find_weights("exported") == formats.ModelRef("gptjax", "exported"), "a run has a config.json, too"
+    assert find_model("init_from", "exported") == formats.ModelRef("gptjax", "exported"), "a run has a config.json, too"
 
 
 # Nothing is written
