@@ -84,14 +84,15 @@ def _run(config: str, file: pathlib.Path, content: bytes) -> dict[str, Any]:
     scope: dict[str, Any] = {"__name__": file.stem, "__file__": str(file)}
     # From bytes: Python itself reads a byte-order mark and a coding line. A config file is code: see SECURITY.md.
     exec(compile(content, str(file), "exec"), scope)
-    if not callable(scope.get("get_config")):
+    is_defined = callable(scope.get("get_config"))
+    values = scope["get_config"]() if is_defined else None
+    if values is None:
         raise ConfigError(
-            "defines no get_config()",
+            "get_config() returns nothing" if is_defined else "defines no get_config()",
             field="--config",
             value=config,
-            remedy="it begins with gptjax.config.default_config(), changes fields, and returns it",
+            remedy="get_config() begins with gptjax.config.default_config(), changes fields, and returns it",
         )
-    values = scope["get_config"]()
     return values.to_dict() if hasattr(values, "to_dict") else dict(values)
 
 

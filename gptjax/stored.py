@@ -38,7 +38,7 @@ def load_params(workdir: str, *, step: int | None = None) -> tuple[Config, Any, 
     """
     checkpointer = Checkpointer(workdir)
     steps = checkpointer.steps()
-    if not steps and not is_bucket(workdir) and not os.path.isdir(workdir):
+    if not steps and not is_bucket(workdir) and (not os.path.isdir(workdir) or _runs_in(workdir)):
         raise _no_such_run(workdir)
     if not steps or (step is not None and step not in steps):
         available = ", ".join(map(str, steps)) or "none"
@@ -96,10 +96,14 @@ def at_its_data(config: Config, record: Record, *, flag: str) -> Config:
 
 
 def _no_such_run(workdir: str) -> CheckpointError:
-    """Returns the error for a missing work directory; it lists the runs in the same directory and in runs/."""
-    found = [run for place in (os.path.dirname(workdir) or ".", "runs") for run in _runs_in(place)]
+    """Returns the error for a work directory that is missing, or is a directory of runs; it lists the runs there."""
+    if os.path.isdir(workdir):
+        problem, places = "is a directory of runs", [workdir]
+    else:
+        problem, places = "no such directory", [os.path.dirname(workdir) or ".", "runs"]
+    found = [run for place in places for run in _runs_in(place)]
     remedy = f"runs: {', '.join(dict.fromkeys(found))}" if found else "there are no runs here"
-    return CheckpointError("no such directory", field="--workdir", value=workdir, remedy=remedy)
+    return CheckpointError(problem, field="--workdir", value=workdir, remedy=remedy)
 
 
 def _runs_in(directory: str) -> list[str]:

@@ -81,6 +81,12 @@ def test_file_without_get_config_is_refused(text, tmp_path):
         load(f"{tmp_path}/mine.py", {})
 
 
+def test_file_whose_get_config_returns_nothing_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_text("def get_config():\n    x = 1\n")
+    with raises(ConfigError, "--config", value=f"{tmp_path}/mine.py", remedy="returns it", match="returns nothing"):
+        load(f"{tmp_path}/mine.py", {})
+
+
 def test_error_in_a_config_file_is_shown_in_one_line(tmp_path):
     path = write(tmp_path / "mine.py", "c.model.n_layer = 1 / 0")
     with raises(ConfigError, "--config", value=path, match="ZeroDivisionError: division by zero"):

@@ -110,6 +110,8 @@ def test_work_directory_that_does_not_exist_is_refused_with_those_that_do(tmp_pa
             load_params(name)
     with raises(CheckpointError, "--workdir", value="runs/empty", remedy="available: none"):
         load_params("runs/empty")
+    with raises(CheckpointError, "--workdir", value="runs", remedy="runs: runs/a", match="is a directory of runs"):
+        load_params("runs")
 
 
 @pytest.mark.parametrize(
