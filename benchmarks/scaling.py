@@ -20,10 +20,11 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from gptjax import config as config_module
-from gptjax.chips import GIB, SLICES, parse_topology
+from gptjax.chips import GIB
 from gptjax.errors import PlanError
 from gptjax.plan import search
 from gptjax.plan.__main__ import LIBTPU
+from gptjax.plan.topology import SLICES, parse_topology
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FEWEST = 8

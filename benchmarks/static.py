@@ -33,12 +33,13 @@ import bench
 from train_step import CASES, make_config
 
 from gptjax import sharding
-from gptjax.chips import GIB, Chip, Topology, parse_topology
+from gptjax.chips import GIB, Chip
 from gptjax.compute import resolve_compute, resolve_parallel
 from gptjax.errors import PlanError, UnavailableError
 from gptjax.plan.aot import compile_step, find_devices, has_compiler
 from gptjax.plan.estimate import Candidate, StepLayout
 from gptjax.plan.hlo_kernels import Kernel, buffers, read_kernels
+from gptjax.plan.topology import Topology, parse_topology
 
 TOPOLOGIES = {"h200": "h200:1", "v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1"}  # one device of each is used
 # Assumed shares of the data sheet's bandwidth and bfloat16 peak, for every chip: 4.3 of 4.8 TB/s and 788 of 989 TFLOP/s

@@ -24,11 +24,11 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from gptjax import config as config_module
-from gptjax.chips import Topology, parse_topology
 from gptjax.config import Config, MeshConfig
 from gptjax.errors import PlanError
 from gptjax.plan import search
 from gptjax.plan.__main__ import LIBTPU
+from gptjax.plan.topology import Topology, parse_topology
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = ("gpt2_small", "gpt2_medium", "gpt2_large", "gpt2_xl")

@@ -396,8 +396,19 @@ def plan(config: Config, topology: str, *, slices: int = 1) -> dict[str, Any]:
         flags = [f"--config={file}", f"--topology={topology}", f"--slices={slices}", f"--json={report}"]
         command = [sys.executable, "-m", "gptjax.plan", *flags]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != errors.OK:
-            problem = done.stderr.strip().removeprefix("error: ")
-            raise EXIT_ERRORS.get(done.returncode, UserError)(problem)
+        if not os.path.exists(report):  # it ended before it could write one
+            raise UserError(f"the plan ended with code {done.returncode}: {errors.one_line(done.stderr[-200:])}")
         with open(report) as stream:
-            return json.load(stream)
+            found = json.loads(stream.read().replace(file, "this config"))
+    if "error" in found:
+        raise _plan_error(**found["error"])
+    return found
+
+
+def _plan_error(message: str, *, problem: str, exit_code: int, **parts: Any) -> UserError:
+    """Returns the error of a plan's process, from its JSON; parts: field, value, remedy."""
+    error = EXIT_ERRORS.get(exit_code, UserError)(message)
+    error.problem = problem
+    for name, part in parts.items():
+        setattr(error, name, part)
+    return error

@@ -22,6 +22,7 @@ def why_not_cudnn(
     *,
     platform: str,
     dtype: jnp.dtype,
+    has_bfloat16: bool,
     dropout: float,
     document_mask: bool,
     head_width: int,
@@ -32,6 +33,9 @@ def why_not_cudnn(
         return f"cudnn needs an NVIDIA GPU, and the mesh is on {platform}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"cudnn needs bfloat16, and compute.dtype is {dtype}"
+    # Older GPUs (T4, V100) compute bfloat16 in float32, where XLA's own attention works and cuDNN's does not.
+    if not has_bfloat16:
+        return "cudnn needs matrix units for bfloat16, which came with compute capability 8.0"
     if dropout:
         return "cudnn has no attention dropout, and model.dropout > 0"
     if document_mask:
@@ -63,6 +67,7 @@ def choose_backend(
     *,
     platform: str,
     dtype: jnp.dtype,
+    has_bfloat16: bool,
     dropout: float,
     document_mask: bool,
     head_width: int,
@@ -78,6 +83,7 @@ def choose_backend(
     cudnn_reason = why_not_cudnn(
         platform=platform,
         dtype=dtype,
+        has_bfloat16=has_bfloat16,
         dropout=dropout,
         document_mask=document_mask,
         head_width=head_width,

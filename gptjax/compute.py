@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gptjax.attention import choose_backend
+from gptjax.chips import has_bfloat16
 from gptjax.collectives import Parallel
 from gptjax.config import Config
 from gptjax.config_values import nearest_divisors
@@ -47,6 +48,7 @@ def resolve_compute(config: Config, mesh: Mesh) -> ResolvedCompute:
         compute.attention,
         platform=platform,
         dtype=dtype,
+        has_bfloat16=has_bfloat16(device),
         dropout=model.dropout,
         document_mask=config.data.document_mask,
         head_width=model.n_embd // model.n_head,
@@ -124,6 +126,4 @@ def _default_dtype(device: Any) -> str:
         return "bfloat16"
     if device.platform not in ("gpu", "cuda"):
         return "float32"
-    # bfloat16 matrix units came with compute capability 8.0. Virtual devices may lack the attribute.
-    capability = float(getattr(device, "compute_capability", 8))
-    return "bfloat16" if capability >= 8 else "float32"
+    return "bfloat16" if has_bfloat16(device) else "float32"

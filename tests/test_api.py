@@ -13,7 +13,7 @@ import pytest
 
 import gptjax
 from gptjax import api
-from gptjax.errors import ConfigError, UserError
+from gptjax.errors import ConfigError, PlanError, UserError
 from gptjax.signals import REQUESTS
 from tests.convert.models import write_llmc
 from tests.helpers import raises
@@ -255,8 +255,10 @@ def test_data_are_prepared_once(tmp_path, monkeypatch):
 def test_plan_is_a_dict_and_a_wrong_one_an_error(lab):
     found = gptjax.plan(gptjax.load_config("gpt2_small"), "a100:8")
     assert sum(found["memory_bytes"].values()) > 1e9
-    with raises(ConfigError, match="--topology=a100:x: expected a100:N"):
+    with raises(ConfigError, "--topology", value="a100:x", remedy="--slices", match="expected a100:N"):
         gptjax.plan(gptjax.load_config("gpt2_small"), "a100:x")
+    with raises(PlanError, "this config on t4:1", match="GiB per device"):
+        gptjax.plan(gptjax.load_config("gpt2_xl", {"mesh.data": 1}), "t4:1")
 
 
 def test_errors_have_field_value_and_remedy():

@@ -39,7 +39,7 @@ LAYERS = """
     checkpoint  logs  step  generate  data.prepare  divergence
     convert.tokenizer_source
     convert.tokenizer_files
-    state  optim  data.dataset  data.progress  data.shard_writer  plan.estimate  decode
+    state  optim  data.dataset  data.progress  data.shard_writer  plan.estimate  decode  plan.topology
     model  convert.tokenizer_json  data.tokens  data.journal  data.sources  data.partial
     sizes
     compute

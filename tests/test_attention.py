@@ -107,6 +107,7 @@ def choose(name, **changes):
     situation = {
         "platform": "tpu",
         "dtype": jnp.dtype(jnp.bfloat16),
+        "has_bfloat16": True,
         "dropout": 0.0,
         "document_mask": False,
         "head_width": 64,
@@ -131,6 +132,7 @@ def test_xla_attention_is_allowed_everywhere(platform):
     ("platform", "name", "changes", "reason"),
     [
         ("gpu", "cudnn", {"dtype": jnp.dtype(jnp.float32)}, "compute.dtype is float32"),
+        ("gpu", "cudnn", {"has_bfloat16": False}, "compute capability 8.0"),
         ("gpu", "cudnn", {"dropout": 0.1}, "model.dropout"),
         ("cuda", "cudnn", {"document_mask": True}, "causal flag only"),
         ("gpu", "cudnn", {"head_width": 60}, "up to 128, and it is 60"),

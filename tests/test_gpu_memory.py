@@ -9,10 +9,11 @@ import jax
 import pytest
 
 from gptjax import gpu_memory
-from gptjax.chips import device_memory, find_chip, parse_topology
+from gptjax.chips import device_memory, find_chip
 from gptjax.gpu_memory import choose_fraction, empty_fraction, planned_fraction
 from gptjax.plan import __main__ as plan
 from gptjax.plan import report, search
+from gptjax.plan.topology import parse_topology
 
 ROOT = Path(__file__).parent.parent
 EMPTY = "0, GPU-aaaa, 4, 81559\n1, GPU-bbbb, 611, 81559\n"  # of 80 GB, the driver's own memory only

@@ -7,18 +7,22 @@ import json
 
 import pytest
 
-from gptjax import chips, coordinator, loss, sharding, workdir
+from gptjax import coordinator, loss, sharding, workdir
 from gptjax.config import GPTConfig, MeshConfig, from_dict, load
 from gptjax.convert import formats, huggingface, llmc
 from gptjax.convert.model_ref import FORMATS_HELP
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.data.tokens import open_split
 from gptjax.errors import ConfigError, DataError, UserError, WorkdirError
+from gptjax.plan import topology
 from gptjax.redaction import refuse_secrets
 from gptjax.resume import compare_data, compare_models
 from gptjax.sampling_flags import validate_sampling_params
 
-KNOWN_CHIPS = "known: v4, v5e, v5p, v6e, a100, h100, h200, b200, as in v5e:4x4 or h100:8"
+KNOWN_CHIPS = (
+    "known: v4, v5e, v5p, v6e, t4, v100, a10, l4, l40s, a6000, 3090, 4090, 5090, a100, h100, h200, b200, "
+    "as in v5e:4x4 or h100:8"
+)
 TOKENIZERS = "give gpt2, bytes, a file or directory of a tokenizer, or hf:OWNER/NAME"
 SECRET = "a8f3kd92jf83hd72"
 SAMPLING = {"max_new_tokens": 8, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
@@ -108,7 +112,7 @@ TABLE = [
         f"--from=xyz:abc: expected one of hf, llmc, a colon and a path, such as {FORMATS_HELP}",
     ),
     (
-        lambda: chips.parse_topology("v9:2x2", 1),
+        lambda: topology.parse_topology("v9:2x2", 1),
         (ConfigError, "--topology", "v9:2x2", KNOWN_CHIPS),
         f"--topology=v9:2x2: no such chip; {KNOWN_CHIPS}",
     ),

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from gptjax.chips import parse_topology
 from gptjax.plan.aot import has_compiler
+from gptjax.plan.topology import parse_topology
 
 ROOT = pathlib.Path(__file__).parent.parent
 SNAPSHOT = json.loads((ROOT / "benchmarks" / "static_snapshot.json").read_text())["rows"]

@@ -17,11 +17,10 @@ from typing import Any
 
 from gptjax import config as config_module
 from gptjax import gpu_memory
-from gptjax.chips import Topology, parse_topology
 from gptjax.cli import Parser, run_cli
-from gptjax.config import Config
 from gptjax.config_flags import add_config_flag, parse_config_flags
-from gptjax.errors import ConfigError, WorkdirError
+from gptjax.errors import ConfigError, UserError, WorkdirError
+from gptjax.plan.topology import Topology, parse_topology
 from gptjax.redaction import say
 
 # Without these, libtpu asks a metadata server which TPUs this machine has, and there are none.
@@ -32,21 +31,6 @@ LIBTPU = {
     "TPU_WORKER_ID": "0",
     "TPU_MIN_LOG_LEVEL": "3",
 }
-
-
-def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
-    """Returns the command line and the config, checked as far as possible without a compiler.
-
-    Raises:
-        ConfigError: a flag or a config field is wrong.
-    """
-    parser = _make_parser()
-    args, overrides = parse_config_flags(parser, arguments)
-    _check_number("--slices", args.slices, minimum=1)
-    _check_number("--target_tokens", args.target_tokens, minimum=0)
-    _check_number("--price_per_chip_hour", args.price_per_chip_hour, minimum=0)
-    config = config_module.load(args.config, overrides)
-    return args, config
 
 
 def _make_parser() -> Parser:
@@ -81,7 +65,12 @@ def _make_parser() -> Parser:
         action="store_true",
         help="rank meshes, micro-batches and remat that fit",
     )
-    parser.add_argument("--json", default="", metavar="FILE", help="also write the report to this file")
+    parser.add_argument(
+        "--json",
+        default="",
+        metavar="FILE",
+        help="also write the report to this file, or an error with its field, value and remedy",
+    )
     return parser
 
 
@@ -101,25 +90,41 @@ def main(arguments: list[str]) -> None:
     Raises:
         UserError: a flag or a config field is wrong, the compiler is missing, or nothing fits.
     """
-    args, config = parse_flags(arguments)
+    args, overrides = parse_config_flags(_make_parser(), arguments)
+    try:
+        found = _make_report(args, overrides)
+    except UserError as error:
+        if args.json:
+            _write_json(args.json, {"error": _to_json(error)})
+        raise
+    # The file comes first, so that an error on standard output does not lose it.
+    if args.json:
+        _write_json(args.json, found)
+    from gptjax.plan import report
+
+    for line in report.describe(found):
+        say(line)
+    if args.search:
+        say(f"start it with: {command(found, args)}")
+
+
+def _make_report(args: argparse.Namespace, overrides: dict[str, str]) -> dict[str, Any]:
+    """Returns the report that the flags ask for. What can be checked without a compiler is checked first."""
+    _check_number("--slices", args.slices, minimum=1)
+    _check_number("--target_tokens", args.target_tokens, minimum=0)
+    _check_number("--price_per_chip_hour", args.price_per_chip_hour, minimum=0)
+    config = config_module.load(args.config, overrides)
     requested = _requested_topology(args)
     if requested is not None:
         _avoid_local_chips()
     else:
         _choose_gpu_memory()
     # JAX reads the environment when it is imported, so these imports come after it is set.
-    from gptjax.plan import aot, report, search
+    from gptjax.plan import aot, search
 
     topology = requested or aot.find_local()
     make = search.search if args.search else search.plan
-    found = make(config, topology, args)
-    # The file comes first, so that an error on standard output does not lose it.
-    if args.json:
-        write(args.json, json.dumps(found, indent=2) + "\n")
-    for line in report.describe(found):
-        say(line)
-    if args.search:
-        say(f"start it with: {command(found, args)}")
+    return make(config, topology, args)
 
 
 def _requested_topology(args: argparse.Namespace) -> Topology | None:
@@ -154,14 +159,27 @@ def _choose_gpu_memory() -> None:
         os.environ[gpu_memory.VARIABLE] = str(fraction)
 
 
-def write(path: str, text: str) -> None:
-    """Writes the JSON report.
+def _to_json(error: UserError) -> dict[str, Any]:
+    """Returns the parts of an error; a value that JSON cannot hold becomes its text."""
+    value = error.value if isinstance(error.value, str | int | float | None) else str(error.value)
+    return {
+        "message": str(error),
+        "problem": error.problem,
+        "field": error.field,
+        "value": value,
+        "remedy": error.remedy,
+        "exit_code": error.exit_code,
+    }
+
+
+def _write_json(path: str, report: dict[str, Any]) -> None:
+    """Writes a report, or an error in its place.
 
     Raises:
         WorkdirError: the file cannot be written.
     """
     try:
-        pathlib.Path(path).write_text(text)
+        pathlib.Path(path).write_text(json.dumps(report, indent=2) + "\n")
     except OSError as error:
         raise WorkdirError(
             f"cannot be written: {error.strerror}",

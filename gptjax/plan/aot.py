@@ -14,13 +14,14 @@ import numpy as np
 from jax.experimental import topologies
 
 from gptjax import sharding
-from gptjax.chips import GIB, Topology, device_memory, find_chip, gpu_target, local_topology
+from gptjax.chips import GIB, device_memory, find_chip
 from gptjax.config import Config
 from gptjax.documents import EndOfText
 from gptjax.errors import ConfigError, PlanError, UnavailableError, install, one_line
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer
 from gptjax.plan.estimate import Candidate
+from gptjax.plan.topology import Topology, gpu_target, local_topology
 from gptjax.state import make_init
 from gptjax.step import jit_steps
 

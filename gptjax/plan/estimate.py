@@ -72,6 +72,32 @@ class Roofline:
         return max(dataclasses.asdict(self).values())
 
 
+@dataclasses.dataclass(frozen=True)
+class Efficiency:
+    """The shares of its peaks that a step reaches. Assumed, not measured: the first run shows the real ones."""
+
+    matrix_units: float
+    memory: float
+    links: float
+    network: float
+    exposed_communication: float  # the share that computation does not hide
+
+    def seconds(self, roof: Roofline) -> float:
+        """Returns the time of a step, whose matmuls and element-wise kernels run one after the other."""
+        computation = roof.matrix_units / self.matrix_units + roof.memory / self.memory
+        communication = roof.links / self.links + roof.network / self.network
+        return computation + self.exposed_communication * communication
+
+
+TYPICAL = Efficiency(
+    matrix_units=0.6,
+    memory=0.6,
+    links=0.7,
+    network=0.6,
+    exposed_communication=0.5,
+)
+
+
 def minimum_traffic(setting: Candidate) -> Traffic:
     """Returns a lower bound on the bytes that a device sends per step, with ring collectives.
 

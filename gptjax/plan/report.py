@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from gptjax.chips import GIB, Topology
+from gptjax.chips import GIB, find_chip
+from gptjax.errors import install
 from gptjax.params import count_params
 from gptjax.plan.aot import peak_bytes
 from gptjax.plan.estimate import (
+    TYPICAL,
     Candidate,
     StepLayout,
     estimate_memory,
@@ -18,6 +20,7 @@ from gptjax.plan.estimate import (
     roofline,
     step_flops,
 )
+from gptjax.plan.topology import Topology
 from gptjax.plan.traffic import Collective, read_collectives, sum_traffic
 
 
@@ -36,16 +39,19 @@ def make_report(
     target = target_tokens or config.train.num_steps * tokens_per_step
     minimum = minimum_traffic(setting)
     if compiled:
-        source = compiler_version(topology)
+        source = f"{compiler_version(topology)}: memory and communication; by formulas: FLOP and times"
         collectives = read_traffic(compiled, setting.shape, topology)
         traffic = sum_traffic(collectives)
         memory = measured_memory(estimate_memory(setting), peak_bytes(compiled))
     else:
         source = "analytic: formulas only, nothing was compiled"
+        if not topology.is_tpu:
+            source += f"; to compile without a GPU: {install(topology.chip.extra or 'cuda')}"
         collectives = []
         traffic = minimum
         memory = estimate_memory(setting)
     roof = roofline(setting, chip, traffic)
+    typical = TYPICAL.seconds(roof)
     flops = step_flops(config)
     hours = target / tokens_per_step * roof.seconds / 3600
     chip_hours = hours * topology.devices
@@ -72,10 +78,16 @@ def make_report(
         "bound": roof.bound,
         "best_case_mfu": flops / (roof.seconds * topology.devices * chip.peak_flops),
         "best_case_tokens_per_second": tokens_per_step / roof.seconds,
+        "typical_seconds": typical,
+        "typical_mfu": flops / (typical * topology.devices * chip.peak_flops),
+        "typical_tokens_per_second": tokens_per_step / typical,
+        "typical_efficiencies": dataclasses.asdict(TYPICAL),
         "target_tokens": target,
         "hours": hours,
         "chip_hours": chip_hours,
+        "typical_hours": target / tokens_per_step * typical / 3600,
         "cost": chip_hours * price_per_chip_hour if price_per_chip_hour else None,
+        "typical_cost": chip_hours * typical / roof.seconds * price_per_chip_hour if price_per_chip_hour else None,
     }
 
 
@@ -154,8 +166,35 @@ def describe(report: dict[str, Any]) -> list[str]:
         *describe_traffic(r),
         describe_times(r),
         f"best case: {100 * r['best_case_mfu']:.1f}% MFU, {r['best_case_tokens_per_second']:,.0f} tokens/s (estimate)",
+        describe_typical(r),
+        *_describe_chip(r),
         _describe_cost(r),
     ]
+
+
+def describe_typical(r: dict[str, Any]) -> str:
+    """Returns the line of a report on the typical case and the efficiencies that it assumes."""
+    shares = {name.replace("_", " "): f"{100 * share:.0f}%" for name, share in r["typical_efficiencies"].items()}
+    exposed = shares.pop("exposed communication")
+    assumed = ", ".join(f"{name} {share}" for name, share in shares.items())
+    return (
+        f"typical case: {100 * r['typical_mfu']:.1f}% MFU, {r['typical_tokens_per_second']:,.0f} tokens/s "
+        f"(estimate; assumes of the peak: {assumed}; {exposed} of communication not hidden)"
+    )
+
+
+def _describe_chip(r: dict[str, Any]) -> list[str]:
+    """Returns the lines on what a reader must know of the chip before renting it."""
+    chip = find_chip(r["device_kind"])
+    assert chip is not None, r["device_kind"]
+    lines = []
+    if not chip.has_bfloat16:
+        lines.append(
+            f"{chip.kind} has no matrix units for bfloat16: its peak is float32's, and compute.dtype=auto takes float32"
+        )
+    if chip.extra:
+        lines.append(f"{chip.kind} needs the extra {chip.extra}: {install(chip.extra)}")
+    return lines
 
 
 def _describe_memory(r: dict[str, Any]) -> str:
@@ -168,11 +207,23 @@ def _describe_memory(r: dict[str, Any]) -> str:
 
 
 def _describe_cost(r: dict[str, Any]) -> str:
-    days = r["hours"] / 24
-    line = f"{r['target_tokens']:.4g} tokens: at least {days:.2f} days, {r['chip_hours']:,.0f} chip hours"
+    typical = r["typical_hours"]
+    line = (
+        f"{r['target_tokens']:.4g} tokens: at least {_duration(r['hours'])}, {r['chip_hours']:,.1f} chip hours; "
+        f"typically {_duration(typical)}, {typical * r['chips']:,.1f} chip hours"
+    )
     if r["cost"] is None:
         return line
-    return f"{line}, cost {r['cost']:,.0f}"
+    return f"{line}, cost {r['cost']:,.0f} to {r['typical_cost']:,.0f}"
+
+
+def _duration(hours: float) -> str:
+    """Returns a time in the unit in which it is easy to read."""
+    if hours < 1:
+        return f"{60 * hours:.0f} minutes"
+    if hours < 48:
+        return f"{hours:.1f} hours"
+    return f"{hours / 24:.1f} days"
 
 
 def describe_traffic(r: dict[str, Any]) -> list[str]:

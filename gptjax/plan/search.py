@@ -15,12 +15,13 @@ import numpy as np
 
 from gptjax import config as config_module
 from gptjax import setup, sharding
-from gptjax.chips import GIB, Topology
+from gptjax.chips import GIB
 from gptjax.compute import resolve_compute, resolve_parallel
 from gptjax.config import Config
 from gptjax.errors import PlanError
 from gptjax.params import leaf_shape, rows
 from gptjax.plan import aot, estimate, report
+from gptjax.plan.topology import Topology
 
 log = logging.getLogger("gptjax")
 MEMORY_SHARE = 0.9  # of the memory that a candidate may need by the formulas; the compiler's layout needs more

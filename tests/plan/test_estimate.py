@@ -5,12 +5,13 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
-from gptjax.chips import parse_topology
 from gptjax.collectives import Parallel
 from gptjax.compute import ResolvedCompute
 from gptjax.config import from_dict
 from gptjax.plan.estimate import (
     Candidate,
+    Efficiency,
+    Roofline,
     StepLayout,
     estimate_memory,
     hierarchical_all_reduce,
@@ -19,6 +20,7 @@ from gptjax.plan.estimate import (
     step_flops,
 )
 from gptjax.plan.search import param_shapes
+from gptjax.plan.topology import parse_topology
 from gptjax.sizes import train_flops_per_token
 
 L, D, T, V = 2, 64, 128, 256
@@ -36,6 +38,11 @@ def setting_of(
     compute, parallel = ResolvedCompute(remat=remat, dtype=dtype), Parallel(dtype=dtype, reduce_dtype=dtype)
     shape = StepLayout({"data": data, "fsdp": fsdp, "tensor": tensor}, num_microbatches, micro_batch, slices)
     return Candidate(config, compute, parallel, shape, param_shapes(config))
+
+
+def test_typical_step_adds_computation_and_the_exposed_communication():
+    half = Efficiency(matrix_units=0.5, memory=0.25, links=0.5, network=0.2, exposed_communication=0.1)
+    assert half.seconds(Roofline(1.0, 2.0, 3.0, 4.0)) == pytest.approx(1 / 0.5 + 2 / 0.25 + 0.1 * (3 / 0.5 + 4 / 0.2))
 
 
 def test_one_device_sends_nothing():

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gptjax.chips import parse_topology
 from gptjax.config import load
 from gptjax.plan.aot import has_compiler, parse_oom, peak_bytes
 from gptjax.plan.search import candidates, param_shapes
+from gptjax.plan.topology import parse_topology
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = "--config=configs/gpt2_small.py"
@@ -73,6 +73,30 @@ def test_gpu_report_is_labelled_analytic_and_adds_up(tmp_path):
     assert "(estimate)" in out
 
 
+@by_formulas
+def test_typical_case_names_the_efficiencies_that_it_assumes(tmp_path):
+    report = report_of(tmp_path, "h100:8", "--slices=4", "--price_per_chip_hour=2")
+    assert report["typical_efficiencies"] == {
+        "matrix_units": 0.6, "memory": 0.6, "links": 0.7, "network": 0.6, "exposed_communication": 0.5,
+    }  # fmt: skip
+    assert report["typical_mfu"] < report["best_case_mfu"]
+    assert report["typical_cost"] == pytest.approx(report["cost"] * report["typical_hours"] / report["hours"])
+    _, out, _ = plan(SMALL, "--topology=h100:8")
+    assert re.search(
+        r"typical case: [\d.]+% MFU, [\d,]+ tokens/s \(estimate; assumes of the peak: matrix units 60%", out
+    )
+    assert "pip install 'gptjax[cuda]'" in out, "how to compile instead"
+
+
+@by_formulas
+def test_chips_without_bfloat16_are_planned_in_float32():
+    code, out, _ = plan(SMALL, "--topology=v100:8")
+    assert code == 0
+    assert "Tesla V100 has no matrix units for bfloat16" in out
+    assert "Tesla V100 needs the extra cuda12: pip install 'gptjax[cuda12]'" in out
+    assert "xla attention" in out, "cuDNN's needs bfloat16"
+
+
 def test_search_ranks_fitting_meshes_and_prints_the_command():
     code, out, err = plan("--config=configs/gpt2_xl.py", "--topology=h100:8", "--search")
     assert (code, err) == (0, "")
@@ -128,7 +152,7 @@ def test_a_mistake_is_one_line_with_the_nearest_valid_setting(flags, message):
 
 
 def test_mistake_is_found_before_jax_is_imported():
-    code = "import sys, gptjax.plan.__main__ as p\ntry: p.parse_flags(['--config=configs/gpt2_small.py'])\n"
+    code = "import sys, gptjax.plan.__main__ as p\ntry: p.main(['--config=configs/gpt2_small.py'])\n"
     code += "except Exception: print('jax' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "False\n"
 
