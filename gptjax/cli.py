@@ -30,6 +30,17 @@ IGNORED_UNRAISABLE = (
 )
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Ends the help of a flag with its default, unless the help names one or no value was given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help
+        has_value = action.nargs != 0 and action.default not in (None, "", argparse.SUPPRESS) and action.default != []
+        if not text or not has_value or "default" in text:
+            return text
+        return f"{text} The default is %(default)s."
+
+
 class Parser(argparse.ArgumentParser):
     """Parses a command line. A mistake raises ConfigError, which names the flags that are nearest to a mistyped one."""
 
@@ -43,8 +54,16 @@ class Parser(argparse.ArgumentParser):
             prog,
             description=description,
             allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
+            add_help=False,
         )
+        super().add_argument("-h", "--help", action="help", help="Show this help and exit.")
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Adds a flag; a number's placeholder is N instead of the flag's own name."""
+        if options.get("type") in (int, float):
+            options.setdefault("metavar", "N")
+        return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError with argparse's message."""

@@ -18,7 +18,8 @@ def add_config_flag(parser: Parser) -> None:
         default="",
         metavar="NAME",
         help="The config: the name of one that comes with gptjax, such as quickstart, the path of a config file, or "
-        "config.json of a run. --config.train.num_steps=10 changes one field; `gptjax config` lists all fields.",
+        "config.json of a run. --config.train.num_steps=10 changes one field, and `gptjax config` lists all of them. "
+        "There is no default.",
     )
 
 

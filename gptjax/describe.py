@@ -1,8 +1,8 @@
 """Describes the config fields: `gptjax config` lists them all, `gptjax config quickstart` prints a resolved config.
 
-gptjax config                                      every field: default, choices, meaning
-gptjax config quickstart                           every value of a config, as JSON
-gptjax config quickstart --config.train.num_steps=10 > mine.json     a config file for --config=mine.json
+gptjax config                          every field with its default, its choices and its meaning
+gptjax config quickstart               every value of a config, as JSON
+gptjax config quickstart --config.train.num_steps=10 > mine.json     writes a config for --config=mine.json
 """
 
 import ast

@@ -1,5 +1,6 @@
 """Starts JAX and joins the processes of a run: barriers, agreement, the vote to stop, and the exit notice to peers."""
 
+import argparse
 import contextlib
 import ctypes
 import json
@@ -32,6 +33,34 @@ COORDINATOR_GRACE_SECONDS = 2.0  # after that, for the others to exit: without t
 INSTALLED_AT = r"^.*[/\\](?:site|dist)-packages[/\\]|^.*[/\\](?=gptjax[/\\])"
 _handlers: list[Any] = []
 _joined: list[int] = []  # the number of processes, once they are joined
+
+
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that name the processes of a run, for clusters that JAX cannot detect."""
+    parser.add_argument(
+        "--coordinator",
+        default="",
+        metavar="HOST:PORT",
+        help="The address of process 0. By default JAX detects it; on a cluster that JAX does not know, give it.",
+    )
+    parser.add_argument(
+        "--num_processes",
+        type=int,
+        default=0,
+        help="The number of processes. Give it with --coordinator; by default JAX detects it.",
+    )
+    parser.add_argument(
+        "--process_id",
+        type=int,
+        default=-1,
+        help="The id of this process, from 0. Give it with --coordinator; by default JAX detects it.",
+    )
+    parser.add_argument(
+        "--join_seconds",
+        type=float,
+        default=300,
+        help="The seconds to wait until all processes have joined.",
+    )
 
 
 def start_jax(

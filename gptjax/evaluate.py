@@ -1,4 +1,4 @@
-"""Validation loss, perplexity and bits per byte, in training and as `python -m gptjax.evaluate --workdir=DIR`.
+"""Measures validation loss, perplexity and bits per byte: in training, and as `gptjax evaluate --workdir=DIR`.
 
 With `--model=hf:DIR --data=SHARDS` it evaluates weights in any format that gptjax.convert reads.
 """
@@ -143,8 +143,10 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     """
     parser = Parser(__doc__)
     add_model_flags(parser)
-    parser.add_argument("--data", default="", metavar="DIR", help="shards to read; by default those of the run")
-    parser.add_argument("--batches", type=int, default=0, help="global batches to read; 0, the default, means all")
+    parser.add_argument("--data", default="", metavar="DIR", help="The data to read. By default it is the run's.")
+    parser.add_argument(
+        "--batches", type=int, default=0, help="The number of global batches to read. By default all are read."
+    )
     args = parser.parse_strictly(arguments)
     check_model_flags(args)
     if args.model and not args.data and not args.model.startswith("gptjax:"):

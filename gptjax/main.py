@@ -1,4 +1,4 @@
-"""Train GPT-2: python -m gptjax.main --config=configs/quickstart.py [--config.section.field=VALUE ...]
+"""Trains a GPT-2: python -m gptjax.main --config=configs/quickstart.py [--config.section.field=VALUE ...]
 
 Rerun the same command to resume after an interruption. gptjax/config.py lists all config fields.
 """
@@ -55,18 +55,15 @@ def parse_flags(arguments: list[str]) -> tuple[argparse.Namespace, config.Config
         "--workdir",
         default="",
         metavar="DIR",
-        help="directory of the run; by default runs/<name of the file>, or the directory of config.json",
+        help="The directory of the run. By default it is runs/<name of the config>, or the directory of config.json.",
     )
     parser.add_argument(
         "--verbose",
         action="store_true",
         help="Also print the table of parameters, and at the end where the time went.",
     )
-    # For clusters that JAX cannot detect. JAX detects TPU pods and Slurm by itself.
-    parser.add_argument("--coordinator", default="", help="HOST:PORT of process 0, where JAX cannot detect it")
-    parser.add_argument("--num_processes", type=int, default=0, help="with --coordinator: the number of processes")
-    parser.add_argument("--process_id", type=int, default=-1, help="with --coordinator: this process's id, from 0")
-    parser.add_argument("--join_seconds", type=float, default=300, help="timeout for the other processes to join")
+    # Only for clusters that JAX cannot detect: it detects TPU pods and Slurm by itself.
+    distributed.add_process_flags(parser)
     args, overrides = parse_config_flags(parser, arguments)
 
     # From here on a closed stdout is not an error: the output of a run is its work directory.

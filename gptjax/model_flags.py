@@ -6,25 +6,38 @@ import typing
 from gptjax.config import Activation
 from gptjax.errors import ConfigError
 
+ACTIVATIONS = typing.get_args(Activation)
+
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags to a parser."""
-    parser.add_argument("--workdir", default="", metavar="DIR", help="the work directory of a run")
-    parser.add_argument("--step", type=int, help="the step of the checkpoint; by default the newest")
+    parser.add_argument(
+        "--workdir",
+        default="",
+        metavar="DIR",
+        help="The work directory of a run. It has no default: name it, or --model.",
+    )
+    parser.add_argument("--step", type=int, help="The step of the checkpoint. By default it is the newest one.")
     parser.add_argument(
         "--model",
         default="",
         metavar="FORMAT:PATH",
-        help="instead of --workdir, weights in another format: hf:DIR, llmc:FILE, ...",
+        help="Weights to use instead of --workdir, as FORMAT:PATH: hf:DIR, hf:OWNER/NAME, nanogpt:FILE, llmc:FILE, ... "
+        "By default the model of --workdir is used.",
     )
     parser.add_argument(
         "--activation",
         default="",
-        choices=["", *typing.get_args(Activation)],
-        help="of a --model whose file does not store it: gelu_new for nanoGPT from before May 2023",
+        choices=["", *ACTIVATIONS],
+        metavar=f"{{{','.join(ACTIVATIONS)}}}",
+        help="The activation of a --model whose file does not store one: gelu_new for nanoGPT from before May 2023. "
+        "By default it is the one that the format's own program computes today.",
     )
     parser.add_argument(
-        "--tokenizer", default="", help="gpt2, bytes, a file, a directory or hf:OWNER/NAME, instead of the model's"
+        "--tokenizer",
+        default="",
+        metavar="NAME",
+        help="The tokenizer: gpt2, bytes, a file, a directory or hf:OWNER/NAME. By default it is the model's.",
     )
 
 

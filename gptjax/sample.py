@@ -1,4 +1,4 @@
-"""Text from a trained model: `python -m gptjax.sample --workdir=DIR --prompt="Once upon a time"`.
+"""Continues text with a trained model: `gptjax sample --workdir=DIR --prompt="Once upon a time"`.
 
 With `--model=hf:DIR` or `--model=hf:OWNER/NAME` it samples from weights in any format that gptjax.convert reads.
 On a terminal, control characters in the text are printed as escapes like \\x1b, except newlines and tabs. A file or a
@@ -43,21 +43,21 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="TEXT",
-        help="a text to continue; may be repeated; by default the model starts a document",
+        help="A text to continue. The flag may be repeated. By default the model starts a document.",
     )
     parser.add_argument(
         "--prompt_file",
         action="append",
         default=[],
         metavar="FILE",
-        help="a file with one prompt; may be repeated",
+        help="A file that holds one prompt. The flag may be repeated. By default no file is read.",
     )
     for name, (default, meaning) in FLAGS.items():
         parser.add_argument(
             f"--{name}",
             type=type(default),
             default=default,
-            help=f"{meaning}; default {default}",
+            help=meaning,
         )
     args = parser.parse_strictly(arguments)
     check_model_flags(args)

@@ -6,13 +6,13 @@ from gptjax.config import LARGEST_SEED
 from gptjax.errors import ConfigError
 
 FLAGS = {  # name: (default, meaning)
-    "num_samples": (1, "continuations of each prompt"),
-    "max_new_tokens": (200, "most tokens of each continuation"),
-    "temperature": (0.8, "divides the logits; 0 takes the most likely token"),
-    "top_k": (0, "only the k most likely tokens; 0 is off"),
-    "top_p": (1.0, "only the most likely tokens that sum to this probability; 1 is off"),
-    "min_p": (0.0, "only tokens with at least this probability relative to the most likely; 0 is off"),
-    "seed": (0, "seed of the random choices"),
+    "num_samples": (1, "The number of continuations of each prompt."),
+    "max_new_tokens": (200, "The most tokens that each continuation gets."),
+    "temperature": (0.8, "The number that the logits are divided by; 0 takes the most likely token."),
+    "top_k": (0, "Sample from the k most likely tokens only; 0 is off."),
+    "top_p": (1.0, "Sample only from the most likely tokens that sum to this probability; 1 is off."),
+    "min_p": (0.0, "Sample only from tokens with at least this probability relative to the most likely one; 0 is off."),
+    "seed": (0, "The seed of the random choices."),
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 
 import gptjax
 from gptjax import __main__ as commands
-from gptjax import describe
+from gptjax import cli, describe
 from gptjax.config import FIELD_TYPES, from_dict
 from gptjax.errors import ConfigError
 from tests.helpers import raises
@@ -33,6 +34,31 @@ def test_every_subcommand_is_listed_and_starts(name, monkeypatch, capsys):
         commands.cli()
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: gptjax {name} ")
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_help_is_sentences_that_name_each_default(name, monkeypatch):
+    parsers = []
+    monkeypatch.setattr(cli.Parser, "print_help", lambda self, file=None: parsers.append(self))
+    monkeypatch.setattr("sys.argv", ["gptjax", name, "--help"])
+    with pytest.raises(SystemExit):
+        commands.cli()
+    (parser,) = parsers
+    assert re.match(r"[A-Z][^`]*[:.]", parser.description), "a sentence first"
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        text = formatter._expand_help(action)
+        assert re.fullmatch(r"[A-Z].*\.", text), text
+        if action.nargs != 0 and not action.required:
+            assert "default" in text, text
+
+
+def test_default_of_zero_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gptjax", "sample", "--help"])
+    with pytest.raises(SystemExit):
+        commands.cli()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "The seed of the random choices. The default is 0." in shown
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])

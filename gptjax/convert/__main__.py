@@ -1,4 +1,4 @@
-"""GPT-2 weights from any common format to any other: `python -m gptjax.convert --from=hf:gpt2 --to=gptjax:runs/gpt2`.
+"""Converts GPT-2 weights between formats: `gptjax convert --from=hf:gpt2 --to=gptjax:runs/gpt2`.
 
 Formats: hf:DIR, hf:OWNER/NAME[@REVISION], gptjax:WORKDIR[@STEP], nanogpt:ckpt.pt, llmc:model.bin, and, read only,
 msgpack:DIR with the old flax_model.msgpack.
@@ -11,17 +11,16 @@ import argparse
 import logging
 import os
 import time
-import typing
 from collections.abc import Iterator
 from typing import Any
 
 from etils import epy
 
 from gptjax.cli import Parser, run_cli
-from gptjax.config import Activation
 from gptjax.convert.model_ref import WRITABLE, ModelRef, parse_model_ref
 from gptjax.convert.staging import refuse_existing, staged
 from gptjax.errors import ConfigError, DataError
+from gptjax.model_flags import ACTIVATIONS
 from gptjax.redaction import say
 from gptjax.workdir import is_bucket
 
@@ -48,64 +47,67 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         dest="source",
         required=True,
         metavar="FORMAT:PATH",
-        help="the model to convert",
+        help="The model to convert.",
     )
     parser.add_argument(
         "--to",
         dest="target",
         default="",
         metavar="FORMAT:PATH",
-        help="where to write the result",
+        help="Where to write the result. By default nothing is written, which needs --dry_run.",
     )
     parser.add_argument(
         "--dtype",
         default="",
         choices=["", "float32", "bfloat16"],
-        help="dtype of exported weights; default: the source's",
+        metavar="{float32,bfloat16}",
+        help="The dtype of exported weights. By default it is the source's.",
     )
     parser.add_argument(
         "--dropout",
         type=float,
         default=None,
-        help="dropout rate of the result; default: the source's",
+        help="The dropout rate of the result. By default it is the source's.",
     )
     parser.add_argument(
         "--tokenizer",
         default="",
-        help="gpt2, bytes, a file, a directory or hf:OWNER/NAME, instead of the source's own",
+        metavar="NAME",
+        help="The tokenizer: gpt2, bytes, a file, a directory or hf:OWNER/NAME. By default it is the source's.",
     )
     parser.add_argument(
         "--activation",
         default="",
-        choices=["", *typing.get_args(Activation)],
-        help="of a source that does not store it: gelu_new for a ckpt.pt of nanoGPT from before May 2023; "
-        "default: what its program computes today",
+        choices=["", *ACTIVATIONS],
+        metavar=f"{{{','.join(ACTIVATIONS)}}}",
+        help="The activation of a source that does not store one: gelu_new for a ckpt.pt of nanoGPT from before May "
+        "2023. By default it is the one that the format's own program computes today.",
     )
     parser.add_argument(
         "--strict",
         action="store_true",
-        help="refuse a target whose program computes another activation than the model's",
+        help="Refuse a target whose program computes another activation than the model's. By default it is a warning.",
     )
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="print the map of tensors and the differences; write nothing",
+        help="Print the map of tensors and the differences, and write nothing.",
     )
     parser.add_argument(
         "--force",
         action="store_true",
-        help="replace an existing output",
+        help="Replace an existing output. By default it is refused.",
     )
     parser.add_argument(
         "--allow_nonfinite",
         action="store_true",
-        help="convert NaN and infinite weights too",
+        help="Convert weights that are NaN or infinite, too. By default they are refused.",
     )
     parser.add_argument(
         "--push",
         default="",
         metavar="OWNER/NAME",
-        help="upload the result of --to=hf:DIR",
+        help="Upload the result of --to=hf:DIR to this repository of the Hub. By default nothing is uploaded.",
     )
     args = parser.parse_strictly(arguments)
     _check_flags(args)

@@ -1,4 +1,4 @@
-"""Documents to token shards: `python -m gptjax.data.prepare --source=stdlib --tokenizer=gpt2 --out=DIR`.
+"""Turns documents into token shards: `gptjax prepare --source=stdlib --tokenizer=gpt2 --out=DIR`.
 
 The work happens in `DIR.partial`, where a journal records how far it has come. If it is killed at any moment, the same
 command continues and produces identical bytes. DIR appears when all is done.
@@ -344,29 +344,36 @@ def _prepare_command(config: DataConfig, path: str) -> str:
 
 def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--source", default="stdlib", help=sources.kinds())
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, bytes, a file, a directory or hf:OWNER/NAME")
+    parser.add_argument("--source", default="stdlib", help=f"The documents: {sources.kinds()}.")
+    parser.add_argument(
+        "--tokenizer",
+        default="gpt2",
+        metavar="NAME",
+        help="The tokenizer: gpt2, bytes, a file, a directory or hf:OWNER/NAME.",
+    )
     parser.add_argument(
         "--out",
         default="",
-        help="the directory to write; by default data/<source>-<tokenizer>",
+        metavar="DIR",
+        help="The directory to write. By default it is data/<source>-<tokenizer>.",
     )
     parser.add_argument(
         "--text_feature",
         default="text",
-        help="the feature of a tfds: source that has the text",
+        metavar="NAME",
+        help="The feature of a tfds: source that holds the text.",
     )
     parser.add_argument(
         "--val_fraction",
         type=float,
         default=VAL_FRACTION,
-        help="the share of documents for validation; 0.0005 for a big corpus",
+        help="The share of documents that is kept for validation. Take 0.0005 for a big corpus.",
     )
-    parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="tokens per shard")
+    parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="The number of tokens per shard.")
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="check every byte of --out instead of writing it",
+        help="Check every byte of --out instead of writing it.",
     )
     return parser.parse_strictly(arguments)
 

@@ -1,7 +1,7 @@
 """Plans a run for hardware that you do not have: memory, communication, time and cost, before you rent anything.
 
-    python -m gptjax.plan --config=configs/gpt2_xl.py --topology=v5e:16x16 --config.mesh.fsdp=64
-    python -m gptjax.plan --config=configs/gpt2_small.py --topology=v5p:4x4x4 --search
+    gptjax plan gpt2_xl --topology=v5e:16x16 --config.mesh.fsdp=64
+    gptjax plan gpt2_small --topology=v5p:4x4x4 --search
 
 The real TPU compiler (pip install 'gptjax[plan]') compiles the real train step; no TPU is needed. A GPU topology, as
 --topology=h100:8 --slices=4 for four nodes of eight, is compiled where 'gptjax[cuda]' is installed, also without a GPU;
@@ -40,36 +40,37 @@ def _make_parser() -> Parser:
         "--topology",
         required=True,
         metavar="KIND:SHAPE",
-        help="v5e:4x4, v5p:4x4x4, h100:8, or local",
+        help="The chips: v5e:4x4, v5p:4x4x4, h100:8, t4:1, ..., or local for those of this machine.",
     )
     parser.add_argument(
         "--slices",
         type=int,
         default=1,
-        help="number of TPU slices, or of GPU nodes, that the network joins",
+        help="The number of TPU slices, or of GPU nodes, that the network joins.",
     )
     parser.add_argument(
         "--target_tokens",
         type=float,
         default=0,
-        help="tokens to train on; by default those of the config's steps",
+        help="The number of tokens to train on. By default it is that of the config's steps.",
     )
     parser.add_argument(
         "--price_per_chip_hour",
         type=float,
         default=0,
-        help="price in your currency, for the cost",
+        help="The price of one chip for one hour, in your currency. By default no cost is printed.",
     )
     parser.add_argument(
         "--search",
         action="store_true",
-        help="rank meshes, micro-batches and remat that fit",
+        help="Rank the meshes, micro-batches and remat policies that fit, and plan the fastest.",
     )
     parser.add_argument(
         "--json",
         default="",
         metavar="FILE",
-        help="also write the report to this file, or an error with its field, value and remedy",
+        help="Also write the report to this file, or the error with its field, value and remedy. By default "
+        "nothing is written.",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""Recomputes one step of a run and reports it: `python -m gptjax.replay --workdir=DIR --step=N`.
+"""Recomputes one step of a run and reports it: `gptjax replay --workdir=DIR --step=N`.
 
 Restores the newest checkpoint before the step, or the initial state, and repeats the run's own train steps from there.
 Shows the rows and documents of update N, the loss of each token, and the gradient's norm by layer and parameter, on the
@@ -49,32 +49,32 @@ def _make_parser() -> Parser:
         "--workdir",
         required=True,
         metavar="DIR",
-        help="the work directory of a run",
+        help="The work directory of a run.",
     )
     parser.add_argument(
         "--step",
         required=True,
         type=int,
         metavar="N",
-        help="the update that makes step N",
+        help="The update to repeat: the one that makes step N.",
     )
     parser.add_argument(
         "--out",
         default="",
         metavar="FILE",
-        help="the HTML file; by default replay-N.html in the work directory",
+        help="The HTML file to write. By default it is replay-N.html in the work directory.",
     )
     parser.add_argument(
         "--rows",
         type=int,
         default=FULL_ROWS,
-        help="number of rows whose text the HTML file has; 0 means all",
+        help="The number of rows whose text the HTML file has; 0 means all.",
     )
     parser.add_argument(
         "--rollbacks",
         type=int,
         default=-1,
-        help="replay the run as it was after this many rollbacks; by default as it is now",
+        help="Replay the run as it was after this many rollbacks. By default it is the run as it is now.",
     )
     return parser
 
