@@ -4,6 +4,7 @@ With `--model=hf:DIR --data=SHARDS` it evaluates weights in any format that gptj
 """
 
 import argparse
+import contextlib
 import dataclasses
 import gzip
 import lzma
@@ -16,8 +17,10 @@ from gptjax.cli import Parser, run_cli
 from gptjax.config import Config, DataConfig
 from gptjax.convert.model_ref import READABLE, parse_model_ref
 from gptjax.errors import ConfigError
+from gptjax.exhaustion import show_bytes
 from gptjax.model_flags import add_model_flags, check_model_flags
-from gptjax.redaction import say
+from gptjax.redaction import print_error, say
+from gptjax.screen import Screen
 
 if TYPE_CHECKING:
     import jax
@@ -42,6 +45,7 @@ def evaluate(
     num_microbatches: int,
     batches: int,
     should_stop: Callable[[], bool] = lambda: False,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """Returns {val_loss (nats per token), val_perplexity, val_bits_per_byte} over a fixed part of the validation split.
 
@@ -54,11 +58,14 @@ def evaluate(
         num_microbatches: A.
         batches: the number of global batches; 0 means all.
         should_stop: called before each batch; if it returns True, the result is {}.
+        on_batch: called before each batch with the number of those before it, and of all.
     """
     available = dataset.num_validation_batches
     sums = []
     pending = None
-    for index in range(min(batches or available, available)):
+    total = min(batches or available, available)
+    for index in range(total):
+        on_batch(index, total)
         if should_stop():
             return {}
         tokens_ABT = dataset.validation_batch(index, sharding=sharding, num_microbatches=num_microbatches)
@@ -81,7 +88,12 @@ def evaluate(
 
 
 def evaluate_run(
-    run: "Run", params: Any, *, batches: int, should_stop: Callable[[], bool] = lambda: False
+    run: "Run",
+    params: Any,
+    *,
+    batches: int,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """Returns the result of `evaluate` for `params` on the validation split of a run, on its mesh."""
     return evaluate(
@@ -93,6 +105,7 @@ def evaluate_run(
         num_microbatches=run.num_microbatches,
         batches=batches,
         should_stop=should_stop,
+        on_batch=on_batch,
     )
 
 
@@ -112,13 +125,14 @@ def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
 
 
 def compare(split: "Split", tokenizer: "Tokenizer") -> str:
-    """Returns a line with the bits per byte of general compressors on the text of `split`, or its first part."""
+    """Returns a sentence with the bits per byte of general compressors on the text of `split`, or its first part."""
     from gptjax.data.dataset import document_text
 
     text = document_text(split, tokenizer, COMPRESSED_BYTES)
     bits_per_byte = compressed_bits_per_byte(text)
-    parts = ", ".join(f"{name} {bits:.3f}" for name, bits in bits_per_byte.items())
-    return f"bits per byte of {len(text):,} bytes of the same text: {parts}"
+    gzip9, xz9 = bits_per_byte.values()
+    what = "the same text" if split.bytes <= COMPRESSED_BYTES else f"its first {show_bytes(COMPRESSED_BYTES)}"
+    return f"gzip -9 compresses {what} to {gzip9:.3f} bits per byte, xz -9 to {xz9:.3f}: a good model needs fewer"
 
 
 def count_sequences(dataset: "Dataset", batches: int) -> int:
@@ -169,7 +183,13 @@ def main(arguments: list[str]) -> None:
     args = parse_flags(arguments)
     distributed.start_jax()
     run, params, name = load_run(args)
-    result = evaluate_run(run, params, batches=args.batches)
+    with contextlib.closing(Screen(print_error, stderr=True)) as screen:
+        result = evaluate_run(
+            run,
+            params,
+            batches=args.batches,
+            on_batch=lambda done, total: screen.show_work("evaluating", done, total),
+        )
     say(f"{name}: {describe(result, count_sequences(run.validation_data, args.batches))}")
     say(compare(run.validation_data.split, run.tokenizer))
 

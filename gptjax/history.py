@@ -32,6 +32,8 @@ class History:
     skipped_steps: int = 0  # non-finite updates that train.nan_policy=skip discarded
     nonfinite_in_a_row: int = 0
     validated: int = -1  # the step of the last evaluation
+    loss_sum: float = 0.0  # of the updates since the last logged row, so that a resume logs the same mean
+    loss_count: int = 0
     recent: Recent = dataclasses.field(default_factory=dict)  # see divergence.py
     rollbacks: int = 0
     skipped_ranges: tuple[SkippedRange, ...] = ()
@@ -47,6 +49,19 @@ class History:
         for name in ("recent", "seconds"):
             copy = dict(getattr(self, name))  # the caller may still change its own
             object.__setattr__(self, name, types.MappingProxyType(copy))
+
+    def with_loss(self, loss: float) -> "History":
+        """Returns the history with one more loss in the sum."""
+        return dataclasses.replace(self, loss_sum=self.loss_sum + loss, loss_count=self.loss_count + 1)
+
+    def without_losses(self) -> "History":
+        """Returns the history after a row was logged."""
+        return dataclasses.replace(self, loss_sum=0.0, loss_count=0)
+
+    @property
+    def loss_mean(self) -> float:
+        """The mean of the losses in the sum; nan if there is none."""
+        return self.loss_sum / self.loss_count if self.loss_count else math.nan
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as JSON values: lists for tuples, dicts for dataclasses."""
@@ -128,6 +143,8 @@ _IS_VALID = {
     "skipped_steps": _is_count,
     "nonfinite_in_a_row": _is_count,
     "validated": _is_validated,
+    "loss_sum": _is_number,
+    "loss_count": _is_count,
     "recent": _are_recent,
     "rollbacks": _is_count,
     "skipped_ranges": _are_ranges,

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 from gptjax.config import Config
 from gptjax.errors import install
+from gptjax.log_tags import tagged
 from gptjax.redaction import shown
 from gptjax.strict_json import InvalidTextError, parse_json
 from gptjax.workdir import LARGEST_FILE, METRICS_FILE, TENSORBOARD, is_at, open_file, open_regular
@@ -196,9 +197,9 @@ class _Events:
 
     def write(self, row: dict[str, Any]) -> None:
         values = []
-        for name, value in row.items():
+        for name, value in tagged(row).items():
             # A row of an earlier log can have any keys and values.
-            if name != "step" and name.isascii() and _is_plottable(value):
+            if name.isascii() and _is_plottable(value):
                 values.append(self._summary.Value(tag=name, simple_value=value))
         self._append(step=row["step"], summary=self._summary(value=values))
 
@@ -285,7 +286,7 @@ class _Tracker:
                 id=_run_id(directory),
             )
             while self._is_on and (row := self._rows.get()) is not None:
-                run.log(row, step=row["step"])
+                run.log(tagged(row), step=row["step"])
             run.finish()
         except ModuleNotFoundError as error:
             self._turn_off(f"{error.name} is not installed; {install('wandb')}")

@@ -20,7 +20,7 @@ from gptjax.errors import WorkdirError
 from gptjax.goodput import Stopwatch, duration
 from gptjax.history import History
 from gptjax.identity import Identity
-from gptjax.metrics import Reporter
+from gptjax.metrics import Reporter, is_logged
 from gptjax.periodic import validate, write_samples
 from gptjax.setup import Run, write_files
 from gptjax.signals import Watchdog, fault_point
@@ -119,6 +119,7 @@ class Loop:
         if tools.stop_vote.stopping and self._saved != self._step:
             self._save({})
         # The last save runs in the background. Nothing donates its state any more, so it can be retried.
+        self._reporter.screen.show_work("saving")
         tools.checkpointer.wait_until_finished()
         tools.watch.lap("checkpoint")
         return self._end()
@@ -132,6 +133,8 @@ class Loop:
         # The trace is of a dispatch, which may be of several steps.
         is_traced = self._step <= train.profile_step < self._step + train.steps_per_dispatch
         is_first = not self._compiled
+        if is_first:
+            self._reporter.screen.show_work("compiling the train step")
         with profiled(is_traced, tools.directory):
             called = time.perf_counter()
             # Returns as soon as the step is compiled and enqueued. It donates the state.
@@ -145,6 +148,7 @@ class Loop:
                 jax.block_until_ready(metrics)
         if is_first:
             tools.watch.lap("compile")
+            self._reporter.screen.show_work("")
         self._step += train.steps_per_dispatch
         # Lets the threads read the next batches. `get` does not: on a busy CPU they would delay the dispatch.
         self._prefetcher.start(self._step)
@@ -227,6 +231,7 @@ class Loop:
         result: of this step's evaluation, {} if there was none.
         """
         self._drain_pending()  # a diverged state must not be saved
+        self._reporter.screen.show_work("saving")
         run = self._run
         tools = self._tools
         self._renew_workdir()
@@ -254,6 +259,7 @@ class Loop:
         if jax.process_index() == 0:
             store_logs(tools.directory, str(tools.workdir))
         tools.watch.lap("checkpoint")
+        self._reporter.screen.show_work("")
         fault_point("save")
         self._saved = self._step
 
@@ -355,5 +361,10 @@ def process_metrics(
         history = verdict.history
         if verdict.action == "skip":
             log.warning("step %d: %s: update skipped (%d so far)", step, verdict.why, history.skipped_steps)
+        else:
+            history = history.with_loss(row["loss"])
+        row = {"loss": row.pop("loss"), "loss_mean": history.loss_mean, **row}
         reporter.report_step(step, row, skipped=history.skipped_steps)
+        if is_logged(step, run.config.train):
+            history = history.without_losses()
     return history

@@ -1,15 +1,14 @@
-"""Reports steps, evaluations and samples of a run: to its log files, and as a progress line on the screen."""
+"""Reports steps, evaluations and samples of a run: to its log files and on the screen."""
 
 import logging
 import math
 import pathlib
-import sys
-from typing import Any
 
 from gptjax import goodput
-from gptjax.config import Config
+from gptjax.config import Config, TrainConfig
 from gptjax.goodput import Stopwatch, duration
 from gptjax.logs import GrowingFile, RunLog
+from gptjax.screen import Screen
 from gptjax.workdir import SAMPLES_FILE
 
 log = logging.getLogger("gptjax")
@@ -18,7 +17,7 @@ log = logging.getLogger("gptjax")
 class Reporter:
     """Reports a run's steps, evaluations and samples in its log files and on the screen; close it.
 
-    On a terminal one progress line is updated in place; elsewhere each report is a line of its own.
+    Each report is a line. On a terminal a bar below the lines shows how far the run is.
     """
 
     def __init__(
@@ -55,21 +54,24 @@ class Reporter:
         if not compiled:
             self._since += config.train.steps_per_dispatch
         self._samples: GrowingFile | None = None  # opened by the first sample
-        self._live = _start_live()
+        self.screen = Screen(log.info, step=resumed_from, num_steps=config.train.num_steps)
 
     def report_step(self, step: int, row: dict[str, float], *, skipped: int) -> None:
-        """Reports the metrics `row` of one step, every train.log_every steps and at the last one.
+        """Reports the metrics `row` of one step, if it is one that `is_logged`.
 
         skipped: the number of updates that train.nan_policy=skip has discarded so far.
         """
-        is_last = step == self._train.num_steps
-        if step % self._train.log_every and not is_last:
+        if not is_logged(step, self._train):
+            self.screen.advance(step)
             return
-        row = {"step": step, **row, **self._throughput(step)}
+        tokens_seen = step * self._tokens_per_step
+        row = {"step": step, **row, "tokens_seen": tokens_seen, **self._throughput(step)}
+        self.screen.advance(step, row["step_seconds"])
         counts = {"skipped_steps": skipped, "rollbacks": self._rollbacks}
         nonzero = {name: count for name, count in counts.items() if count}
         self._log.write(row | nonzero | self._account(step))
-        self._show_line(step_line(row, self._train.num_steps))
+        num_steps = 0 if self.screen.is_live else self._train.num_steps
+        log.info("%s", step_line(row, num_steps))
 
     def _throughput(self, step: int) -> dict[str, float]:
         """Returns throughput, MFU and data wait since the previous report; nan where nothing was timed."""
@@ -104,7 +106,7 @@ class Reporter:
         # The file already has the row if a preemption came right after it: the evaluation then ran twice.
         if step > self._log.last_validation:
             self._log.write({"step": step, **result})
-        line = "step %d  validation loss %.4f  perplexity %.2f  bits per byte %.3f  on %d sequences"
+        line = "step %d  val loss %.4f  perplexity %.2f  bits per byte %.3f  %d sequences"
         log.info(line, step, *result.values(), sequences)
 
     def report_sample(self, step: int, text: str) -> None:
@@ -115,12 +117,6 @@ class Reporter:
         self._samples.write(f"--- step {step}\n{text}\n".encode())
         log.info("step %d  sample:\n%s", step, text)
 
-    def _show_line(self, line: str) -> None:
-        if self._live is None:
-            log.info("%s", line)
-        else:
-            self._live.update(line)
-
     def sync(self) -> None:
         """Flushes the metrics to disk; files that were removed are re-created."""
         self._log.sync()
@@ -128,20 +124,26 @@ class Reporter:
             self._samples.renew()
 
     def close(self) -> None:
-        """Ends the progress line, and closes the logs."""
-        if self._live is not None:
-            self._live.stop()
-            _follow_stdout()  # rich restores stdout
+        """Removes the bar, and closes the logs."""
+        self.screen.close()
         if self._samples is not None:
             self._samples.close()
         self._log.close()
 
 
+def is_logged(step: int, train: TrainConfig) -> bool:
+    """Returns whether a step has a row in the logs: every train.log_every steps, and the last one."""
+    return step % train.log_every == 0 or step == train.num_steps
+
+
 def step_line(row: dict[str, float], num_steps: int) -> str:
-    """Returns a step's metrics as one line."""
+    """Returns a step's metrics as one line. Its loss is the mean over the updates since the last line.
+
+    num_steps: 0 where a bar shows progress and ETA, so that the line fits into 80 columns.
+    """
     parts = [
-        f"step {row['step']}/{num_steps}",
-        f"loss {row['loss']:.4f}",
+        f"step {row['step']}/{num_steps}" if num_steps else f"step {row['step']}",
+        f"loss {row['loss_mean']:.4f}",
         f"lr {row['lr']:.2e}",
         f"grad {row['grad_norm']:.2f}",
     ]
@@ -151,30 +153,14 @@ def step_line(row: dict[str, float], num_steps: int) -> str:
         parts += [
             f"{row['tokens_per_second']:,.0f} tokens/s",
             f"mfu {_percent(row['mfu'])}",
-            f"{duration(row['step_seconds'])}/step",
-            f"wait {_percent(row['data_wait'])}",
-            f"eta {duration(seconds_left)}",
         ]
+        if num_steps:
+            parts += [
+                f"{duration(row['step_seconds'])}/step",
+                f"wait {_percent(row['data_wait'])}",
+                f"eta {duration(seconds_left)}",
+            ]
     return "  ".join(parts)
-
-
-def _start_live() -> Any:
-    """Returns a progress line at the bottom of the terminal, below the log lines; None without a terminal."""
-    if not sys.stdout.isatty():
-        return None
-    from rich.live import Live  # slow to import
-
-    live = Live(refresh_per_second=4, redirect_stdout=True)
-    live.start()
-    _follow_stdout()
-    return live
-
-
-def _follow_stdout() -> None:
-    """Redirects log handlers to the current stdout: rich replaces it while the progress line is shown."""
-    for handler in log.handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stdout)
 
 
 def _percent(share: float | None) -> str:

@@ -18,7 +18,12 @@ def validate(
 ) -> dict[str, float]:
     """Evaluates `params`, reports the result and returns it; {} if `should_stop` interrupted the evaluation."""
     batches = run.config.train.eval_batches
-    result = evaluate_run(run, params, batches=batches, should_stop=should_stop)
+
+    def on_batch(done: int, total: int) -> None:
+        reporter.screen.show_work("evaluating", done, total)
+
+    result = evaluate_run(run, params, batches=batches, should_stop=should_stop, on_batch=on_batch)
+    reporter.screen.show_work("")
     if result:
         reporter.report_validation(step, result, sequences=count_sequences(run.validation_data, batches))
     reporter.watch.lap("evaluation")
@@ -31,6 +36,7 @@ class SamplingInterruptedError(Exception):
 
 def write_samples(run: Run, params: PyTree, reporter: Reporter, *, step: int, should_stop: Callable[[], bool]) -> None:
     """Writes a sample of the model to the log and to samples.txt; a shorter one if `should_stop` interrupts it."""
+    reporter.screen.show_work("sampling")
     prompt = run.tokenizer.encode(run.config.train.sample_prompt)
     ids: list[int] = []
 
@@ -51,6 +57,7 @@ def write_samples(run: Run, params: PyTree, reporter: Reporter, *, step: int, sh
             seed=step,  # so that a resumed run writes the same samples
             on_token=append,
         )
+    reporter.screen.show_work("")
     text = run.config.train.sample_prompt + run.tokenizer.decode(ids)
     reporter.report_sample(step, text)
     reporter.watch.lap("sampling")

@@ -2,11 +2,14 @@
 
 import os
 import shlex
+import textwrap
 from collections.abc import Mapping
 
 from gptjax.evaluate import COMPRESSED_BYTES, compare, count_sequences, describe
 from gptjax.goodput import duration
 from gptjax.setup import Run
+
+COLUMNS = 80
 
 
 def summarize(
@@ -17,21 +20,34 @@ def summarize(
     spent: seconds by kind since the first start.
     result: of the last evaluation; {} if an earlier process made it.
     """
-    lines = [f"done: {step:,} steps in {duration(sum(spent.values()))}"]
+    reached = []
     batches = run.config.train.eval_batches
     split = run.validation_data.split
     if result:
-        lines.append(f"  {describe(result, count_sequences(run.validation_data, batches))}")
+        reached.append(describe(result, count_sequences(run.validation_data, batches)))
         # Compared only if both the model and the compressors get the whole validation text.
         if not batches and split.bytes <= COMPRESSED_BYTES:
-            lines.append(f"  {compare(split, run.tokenizer)}")
+            reached.append(compare(split, run.tokenizer))
     here = os.path.join(os.getcwd(), "")
     place = shlex.quote(workdir.removeprefix(here))
     prompt = shlex.quote(run.config.train.sample_prompt or "The ")
+    reached.append(f"everything is in {place}: checkpoints/, metrics.jsonl, config.json")
     return [
-        *lines,
-        f"  everything is in {place}: checkpoints/, metrics.jsonl, config.json",
+        f"done: {step:,} steps in {duration(sum(spent.values()))}",
+        *(line for sentence in reached for line in _wrap(sentence)),
         "next:",
         f"  python -m gptjax sample --workdir={place} --prompt={prompt}",
         f"  python -m gptjax evaluate --workdir={place}",
     ]
+
+
+def _wrap(sentence: str) -> list[str]:
+    """Returns a sentence as indented lines that fit a terminal; a path is not broken."""
+    return textwrap.wrap(
+        sentence,
+        width=COLUMNS,
+        initial_indent="  ",
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

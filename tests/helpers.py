@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import pathlib
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,3 +99,12 @@ def raises(
     assert (error.field, error.value) == (field, value), str(error)
     assert error.exit_code == kind.exit_code
     assert remedy is None or (remedy in error.remedy if remedy else not error.remedy), error.remedy
+
+
+def fake_reporter(**methods: Any) -> Any:
+    """Returns what periodic.py needs of a Reporter, with these methods."""
+    return types.SimpleNamespace(
+        watch=types.SimpleNamespace(lap=lambda kind: None),
+        screen=types.SimpleNamespace(show_work=lambda *of: None),
+        **methods,
+    )

@@ -56,9 +56,10 @@ LAYERS = """
     convert.files  convert.staging
     redaction  workdir  streams
     plan.hlo_kernels  plan.traffic
+    screen
     convert.transfer  plan.hlo  goodput  convert.byte_level
     config_files
-    config_values
+    config_values  log_tags
     errors  exhaustion  former_names  gpu_memory  history  documents  versions  strict_json
 """
 # Where a process starts, and its loop: only these use RUNTIME, the modules of processes and of their command lines.

@@ -126,7 +126,7 @@ def test_w3_tensorboard_files_are_kept_without_repeated_steps(tmp_path, monkeypa
     assert first.read_bytes() == content
     assert first == min((tmp_path / "tensorboard").iterdir())
     assert len(list((tmp_path / "tensorboard").iterdir())) == 3
-    assert event_steps(tmp_path, "loss") == list(range(1, 11))
+    assert event_steps(tmp_path, "train/loss") == list(range(1, 11))
     assert [row["step"] for row in logs.parse_rows((tmp_path / "metrics.jsonl").read_bytes())] == list(range(1, 11))
 
 
@@ -134,7 +134,7 @@ def test_w3_tensorboard_files_are_kept_without_repeated_steps(tmp_path, monkeypa
 def test_w3_empty_tensorboard_is_filled_from_the_log(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 2.0}\n{"step": 3}\n')
     start_log(tmp_path, 2, [3])
-    assert event_steps(tmp_path, "loss") == [1, 2, 3]
+    assert event_steps(tmp_path, "train/loss") == [1, 2, 3]
 
 
 def test_long_log_is_thinned_but_keeps_validations(tmp_path, monkeypatch):

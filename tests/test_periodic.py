@@ -9,7 +9,7 @@ from gptjax.compute import ResolvedCompute
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.model import GPT
 from gptjax.periodic import write_samples
-from tests.helpers import tiny
+from tests.helpers import fake_reporter, tiny
 
 
 def test_a_sample_has_no_ids_beyond_the_tokenizer(monkeypatch):
@@ -19,9 +19,7 @@ def test_a_sample_has_no_ids_beyond_the_tokenizer(monkeypatch):
     params["ln_f"]["bias"] = jnp.ones(16)
     params["wte"]["embedding"] = params["wte"]["embedding"].at[280].set(10.0).at[65].set(5.0)
     written = []
-    reporter = types.SimpleNamespace(
-        watch=types.SimpleNamespace(lap=lambda kind: None), report_sample=lambda step, text: written.append(text)
-    )
+    reporter = fake_reporter(report_sample=lambda step, text: written.append(text))
     config = types.SimpleNamespace(train=types.SimpleNamespace(sample_prompt="x"))
     run = types.SimpleNamespace(model=model, tokenizer=tokenizer, config=config)
     write_samples(run, params, reporter, step=5, should_stop=lambda: False)

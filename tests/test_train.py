@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import math
 import re
+import shutil
 import threading
 import time
 
@@ -122,10 +123,11 @@ def test_evaluation_is_due_unless_that_step_was_validated(step, validated, eval_
 
 class Recorder:
     def __init__(self):
-        self.steps, self.watch = [], Stopwatch()
+        self.steps, self.means, self.watch = [], [], Stopwatch()
 
     def report_step(self, step, row, *, skipped):
         self.steps.append((step, row["loss"], skipped))
+        self.means.append(row["loss_mean"])
 
 
 class Rows:
@@ -140,12 +142,41 @@ class FakeRun:
 
 
 def test_a_dispatch_of_several_steps_is_reported_step_by_step():
-    run, reporter = FakeRun(Config(train=TrainConfig(steps_per_dispatch=3, nan_policy="skip"))), Recorder()
+    train = TrainConfig(steps_per_dispatch=3, nan_policy="skip", log_every=8)
+    run, reporter = FakeRun(Config(train=train)), Recorder()
     metrics = {"loss": [3.0, math.nan, 2.0], "grad_norm": [1.0, 1.0, 1.0], "finite": [1.0, 0.0, 1.0]}
     after = process_metrics(run, reporter, History(), end=9, metrics=metrics, last_saved=6, workdir="runs/x")
     assert [step for step, _, _ in reporter.steps] == [7, 8, 9]
     assert [skipped for _, _, skipped in reporter.steps] == [0, 1, 1]
-    assert after == History(skipped_steps=1, recent={"loss": (3.0, 2.0), "grad_norm": (1.0, 1.0)})
+    recent = {"loss": (3.0, 2.0), "grad_norm": (1.0, 1.0)}
+    assert after == History(skipped_steps=1, recent=recent, loss_sum=2.0, loss_count=1), "a row was logged at step 8"
+    assert reporter.means == [3.0, 3.0, 2.0], "an update that was skipped has no part in the mean"
+
+
+def test_mean_loss_of_an_interval_without_updates_is_nan():
+    run, reporter = FakeRun(Config(train=TrainConfig(nan_policy="skip"))), Recorder()
+    metrics = {"loss": [math.nan], "grad_norm": [1.0], "finite": [0.0]}
+    process_metrics(run, reporter, History(), end=9, metrics=metrics, last_saved=6, workdir="runs/x")
+    assert math.isnan(reporter.means[0])
+
+
+@pytest.mark.parametrize("log_every", [3, 100])
+def test_resumed_run_logs_the_same_mean_losses(train_here, tmp_path, log_every):
+    """Also when the interval of a row began before the checkpoint, here of step 4."""
+    every = {"num_steps": 8, "eval_every": 0, "log_every": log_every}
+    assert train_here(tmp_path / "run", train=every | {"log_every": 1}) == 0
+    single = {row["step"]: row["loss"] for row in rows(tmp_path / "run") if "loss" in row}
+    assert train_here(tmp_path / "whole", train=every) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed/checkpoints/8")
+    assert train_here(tmp_path / "resumed", train=every) == 0
+    whole, resumed = ([row for row in rows(tmp_path / name) if "loss" in row] for name in ("whole", "resumed"))
+    assert [row["loss_mean"] for row in resumed] == [row["loss_mean"] for row in whole]
+    first = 1
+    for row in whole:
+        window = [single[step] for step in range(first, row["step"] + 1)]
+        assert row["loss_mean"] == pytest.approx(math.fsum(window) / len(window), rel=1e-12)
+        first = row["step"] + 1
 
 
 def test_divergence_error_names_step_and_resume_command():

@@ -113,7 +113,7 @@ def test_d1_full_disk_ends_the_run_after_three_failed_saves(kind, lab, twin, lon
         assert "resumed from step 4" in said
         assert 1 <= said.count("checkpoint save failed, training continues: ") <= 2
         assert losses(workdir) == losses(long_twin)
-        assert event_steps(workdir, "loss") == list(losses(long_twin))
+        assert event_steps(workdir, "train/loss") == list(losses(long_twin))
         assert temporary_directories(workdir) == []
         assert restored_bytes(workdir, tiny_run.abstract_state) == restored_bytes(long_twin, tiny_run.abstract_state)
 

@@ -34,8 +34,8 @@ def assert_equals_twin(workdir, twin, tiny_run):
     assert losses(workdir) == losses(twin)
     assert validations(workdir) == validations(twin)
     assert len(rows(workdir)) == len(losses(twin)) + len(validations(twin)), "there are other lines"
-    assert event_steps(workdir, "loss") == list(losses(twin))
-    assert event_steps(workdir, "val_loss") == list(validations(twin))
+    assert event_steps(workdir, "train/loss") == list(losses(twin))
+    assert event_steps(workdir, "eval/loss") == list(validations(twin))
     assert temporary_directories(workdir) == []
     abstract = tiny_run.abstract_state
     assert restored_bytes(workdir, abstract) == restored_bytes(twin, abstract)

@@ -4,12 +4,12 @@ import shutil
 import signal
 import sys
 import time
-import types
 
 import pytest
 
 from gptjax.distributed import StopVote
 from gptjax.periodic import TOKENS_BETWEEN_STOP_CHECKS, write_samples
+from tests.helpers import fake_reporter
 from tests.runs import (
     PREEMPTED,
     checkpoint_steps,
@@ -111,9 +111,7 @@ def test_t1_a_sample_is_cut_short(tiny_run):
         looks.append(len(looks))
         return len(looks) == 3
 
-    reporter = types.SimpleNamespace(
-        watch=types.SimpleNamespace(lap=lambda kind: None), report_sample=lambda step, text: told.append((step, text))
-    )
+    reporter = fake_reporter(report_sample=lambda step, text: told.append((step, text)))
     write_samples(tiny_run, tiny_run.init().params, reporter, step=12, should_stop=stop)
     [(step, text)] = told
     assert step == 12

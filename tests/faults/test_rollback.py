@@ -119,7 +119,7 @@ def test_g3_rollback_restores_a_checkpoint_and_skips_the_data(
     assert losses(workdir) == expected
     assert restored_bytes(workdir, tiny_run.abstract_state) == (100, state)
     assert expected[81] != without(0, 0)[1][81], "data that make no difference test nothing"
-    assert event_steps(workdir, "loss") == list(range(1, 101))
+    assert event_steps(workdir, "train/loss") == list(range(1, 101))
     assert [row.get("rollbacks", 0) for row in rows(workdir) if "loss" in row] == [0] * 80 + [1] * 20
     assert ranges_of(workdir, 80) == []
     assert ranges_of(workdir, 100) == [(1, 80, 11, 91)]
@@ -340,7 +340,7 @@ def assert_equal(workdir, twin, abstract):
     assert validations(workdir) == validations(twin)
     assert list(losses(workdir)) == list(range(1, 121))
     assert [row.get("rollbacks") for row in rows(workdir)] == [row.get("rollbacks") for row in rows(twin)]
-    assert event_steps(workdir, "loss") == list(range(1, 121))
+    assert event_steps(workdir, "train/loss") == list(range(1, 121))
     assert restored_bytes(workdir, abstract) == restored_bytes(twin, abstract)
     assert ranges_of(workdir, 120) == ranges_of(twin, 120) == [(1, 80, 11, 91)]
     assert history_of(workdir, 120)["recent"] == history_of(twin, 120)["recent"]
@@ -407,7 +407,7 @@ def test_goodput_is_logged_and_counts_lost_work(lab, rolled, spiky_data, tmp_pat
     assert row["seconds/lost"] > 0
     assert row["seconds/rollback"] > 0
     assert 0 < row["goodput"] < 1
-    assert event_steps(rolled, "goodput") == list(range(20, 121, 20))
+    assert event_steps(rolled, "time/goodput") == list(range(20, 121, 20))
     workdir = copy_until(rolled, tmp_path / "run", 40)
     with lab.start(workdir, *REAL, f"data.path={spiky_data}", GPTJAX_FAULT="step:15:kill") as process:
         assert process.wait(timeout=SECONDS) == -9

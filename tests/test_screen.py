@@ -1,0 +1,144 @@
+"""What is shown while a command works."""
+
+import io
+import logging
+
+import pytest
+from rich.console import Console
+
+from gptjax import screen
+from gptjax.screen import Screen
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Returns a list whose one number is the time."""
+    now = [100.0]
+    monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Yields a function that makes standard output a terminal of 80 columns, with the log lines, and returns it.
+
+    A function, because pytest sets sys.stdout once more between a fixture and its test.
+    """
+    level = screen.log.level
+
+    def start():
+        stream = Terminal()
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setattr("sys.stdout", stream)
+        monkeypatch.setattr(screen.log, "handlers", [logging.StreamHandler(stream)])
+        screen.log.setLevel(logging.INFO)
+        return stream
+
+    yield start
+    screen.log.setLevel(level)
+
+
+def test_long_work_writes_a_line_every_ten_seconds_without_a_terminal(clock):
+    lines = []
+    shown = Screen(lines.append, num_steps=100)
+    for done in range(20):
+        clock[0] += 4
+        shown.show_work("evaluating", done, 20)
+    assert lines == [f"evaluating {done}/20" for done in (3, 6, 9, 12, 15, 18)]
+    shown.show_work("")
+    clock[0] += 60
+    shown.show_work("evaluating", 0, 20)
+    clock[0] += 9
+    shown.show_work("evaluating", 19, 20)
+    assert len(lines) == 6, "the second evaluation was short"
+    assert not shown.is_live
+
+
+def test_bar_counts_down_between_steps_but_not_during_other_work(clock):
+    shown = Screen(print, step=100, num_steps=1000)
+    assert shown.line() == "100/1,000  10%"
+    shown.advance(400, 0.5)
+    assert shown.line() == "400/1,000  40%  eta 5m00s"
+    clock[0] += 0.4
+    assert shown.line().endswith("eta 4m59s") or shown.line().endswith("eta 5m00s")
+    shown.show_work("evaluating", 7, 20)
+    clock[0] += 1000
+    assert shown.line() == "400/1,000  40%  eta 5m00s  evaluating 7/20"
+    shown.show_work("")
+    shown.advance(1000)
+    assert shown.line() == "1,000/1,000  100%  eta 0s"
+
+
+def test_first_eta_comes_from_the_first_steps(clock):
+    shown = Screen(print, num_steps=1000)
+    shown.advance(100)
+    assert "eta" not in shown.line()
+    clock[0] += 6
+    shown.advance(102)
+    assert shown.line() == "102/1,000  10%  eta 44m54s"
+    shown.advance(200, 1.0)
+    clock[0] += 9
+    shown.advance(201)
+    assert shown.line() == "201/1,000  20%  eta 13m19s", "a measured step counts from then on"
+
+
+@pytest.mark.parametrize("width", [80, 40])
+def test_bar_is_one_line_of_the_terminal(width):
+    shown = Screen(print, step=123_456, num_steps=600_000)
+    shown.advance(123_456, 12.3)
+    shown.show_work("compiling the train step")
+    out = io.StringIO()
+    Console(file=out, width=width, force_terminal=True, color_system=None).print(shown)
+    (line,) = out.getvalue().splitlines()
+    assert len(line) <= width
+    assert "123,456/600,000" in line or width < 80
+    shown.show_work("evaluating", 1234, 1953)
+    out = io.StringIO()
+    Console(file=out, width=80, force_terminal=True, color_system=None).print(shown)
+    assert out.getvalue().rstrip().endswith("evaluating 1,234/1,953"), "nothing is cut off"
+
+
+def test_bar_disappears_and_lines_stay_on_a_terminal(terminal):
+    stream = terminal()
+    shown = Screen(print, num_steps=40)
+    assert shown.is_live
+    shown.show_work("evaluating", 7, 20)
+    screen.log.info("step 10")
+    shown._live.refresh()
+    assert "evaluating 7/20" in stream.getvalue()
+    shown.close()
+    rest = stream.getvalue().rpartition("evaluating 7/20")[2]
+    assert "\x1b[2K" in rest, "the line of the bar is erased"
+    assert "step 10\n" in stream.getvalue()
+    assert screen.log.handlers[0].stream is stream
+    assert not shown.is_live
+
+
+def test_bar_is_left_out_where_nobody_asked_for_lines(terminal, monkeypatch):
+    """As in a Python session on a terminal."""
+    stream = terminal()
+    screen.log.setLevel(logging.WARNING)
+    assert not Screen(print, num_steps=40).is_live
+    screen.log.setLevel(logging.INFO)
+    monkeypatch.setattr(screen.log, "handlers", [])
+    assert not Screen(print, num_steps=40).is_live
+    assert stream.getvalue() == ""
+
+
+def test_log_lines_follow_a_replaced_stdout(monkeypatch: pytest.MonkeyPatch):
+    """Above the bar, not into it."""
+    before, now = io.StringIO(), io.StringIO()
+    handler = logging.StreamHandler(before)
+    monkeypatch.setattr(screen.log, "handlers", [handler])
+    monkeypatch.setattr(screen.log, "level", logging.INFO)
+    monkeypatch.setattr("sys.stdout", now)
+    handler.handle(logging.makeLogRecord({"msg": "first"}))
+    screen._follow_stdout()
+    handler.handle(logging.makeLogRecord({"msg": "second"}))
+    assert (before.getvalue(), now.getvalue()) == ("first\n", "second\n")
