@@ -1,4 +1,4 @@
-.PHONY: check test quick lint bench soak
+.PHONY: check test quick lint bench soak notebooks
 
 check:  ## everything that CI runs, in fresh environments
 	bash .ci/run
@@ -11,6 +11,9 @@ quick:  ## what a change of the model or the step breaks first: under a minute o
 
 lint:
 	ruff check . && ruff format --check . && basedpyright
+
+notebooks:  ## their outputs, from a run of three minutes on 2 cores
+	python notebooks/regenerate.py
 
 soak:  ## hours of faults: kills, flips, fuzz; stop it at any time, it goes on where it was
 	pytest -m sweep

@@ -115,16 +115,19 @@ def _logging(*, verbose: bool) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("absl", "gptjax")]
     levels = [logger.level for logger in loggers]
     absl, own = loggers
+    propagate = own.propagate
     absl.setLevel(logging.CRITICAL)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     if verbose:
         own.addHandler(handler)
         own.setLevel(logging.INFO)
+        own.propagate = False  # in a notebook the root logger prints lines, too
     try:
         yield
     finally:
         own.removeHandler(handler)
+        own.propagate = propagate
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 

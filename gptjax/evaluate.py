@@ -131,8 +131,8 @@ def compare(split: "Split", tokenizer: "Tokenizer") -> str:
     text = document_text(split, tokenizer, COMPRESSED_BYTES)
     bits_per_byte = compressed_bits_per_byte(text)
     gzip9, xz9 = bits_per_byte.values()
-    what = "the same text" if split.bytes <= COMPRESSED_BYTES else f"its first {show_bytes(COMPRESSED_BYTES)}"
-    return f"gzip -9 compresses {what} to {gzip9:.3f} bits per byte, xz -9 to {xz9:.3f}: a good model needs fewer"
+    what = "this text" if split.bytes <= COMPRESSED_BYTES else f"its first {show_bytes(COMPRESSED_BYTES)}"
+    return f"gzip -9 needs {gzip9:.3f} bits per byte for {what}, xz -9 {xz9:.3f}; fewer is better"
 
 
 def count_sequences(dataset: "Dataset", batches: int) -> int:
@@ -145,7 +145,7 @@ def describe(result: Mapping[str, float], sequences: int) -> str:
     """Returns the result of `evaluate` and its number of sequences as one line."""
     return (
         f"validation loss {result['val_loss']:.4f}, perplexity {result['val_perplexity']:.2f}, "
-        f"{result['val_bits_per_byte']:.3f} bits per byte, on {sequences:,} sequences"
+        f"{result['val_bits_per_byte']:.3f} bits per byte ({sequences:,} sequences)"
     )
 
 

@@ -43,15 +43,16 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the sweeps unless -m names them, and has each worker begin with some of the longest tests.
+    """Leaves out sweeps and notebooks unless -m names them, and has each worker begin with some of the longest tests.
 
     A long test that came last would have all other workers wait. Of n workers of pytest-xdist, each begins with its own
     nth of what was collected.
     """
-    if "sweep" not in config.option.markexpr:
-        sweeps = [item for item in items if item.get_closest_marker("sweep")]
-        items[:] = [item for item in items if item not in sweeps]
-        config.hook.pytest_deselected(items=sweeps)
+    for marker in ("sweep", "notebooks"):
+        if marker not in config.option.markexpr:
+            left_out = [item for item in items if item.get_closest_marker(marker)]
+            items[:] = [item for item in items if item not in left_out]
+            config.hook.pytest_deselected(items=left_out)
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     longest = [item for item in items if item.get_closest_marker("long")]
     others = [item for item in items if item not in longest]

@@ -1,6 +1,8 @@
 """gptjax from Python: training, models and their numbers, and that the process stays the caller's."""
 
+import io
 import json
+import logging
 import math
 import signal
 import subprocess
@@ -92,6 +94,16 @@ def test_training_returns_what_the_log_has(trained):
     assert result.history == rows(workdir)
     assert [row["step"] for row in result.history if "loss" in row] == [1, 2, 3, 4]
     assert result.val_loss == rows(workdir)[-1]["val_loss"]
+
+
+def test_verbose_training_prints_each_line_once(trained, lab, monkeypatch, capsys):
+    """Also in a notebook, where the root logger has a handler."""
+    root = io.StringIO()
+    monkeypatch.setattr(logging.root, "handlers", [logging.StreamHandler(root)])
+    gptjax.train(config(lab), str(trained[0]), verbose=True)
+    assert capsys.readouterr().out.count("finished at step 4 of 4") == 1
+    assert root.getvalue() == ""
+    assert logging.getLogger("gptjax").propagate
 
 
 def test_run_resumes_in_the_same_process_bit_equal(trained, lab, tmp_path):

@@ -42,7 +42,7 @@ def assert_summary(said, workdir, logged, *, step):
     end = lines.index("next:")
     reached = " ".join(" ".join(lines[1:end]).split())
     assert reached.startswith(f"validation loss {loss:.4f}, perplexity ")
-    assert reached.endswith(f" on 16 sequences everything is in {workdir}: checkpoints/, metrics.jsonl, config.json")
+    assert reached.endswith(f" (16 sequences) everything is in {workdir}: checkpoints/, metrics.jsonl, config.json")
     assert all(len(line) <= 80 or f"{workdir}" in line for line in lines[:end]), "as a terminal is wide"
     assert [line.split()[:5] for line in lines[end + 1 :]] == [
         ["python", "-m", "gptjax", command, f"--workdir={workdir}"] for command in ("sample", "evaluate")
@@ -103,7 +103,7 @@ def test_evaluate_command_gives_the_loss_of_the_run(lab, twin):
     earlier = lab.call([*command, "--step=8"]).stdout
     assert earlier.startswith("step 8: validation loss")
     assert found[1] not in earlier
-    assert "on 16 sequences" in earlier
+    assert "(16 sequences)" in earlier
     named = lab.call([*command[:3], f"--model=gptjax:{twin}@8", "--batches=1"]).stdout
     assert named.startswith(f"gptjax:{twin}@8: validation loss"), "on the run's own data"
 

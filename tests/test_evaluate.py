@@ -66,7 +66,7 @@ def test_compressors_shrink_repetition_but_not_noise():
 
 def test_describe_states_loss_perplexity_and_bits():
     result = {"val_loss": 1.5, "val_perplexity": 4.4817, "val_bits_per_byte": 2.0}
-    expected = "validation loss 1.5000, perplexity 4.48, 2.000 bits per byte, on 1,024 sequences"
+    expected = "validation loss 1.5000, perplexity 4.48, 2.000 bits per byte (1,024 sequences)"
     assert describe(result, 1024) == expected
 
 

@@ -1,0 +1,191 @@
+"""What a notebook does to a runtime of Colab or Kaggle, simulated: none of them has been tried yet."""
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+GPU_RUNTIME = {
+    "jax": "0.11.0",
+    "jaxlib": "0.11.0",
+    "jax-cuda12-plugin": "0.11.0",
+    "jax-cuda12-pjrt": "0.11.0",
+    "nvidia-cublas-cu12": "12.5.3",
+    "flax": "0.11.0",
+    "protobuf": "5.29",
+    "numpy": "2.0.2",
+}
+FAMILY = ["jax-cuda12-pjrt==0.11.0", "jax-cuda12-plugin==0.11.0", "jax==0.11.0", "jaxlib==0.11.0"]
+FAMILY += ["nvidia-cublas-cu12==12.5.3"]
+
+
+def load_hosted():
+    spec = importlib.util.spec_from_file_location("hosted", ROOT / "notebooks/hosted.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hosted = load_hosted()
+
+
+@pytest.mark.parametrize("oldest", ["0.10", "0.11", "0.11.0"])
+def test_jax_of_the_runtime_is_kept_with_its_whole_family(oldest):
+    extras, pins, reason = hosted.choose(oldest, GPU_RUNTIME, "cuda12", ["hub"])
+    assert extras == ["hub"]
+    assert sorted(pins) == sorted(FAMILY)
+    assert reason == "using the runtime's JAX 0.11.0"
+
+
+def test_plugin_of_another_cuda_is_kept_because_it_fits_the_driver():
+    assert hosted.choose("0.10", GPU_RUNTIME, "cuda", [])[0] == []
+
+
+@pytest.mark.parametrize("accelerator", ["cuda", "cuda12", "tpu", ""])
+def test_older_or_missing_jax_is_replaced_for_the_accelerator(accelerator):
+    extras, pins, reason = hosted.choose("0.10", GPU_RUNTIME | {"jax": "0.9.4"}, accelerator, [])
+    assert (extras, pins) == ([accelerator] if accelerator else [], [])
+    assert reason.startswith("the runtime's JAX 0.9.4 is older than 0.10: installing one for ")
+    assert hosted.choose("0.10", {"numpy": "2.0"}, accelerator, ["hub"])[0][0] == "hub"
+
+
+@pytest.mark.parametrize(("accelerator", "package"), [("cuda", "jax-cuda13-plugin"), ("tpu", "libtpu")])
+def test_jax_without_support_for_the_accelerator_gets_it(accelerator, package):
+    plain = {"jax": "0.12.1", "jaxlib": "0.12.1"}
+    extras, pins, reason = hosted.choose("0.10", plain, accelerator, [])
+    assert extras == [accelerator]
+    assert pins == ["jax==0.12.1", "jaxlib==0.12.1"]
+    assert "adding its support" in reason
+    assert hosted.choose("0.10", plain | {package: "1"}, accelerator, [])[0] == []
+
+
+def test_older_protobuf_may_be_updated_and_asks_for_a_restart():
+    _, pins, _ = hosted.choose("0.10", GPU_RUNTIME, "", [])
+    assert not any(pin.startswith("protobuf") for pin in pins)
+    after = GPU_RUNTIME | {"protobuf": "6.31"}
+    assert hosted.changed_in_use(GPU_RUNTIME, after, {"google.protobuf"}) == ["protobuf 5.29, now 6.31"]
+    assert hosted.changed_in_use(GPU_RUNTIME, after, {"numpy"}) == []
+
+
+def test_runtime_with_an_old_python_is_refused():
+    hosted.check_python(">=3.11", (3, 11))
+    with pytest.raises(RuntimeError, match=r"Python 3\.10, and gptjax needs 3\.11: choose a newer runtime"):
+        hosted.check_python(">=3.11", (3, 10))
+
+
+@pytest.mark.parametrize(
+    ("answer", "extra"),
+    [
+        ("550.54.15, 7.5\n", "cuda12"),
+        ("580.65.06, 7.5\n", "cuda"),
+        ("580.65.06, 7.0\n", "cuda12"),
+        ("590.1, 9.0\n580.2, 9.0\n", "cuda"),
+        ("No devices were found\n", ""),
+    ],
+)
+def test_cuda_follows_the_driver_and_the_oldest_gpu(answer, extra):
+    assert hosted.cuda_extra(answer) == extra
+
+
+# The install cell, in a process of its own: its clone is real, its pip is not
+
+FAKE_PIP = """
+import json, os, pathlib, sys
+at = sys.argv.index("--constraint")
+pins = pathlib.Path(sys.argv[at + 1]).read_text().split()
+with open(os.environ["PIP_CALLS"], "a") as calls:
+    calls.write(json.dumps([sys.argv[1:at], pins]) + "\\n")
+sys.exit(os.environ.get("PIP_ANSWER"))
+"""
+
+
+@pytest.fixture
+def runtime(tmp_path, monkeypatch):
+    """Returns a function that runs a notebook's install cell in an empty directory, as on Kaggle."""
+    (tmp_path / "site/pip").mkdir(parents=True)
+    (tmp_path / "site/pip/__init__.py").touch()
+    (tmp_path / "site/pip/__main__.py").write_text(FAKE_PIP)
+    (tmp_path / "working").mkdir()
+    # A bare copy of what git tracks, under the address of the repository.
+    published = tmp_path / "published"
+    subprocess.run(["git", "init", "-q", "-b", "main", published], check=True)
+    for name in ("pyproject.toml", "notebooks/hosted.py"):
+        (published / name).parent.mkdir(exist_ok=True)
+        (published / name).write_bytes((ROOT / name).read_bytes())
+    who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run(["git", "-C", published, "add", "."], check=True)
+    subprocess.run(["git", "-C", published, *who, "commit", "-q", "-m", "all"], check=True)
+
+    def run(name, *, source=published, times=1, **environment):
+        notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
+        [cell] = [cell for cell in notebook["cells"] if cell["id"] == "install"]
+        code = "".join(cell["source"])
+        program = f"for _ in range({times}):\n    exec({code!r}, globals())\nimport os; print('in', os.getcwd())"
+        for variable, value in {
+            "KAGGLE_KERNEL_RUN_TYPE": "Interactive",
+            "GIT_CONFIG_COUNT": "1",
+            "GIT_CONFIG_KEY_0": f"url.file://{source}.insteadOf",
+            "GIT_CONFIG_VALUE_0": "https://github.com/gptjax/gptjax",
+            "PYTHONPATH": str(tmp_path / "site"),
+            "PIP_CALLS": str(tmp_path / "calls"),
+            **environment,
+        }.items():
+            monkeypatch.setenv(variable, value)
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=tmp_path / "working",
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        calls = tmp_path / "calls"
+        return done, [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "extras"), [("quickstart", ""), ("pretrained_gpt2", "[hub]")])
+def test_install_cell_clones_and_installs_once_each_time(runtime, tmp_path, name, extras):
+    done, calls = runtime(name, times=2)
+    assert done.returncode == 0, done.stderr
+    clone = tmp_path / "working/gptjax"
+    assert done.stdout.splitlines()[-1] == f"in {clone}"
+    assert done.stdout.startswith("using the runtime's JAX ")
+    assert len(calls) == 2, "the cell can be run twice"
+    for arguments, pins in calls:
+        assert arguments == ["install", "--quiet", f"{clone}{extras}"]
+        assert any(pin.startswith("jax==") for pin in pins)
+
+
+def test_install_cell_stops_where_the_source_cannot_be_reached(runtime, tmp_path):
+    done, calls = runtime("quickstart", source=tmp_path / "nothere")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()
+    assert any("https://github.com/gptjax/gptjax cannot be reached; turn the internet on" in line for line in last)
+    assert calls == []
+    assert not (tmp_path / "working/gptjax").exists(), "a rerun starts afresh"
+
+
+def test_install_cell_stops_where_pip_fails(runtime):
+    done, _ = runtime("quickstart", PIP_ANSWER="ERROR: ResolutionImpossible")
+    assert done.returncode == 1
+    assert "RuntimeError: pip could not install gptjax. It had to keep jax" in done.stderr
+    assert "ERROR: ResolutionImpossible" in done.stderr
+    assert "\nin " not in done.stdout
+
+
+def test_install_cell_installs_nothing_outside_hosted_runtimes(runtime, tmp_path, monkeypatch):
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    notebook = json.loads((ROOT / "notebooks/quickstart.ipynb").read_text())
+    [cell] = [cell for cell in notebook["cells"] if cell["id"] == "install"]
+    (tmp_path / "notebooks").mkdir()
+    program = "".join(cell["source"]) + "\nprint(os.getcwd())"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path / "notebooks", capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{tmp_path}\n"
