@@ -7,7 +7,7 @@ test:
 	pytest
 
 quick:  ## what a change of the model or the step breaks first: under a minute on 2 cores
-	pytest -q tests/test_model.py tests/test_loss.py tests/test_optim.py tests/test_sharding.py tests/test_step.py tests/test_config.py
+	pytest -q -m "not thorough" tests/test_model.py tests/test_loss.py tests/test_optim.py tests/test_sharding.py tests/test_step.py tests/test_config.py
 
 lint:
 	ruff check . && ruff format --check . && basedpyright

@@ -186,6 +186,7 @@ def compiled_variant(name):
     return str(traced.jaxpr), traced.lower().compile()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "looped"])
 def test_compute_options_do_not_change_loss_or_gradients(name):
     assert {compute.remat for compute in VARIANTS.values()} == {"none", *REMAT_POLICIES}

@@ -191,6 +191,7 @@ def value_and_grad():
     return jit(jax.value_and_grad(loss)), params
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_optimizer_learns(name):
     """Twenty updates on one batch, at a rate that suits the optimizer, take a good part of the loss away."""

@@ -255,7 +255,10 @@ def traffic(text, name):
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in MESHES if name != "1"])
+@pytest.mark.parametrize(
+    "name",
+    ["2x2x2", *(pytest.param(name, marks=pytest.mark.thorough) for name in MESHES if name not in ("1", "2x2x2"))],
+)
 def test_losses_agree_between_meshes(name):
     heads = HEADS.get(name, 2)
     (alone, alone_text), (metrics, text) = train("1", heads=heads), train(name, heads=heads)
@@ -294,6 +297,7 @@ def with_every_option(name, heads):
     return [float(metrics[m]) for m in ("loss", "grad_norm", "tokens")], [float(x) for x in (*sums, size)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["8x1x1", "2x2x2", "1x2x4"])
 def test_loss_options_and_evaluation_agree_between_meshes(name):
     heads = HEADS.get(name, 2)
@@ -322,6 +326,7 @@ def test_no_device_has_logits_or_state_of_others(name):
     assert largest == max(sequences * positions, MODEL["n_embd"]) * columns, "its own logits, or its head"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["8x1x1", "2x4x1", "2x2x2", "1x2x4"])
 def test_dropout_masks_do_not_depend_on_sharding(name):
     heads = HEADS.get(name, 2)
@@ -345,6 +350,7 @@ def token_losses_on(name, heads):
     return np.asarray(losses)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["2x2x2", "1x2x4"])
 def test_each_tokens_loss_agrees_between_meshes(name):
     alone, found = (token_losses_on(where, HEADS.get(name, 2)) for where in ("1", name))
@@ -353,6 +359,7 @@ def test_each_tokens_loss_agrees_between_meshes(name):
     np.testing.assert_allclose(found, alone, rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_sum_in_two_stages_is_the_same_sum():
     (one, one_text), (two, two_text) = train("1x8x1"), train("1x8x1", two_stage_collectives=True)
     in_one, in_two = traffic(one_text, "1x8x1"), traffic(two_text, "1x8x1")

@@ -301,6 +301,7 @@ def gpt_updates(name):
     return state, metrics
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "plain"])
 def test_no_option_changes_the_update(name):
     assert str(traced_gpt_step().jaxpr) != str(traced_gpt_step(**OPTIONS[name]).jaxpr)
@@ -389,6 +390,7 @@ def test_bytes_and_losses_count_the_same_targets(document_mask, targets):
 # The parts of the step that gptjax.replay looks at
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("chunk", [0, 4])
 def test_token_losses_and_gradient_equal_those_of_the_step(chunk):
     """With another dropout mask in each micro-batch, tokens that do not count, at a step that is not the first."""
