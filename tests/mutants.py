@@ -368,7 +368,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "gptjax/workdir.py",
         "lock.remove_made()",
         "pass",
-        "tests/faults/test_bad_config.py tests/faults/test_workdir.py tests/test_workdir.py",
+        "tests/faults/test_streams.py -k b3",
     ),
     Mutant(
         "lost-peer",

@@ -76,12 +76,15 @@ import sys, time
 from gptjax.signals import Watchdog
 with Watchdog(2.0):
     print("started", flush=True)
-    time.sleep(float(sys.argv[1]))
+    for seconds in sys.argv[1:]:
+        time.sleep(float(seconds))
 """
 
 
 def test_stopped_process_is_not_treated_as_hung():
-    with subprocess.Popen([sys.executable, "-c", MONITORED, "1"], stdout=subprocess.PIPE, text=True) as process:
+    # The second wait begins after the stop, so that the watchdog has time to be wrong.
+    command = [sys.executable, "-c", MONITORED, "1", "0.6"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "started\n"
         process.send_signal(signal.SIGSTOP)
         time.sleep(3)
