@@ -23,6 +23,7 @@ NonNegative = Annotated[float, Bounds(0)]
 AtLeastOne = Annotated[float, Bounds(1)]
 Fraction = Annotated[float, Bounds(0, at_most=1)]
 Rate = Annotated[float, Bounds(0, below=1)]
+Share = Annotated[float, Bounds(1e-9, below=1)]
 # Of the MLP, by transformers' names: the tanh form of GELU, which is GPT-2's, or the exact one, which is nanoGPT's.
 Activation = Literal["gelu_new", "gelu"]
 
@@ -80,10 +81,11 @@ class OptimConfig:
 class DataConfig:
     """Where the tokens come from, and how they are grouped into batches."""
 
-    source: str = "stdlib"  # stdlib | tfds:NAME[/CONFIG] | tfds:/DIR | text:PATH | lines:PATH
+    source: str = "stdlib"  # stdlib | text: | lines: | jsonl: | csv: | parquet:PATH | tfds:NAME[/CONFIG] | tfds:/DIR
     path: str = ""  # a directory of shards; '' means data/<source>-<tokenizer>
     tokenizer: str = "gpt2"  # gpt2 | bytes | a saved file | a tokenizer.json or its directory | hf:OWNER/NAME
-    text_feature: str = "text"  # tfds only
+    text_feature: str = "text"  # tfds, jsonl, csv, parquet: the feature, field or column that holds the text
+    val_fraction: Share = 0.05  # the share of the documents that is for validation, where data are prepared
     global_batch_size: Positive = 512  # sequences per update, over all devices and accumulation steps
     seed: Seed = 0  # seed of the order of the sequences
     document_mask: bool = False  # attention and positions restart at each document

@@ -128,7 +128,7 @@ def make_run(config: Config, *, tokenizer: Tokenizer | None = None) -> Run:
     abstract, init = make_init(model, optimizer, mesh=mesh, seed=config.train.seed)
     num_microbatches = choose_num_microbatches(config, compute, mesh, state_bytes=bytes_per_device(abstract))
     # ensure_prepared may write files, so it comes after all checks of the config: a bad config leaves no files behind.
-    directory = ensure_prepared(config.data, tokenizer)
+    directory = ensure_prepared(config.data, tokenizer, window=config.model.block_size + 1)
     train_data = open_dataset(config, directory, "train", tokenizer=tokenizer)
     validation_data = open_dataset(config, directory, "validation", tokenizer=tokenizer)
     # Traced and compiled at the first call, not here.

@@ -261,7 +261,7 @@ def test_data_are_prepared_once(tmp_path, monkeypatch):
     directory = gptjax.prepare("text:txt", tokenizer="bytes", val_fraction=0.3)
     meta = json.loads((tmp_path / directory / "meta.json").read_text())
     assert meta["splits"].keys() == {"train", "validation"}
-    assert gptjax.prepare("text:txt", tokenizer="bytes") == directory
+    assert gptjax.prepare("text:txt", tokenizer="bytes", val_fraction=0.3) == directory
 
 
 def test_plan_is_a_dict_and_a_wrong_one_an_error(lab):

@@ -37,15 +37,19 @@ LAYERS = """
     metrics  stored  log_reader
     bucket_logs
     checkpoint  logs  step  generate  data.prepare  divergence
+    data.preparation
     convert.tokenizer_source
     convert.tokenizer_files
     state  optim  data.dataset  data.progress  data.shard_writer  plan.estimate  decode  plan.topology
-    model  convert.tokenizer_json  data.tokens  data.journal  data.sources  data.partial
+    model  convert.tokenizer_json  data.tokens  data.journal  data.sources  data.partial  data.assign
+    data.tfds_source
+    data.file_sources
+    data.text_files
     sizes
     compute
     attention  loss  kernels.pointwise  data.tokenizer  data.shards  data.shuffle  data.meta  kv_cache
     identity  tree_checks  convert.tokenizer_regex  dropout
-    collectives  kernels.cross_entropy  fingerprint  record  data.patterns  data.header  data.reach
+    collectives  kernels.cross_entropy  fingerprint  record  data.patterns  data.header  data.reach  data.source
     sharding
     params  sampling_flags  model_flags  examples  sampling  config_flags
     config  cli  convert.hub  chips

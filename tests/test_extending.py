@@ -73,5 +73,5 @@ def test_new_optimizer_learns_and_new_metric_is_reported(changed):
 
 
 def test_new_source_yields_its_documents(changed):
-    assert changed["documents"] == [["a.csv:1", "first"], ["a.csv:2", "second"]]
-    assert changed["kinds"].endswith("expected stdlib, tfds:NAME[/CONFIG], tfds:/DIR, text:PATH, lines:PATH, csv:PATH")
+    assert changed["documents"] == [["a.txt:1", "first"], ["a.txt:2", "second"]]
+    assert changed["kinds"].endswith("text:PATH, lines:PATH, blocks:PATH, jsonl:PATH, csv:PATH, parquet:PATH")

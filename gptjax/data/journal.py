@@ -28,6 +28,10 @@ def _no_counts() -> dict[str, Counts]:
     return {split: Counts() for split in SHARD_NAMES}
 
 
+def _no_documents() -> dict[str, list[list[float]]]:
+    return {split: [] for split in SHARD_NAMES}
+
+
 @dataclasses.dataclass
 class Journal:
     """How far a preparation has come: everything up to here is on disk."""
@@ -36,6 +40,9 @@ class Journal:
     documents: int = 0  # taken from the source
     digest: str = ""  # chained over those documents, so that a changed source is noticed
     splits: dict[str, Counts] = dataclasses.field(default_factory=_no_counts)
+    # By split, the share and the tokens of the documents nearest to the boundary between the splits, as many as the
+    # other split may need; see assign.py.
+    near: dict[str, list[list[float]]] = dataclasses.field(default_factory=_no_documents)
 
 
 def hash_text(text: str) -> bytes:
@@ -84,10 +91,21 @@ def _is_sound(journal: Journal) -> bool:
         return False
     if not isinstance(journal.digest, str):
         return False
+    if not isinstance(journal.near, dict) or set(journal.near) != set(SHARD_NAMES):
+        return False
+    if not all(_is_near(document) for documents in journal.near.values() for document in documents):
+        return False
     counts = [journal.documents]
     for split_counts in journal.splits.values():
         counts += dataclasses.astuple(split_counts)
     return all(map(_is_count, counts))
+
+
+def _is_near(document: object) -> bool:
+    if not isinstance(document, list) or len(document) != 2:
+        return False
+    share, tokens = document
+    return type(share) is float and 0 <= share < 1 and _is_count(tokens)
 
 
 def _is_count(value: object) -> bool:

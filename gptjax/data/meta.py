@@ -46,6 +46,11 @@ class Meta:
     eot_id: int
     eot_position: str  # in a document: first | last
     splits: dict[str, SplitMeta]
+    # How it was prepared; {} in directories of other programs and of earlier versions.
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    files: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # number, bytes and names_sha256 of the source's files
 
 
 def write_meta(directory: str, meta: Meta) -> None:
@@ -88,12 +93,20 @@ def _parse_meta(values: dict[str, Any]) -> Meta:
         if not shards or not all(_is_file_name(shard.file) for shard in shards):
             raise ValueError(f"split {name!r} needs shards that are plain file names")
         _check_shards(name, splits)
-    meta = _typed(Meta, values, splits=splits)
+    optional = {name: _dict(values, name) for name in ("options", "files")}
+    meta = _typed(Meta, values, splits=splits, **optional)
     has_position = meta.eot_position in ("first", "last")
     has_vocabulary = 0 < meta.vocab_size <= LARGEST_COUNT
     if not has_position or not has_vocabulary:
         raise ValueError(f"eot_position={meta.eot_position!r}, vocab_size={meta.vocab_size}")
     return meta
+
+
+def _dict(values: dict[str, Any], name: str) -> dict[str, Any]:
+    value = values.get(name, {})
+    if not isinstance(value, dict):
+        raise TypeError(f"{name}={value!r}")
+    return value
 
 
 def _check_shards(name: str, splits: dict[str, SplitMeta]) -> None:

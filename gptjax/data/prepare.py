@@ -7,7 +7,6 @@ command continues and produces identical bytes. DIR appears when all is done.
 import argparse
 import contextlib
 import hashlib
-import itertools
 import logging
 import os
 import re
@@ -18,22 +17,26 @@ from typing import Any
 from gptjax.cli import Parser, run_cli
 from gptjax.config import DataConfig
 from gptjax.convert.tokenizer_source import open_tokenizer
-from gptjax.data import shard_writer, sources
+from gptjax.data import sources
+from gptjax.data.assign import WINDOW_TOKENS
+from gptjax.data.file_sources import describe_files, find_files
 from gptjax.data.header import LARGEST_COUNT
-from gptjax.data.journal import Journal, chain, hash_text, read_journal, write_journal
-from gptjax.data.meta import read_meta
+from gptjax.data.journal import read_journal
+from gptjax.data.meta import Meta, read_meta
 from gptjax.data.partial import hold, remove
-from gptjax.data.progress import Log, reporter
+from gptjax.data.preparation import write_data
+from gptjax.data.progress import Log
+from gptjax.data.text_files import PIPE
+from gptjax.data.tfds_source import is_tfds_directory
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.data.tokens import verify
-from gptjax.errors import ConfigError, DataError, UserError, WorkdirError
+from gptjax.errors import ConfigError, UserError, WorkdirError
 from gptjax.redaction import say
 from gptjax.streams import go_on_without_output
 from gptjax.workdir import is_empty, missing_parts, remove_directories
 
-VAL_FRACTION = 0.05
+VAL_FRACTION = DataConfig().val_fraction
 SHARD_TOKENS = 100_000_000
-BATCH_BYTES = 8 * 2**20  # of text held in memory at a time, give or take a document
 
 
 def prepare(
@@ -44,24 +47,32 @@ def prepare(
     text_feature: str = "text",
     val_fraction: float = VAL_FRACTION,
     shard_tokens: int = SHARD_TOKENS,
+    encoding: str = "",
+    skip_bad: bool = False,
+    window: int = WINDOW_TOKENS,
     log: Log | None = None,
 ) -> None:
     """Tokenizes all documents of `source` into the directory `out`; does nothing if they are there already.
 
     The hash of a document's text decides whether it belongs to the validation split, so equal texts are in one split.
+    Where that leaves a split without a window, it gets the documents nearest to the boundary. A single document is
+    divided by position: its last part is for validation.
 
     Args:
         source: as data.source.
         tokenizer: makes the ids.
         out: the directory to write.
-        text_feature: the feature of a tfds: source that has the text.
+        text_feature: the feature, field or column that has the text, of a tfds:, jsonl:, csv: or parquet: source.
         val_fraction: the share of the documents that is for validation.
         shard_tokens: the size of each shard except a split's last one.
+        encoding: of text files; "" means UTF-8.
+        skip_bad: leave rows without a text out, and count them.
+        window: tokens that each split gets at least, as far as there are enough.
         log: receives the progress, a line at a time; the logger `gptjax` if None.
 
     Raises:
         ConfigError: an argument is wrong, or `out` holds something else.
-        DataError: a document or the directory of tfds:/DIR cannot be read, or a split would be empty.
+        DataError: a file is no text or cannot be read, or there is too little text for two splits.
         UnavailableError: a TFDS data set cannot be downloaded.
         WorkdirError: `out` cannot be written.
     """
@@ -70,23 +81,26 @@ def prepare(
     out = os.path.abspath(out)
     partial = out + ".partial"
     _check_arguments(source, out, val_fraction, shard_tokens)
-    if _is_done(out, source, tokenizer) and not os.path.exists(partial):
-        log(f"{out}: already prepared from {source}")
-        return
     settings = {
         "source": source,
         "text_feature": text_feature,
         "tokenizer_sha256": tokenizer.sha256,
         "val_fraction": val_fraction,
         "shard_tokens": shard_tokens,
+        "encoding": encoding,
+        "skip_bad": skip_bad,
+        "window": window,
     }
+    if _is_done(out, settings, tokenizer) and not os.path.exists(partial):
+        log(f"{out}: already prepared from {source}")
+        return
     made = missing_parts(os.path.dirname(partial))
     with _reporting_write_errors(out), hold(partial, out, log):
-        if _is_done(out, source, tokenizer):
+        if _is_done(out, settings, tokenizer):
             log(f"{out}: already prepared from {source}, by another process or before a kill")
         else:
             try:
-                _prepare_locked(
+                write_data(
                     partial,
                     out,
                     settings,
@@ -119,8 +133,8 @@ def _check_arguments(
             field="shard_tokens",
             value=shard_tokens,
         )
-    kind, _, path = source.partition(":")
-    if kind in ("text", "lines") and os.path.commonpath([out, path]) == path:
+    path = source.partition(":")[2]
+    if sources.is_files(source) and path != PIPE and os.path.commonpath([out, path]) == path:
         raise ConfigError(
             f"is inside the source {source}, and would become a part of it",
             field=out,
@@ -128,11 +142,11 @@ def _check_arguments(
         )
 
 
-def _is_done(out: str, source: str, tokenizer: Tokenizer) -> bool:
+def _is_done(out: str, settings: dict[str, Any], tokenizer: Tokenizer) -> bool:
     """Returns whether `out` holds this data; False if it does not exist or is empty.
 
     Raises:
-        ConfigError: `out` holds something else.
+        ConfigError: `out` holds something else, or was prepared from other files or with other options.
     """
     if not os.path.lexists(out):
         return False
@@ -147,13 +161,43 @@ def _is_done(out: str, source: str, tokenizer: Tokenizer) -> bool:
             field=out,
             remedy="choose another --out, or remove it",
         )
-    if meta.source != source or not tokenizer.has_hash(meta.tokenizer_sha256, meta.tokenizer):
+    if meta.source != settings["source"] or not tokenizer.has_hash(meta.tokenizer_sha256, meta.tokenizer):
         raise ConfigError(
             f"already prepared from source {meta.source} and tokenizer {meta.tokenizer}",
             field=out,
             remedy="choose another --out, or remove it",
         )
+    changes = changed_since(meta, settings)
+    if changes:
+        raise ConfigError(
+            f"was prepared {changes}",
+            field=out,
+            remedy="remove it and prepare again, or choose another --out",
+        )
     return True
+
+
+def changed_since(meta: Meta, options: dict[str, Any]) -> str:
+    """Returns what differs from when a directory was prepared: options, or files of the source; "" if nothing does.
+
+    options: by name; those that meta.json does not have are not compared. Files that are gone are not compared either:
+    data may be used on a machine that lacks their source.
+    """
+    for name, old in meta.options.items():
+        if name in options and options[name] != old:
+            return f"with {name}={old}, and {name} is {options[name]} now"
+    if not meta.files or not sources.is_files(meta.source):
+        return ""
+    found = find_files(meta.source.partition(":")[2])
+    if not found.paths:
+        return ""
+    now = describe_files(found.named())
+    if now == meta.files:
+        return ""
+    if now["number"] == meta.files.get("number") and now["bytes"] == meta.files.get("bytes"):
+        return "from files of other names or sizes"
+    then = f"{meta.files.get('number', 0):,} files of {meta.files.get('bytes', 0):,} bytes"
+    return f"from {then}, and there are {now['number']:,} files of {now['bytes']:,} bytes now"
 
 
 @contextlib.contextmanager
@@ -164,107 +208,6 @@ def _reporting_write_errors(out: str) -> Iterator[None]:
         raise WorkdirError(f"cannot be written: {error}", field=out) from error
 
 
-def _prepare_locked(
-    partial: str,
-    out: str,
-    settings: dict[str, Any],
-    *,
-    tokenizer: Tokenizer,
-    log: Log,
-) -> None:
-    name = settings["source"]
-    source = sources.open_source(
-        name,
-        text_feature=settings["text_feature"],
-        work_dir=os.path.join(partial, "source"),
-    )
-    if source.total_documents == 1:
-        raise _empty_split_error("validation", 1, name)
-    folder = os.path.join(partial, "shards")
-    journal, documents = _resume(partial, settings, source, log)
-    shard_writer.truncate_shards(folder, journal, tokenizer)
-    with reporter(source, log) as report:
-        for batch in _batches(documents):
-            # The journal comes last: a kill before it repeats the batch, after truncating the shards.
-            shard_writer.write_batch(
-                folder,
-                batch,
-                journal=journal,
-                tokenizer=tokenizer,
-            )
-            write_journal(partial, journal)
-            report(journal)
-    for split, counts in journal.splits.items():
-        if not counts.documents:
-            raise _empty_split_error(split, journal.documents, name)
-    shard_writer.finish(
-        folder,
-        out,
-        journal=journal,
-        tokenizer=tokenizer,
-    )
-    train = journal.splits["train"].tokens
-    validation = journal.splits["validation"].tokens
-    log(f"{out}: {train:,} tokens to train on, {validation:,} to validate, {tokenizer.name} ids")
-
-
-def _resume(
-    partial: str,
-    settings: dict[str, Any],
-    source: sources.Source,
-    log: Log,
-) -> tuple[Journal, Iterator[sources.Document]]:
-    """Returns the journal to continue, and the documents that it has not counted yet."""
-    journal = read_journal(partial)
-    if journal is None:
-        return Journal(settings), _nonempty(source)
-    if journal.settings != settings:
-        log("the unfinished preparation had other settings: starting over")
-        return Journal(settings), _nonempty(source)
-    documents = _nonempty(source)
-    digest = ""
-    for name, text in itertools.islice(documents, journal.documents):
-        digest = chain(digest, name, hash_text(text))
-    if digest != journal.digest:
-        log("the source has changed since the preparation was interrupted: starting over")
-        return Journal(settings), _nonempty(source)
-    log(f"continuing after {journal.documents:,} documents")
-    return journal, documents
-
-
-def _nonempty(source: sources.Source) -> Iterator[sources.Document]:
-    for name, text in source.documents():
-        if text:
-            yield name, text
-
-
-def _batches(documents: Iterator[sources.Document]) -> Iterator[list[sources.Document]]:
-    batch = []
-    size = 0  # characters, as an estimate of bytes
-    for name, text in documents:
-        batch.append((name, text))
-        size += len(text)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch = []
-            size = 0
-    if batch:
-        yield batch
-
-
-def _empty_split_error(split: str, documents: int, source: str) -> DataError:
-    remedy = "try --val_fraction" if documents > 1 else "try more than one document"
-    if source.startswith("text:"):
-        path = source.removeprefix("text:")
-        remedy += f", or --source=lines:{path} to make each line a document"
-    return DataError(
-        f"no document for the {split} split, out of {documents:,}",
-        field="data.source",
-        value=source,
-        remedy=remedy,
-    )
-
-
 def default_path(source: str, tokenizer: str) -> str:
     """Returns the directory for the data of a source and a tokenizer, as data.source and data.tokenizer name them.
 
@@ -272,7 +215,7 @@ def default_path(source: str, tokenizer: str) -> str:
     'data/tfds-wiki40b-en-gpt2'
     """
     kind, _, path = source.partition(":")
-    if kind in ("text", "lines") or sources.is_tfds_directory(source):
+    if sources.is_files(source) or is_tfds_directory(source):
         source = f"{kind}-{_shorten(os.path.expanduser(path))}"
     if tokenizer not in ("gpt2", "bytes"):
         tokenizer = _shorten(tokenizer)
@@ -290,17 +233,21 @@ def _make_safe(name: str) -> str:
     return re.sub(r"[^\w.]+", "-", name).strip("-")
 
 
-def ensure_prepared(config: DataConfig, tokenizer: Tokenizer | None = None) -> str:
+def ensure_prepared(config: DataConfig, tokenizer: Tokenizer | None = None, *, window: int = WINDOW_TOKENS) -> str:
     """Returns the directory of the data that `config` names, prepared now if it is missing and needs no network.
 
     tokenizer: of the data; None means data.tokenizer.
+    window: tokens that each split gets at least: one more than the run's block_size.
 
     Raises:
         ConfigError: it is missing and data.path names it, or it would have to be downloaded; the remedy is a command.
+            Or it was prepared from other files or with other options than the config's.
         UserError: as `prepare`.
     """
     path = config.path or default_path(config.source, config.tokenizer)
     if os.path.isdir(path) and not is_empty(path):
+        if not config.path:  # which takes a directory as it is
+            _check_unchanged(path, config)
         return path
     command = _prepare_command(config, path)
     if sources.needs_network(config.source):
@@ -323,8 +270,28 @@ def ensure_prepared(config: DataConfig, tokenizer: Tokenizer | None = None) -> s
         tokenizer=tokenizer or open_tokenizer(config.tokenizer),
         out=path,
         text_feature=config.text_feature,
+        val_fraction=config.val_fraction,
+        window=window,
     )
     return path
+
+
+def _check_unchanged(path: str, config: DataConfig) -> None:
+    """Checks that a directory holds the source as it is now.
+
+    Raises:
+        ConfigError: the source's files or the options have changed since it was prepared.
+    """
+    meta = read_meta(path)
+    if meta is None:
+        return
+    changes = changed_since(meta, {"val_fraction": config.val_fraction, "text_feature": config.text_feature})
+    if changes:
+        raise ConfigError(
+            f"was prepared {changes}",
+            field=path,
+            remedy=f"remove it to prepare it again, or take it as it is with --config.data.path={path}",
+        )
 
 
 def _prepare_command(config: DataConfig, path: str) -> str:
@@ -338,6 +305,8 @@ def _prepare_command(config: DataConfig, path: str) -> str:
     ]
     if config.text_feature != "text":
         command.append(f"--text_feature={config.text_feature}")
+    if config.val_fraction != VAL_FRACTION:
+        command.append(f"--val_fraction={config.val_fraction}")
     command.append(f"--out={path}")
     return shlex.join(command)
 
@@ -361,7 +330,7 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--text_feature",
         default="text",
         metavar="NAME",
-        help="The feature of a tfds: source that holds the text.",
+        help="The feature, field or column that holds the text, of a tfds:, jsonl:, csv: or parquet: source.",
     )
     parser.add_argument(
         "--val_fraction",
@@ -370,6 +339,17 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="The share of documents that is kept for validation. Take 0.0005 for a big corpus.",
     )
     parser.add_argument("--shard_tokens", type=int, default=SHARD_TOKENS, help="The number of tokens per shard.")
+    parser.add_argument(
+        "--encoding",
+        default="",
+        help="The encoding of text files, such as utf-16 or latin-1. By default it is UTF-8, and a file that is not is "
+        "refused.",
+    )
+    parser.add_argument(
+        "--skip_bad",
+        action="store_true",
+        help="Leave rows without a text out, and count them. By default the first one ends the command.",
+    )
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -399,6 +379,8 @@ def main(arguments: list[str]) -> None:
         text_feature=args.text_feature,
         val_fraction=args.val_fraction,
         shard_tokens=args.shard_tokens,
+        encoding=args.encoding,
+        skip_bad=args.skip_bad,
         log=say,
     )
 

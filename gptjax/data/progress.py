@@ -5,8 +5,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from gptjax.data import sources
 from gptjax.data.journal import Journal
+from gptjax.data.source import Source
 
 REPORT_SECONDS = 10.0
 
@@ -15,7 +15,7 @@ Report = Callable[[Journal], None]
 
 
 @contextlib.contextmanager
-def reporter(source: sources.Source, log: Log) -> Iterator[Report]:
+def reporter(source: Source, log: Log) -> Iterator[Report]:
     """Yields a function that shows the progress: a bar on a terminal, otherwise a line every REPORT_SECONDS."""
     if sys.stderr.isatty():
         with _terminal_reporter(source) as bar:
@@ -44,7 +44,7 @@ def reporter(source: sources.Source, log: Log) -> Iterator[Report]:
 
 
 @contextlib.contextmanager
-def _terminal_reporter(source: sources.Source) -> Iterator[Report]:
+def _terminal_reporter(source: Source) -> Iterator[Report]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # here: only where it is shown
 
@@ -74,7 +74,7 @@ def _describe(journal: Journal) -> str:
     return f"{journal.documents:,} documents, {tokens:,} tokens"
 
 
-def _share(source: sources.Source, journal: Journal) -> float:
+def _share(source: Source, journal: Journal) -> float:
     """Returns the part of the source that is done, 0 if its size is not known."""
     if source.total_bytes:
         done_bytes = sum(counts.bytes for counts in journal.splits.values())

@@ -10,16 +10,18 @@ from typing import BinaryIO
 
 import numpy as np
 
+from gptjax.data.assign import Assignment, nearest, share_of
 from gptjax.data.header import HEADER_BYTES, make_header, token_dtype
 from gptjax.data.journal import SHARD_NAMES, Journal, chain, hash_text
 from gptjax.data.meta import Meta, ShardMeta, SplitMeta, write_meta
-from gptjax.data.sources import Document
+from gptjax.data.source import Document
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.data.tokens import hash_file
 from gptjax.errors import DataError
 from gptjax.workdir import open_regular, sync_path
 
 TOKENIZER_FILE = "tokenizer.json"
+RECORDED = ("val_fraction", "boundary", "is_single", "text_feature", "encoding")  # in meta.json, of the settings
 
 
 def write_batch(
@@ -36,14 +38,16 @@ def write_batch(
         OSError: a shard cannot be written.
     """
     dtype = token_dtype(tokenizer.vocab_size)
+    assignment = Assignment(journal.settings["boundary"], is_single=journal.settings["is_single"])
     appended: dict[str, list[np.ndarray]] = {split: [] for split in SHARD_NAMES}
     names, texts = zip(*batch, strict=True)
     encoded = tokenizer.encode_batch(texts, names=names)
     for (name, text), ids in zip(batch, encoded, strict=True):
         text_hash = hash_text(text)
-        split = _choose_split(text_hash, journal.settings["val_fraction"])
+        split = assignment.split_of(text_hash, journal.documents)
         with_eot = np.array([*ids, tokenizer.eot_id], dtype)
         appended[split].append(with_eot)
+        journal.near[split].append([share_of(text_hash), len(with_eot)])
         counts = journal.splits[split]
         counts.bytes += len(text.encode())
         counts.documents += 1
@@ -62,11 +66,17 @@ def write_batch(
             size=journal.settings["shard_tokens"],
         )
         counts.tokens += len(ids)
+    _keep_nearest(journal)
 
 
-def _choose_split(text_hash: bytes, val_fraction: float) -> str:
-    share = int.from_bytes(text_hash[:6], "big") / 2**48  # uniform in [0, 1)
-    return "validation" if share < val_fraction else "train"
+def _keep_nearest(journal: Journal) -> None:
+    """Leaves in journal.near what the splits may still need of each other."""
+    window = journal.settings["window"]
+    for split, other in (("train", "validation"), ("validation", "train")):
+        is_needed = journal.splits[other].tokens < window
+        documents = [(share, int(tokens)) for share, tokens in journal.near[split]] if is_needed else []
+        near = nearest(documents, journal.settings["boundary"], window)
+        journal.near[split] = [list(document) for document in near]
 
 
 def _append(
@@ -172,6 +182,8 @@ def finish(
         eot_id=tokenizer.eot_id,
         eot_position="last",
         splits=splits,
+        options={name: journal.settings[name] for name in RECORDED},
+        files=journal.settings["files"],
     )
     tokenizer.save(os.path.join(folder, TOKENIZER_FILE))
     write_meta(folder, meta)

@@ -12,16 +12,20 @@ import pytest
 import tensorflow_datasets as tfds
 from huggingface_hub import constants
 
-from gptjax.data import sources
+from gptjax.data import tfds_source
+from gptjax.data.file_sources import Reading
 from gptjax.data.prepare import prepare
+from gptjax.data.source import Source
 from gptjax.data.sources import canonical_name, needs_network, open_source
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.errors import ConfigError, DataError, UnavailableError
 from tests.helpers import raises
 
+BODY = Reading(text_feature="body")
+
 
 @pytest.fixture(scope="module")
-def stdlib(tmp_path_factory: pytest.TempPathFactory) -> tuple[sources.Source, Path]:
+def stdlib(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, Path]:
     work_dir = tmp_path_factory.mktemp("stdlib")
     return open_source("stdlib", work_dir=str(work_dir)), work_dir
 
@@ -63,7 +67,7 @@ def test_lines_source_yields_each_line_as_a_document(tmp_path: Path) -> None:
     assert (source.total_documents, source.total_bytes) == (0, 27)
 
 
-def test_stdlib_is_the_source_of_this_python(stdlib: tuple[sources.Source, Path]) -> None:
+def test_stdlib_is_the_source_of_this_python(stdlib: tuple[Source, Path]) -> None:
     documents = list(stdlib[0].documents())
     names = [name for name, _ in documents]
     assert names == sorted(names)
@@ -75,18 +79,18 @@ def test_stdlib_is_the_source_of_this_python(stdlib: tuple[sources.Source, Path]
         assert documents[names.index(name)][1] == (root / name).read_bytes().decode()
 
 
-def test_stdlib_leaves_out_tests_and_packages(stdlib: tuple[sources.Source, Path]) -> None:
+def test_stdlib_leaves_out_tests_and_packages(stdlib: tuple[Source, Path]) -> None:
     parts = {part for name, _ in stdlib[0].documents() for part in Path(name).parts[:-1]}
     assert not parts & {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     assert {"json", "asyncio", "idlelib"} <= parts
 
 
 def test_stdlib_is_array_record_and_is_prepared_once(
-    stdlib: tuple[sources.Source, Path], monkeypatch: pytest.MonkeyPatch
+    stdlib: tuple[Source, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, work_dir = stdlib
     assert list(work_dir.rglob("*.array_record*"))
-    monkeypatch.setattr(sources, "_read_stdlib", lambda: pytest.fail("prepared again"))
+    monkeypatch.setattr(tfds_source, "_read_stdlib", lambda: pytest.fail("prepared again"))
     again = open_source("stdlib", work_dir=str(work_dir))
     assert list(again.documents()) == list(source.documents())
     assert "tensorflow" not in sys.modules
@@ -112,7 +116,7 @@ def toy_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type:
 
 
 def test_tfds_reads_the_training_split(toy_data_set: type) -> None:
-    source = open_source("tfds:toy", text_feature="body", work_dir="")
+    source = open_source("tfds:toy", reading=BODY, work_dir="")
     assert list(source.documents()) == [(f"train/{i}", f"text é {i}") for i in range(3)]
     assert source.total_documents == 3
     with raises(ConfigError, "data.text_feature", value="text", match="has body"):
@@ -125,7 +129,7 @@ def test_failed_tfds_download_is_reported(toy_data_set: type, monkeypatch: pytes
 
     monkeypatch.setattr(toy_data_set, "_split_generators", fail)
     with raises(UnavailableError, "data.source", value="tfds:toy", remedy="rerun", match=r"Error: no route\)"):
-        open_source("tfds:toy", text_feature="body", work_dir="")
+        open_source("tfds:toy", reading=BODY, work_dir="")
 
 
 @pytest.fixture
@@ -141,15 +145,15 @@ def test_tfds_without_a_network_ends_at_once(
     monkeypatch.setattr(toy_data_set, "url_infos", {closed_url: None})
     monkeypatch.setattr(toy_data_set, "_split_generators", lambda *_: pytest.fail("begun"))
     with raises(UnavailableError, "data.source", value="tfds:toy", remedy="tfds:/DIR", match="does not answer"):
-        open_source("tfds:toy", text_feature="body", work_dir="")
+        open_source("tfds:toy", reading=BODY, work_dir="")
 
 
 def test_tfds_data_on_disk_need_no_network(
     toy_data_set: type, monkeypatch: pytest.MonkeyPatch, closed_url: str
 ) -> None:
-    open_source("tfds:toy", text_feature="body", work_dir="")
+    open_source("tfds:toy", reading=BODY, work_dir="")
     monkeypatch.setattr(toy_data_set, "url_infos", {closed_url: None})
-    assert open_source("tfds:toy", text_feature="body", work_dir="").total_documents == 3
+    assert open_source("tfds:toy", reading=BODY, work_dir="").total_documents == 3
 
 
 def test_tfds_goes_on_from_earlier_downloads_without_a_network(
@@ -159,9 +163,9 @@ def test_tfds_goes_on_from_earlier_downloads_without_a_network(
     downloads = tmp_path / "downloads" / "toy"
     (downloads / "archive.gz.tmp.1").mkdir(parents=True)
     with raises(UnavailableError, "data.source", value="tfds:toy"):
-        open_source("tfds:toy", text_feature="body", work_dir="")
+        open_source("tfds:toy", reading=BODY, work_dir="")
     (downloads / "archive.gz").touch()
-    assert open_source("tfds:toy", text_feature="body", work_dir="").total_documents == 3
+    assert open_source("tfds:toy", reading=BODY, work_dir="").total_documents == 3
 
 
 def test_tfds_retries_a_failing_server_for_seconds_only(
@@ -185,8 +189,8 @@ def test_tfds_retries_a_failing_server_for_seconds_only(
         monkeypatch.setattr(toy_data_set, "_split_generators", lambda _, manager: manager.download(url))
         start = time.monotonic()
         with raises(UnavailableError, "data.source", value="tfds:toy", remedy="rerun"):
-            open_source("tfds:toy", text_feature="body", work_dir="")
-        assert len(accepted) == 1 + sources.TFDS_RETRIES
+            open_source("tfds:toy", reading=BODY, work_dir="")
+        assert len(accepted) == 1 + tfds_source.TFDS_RETRIES
         assert time.monotonic() - start < 20
         server.shutdown(socket.SHUT_RDWR)
 
@@ -194,7 +198,7 @@ def test_tfds_retries_a_failing_server_for_seconds_only(
 # c4 is in a part of TFDS that stays unknown if a package for data sets of images is missing.
 @pytest.mark.parametrize("name", ["lm1b", "c4"])
 def test_known_data_set_without_a_network_is_unavailable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "can_connect", lambda urls: False)
+    monkeypatch.setattr(tfds_source, "can_connect", lambda urls: False)
     with raises(UnavailableError, "data.source", value=f"tfds:{name}", remedy="tfds:/DIR") as error:
         open_source(f"tfds:{name}", work_dir="")
     assert "\n" not in str(error.value)
@@ -247,7 +251,7 @@ def test_wrong_config_of_a_data_set_is_reported_without_its_arguments() -> None:
 @pytest.fixture
 def prepared(toy_data_set: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory of a data set that TFDS has prepared, copied away from TFDS's own directory."""
-    open_source("tfds:toy", text_feature="body", work_dir="")
+    open_source("tfds:toy", reading=BODY, work_dir="")
     monkeypatch.setattr(tfds, "builder", lambda *_, **__: pytest.fail("searched by name"))
     return (tmp_path / "toy" / "1.0.0").rename(tmp_path / "copy")
 
@@ -255,12 +259,12 @@ def prepared(toy_data_set: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_tfds_directory_is_read_without_a_network(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "can_connect", lambda urls: pytest.fail("network"))
+    monkeypatch.setattr(tfds_source, "can_connect", lambda urls: pytest.fail("network"))
     expected = [(f"train/{i}", f"text é {i}") for i in range(3)]
-    source = open_source(f"tfds:{prepared}", text_feature="body", work_dir="")
+    source = open_source(f"tfds:{prepared}", reading=BODY, work_dir="")
     assert (list(source.documents()), source.total_documents, source.name) == (expected, 3, f"tfds:{prepared}")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert list(open_source("tfds:~/copy", text_feature="body", work_dir="").documents()) == expected
+    assert list(open_source("tfds:~/copy", reading=BODY, work_dir="").documents()) == expected
     with raises(ConfigError, "data.text_feature", value="text", match="has body"):
         open_source(f"tfds:{prepared}", work_dir="")
 
@@ -303,7 +307,7 @@ DAMAGE = {
 def test_damaged_tfds_directory_is_named(prepared: Path, name: str) -> None:
     DAMAGE[name](prepared)
     with raises(DataError, str(prepared)) as error:
-        open_source(f"tfds:{prepared}", text_feature="body", work_dir="")
+        open_source(f"tfds:{prepared}", reading=BODY, work_dir="")
     assert "\n" not in str(error.value)
 
 

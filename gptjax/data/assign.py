@@ -1,0 +1,102 @@
+"""The split of each document: by the hash of its text, so that equal texts are in one split, and never an empty one."""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+from gptjax.data.source import Document
+from gptjax.data.tokenizer import Tokenizer
+
+WINDOW_TOKENS = 1025  # a sequence of GPT-2's context, and the token after it
+Near = tuple[float, int]  # a document's share and its tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """Which documents are for validation.
+
+    Attributes:
+        boundary: those whose share is below it.
+        is_single: the only document is divided by position; its last part is for validation.
+    """
+
+    boundary: float
+    is_single: bool = False
+
+    def split_of(self, text_hash: bytes, index: int) -> str:
+        """Returns `train` or `validation` for the document of number `index`, by its hash."""
+        is_validation = index > 0 if self.is_single else share_of(text_hash) < self.boundary
+        return "validation" if is_validation else "train"
+
+
+def share_of(text_hash: bytes) -> float:
+    """Returns a number in [0, 1) that is uniformly distributed over texts."""
+    return int.from_bytes(text_hash[:6], "big") / 2**48
+
+
+def nearest(documents: Sequence[Near], boundary: float, window: int) -> list[Near]:
+    """Returns the documents nearest to the boundary that have `window` tokens together; fewer if there are no more."""
+    kept = []
+    tokens = 0
+    for share, count in sorted(documents, key=lambda near: abs(near[0] - boundary)):
+        # Documents of equal share have equal texts, and stay together.
+        if tokens >= window and share != kept[-1][0]:
+            break
+        kept.append((share, count))
+        tokens += count
+    return kept
+
+
+def better_boundary(
+    tokens: dict[str, int], near: dict[str, list[Near]], *, boundary: float, window: int
+) -> float | None:
+    """Returns the boundary that gives both splits a window, or as much as there is; None if `boundary` does.
+
+    tokens: of each split. near: the documents of each split that are nearest to the boundary.
+    """
+    for small, large in (("validation", "train"), ("train", "validation")):
+        if tokens[small] >= window:
+            continue
+        moved = _moved(
+            near[large], tokens[large], need=window - tokens[small], window=window, is_empty=not tokens[small]
+        )
+        if moved is not None:
+            # Shares below the boundary are for validation.
+            return math.nextafter(moved, 1.0) if small == "validation" else moved
+    return None
+
+
+def _moved(near: list[Near], left: int, *, need: int, window: int, is_empty: bool) -> float | None:
+    """Returns the share of the last document to move, None if none may be moved.
+
+    left: tokens of the split that gives. need: tokens that the other one lacks. is_empty: it has none at all.
+    """
+    groups: dict[float, int] = {}
+    for share, count in near:
+        groups[share] = groups.get(share, 0) + count
+    moved = None
+    for share, count in groups.items():
+        has_enough_left = left - count >= window
+        # An empty split gets one document even if that leaves less than a window, but never the last one.
+        if not has_enough_left and not (is_empty and moved is None and left > count):
+            break
+        moved = share
+        left -= count
+        need -= count
+        if need <= 0:
+            break
+    return moved
+
+
+def halves(document: Document, *, val_fraction: float, tokenizer: Tokenizer, window: int) -> Iterator[Document]:
+    """Yields the first and the last part of the only document, as two documents.
+
+    The last part has `val_fraction` of the characters, or more: `window` tokens, if half of the text has as many.
+    """
+    name, text = document
+    size = max(1, round(val_fraction * len(text)))
+    half = len(text) // 2
+    while size < half and len(tokenizer.encode(text[-size:])) < window:
+        size = min(2 * size, half)
+    yield f"{name}:start", text[:-size]
+    yield f"{name}:end", text[-size:]
