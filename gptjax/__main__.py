@@ -11,6 +11,7 @@ from gptjax.redaction import print_error, say
 COMMANDS = {
     "train": "Train a model, or resume a run.",
     "prepare": "Turn text into token shards.",
+    "tokenizer": "Train a tokenizer on your text.",
     "sample": "Write text with a model.",
     "evaluate": "Compute the validation loss of a model.",
     "convert": "Bring weights from or to transformers, nanoGPT and llm.c.",
@@ -69,6 +70,8 @@ def start(name: str) -> None:
             from gptjax.main import cli as command
         case "prepare":
             from gptjax.data.prepare import cli as command
+        case "tokenizer":
+            from gptjax.tokenizer import cli as command
         case "sample":
             from gptjax.sample import cli as command
         case "evaluate":

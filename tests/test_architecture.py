@@ -23,7 +23,7 @@ LAYERS = """
     train
     loop
     periodic  summary
-    sample  evaluate  convert.__main__  plan.__main__  replay.__main__
+    tokenizer  sample  evaluate  convert.__main__  plan.__main__  replay.__main__
     plan.search  replay.update
     resume  replay.report  plan.report
     plan.aot
@@ -37,7 +37,7 @@ LAYERS = """
     metrics  stored  log_reader
     bucket_logs
     checkpoint  logs  step  generate  data.prepare  divergence
-    data.preparation
+    data.preparation  train_bpe
     convert.tokenizer_source
     convert.tokenizer_files
     state  optim  data.dataset  data.progress  data.shard_writer  plan.estimate  decode  plan.topology
@@ -67,7 +67,7 @@ LAYERS = """
     errors  exhaustion  former_names  gpu_memory  history  documents  versions  strict_json
 """
 # Where a process starts, and its loop: only these use RUNTIME, the modules of processes and of their command lines.
-ENTRIES = {"__main__", "api", "main", "describe", "train", "loop", "sample", "evaluate", "data.prepare"}
+ENTRIES = {"__main__", "api", "main", "describe", "train", "loop", "sample", "evaluate", "data.prepare", "tokenizer"}
 ENTRIES |= {f"{package}.__main__" for package in ("convert", "plan", "replay")}
 RUNTIME = {"cli", "config_flags", "distributed", "signals"}
 # Whatever computes, so that it runs anywhere those libraries do.

@@ -1,0 +1,219 @@
+"""Trains a tokenizer on your text: `gptjax tokenizer --source=text:FOLDER --vocab_size=4096 --out=mine.json`.
+
+It has GPT-2's form: bytes, merges of the most frequent pairs, and end-of-text. Documents that gptjax prepare keeps for
+validation are left out of the training. Train a model with it by --config.data.tokenizer=mine.json and
+--config.model.vocab_size.
+"""
+
+import argparse
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+
+from gptjax.cli import Parser, run_cli
+from gptjax.config import DataConfig
+from gptjax.convert.tokenizer_files import write_tokenizer
+from gptjax.data import sources
+from gptjax.data.assign import Assignment
+from gptjax.data.file_sources import Reading
+from gptjax.data.journal import hash_text
+from gptjax.data.source import Document, Source
+from gptjax.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
+from gptjax.errors import ConfigError, DataError, WorkdirError
+from gptjax.redaction import say
+from gptjax.train_bpe import NUM_BYTES, PATTERNS, library, train_ranks
+
+HELD_OUT_CHARACTERS = 2**21  # of validation text, on which tokens are counted
+BLOCK_SIZE = 1024  # of a model that transformers would use it with
+LARGEST_VOCABULARY = 2**20
+
+
+def train_tokenizer(
+    texts: Iterator[str],
+    *,
+    vocab_size: int,
+    name: str,
+    pattern: str = "gpt2",
+    specials: Sequence[str] = (),
+) -> Tokenizer:
+    """Returns a tokenizer that is trained on `texts`.
+
+    vocab_size: the number of ids, those of end-of-text and of `specials` included; fewer if the text has fewer pairs.
+    name: for messages.
+    pattern: how text is cut before pairs are merged, gpt2 or cl100k.
+    specials: names of tokens to reserve after end-of-text; text is never encoded to them.
+
+    Raises:
+        ConfigError: vocab_size is too small or too large, or a special token is repeated.
+        DataError: the text cannot be cut.
+        UnavailableError: no library for it is installed.
+    """
+    names = [END_OF_TEXT, *specials]
+    least = NUM_BYTES + 1 + len(names)
+    if not least <= vocab_size <= LARGEST_VOCABULARY:
+        raise ConfigError(
+            f"must be from {least} (bytes, a merge and special tokens) to {LARGEST_VOCABULARY}",
+            field="--vocab_size",
+            value=vocab_size,
+        )
+    if len(set(names)) < len(names) or "" in names:
+        raise ConfigError("must be different names, and not end-of-text", field="--special", value=" ".join(specials))
+    ranks = train_ranks(texts, num_tokens=vocab_size - len(names), pattern=PATTERNS[pattern])
+    numbers = {special: len(ranks) + index for index, special in enumerate(names)}
+    return make_tokenizer(name, PATTERNS[pattern], ranks, specials=numbers)
+
+
+def divide(source: Source, val_fraction: float) -> Iterator[tuple[str, bool]]:
+    """Yields (text, whether it is for validation) of each document, as `gptjax prepare` would divide them.
+
+    Of a single document the last part is for validation.
+    """
+    documents = (document for document in source.documents() if document[1])
+    first = list(itertools.islice(documents, 2))
+    if len(first) == 1:
+        text = first[0][1]
+        size = max(1, round(val_fraction * len(text)))
+        yield text[:-size], False
+        yield text[-size:], True
+        return
+    assignment = Assignment(val_fraction)
+    both: Iterator[Document] = itertools.chain(first, documents)
+    for index, (_, text) in enumerate(both):
+        yield text, assignment.split_of(hash_text(text), index) == "validation"
+
+
+def main(arguments: list[str]) -> None:
+    """Trains a tokenizer, writes it, and prints how many bytes its tokens have beside GPT-2's.
+
+    Raises:
+        UserError: the source, a flag or the output is wrong.
+    """
+    args = _parse_arguments(arguments)
+    reading = Reading(text_feature=args.text_feature, encoding=args.encoding, skip_bad=args.skip_bad)
+    if os.path.lexists(_path_of(args.out)):
+        raise ConfigError("exists", field="--out", value=args.out, remedy="choose another, or remove it")
+    with tempfile.TemporaryDirectory() as work_dir:  # where TFDS stores the standard library
+        source = sources.open_source(args.source, work_dir=work_dir, reading=reading)
+        say(f"training {args.vocab_size:,} ids on {source.name} with {library() or 'no library'}")
+        tokenizer, held_out = _train(source, args)
+    if tokenizer.vocab_size < args.vocab_size:
+        say(f"only {tokenizer.vocab_size:,} ids: the text has no more pairs to merge")
+    if library() != "rustbpe":
+        say("note: rustbpe is not installed; equally frequent pairs are merged in another order than it does")
+    _write(tokenizer, args.out)
+    say(f"{args.out}: {tokenizer.vocab_size:,} ids{describe_length(tokenizer, held_out)}")
+    say(f"use it: --config.data.tokenizer={_path_of(args.out)} --config.model.vocab_size={tokenizer.vocab_size}")
+
+
+def _train(source: Source, args: argparse.Namespace) -> tuple[Tokenizer, list[str]]:
+    """Returns the tokenizer, and validation texts of at most HELD_OUT_CHARACTERS."""
+    held_out: list[str] = []
+
+    def training_texts() -> Iterator[str]:
+        kept = 0
+        for text, is_validation in divide(source, args.val_fraction):
+            if not is_validation:
+                yield text
+            elif kept < HELD_OUT_CHARACTERS:
+                held_out.append(text[: HELD_OUT_CHARACTERS - kept])
+                kept += len(text)
+
+    tokenizer = train_tokenizer(
+        training_texts(),
+        vocab_size=args.vocab_size,
+        name=os.path.basename(_path_of(args.out)),
+        pattern=args.pattern,
+        specials=args.special,
+    )
+    return tokenizer, held_out
+
+
+def describe_length(tokenizer: Tokenizer, texts: Sequence[str]) -> str:
+    """Returns the bytes per token on `texts` beside GPT-2's, for a message; "" without texts."""
+    if not texts:
+        return ""
+    num_bytes = sum(len(text.encode()) for text in texts)
+    lengths = []
+    for one in (tokenizer, load_tokenizer("gpt2")):
+        count = sum(map(len, one.encode_batch(texts)))
+        lengths.append(num_bytes / max(count, 1))
+    ours, theirs = lengths
+    return f", {ours:.2f} bytes per token on {num_bytes:,} bytes that were held out (gpt2: {theirs:.2f})"
+
+
+def _path_of(out: str) -> str:
+    return out.removeprefix("hf:")
+
+
+def _write(tokenizer: Tokenizer, out: str) -> None:
+    """Writes gptjax's form to a file, or transformers' form to the directory of hf:DIR."""
+    path = _path_of(out)
+    try:
+        if out.startswith("hf:"):
+            os.makedirs(path)
+            write_tokenizer(tokenizer, path, block_size=BLOCK_SIZE)
+            return
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        tokenizer.save(path)
+    except OSError as error:
+        raise WorkdirError(f"cannot be written: {error.strerror}", field="--out", value=out) from error
+
+
+def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--source", required=True, help=f"The documents: {sources.kinds()}.")
+    parser.add_argument("--vocab_size", type=int, default=32_768, help="The number of ids, special tokens included.")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="The file to write, or hf:DIR for a directory that transformers reads.",
+    )
+    parser.add_argument(
+        "--pattern",
+        default="gpt2",
+        choices=list(PATTERNS),
+        help="How text is cut into words before pairs are merged.",
+    )
+    parser.add_argument(
+        "--special",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="A special token to reserve, such as <|user|>. The flag may be repeated. By default there is only "
+        "end-of-text.",
+    )
+    parser.add_argument(
+        "--text_feature",
+        default="text",
+        metavar="NAME",
+        help="The feature, field or column that holds the text.",
+    )
+    parser.add_argument(
+        "--val_fraction",
+        type=float,
+        default=DataConfig().val_fraction,
+        help="The share of documents that is held out, as gptjax prepare keeps them for validation.",
+    )
+    parser.add_argument("--encoding", default="", help="The encoding of text files. By default it is UTF-8.")
+    parser.add_argument(
+        "--skip_bad",
+        action="store_true",
+        help="Leave rows without a text out. By default the first one ends the command.",
+    )
+    args = parser.parse_strictly(arguments)
+    if not 0 < args.val_fraction < 1:
+        raise ConfigError("must be above 0 and below 1", field="--val_fraction", value=args.val_fraction)
+    if args.source.endswith(":-"):
+        raise DataError("a pipe can be read once, and preparing reads it again", field="--source", value=args.source)
+    return args
+
+
+def cli() -> None:
+    """Runs the command, and exits with its code."""
+    run_cli(main)
+
+
+if __name__ == "__main__":
+    cli()
