@@ -59,6 +59,7 @@ def test_special_tokens_follow_the_merges_and_are_never_encoded():
     assert max(tokenizer.encode("<|user|> <|endoftext|>")) < 297
 
 
+@pytest.mark.torch
 def test_other_library_trains_the_same_form(monkeypatch):
     pytest.importorskip("tokenizers")
     real = builtins.__import__

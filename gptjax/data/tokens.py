@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-import glob
 import hashlib
 import json
 import logging
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +30,12 @@ from gptjax.errors import ConfigError, DataError, one_line
 if TYPE_CHECKING:
     from gptjax.data.tokenizer import Tokenizer
 
-SPLITS = {"train": "*train*.bin", "validation": "*val*.bin"}  # with the names that other projects give to the files
+# Whole words of a file's name, by which other projects name the files of a split.
+SPLITS = {"train": {"train", "training"}, "validation": {"val", "valid", "validation"}}
+SUFFIXES = (".bin", ".npy")
+SHOWN_FILES = 5  # in a message
+LEAST_SAMPLE = 10_000  # ids, from which a vocabulary can be guessed
+LEAST_SHARE = 1 / 8  # of the vocabulary, which text of that many ids exceeds
 
 SMALL_BYTES = 64 * 2**20  # a split below this size is checked in full at every start
 # The ids of a larger split are checked at both ends of each shard at every start, and all others when they are read.
@@ -296,6 +301,7 @@ def _open_without_meta(
         # A text that ends with end-of-text does not begin with it, unless its first document is empty.
         first_id = shards[0].read(0, 1)[0]
         eot_position = "first" if first_id == tokenizer.eot_id else "last"
+    _warn_of_small_ids(shards[0], tokenizer)
     edges = [(shard, shard.edges) for shard in shards]
     tokens = sum(map(len, shards))
     logging.getLogger("gptjax").info(
@@ -310,6 +316,21 @@ def _open_without_meta(
         vocab_size=tokenizer.vocab_size,
         fingerprint=_foreign_fingerprint(edges),
     )
+
+
+def _warn_of_small_ids(shard: Shard, tokenizer: "Tokenizer") -> None:
+    """Warns if the first ids are far below the vocabulary: they are probably another tokenizer's."""
+    ids = shard.read(0, EDGE_TOKENS)
+    largest = int(ids.max())
+    if len(ids) >= LEAST_SAMPLE and largest < LEAST_SHARE * tokenizer.vocab_size:
+        logging.getLogger("gptjax").warning(
+            "%s: its first %s ids go up to %s only, and %s has %s: is data.tokenizer the one that made them?",
+            shard.path,
+            f"{len(ids):,}",
+            f"{largest:,}",
+            tokenizer.name,
+            f"{tokenizer.vocab_size:,}",
+        )
 
 
 def _foreign_fingerprint(shards: list[tuple[Shard, Edges]]) -> str:
@@ -350,14 +371,24 @@ def has_former_fingerprint(split: Split, fingerprint: str) -> bool:
 
 def _find_foreign(directory: str, split: str) -> tuple[str, ...]:
     """Returns the paths of a split's shards in a directory without meta.json, in order."""
-    pattern = os.path.join(glob.escape(directory), SPLITS[split])
-    paths = sorted(glob.glob(pattern))
-    if not paths:
+    files = sorted(name for name in os.listdir(directory) if name.endswith(SUFFIXES))
+    found = []
+    for name in files:
+        words = set(re.findall("[a-z]+", name.lower()))
+        splits = [other for other, names in SPLITS.items() if words & names]
+        if len(splits) > 1:
+            raise DataError("its name says both train and validation", field=os.path.join(directory, name))
+        if splits == [split]:
+            found.append(os.path.join(directory, name))
+    if not found:
+        wanted = " or ".join(sorted(SPLITS[split]))
+        there = ", ".join(map(one_line, files[:SHOWN_FILES])) or "none"
         raise DataError(
-            f"no {META_FILE} and no {SPLITS[split]}, so there is no {split} split",
+            f"no {META_FILE}, and no .bin or .npy file with the word {wanted} in its name: there is no {split} split",
             field=directory,
+            remedy=f"its files: {there}",
         )
-    return tuple(paths)
+    return tuple(found)
 
 
 def _fingerprint(parts: list[tuple[Any, ...]]) -> str:

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -242,8 +243,8 @@ def foreign(directory: Path, *names: str, first: int = 7) -> Path:
 def test_llmc_directory_is_opened_without_meta(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = tokens.glob.glob
-    monkeypatch.setattr(tokens.glob, "glob", lambda pattern: sorted(find(pattern), reverse=True))
+    find = os.listdir
+    monkeypatch.setattr(tokens.os, "listdir", lambda path: sorted(find(path), reverse=True))
     names = ["fineweb_train_000002.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin"]
     foreign(tmp_path, *names, first=EOT)
     with caplog.at_level(logging.INFO, "gptjax"):
@@ -385,3 +386,113 @@ def test_the_ends_of_many_shards_are_checked(tmp_path: Path, monkeypatch: pytest
     put(1024 + 2 * 1000, 300, "<H")(tmp_path / "train_3.bin")
     with raises(DataError, f"{tmp_path}/train_3.bin", match="token 1000 is"):
         open_train(tmp_path)
+
+
+# Files of other programs
+
+
+def write_split(folder: Path, name: str, ids: np.ndarray) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    if name.endswith(".npy"):
+        np.save(path, ids)
+    else:
+        ids.tofile(path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_numpy_shards_are_a_format(tmp_path: Path, dtype: type) -> None:
+    ids = random_ids(3000, vocab_size=200)
+    write_split(tmp_path, "edufineweb_train_000001.npy", ids.astype(dtype))
+    write_split(tmp_path, "edufineweb_val_000000.npy", ids.astype(dtype)[:500])
+    opened = open_split(str(tmp_path), "train", tokenizer=TOKENIZER)
+    assert np.array_equal(opened.shards[0].read(), ids)
+    assert open_split(str(tmp_path), "validation", tokenizer=TOKENIZER).tokens == 500
+    tokens.verify(str(tmp_path), TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("ids", "problem"),
+    [
+        (np.zeros(100, np.int64), "holds an array of <i8"),
+        (np.zeros((10, 10), np.uint16), r"shape \(10, 10\)"),
+        (np.zeros(100, np.float32), "holds an array of <f4"),
+        (np.zeros(0, np.uint16), "counts 0 ids"),
+    ],
+)
+def test_numpy_array_of_another_kind_is_refused(tmp_path: Path, ids: np.ndarray, problem: str) -> None:
+    path = write_split(tmp_path, "train.npy", ids)
+    with raises(DataError, str(path), match=problem):
+        open_shard(str(path), TOKENIZER.vocab_size)
+
+
+@pytest.mark.parametrize("size", [7, 9, 60, 127, 200])
+def test_cut_numpy_file_is_refused(tmp_path: Path, size: int) -> None:
+    path = write_split(tmp_path, "train.npy", random_ids(300).astype(np.uint16))
+    path.write_bytes(path.read_bytes()[:size])
+    with raises(DataError, str(path)):
+        open_shard(str(path), TOKENIZER.vocab_size)
+
+
+def test_numpy_file_under_another_name_is_named(tmp_path: Path) -> None:
+    path = write_split(tmp_path, "train.npy", random_ids(300).astype(np.uint16)).rename(tmp_path / "train.bin")
+    with raises(DataError, str(path), remedy="end in .npy", match="is a NumPy array"):
+        open_shard(str(path), TOKENIZER.vocab_size)
+    path = write_split(tmp_path, "val.bin", random_ids(300).astype(np.uint16)).rename(tmp_path / "val.npy")
+    with raises(DataError, str(path), match="is no NumPy array, in spite of its name"):
+        open_shard(str(path), TOKENIZER.vocab_size)
+
+
+@pytest.mark.parametrize("dtype", [np.uint32, np.int32, np.int64, np.uint64])
+@pytest.mark.parametrize("vocab_size", [65, 257, 50_257, 128_000])
+def test_wider_ids_without_a_header_are_recognised(tmp_path: Path, dtype: type, vocab_size: int) -> None:
+    path = write_split(tmp_path, "train.bin", np.random.default_rng(0).integers(0, vocab_size, 5000).astype(dtype))
+    bits = 8 * np.dtype(dtype).itemsize
+    with raises(DataError, str(path), remedy="numpy.save", match=f"looks like ids of {bits} bits"):
+        open_shard(str(path), vocab_size)
+
+
+@pytest.mark.parametrize("vocab_size", [2, 8, 65, 257, 50_257])
+@pytest.mark.parametrize("seed", range(5))
+def test_uint16_ids_of_any_vocabulary_are_taken(tmp_path: Path, vocab_size: int, seed: int) -> None:
+    ids = np.random.default_rng(seed).integers(0, vocab_size, 5000).astype(np.uint16)
+    path = write_split(tmp_path, "train.bin", ids)
+    assert np.array_equal(open_shard(str(path), vocab_size).read(), ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.bin", "train"), ("retrieval_train_0.bin", "train"), ("fineweb_val_000000.bin", "validation"),
+        ("Training-01.npy", "train"), ("valid1.bin", "validation"), ("interval.bin", ""), ("trainset.bin", ""),
+        ("constrained_val.bin", "validation"),
+    ],
+)  # fmt: skip
+def test_splits_are_whole_words_of_a_name(tmp_path: Path, name: str, split: str) -> None:
+    write_split(tmp_path, name, random_ids(300).astype(np.uint16))
+    for asked in ("train", "validation"):
+        if asked == split:
+            assert open_split(str(tmp_path), asked, tokenizer=TOKENIZER).tokens == 300
+        else:
+            with raises(DataError, str(tmp_path), remedy=f"its files: {name}", match=f"no {asked} split"):
+                open_split(str(tmp_path), asked, tokenizer=TOKENIZER)
+
+
+def test_file_of_both_splits_is_refused(tmp_path: Path) -> None:
+    path = write_split(tmp_path, "train_val.bin", random_ids(300).astype(np.uint16))
+    with raises(DataError, str(path), match="says both train and validation"):
+        open_split(str(tmp_path), "train", tokenizer=TOKENIZER)
+
+
+def test_ids_far_below_the_vocabulary_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    gpt2 = load_tokenizer("gpt2")
+    write_split(tmp_path, "train.bin", random_ids(20_000, vocab_size=256).astype(np.uint16))
+    write_split(tmp_path, "val.bin", random_ids(20_000, vocab_size=50_000).astype(np.uint16))
+    with caplog.at_level("WARNING", "gptjax"):
+        open_split(str(tmp_path), "train", tokenizer=gpt2)
+        assert "go up to 255 only, and gpt2 has 50,257" in caplog.text
+        caplog.clear()
+        open_split(str(tmp_path), "validation", tokenizer=gpt2)
+        open_split(str(tmp_path), "train", tokenizer=TOKENIZER)
+        assert not caplog.text
