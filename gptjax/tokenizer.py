@@ -77,10 +77,10 @@ def divide(source: Source, val_fraction: float) -> Iterator[tuple[str, bool]]:
         yield text[:-size], False
         yield text[-size:], True
         return
-    assignment = Assignment(val_fraction)
+    assignment = Assignment(val_fraction, names=source.validation)
     both: Iterator[Document] = itertools.chain(first, documents)
-    for index, (_, text) in enumerate(both):
-        yield text, assignment.split_of(hash_text(text), index) == "validation"
+    for index, (name, text) in enumerate(both):
+        yield text, assignment.split_of(name, hash_text(text), index) == "validation"
 
 
 def main(arguments: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from gptjax.data.source import Document
 from gptjax.data.tokenizer import Tokenizer
@@ -18,14 +18,21 @@ class Assignment:
     Attributes:
         boundary: those whose share is below it.
         is_single: the only document is divided by position; its last part is for validation.
+        names: those with these ids, whatever their hash, if there are any.
     """
 
     boundary: float
     is_single: bool = False
+    names: Collection[str] = ()
 
-    def split_of(self, text_hash: bytes, index: int) -> str:
-        """Returns `train` or `validation` for the document of number `index`, by its hash."""
-        is_validation = index > 0 if self.is_single else share_of(text_hash) < self.boundary
+    def split_of(self, name: str, text_hash: bytes, index: int) -> str:
+        """Returns `train` or `validation` for the document `name` of number `index`."""
+        if self.names:
+            is_validation = name in self.names
+        elif self.is_single:
+            is_validation = index > 0
+        else:
+            is_validation = share_of(text_hash) < self.boundary
         return "validation" if is_validation else "train"
 
 

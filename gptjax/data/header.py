@@ -150,7 +150,7 @@ def _parse_numpy(path: str, head: bytes, size: int) -> Layout:
         raise DataError("has a damaged NumPy header", field=path) from error
     if kind not in NUMPY_TYPES or not is_flat:
         raise DataError(
-            f"holds an array of {one_line(kind)} and shape {one_line(shape)}, expected one dimension of uint16 or uint32",
+            f"holds an array of {one_line(kind)} and shape {one_line(shape)}, expected 1-D uint16 or uint32",
             field=path,
         )
     dtype = NUMPY_TYPES[kind]

@@ -44,7 +44,11 @@ def write_data(
     if source.is_pipe:
         log(f"{name}: if it is interrupted, it starts over")
     settings = settings | {"files": describe_files(source.files)}
-    assignment = Assignment(settings["val_fraction"], is_single=source.total_documents == 1)
+    assignment = Assignment(
+        settings["val_fraction"],
+        is_single=source.total_documents == 1,
+        names=sorted(source.validation),
+    )
     folder = os.path.join(partial, "shards")
     journal = _write_all(partial, settings, assignment, source=source, tokenizer=tokenizer, log=log, is_first=True)
     better = _better_assignment(journal)
@@ -103,7 +107,7 @@ def _write_all(
 def _better_assignment(journal: Journal) -> Assignment | None:
     """Returns how the documents of a finished journal are better assigned; None if they are well assigned."""
     settings = journal.settings
-    if settings["is_single"] or settings["boundary"] != settings["val_fraction"]:
+    if settings["is_single"] or settings["names"] or settings["boundary"] != settings["val_fraction"]:
         return None  # it is the better one already
     if journal.documents == 1:
         return Assignment(settings["boundary"], is_single=True)

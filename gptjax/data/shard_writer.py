@@ -21,6 +21,7 @@ from gptjax.errors import DataError
 from gptjax.workdir import open_regular, sync_path
 
 TOKENIZER_FILE = "tokenizer.json"
+ASSIGNMENT = ("boundary", "is_single", "names")  # the settings that assign documents to splits
 RECORDED = ("val_fraction", "boundary", "is_single", "text_feature", "encoding")  # in meta.json, of the settings
 
 
@@ -38,13 +39,13 @@ def write_batch(
         OSError: a shard cannot be written.
     """
     dtype = token_dtype(tokenizer.vocab_size)
-    assignment = Assignment(journal.settings["boundary"], is_single=journal.settings["is_single"])
+    assignment = Assignment(**{field: journal.settings[field] for field in ASSIGNMENT})
     appended: dict[str, list[np.ndarray]] = {split: [] for split in SHARD_NAMES}
     names, texts = zip(*batch, strict=True)
     encoded = tokenizer.encode_batch(texts, names=names)
     for (name, text), ids in zip(batch, encoded, strict=True):
         text_hash = hash_text(text)
-        split = assignment.split_of(text_hash, journal.documents)
+        split = assignment.split_of(name, text_hash, journal.documents)
         with_eot = np.array([*ids, tokenizer.eot_id], dtype)
         appended[split].append(with_eot)
         journal.near[split].append([share_of(text_hash), len(with_eot)])

@@ -16,4 +16,5 @@ class Source:
     total_bytes: int = 0  # of text; 0 if unknown
     files: tuple[tuple[str, int], ...] = ()  # name and size of each file that it reads; () if it reads none of yours
     left_out: str = ""  # files that were found and are not read, for a message
+    validation: frozenset[str] = frozenset()  # ids of the documents for validation; otherwise their hash decides
     is_pipe: bool = False  # standard input, which can be read once

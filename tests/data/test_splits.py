@@ -174,8 +174,10 @@ def test_better_boundary_gives_each_split_as_much_as_possible(texts, boundary, w
 
 def test_single_assignment_ignores_the_hash():
     single = Assignment(0.05, is_single=True)
-    assert [single.split_of(bytes([255] * 32), index) for index in (0, 1)] == ["train", "validation"]
-    assert Assignment(0.05).split_of(bytes(32), 0) == "validation"
+    assert [single.split_of("a", bytes([255] * 32), index) for index in (0, 1)] == ["train", "validation"]
+    assert Assignment(0.05).split_of("a", bytes(32), 0) == "validation"
+    named = Assignment(0.05, names={"b"})
+    assert [named.split_of(name, bytes(32), 0) for name in "ab"] == ["train", "validation"]
 
 
 # Stale data
