@@ -265,6 +265,7 @@ class Model:
             self._params,
             self._tokenizer.encode_batch(texts),
             eot_id=self._tokenizer.eot_id,
+            start_id=self._tokenizer.start_id,
             vocab_size=self._tokenizer.vocab_size,  # the model may have more ids, which no text has
             **options,
         )
@@ -294,7 +295,7 @@ class Model:
         the token before it.
         """
         ids = self._tokenizer.encode(text)
-        return self._logprobs([self._tokenizer.eot_id], ids)
+        return self._logprobs([self._tokenizer.start_id], ids)
 
     def _logprobs(self, before: list[int], ids: list[int]) -> np.ndarray:
         """Returns the log-probability of each of `ids`; `before` is their context, at least one id."""
@@ -320,7 +321,7 @@ class Model:
         before = self._tokenizer.encode(kept) if kept else []
         whole = self._tokenizer.encode(kept + spaces + continuation)
         ids = whole[len(before) :]
-        before = before or [self._tokenizer.eot_id]
+        before = before or [self._tokenizer.start_id]
         size = self.config.block_size
         fits = max(size + 1 - len(ids), 1)
         return float(self._logprobs(before[-fits:], ids).sum())

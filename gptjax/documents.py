@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+NO_EOT = -1  # the id of end-of-text of a tokenizer that has none: no token has it
+
 
 class EndOfText(NamedTuple):
     """The end-of-text token, and its position in a document."""

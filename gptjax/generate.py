@@ -20,6 +20,7 @@ from gptjax import chips, sharding
 from gptjax import model as gpt
 from gptjax.collectives import ONE_DEVICE
 from gptjax.decode import device_of, empty_state, grow_caches, make_step, mesh_of, unstack_layers
+from gptjax.documents import NO_EOT
 from gptjax.errors import ConfigError
 from gptjax.sampling import SamplingParams
 from gptjax.sampling_flags import validate_sampling_params
@@ -55,6 +56,7 @@ def generate(
     min_p: float = 0.0,
     seed: int = 0,
     vocab_size: int = 0,
+    start_id: int | None = None,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Returns the new ids of each prompt: max_new_tokens, or fewer where end-of-text came first (it is left out).
@@ -64,7 +66,9 @@ def generate(
     of `sample_token`.
 
     params: the tree of `model`, on one device or on the mesh of gptjax.sharding.
+    eot_id: end-of-text; NO_EOT where a tokenizer has none.
     vocab_size: choose only ids below this, for a tokenizer smaller than the model's vocabulary; 0 means all of it.
+    start_id: from which an empty prompt starts; None means end-of-text.
     on_token: called as on_token(row, id) for each new id as soon as it is known; an exception that it raises ends the
         generation.
 
@@ -91,7 +95,7 @@ def generate(
         seed=np.uint32(seed),
         vocab_size=np.int32(limit),
     )
-    contexts = start_contexts(prompts, eot_id, config.block_size)
+    contexts = start_contexts(prompts, eot_id if start_id is None else start_id, config.block_size)
     rows = [Request(i, context) for i, context in enumerate(contexts)]
     model = model.clone(parallel=ONE_DEVICE)  # XLA partitions generation by itself
     weights = unstack_layers(model, params)
@@ -301,7 +305,7 @@ def check_prompts(
         problem = "needs at least one prompt, which may be empty"
         errors.append(ConfigError(problem, field="prompts", value=[]))
     largest = vocab_size - 1
-    if not 0 <= eot_id < vocab_size:
+    if eot_id != NO_EOT and not 0 <= eot_id < vocab_size:
         problem = f"must be from 0 to {largest}"
         errors.append(ConfigError(problem, field="eot_id", value=eot_id))
     for i, prompt in enumerate(prompts):
@@ -315,11 +319,11 @@ def check_prompts(
 
 def start_contexts(
     prompts: Sequence[Sequence[int]],
-    eot_id: int,
+    start_id: int,
     block_size: int,
 ) -> list[list[int]]:
-    """Returns the first context of each prompt: its last block_size tokens, or end-of-text if it is empty."""
+    """Returns the first context of each prompt: its last block_size tokens, or `start_id` if it is empty."""
     longest = max(map(len, prompts))
     if longest > block_size:
         log.warning("a prompt of %d tokens: only its last %d (block_size) are used", longest, block_size)
-    return [list(prompt[-block_size:]) or [eot_id] for prompt in prompts]
+    return [list(prompt[-block_size:]) or [start_id] for prompt in prompts]

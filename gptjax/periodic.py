@@ -52,6 +52,7 @@ def write_samples(run: Run, params: PyTree, reporter: Reporter, *, step: int, sh
             [prompt],
             max_new_tokens=SAMPLE_TOKENS,
             eot_id=run.tokenizer.eot_id,
+            start_id=run.tokenizer.start_id,
             vocab_size=run.tokenizer.vocab_size,  # an imported model may have more ids than the tokenizer
             temperature=0.8,
             seed=step,  # so that a resumed run writes the same samples

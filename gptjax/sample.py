@@ -162,6 +162,7 @@ def main(arguments: list[str]) -> None:
         params,
         tokenizer.encode_batch(texts, names=name_prompts(args)),
         eot_id=tokenizer.eot_id,
+        start_id=tokenizer.start_id,
         vocab_size=tokenizer.vocab_size,  # the model may have more ids, which no text has
         **sampling_params_of(args),
     )

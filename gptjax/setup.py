@@ -24,6 +24,7 @@ from gptjax.data.dataset import Dataset, batch_index
 from gptjax.data.prepare import ensure_prepared
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.data.tokens import open_split
+from gptjax.documents import NO_EOT
 from gptjax.errors import ConfigError, OutOfMemoryError, WorkdirError
 from gptjax.exhaustion import show, show_bytes
 from gptjax.goodput import duration
@@ -197,8 +198,15 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
     """Checks that the model's vocabulary is the tokenizer's; an imported model's may be larger.
 
     Raises:
-        ConfigError: the sizes differ.
+        ConfigError: the sizes differ, or data.document_mask is on and the tokenizer has no end-of-text.
     """
+    if config.data.document_mask and tokenizer.eot_id == NO_EOT:
+        raise ConfigError(
+            f"the tokenizer {config.data.tokenizer!r} has no end-of-text, so documents are joined",
+            field="data.document_mask",
+            value=True,
+            remedy="set it to False",
+        )
     # Published models often pad their vocabulary; the last ids never occur in text.
     if config.init_from and config.model.vocab_size > tokenizer.vocab_size:
         return

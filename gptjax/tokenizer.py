@@ -10,12 +10,14 @@ import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 from gptjax.cli import Parser, run_cli
 from gptjax.config import DataConfig
 from gptjax.convert.tokenizer_files import write_tokenizer
 from gptjax.data import sources
 from gptjax.data.assign import Assignment
+from gptjax.data.characters import make_characters
 from gptjax.data.file_sources import Reading
 from gptjax.data.journal import hash_text
 from gptjax.data.source import Document, Source
@@ -95,6 +97,9 @@ def main(arguments: list[str]) -> None:
         raise ConfigError("exists", field="--out", value=args.out, remedy="choose another, or remove it")
     with tempfile.TemporaryDirectory() as work_dir:  # where TFDS stores the standard library
         source = sources.open_source(args.source, work_dir=work_dir, reading=reading)
+        if args.characters:
+            _write_characters(source, args)
+            return
         say(f"training {args.vocab_size:,} ids on {source.name} with {library() or 'no library'}")
         tokenizer, held_out = _train(source, args)
     if tokenizer.vocab_size < args.vocab_size:
@@ -104,6 +109,21 @@ def main(arguments: list[str]) -> None:
     _write(tokenizer, args.out)
     say(f"{args.out}: {tokenizer.vocab_size:,} ids{describe_length(tokenizer, held_out)}")
     say(f"use it: --config.data.tokenizer={_path_of(args.out)} --config.model.vocab_size={tokenizer.vocab_size}")
+
+
+def _write_characters(source: Source, args: argparse.Namespace) -> None:
+    """Writes the tokenizer of all characters of the source, those of validation text included.
+
+    Raises:
+        ConfigError: the output is of another program, which has no place for it.
+    """
+    if args.out.startswith("hf:"):
+        raise ConfigError("transformers has no tokenizer of characters", field="--out", value=args.out)
+    name = os.path.basename(args.out)
+    tokenizer: Tokenizer = cast(Any, make_characters(name, (text for _, text in source.documents())))
+    _write(tokenizer, args.out)
+    say(f"{args.out}: {tokenizer.vocab_size:,} characters")
+    say(f"use it: --config.data.tokenizer={args.out} --config.model.vocab_size={tokenizer.vocab_size}")
 
 
 def _train(source: Source, args: argparse.Namespace) -> tuple[Tokenizer, list[str]]:
@@ -169,6 +189,11 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
         required=True,
         metavar="FILE",
         help="The file to write, or hf:DIR for a directory that transformers reads.",
+    )
+    parser.add_argument(
+        "--characters",
+        action="store_true",
+        help="Make each character of the text an id, as nanoGPT's first example does, instead of merging bytes.",
     )
     parser.add_argument(
         "--pattern",

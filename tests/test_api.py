@@ -100,6 +100,7 @@ def test_verbose_training_prints_each_line_once(trained, lab, monkeypatch, capsy
     """Also in a notebook, where the root logger has a handler."""
     root = io.StringIO()
     monkeypatch.setattr(logging.root, "handlers", [logging.StreamHandler(root)])
+    monkeypatch.setattr(logging.getLogger("gptjax"), "propagate", True)
     gptjax.train(config(lab), str(trained[0]), verbose=True)
     assert capsys.readouterr().out.count("finished at step 4 of 4") == 1
     assert root.getvalue() == ""

@@ -43,13 +43,14 @@ LAYERS = """
     state  optim  data.dataset  data.progress  data.shard_writer  plan.estimate  decode  plan.topology
     model  convert.tokenizer_json  data.tokens  data.journal  data.sources  data.partial  data.assign
     data.tfds_source
-    data.file_sources
+    data.file_sources  data.foreign
     data.text_files
     sizes
     compute
     attention  loss  kernels.pointwise  data.tokenizer  data.shards  data.shuffle  data.meta  kv_cache
     identity  tree_checks  convert.tokenizer_regex  dropout
     collectives  kernels.cross_entropy  fingerprint  record  data.patterns  data.header  data.reach  data.source
+    data.characters
     sharding
     params  sampling_flags  model_flags  examples  sampling  config_flags
     config  cli  convert.hub  chips

@@ -198,8 +198,11 @@ TABLE = [
     ),
     (
         lambda: open_data("hf"),
-        (DataError, "hf", None, ""),
-        "hf: no meta.json and no *train*.bin, so there is no train split",
+        (DataError, "hf", None, "its files: none"),
+        (
+            "hf: no meta.json, and no .bin or .npy file with the word train or training in its name: there is no train "
+            "split; its files: none"
+        ),
     ),
     (
         lambda: open_data("data"),

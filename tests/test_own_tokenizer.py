@@ -1,16 +1,19 @@
-"""A run with someone else's tokenizer, whose special tokens come first, from the text to an export."""
+"""Runs with someone else's tokenizer, whose special tokens come first, and with characters, from text to export."""
 
 import json
 import sys
 
 import pytest
 
-from gptjax import evaluate, sample
+import gptjax
+from gptjax import evaluate, sample, tokenizer
 from gptjax.convert import __main__ as convert
 from gptjax.convert.tokenizer_files import write_tokenizer
 from gptjax.data import prepare
 from gptjax.data.patterns import GPT2_PATTERN
-from gptjax.data.tokenizer import make_tokenizer
+from gptjax.data.tokenizer import load_tokenizer, make_tokenizer
+from gptjax.errors import DataError
+from tests.helpers import raises
 from tests.runs import losses
 
 SPECIALS = {"<s>": 0, "</s>": 1, "<pad>": 2}
@@ -21,8 +24,8 @@ def words(tmp_path):
     """The directory of a tokenizer in Hugging Face's files."""
     pieces = [*(bytes([byte]) for byte in range(256)), b"th", b"the", b" the", b"se", b"lf", b"self"]
     ranks = {piece: number + len(SPECIALS) for number, piece in enumerate(pieces)}
-    tokenizer = make_tokenizer("mine", GPT2_PATTERN, ranks, specials=SPECIALS, eot="</s>")
-    write_tokenizer(tokenizer, str(tmp_path / "words"), block_size=32)
+    mine = make_tokenizer("mine", GPT2_PATTERN, ranks, specials=SPECIALS, eot="</s>")
+    write_tokenizer(mine, str(tmp_path / "words"), block_size=32)
     return tmp_path / "words"
 
 
@@ -56,3 +59,41 @@ def test_run_with_special_tokens_first_resumes_replays_and_is_exported(lab, word
     assert "bits per byte" in scores[0]
     assert texts[0] == texts[1]
     assert texts[0].startswith("the self")
+
+
+def test_run_of_characters_resumes_replays_and_samples(lab, tmp_path, capsys):
+    text = (lab.root / "text").rglob("*")
+    (tmp_path / "input.txt").write_text("".join(path.read_text() for path in sorted(text) if path.is_file())[:200_000])
+    characters = tmp_path / "chars.json"
+    tokenizer.main([f"--source=text:{tmp_path}/input.txt", "--characters", f"--out={characters}"])
+    size = load_tokenizer(str(characters)).vocab_size
+    data = tmp_path / "data"
+    prepare.main([f"--source=text:{tmp_path}/input.txt", f"--tokenizer={characters}", f"--out={data}"])
+    settings = [f"data.path={data}", f"data.tokenizer={characters}", f"model.vocab_size={size}"]
+    settings += ["train.num_steps=8", "train.sample_every=8"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    lab.train(whole, *settings)
+    lab.train(cut, *settings, "train.num_steps=4")
+    lab.train(cut, *settings)
+    assert losses(cut) == losses(whole)
+    replay = [sys.executable, "-m", "gptjax.replay", f"--workdir={cut}", "--step=6", f"--out={tmp_path}/page.html"]
+    assert "equal to metrics.jsonl, bit for bit" in lab.call(replay).stdout
+    masked = lab.call(lab.command(tmp_path / "masked", *settings, "data.document_mask=True"), expect=2)
+    assert "data.document_mask=True: the tokenizer" in masked.stderr
+
+    capsys.readouterr()
+    sample.main([f"--workdir={cut}", "--max_new_tokens=16"])
+    assert len(capsys.readouterr().out) > 10, "it starts from a line end"
+    with raises(DataError, "--prompt=5 \u20ac", match=r"no id for the character .*u20ac"):
+        sample.main([f"--workdir={cut}", "--prompt=5 \u20ac"])
+    evaluate.main([f"--model=gptjax:{cut}", "--batches=1"])
+    assert "bits per byte" in capsys.readouterr().out
+    for target in (f"hf:{tmp_path}/hf", f"llmc:{tmp_path}/model.bin"):
+        with raises(DataError, "tokenizer chars.json"):
+            convert.main([f"--from=gptjax:{cut}", f"--to={target}"])
+    assert not (tmp_path / "hf").exists()
+    model = gptjax.load(str(cut))
+    assert model.generate("def", max_new_tokens=4, temperature=0) == gptjax.load(str(whole)).generate(
+        "def", max_new_tokens=4, temperature=0
+    )
+    assert model.loss("def main") > 0

@@ -6,6 +6,8 @@ import numpy as np
 
 from gptjax.convert.staging import SideFile
 from gptjax.data.tokenizer import Tokenizer
+from gptjax.documents import NO_EOT
+from gptjax.errors import DataError
 
 # The saved form of GPT-2's tokenizer under the name gpt2.
 GPT2_SHA256 = "3a1f8b75c440cfc21bb4d737c0fa1ed7fbe68f224bc20a56d193189cfdc9e981"
@@ -45,9 +47,18 @@ def make_side_file(
         tokenizer: the model's; None if it has none.
         target: the format of the model.
         vocab_size: the model's, at least the tokenizer's.
+
+    Raises:
+        DataError: llm.c has no place for a tokenizer of characters, and its programs need end-of-text.
     """
     if tokenizer is None or target not in ("nanogpt", "llmc"):
         return None, ""
+    if target == "llmc" and tokenizer.eot_id == NO_EOT:
+        raise DataError(
+            "is of characters, without the end-of-text that llm.c needs",
+            field=f"tokenizer {tokenizer.name}",
+            remedy="export it to nanogpt:",
+        )
     try:
         if target == "llmc":
             content = _gpt2_tokenizer(tokenizer)
@@ -83,9 +94,12 @@ def _meta_pickle(tokenizer: Tokenizer, vocab_size: int) -> bytes:
     """Returns the content of meta.pkl, whose characters are the bytes in Latin-1."""
     _require_no_prefix(tokenizer)
     ranks = tokenizer.ranks()
-    if any(len(token) > 1 for token in ranks):
+    if tokenizer.eot_id == NO_EOT:
+        characters = {token.decode(): number for token, number in ranks.items()}
+    elif any(len(token) > 1 for token in ranks):
         raise _NoPlaceError("nanogpt has place for single characters only")
-    characters = {token.decode("latin-1"): number for token, number in ranks.items()}
+    else:
+        characters = {token.decode("latin-1"): number for token, number in ranks.items()}
     # Special tokens and the ids that pad the vocabulary have no text.
     texts = dict.fromkeys(range(vocab_size), "")
     texts |= {number: character for character, number in characters.items()}

@@ -25,6 +25,7 @@ from gptjax.convert.weights import (
     short_repr,
 )
 from gptjax.data.tokenizer import Tokenizer
+from gptjax.documents import NO_EOT
 from gptjax.errors import DataError
 from gptjax.workdir import write_json
 
@@ -326,9 +327,17 @@ def write(
     dtype: of the tensors in the file.
 
     Raises:
+        DataError: the tokenizer is of characters, which transformers does not have.
         OSError: a file cannot be written.
     """
     config = weights.config
+    tokenizer = weights.tokenizer
+    if tokenizer is not None and tokenizer.eot_id == NO_EOT:
+        raise DataError(
+            "is of characters, and transformers has no such tokenizer",
+            field=f"tokenizer {tokenizer.name}",
+            remedy="export it to nanogpt:",
+        )
     write_json(f"{directory}/config.json", make_config(weights, dtype))
     eot = _eot(weights)
     write_json(f"{directory}/generation_config.json", {"bos_token_id": eot, "eos_token_id": eot})

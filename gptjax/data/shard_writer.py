@@ -17,6 +17,7 @@ from gptjax.data.meta import Meta, ShardMeta, SplitMeta, write_meta
 from gptjax.data.source import Document
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.data.tokens import hash_file
+from gptjax.documents import NO_EOT
 from gptjax.errors import DataError
 from gptjax.workdir import open_regular, sync_path
 
@@ -46,7 +47,7 @@ def write_batch(
     for (name, text), ids in zip(batch, encoded, strict=True):
         text_hash = hash_text(text)
         split = assignment.split_of(name, text_hash, journal.documents)
-        with_eot = np.array([*ids, tokenizer.eot_id], dtype)
+        with_eot = np.array(ids if tokenizer.eot_id == NO_EOT else [*ids, tokenizer.eot_id], dtype)
         appended[split].append(with_eot)
         journal.near[split].append([share_of(text_hash), len(with_eot)])
         counts = journal.splits[split]

@@ -12,12 +12,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
+from gptjax.data import characters
 from gptjax.data.patterns import (
     BYTES_PATTERN,
     GPT2_PATTERN,
@@ -72,6 +73,11 @@ class Tokenizer:
     def eot_id(self) -> int:
         """The id of end-of-text."""
         return self.specials[self.eot]
+
+    @property
+    def start_id(self) -> int:
+        """The id from which an empty prompt starts."""
+        return self.eot_id
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -365,7 +371,11 @@ def _find_gpt2_file(file: str, sha256: str) -> str:
 
 def _load_file(path: str) -> Tokenizer:
     try:
+        if path.endswith(".pkl"):
+            return cast(Any, characters.load_meta_pickle(path))
         saved = parse_json(read_at_most(path, LARGEST_FILE), dict)
+        if saved["format"] == characters.FORMAT:
+            return cast(Any, characters.parse_characters(saved))
         _check_fields(saved)
         specials = _parse_specials(saved)
         ranks = _parse_ranks(saved["tokens"], specials)

@@ -6,11 +6,11 @@ import hashlib
 import json
 import logging
 import os
-import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gptjax.data.foreign import SPLITS, check_characters, find_shards
 from gptjax.data.header import HEADER_BYTES, parse_header
 from gptjax.data.meta import META_FILE, Meta, ShardMeta, SplitMeta, read_meta
 from gptjax.data.shards import (
@@ -30,10 +30,6 @@ from gptjax.errors import ConfigError, DataError, one_line
 if TYPE_CHECKING:
     from gptjax.data.tokenizer import Tokenizer
 
-# Whole words of a file's name, by which other projects name the files of a split.
-SPLITS = {"train": {"train", "training"}, "validation": {"val", "valid", "validation"}}
-SUFFIXES = (".bin", ".npy")
-SHOWN_FILES = 5  # in a message
 LEAST_SAMPLE = 10_000  # ids, from which a vocabulary can be guessed
 LEAST_SHARE = 1 / 8  # of the vocabulary, which text of that many ids exceeds
 
@@ -282,7 +278,8 @@ def _open_without_meta(
     tokenizer: "Tokenizer",
     eot_position: str,
 ) -> Split:
-    paths = _find_foreign(directory, split)
+    check_characters(directory, tokenizer)
+    paths = find_shards(directory, split)
     is_small = total_bytes(paths) < SMALL_BYTES
     edge_bytes = EDGE_BYTES if len(paths) <= MANY_SHARDS else EDGE_BYTES_OF_MANY
     edge_tokens = _edge_tokens(len(paths))
@@ -369,28 +366,6 @@ def has_former_fingerprint(split: Split, fingerprint: str) -> bool:
     return fingerprint == _foreign_fingerprint(shards)
 
 
-def _find_foreign(directory: str, split: str) -> tuple[str, ...]:
-    """Returns the paths of a split's shards in a directory without meta.json, in order."""
-    files = sorted(name for name in os.listdir(directory) if name.endswith(SUFFIXES))
-    found = []
-    for name in files:
-        words = set(re.findall("[a-z]+", name.lower()))
-        splits = [other for other, names in SPLITS.items() if words & names]
-        if len(splits) > 1:
-            raise DataError("its name says both train and validation", field=os.path.join(directory, name))
-        if splits == [split]:
-            found.append(os.path.join(directory, name))
-    if not found:
-        wanted = " or ".join(sorted(SPLITS[split]))
-        there = ", ".join(map(one_line, files[:SHOWN_FILES])) or "none"
-        raise DataError(
-            f"no {META_FILE}, and no .bin or .npy file with the word {wanted} in its name: there is no {split} split",
-            field=directory,
-            remedy=f"its files: {there}",
-        )
-    return tuple(found)
-
-
 def _fingerprint(parts: list[tuple[Any, ...]]) -> str:
     content = json.dumps(parts).encode()
     return hashlib.sha256(content).hexdigest()
@@ -418,7 +393,7 @@ def verify(directory: str, tokenizer: "Tokenizer | None" = None) -> None:
     elif tokenizer is not None:
         vocab_size = tokenizer.vocab_size
         for split in SPLITS:
-            for path in _find_foreign(directory, split):
+            for path in find_shards(directory, split):
                 files.append((path, None))
     else:
         raise ConfigError(
