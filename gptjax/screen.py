@@ -39,7 +39,9 @@ class Screen:
         self._first: tuple[int, float] | None = None  # step and time, from which the first ETA is computed
         self._work = ""
         self._last_line = time.monotonic()
-        self._live = _start_live(self, stderr=stderr)
+        self._handlers = _stdout_handlers()
+        self._live = _start_live(self, stderr=stderr) if self._handlers else None
+        _follow_stdout(self._handlers)  # rich has replaced it
 
     @property
     def is_live(self) -> bool:
@@ -77,7 +79,8 @@ class Screen:
         """Returns the text of the bar."""
         parts = []
         if self._num_steps:
-            parts.append(f"{self._step:,}/{self._num_steps:,}  {self._step / self._num_steps:.0%}")
+            percent = 100 * self._step // self._num_steps  # rounded down: 100% means done
+            parts.append(f"{self._step:,}/{self._num_steps:,}  {percent}%")
             seconds_left = self._step_seconds * (self._num_steps - self._step)
             if math.isfinite(seconds_left):
                 # Counts down between two steps, too, unless the time is spent on something else.
@@ -106,33 +109,46 @@ class Screen:
         """Removes the bar."""
         if self._live is not None:
             self._live.stop()
-            _follow_stdout()  # rich restores stdout
+            _follow_stdout(self._handlers)  # rich has restored it
             self._live = None
 
 
 def _start_live(screen: Screen, *, stderr: bool) -> Any:
-    """Returns rich's display of `screen`; None without a terminal, and where nobody asked for log lines."""
+    """Returns rich's display of `screen`; None without a terminal that can redraw a line."""
     stream = sys.stderr if stderr else sys.stdout
-    if not stream.isatty() or not log.handlers or not log.isEnabledFor(logging.INFO):
+    if not stream.isatty():
         return None
     from rich.console import Console  # slow to import
     from rich.live import Live
 
+    console = Console(stderr=stderr)
+    if console.is_dumb_terminal or not console.is_terminal:  # by TERM and TTY_COMPATIBLE
+        return None
     live = Live(
         screen,
-        console=Console(stderr=stderr),
+        console=console,
         refresh_per_second=REFRESHES_PER_SECOND,
         redirect_stdout=not stderr,
         redirect_stderr=sys.stderr.isatty(),  # a file gets what is meant for it
         transient=True,
     )
     live.start()
-    _follow_stdout()
+    console.show_cursor(True)  # rich hides it, and nothing would bring it back after kill -9
     return live
 
 
-def _follow_stdout() -> None:
-    """Redirects log handlers to the current stdout: rich replaces it while the bar is shown."""
-    for handler in log.handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setStream(sys.stdout)
+def _stdout_handlers() -> list[logging.StreamHandler[Any]]:
+    """Returns the handlers that print gptjax's log lines; none where nobody asked for them.
+
+    Others, such as a caller's log file, are not gptjax's to redirect.
+    """
+    if not log.isEnabledFor(logging.INFO):
+        return []
+    handlers = [handler for handler in log.handlers if isinstance(handler, logging.StreamHandler)]
+    return [handler for handler in handlers if handler.stream is sys.stdout]
+
+
+def _follow_stdout(handlers: list[logging.StreamHandler[Any]]) -> None:
+    """Redirects log handlers to the current stdout."""
+    for handler in handlers:
+        handler.setStream(sys.stdout)

@@ -75,6 +75,11 @@ def test_bar_counts_down_between_steps_but_not_during_other_work(clock):
     assert shown.line() == "1,000/1,000  100%  eta 0s"
 
 
+def test_bar_says_100_percent_only_at_the_end():
+    assert Screen(print, step=599_999, num_steps=600_000).line() == "599,999/600,000  99%"
+    assert Screen(print, step=600_000, num_steps=600_000).line() == "600,000/600,000  100%"
+
+
 def test_first_eta_comes_from_the_first_steps(clock):
     shown = Screen(print, num_steps=1000)
     shown.advance(100)
@@ -131,14 +136,51 @@ def test_bar_is_left_out_where_nobody_asked_for_lines(terminal, monkeypatch):
     assert stream.getvalue() == ""
 
 
+def test_cursor_stays_visible_so_that_a_killed_run_leaves_a_usable_terminal(terminal):
+    stream = terminal()
+    shown = Screen(print, num_steps=40)
+    shown._live.refresh()
+    hidden, visible = (stream.getvalue().rfind(code) for code in ("\x1b[?25l", "\x1b[?25h"))
+    shown.close()
+    assert visible > hidden
+
+
+@pytest.mark.parametrize(("variable", "value"), [("TERM", "dumb"), ("TERM", "unknown"), ("TTY_COMPATIBLE", "0")])
+def test_terminal_that_cannot_redraw_gets_lines_instead_of_a_bar(terminal, monkeypatch, clock, variable, value):
+    stream = terminal()
+    monkeypatch.setenv(variable, value)
+    lines = []
+    shown = Screen(lines.append, num_steps=40)
+    assert not shown.is_live, "step lines then have progress and ETA"
+    clock[0] += 11
+    shown.show_work("evaluating", 3, 20)
+    shown.close()
+    assert (lines, stream.getvalue()) == (["evaluating 3/20"], "")
+
+
+def test_handlers_of_the_caller_keep_their_streams_and_start_no_bar(terminal, monkeypatch, tmp_path):
+    """As in a Python session with a log file of its own."""
+    stream = terminal()
+    printed = logging.StreamHandler(stream)
+    to_file = logging.FileHandler(tmp_path / "mine.log")
+    monkeypatch.setattr(screen.log, "handlers", [to_file, printed])
+    shown = Screen(print, num_steps=40)
+    assert shown.is_live
+    screen.log.info("step 10")
+    shown.close()
+    assert printed.stream is stream
+    monkeypatch.setattr(screen.log, "handlers", [to_file])
+    assert not Screen(print, num_steps=40).is_live
+    to_file.close()
+    assert (tmp_path / "mine.log").read_text() == "step 10\n"
+
+
 def test_log_lines_follow_a_replaced_stdout(monkeypatch: pytest.MonkeyPatch):
     """Above the bar, not into it."""
     before, now = io.StringIO(), io.StringIO()
     handler = logging.StreamHandler(before)
-    monkeypatch.setattr(screen.log, "handlers", [handler])
-    monkeypatch.setattr(screen.log, "level", logging.INFO)
     monkeypatch.setattr("sys.stdout", now)
     handler.handle(logging.makeLogRecord({"msg": "first"}))
-    screen._follow_stdout()
+    screen._follow_stdout([handler])
     handler.handle(logging.makeLogRecord({"msg": "second"}))
     assert (before.getvalue(), now.getvalue()) == ("first\n", "second\n")
