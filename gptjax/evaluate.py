@@ -163,6 +163,8 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     )
     args = parser.parse_strictly(arguments)
     check_model_flags(args)
+    if args.batches < 0:
+        raise ConfigError("must be 0, which means all, or more", field="--batches", value=args.batches)
     if args.model and not args.data and not args.model.startswith("gptjax:"):
         parse_model_ref("--model", args.model, READABLE)
         raise ConfigError(

@@ -125,3 +125,8 @@ def test_work_directory_that_does_not_exist_is_refused_with_those_that_do(tmp_pa
 def test_flags_that_name_no_single_model_are_refused(flags, field, remedy):
     with raises(ConfigError, field, value=flags[-1].removeprefix("--model="), remedy=remedy):
         parse_flags(flags)
+
+
+def test_negative_number_of_batches_is_refused_before_anything_is_read():
+    with raises(ConfigError, "--batches", value=-1, match="must be 0, which means all, or more"):
+        parse_flags(["--workdir=runs/x", "--batches=-1"])
