@@ -104,6 +104,8 @@ def test_evaluate_command_gives_the_loss_of_the_run(lab, twin):
     assert earlier.startswith("step 8: validation loss")
     assert found[1] not in earlier
     assert "(16 sequences)" in earlier
+    assert "gzip" not in earlier, "it would be of the whole text, not of these sequences"
+    assert "gzip -9 needs" in lab.call(command[:-1]).stdout
     named = lab.call([*command[:3], f"--model=gptjax:{twin}@8", "--batches=1"]).stdout
     assert named.startswith(f"gptjax:{twin}@8: validation loss"), "on the run's own data"
 
