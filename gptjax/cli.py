@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import logging
 import os
+import re
 import sys
 import threading
 import traceback
@@ -20,6 +21,7 @@ from gptjax.redaction import print_error, redact, shown
 from gptjax.streams import go_on_without_output, open_streams
 
 log = logging.getLogger("gptjax")
+NEAR = 0.7  # difflib's ratio of a mistyped flag and the one that is meant
 THREADS_SECONDS = 3.0  # a command that failed waits this long for threads of its libraries
 # Raised in Orbax's coroutines and tensorstore's threads after a failed read or save, which was reported already; and by
 # an event loop that found no free descriptor, when it is collected.
@@ -66,8 +68,14 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Raises ConfigError with argparse's message."""
-        raise ConfigError(one_line(message))
+        """Raises ConfigError with argparse's message, about the flag that it names."""
+        found = re.fullmatch(r"argument (\S+): (.*)", message, re.DOTALL)
+        flag, problem = found.groups() if found else ("", message)
+        wrong = re.fullmatch(r"invalid (int|float) value: '(.*)'", problem, re.DOTALL)
+        if wrong:
+            expected = "a whole number" if wrong[1] == "int" else "a number"
+            raise ConfigError(f"expected {expected}", field=flag, value=wrong[2])
+        raise ConfigError(one_line(problem), field=flag)
 
     def print_help(self, file: Any = None) -> None:
         """Prints the help and flushes it, so that an output that cannot be written raises here."""
@@ -110,8 +118,10 @@ class Parser(argparse.ArgumentParser):
 
     def unknown(self, argument: str) -> ConfigError:
         """Returns the error for an argument that is not known, with the nearest flags."""
-        name = argument.split("=")[0]
-        nearest = difflib.get_close_matches(name, list(self._option_string_actions), 2)
+        flags = list(self._option_string_actions)
+        if "--workdir" in flags and os.path.isdir(argument):
+            return ConfigError("not a flag", field=one_line(argument), remedy=f"write --workdir={one_line(argument)}")
+        nearest = difflib.get_close_matches(argument.split("=")[0], flags, 2, cutoff=NEAR)
         return ConfigError(
             "no such flag",
             field=one_line(argument),

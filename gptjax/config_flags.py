@@ -90,6 +90,9 @@ def _unknown(parser: Parser, argument: str) -> ConfigError:
     error = parser.unknown(argument)
     name, equals, value = argument.lstrip("-").partition("=")
     fields = [field for field in nearest_fields(name, FIELD_TYPES) if field == name or field.endswith(f".{name}")]
+    if not fields and name and not error.remedy:
+        remedy = "`gptjax config` lists the fields, as in --config.train.num_steps=10"
+        return ConfigError("no such flag", field=error.field, remedy=remedy)
     if not fields:
         return error
     flags = [f"{OVERRIDE}{field}{equals}{value}" for field in fields]

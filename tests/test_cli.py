@@ -21,8 +21,28 @@ def parser() -> cli.Parser:
 def test_flags_are_never_abbreviated_and_never_end_the_process():
     with raises(ConfigError, "--work=x", remedy="nearest: --workdir"):
         parser().parse_strictly(["--work=x"])
-    with raises(ConfigError, match="--workdir: expected one"):
+    with raises(ConfigError, "--workdir", match="--workdir: expected one"):
         parser().parse_strictly(["--workdir"])
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(int, "a whole number"), (float, "a number")])
+def test_flag_with_a_wrong_number_is_named_with_its_value(kind, expected):
+    made = parser()
+    made.add_argument("--rows", type=kind)
+    with raises(ConfigError, "--rows", value="1,5", match=f"^--rows=1,5: expected {expected}$"):
+        made.parse_strictly(["--rows=1,5"])
+
+
+def test_suggested_flag_is_really_near():
+    with raises(ConfigError, "--steps=3", remedy=""):
+        parser().parse_strictly(["--steps=3"])
+    with raises(ConfigError, "--hepl", remedy="nearest: --help"):
+        parser().parse_strictly(["--hepl"])
+
+
+def test_directory_without_a_flag_is_a_work_directory(tmp_path):
+    with raises(ConfigError, str(tmp_path), remedy=f"write --workdir={tmp_path}", match="not a flag"):
+        parser().parse_strictly([str(tmp_path)])
 
 
 def test_forgotten_coroutines_of_orbax_are_not_reported():

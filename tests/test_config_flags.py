@@ -35,7 +35,8 @@ def test_overrides_come_in_one_argument_or_two():
         (["--config.a", "--config.b=1"], "a=VALUE", ""),
         (["--wokdir=x"], "no such flag", "nearest: --workdir"),
         (["stray"], "no such flag", ""),
-        (["-x"], "no such flag", ""),
+        (["-x"], "no such flag", "`gptjax config` lists the fields"),
+        (["--steps=3"], "no such flag", "`gptjax config` lists the fields"),
     ],
 )
 def test_invalid_arguments_are_refused(arguments, problem, remedy):

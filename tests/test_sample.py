@@ -102,7 +102,7 @@ for arguments in (["--help"], ["--workdir=x", "--top_p=0", "--temperature=-1"], 
         "top_p=0.0: must",
         "one of --workdir=DIR and --model=FORMAT:PATH is required",
         "--tok=1: no such flag; nearest: --top_k",
-        "argument --seed: invalid int value: 'x'",
+        "--seed=x: expected a whole number",
         "num_samples=0: must",
         "--prompt_file=/no: No such file",
     )

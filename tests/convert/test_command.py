@@ -329,7 +329,7 @@ def test_unwritable_target_is_reported(tmp_path):
         (["--to=hf:b", "--dropout=1"], {"field": "--dropout", "value": 1.0}),
         (["--to=llmc:b", "--push=me/it"], {"field": "--push"}),
         (["--to=gptjax:b", "--dtype=bfloat16"], {"field": "--dtype", "value": "bfloat16"}),
-        (["--to=hf:b", "--dtype=float8"], {"match": "--dtype.* 'float8'"}),
+        (["--to=hf:b", "--dtype=float8"], {"field": "--dtype", "match": "--dtype.* 'float8'"}),
         (["--too=hf:b"], {"field": "--too=hf:b", "remedy": "nearest: --to"}),
     ],
 )

@@ -40,7 +40,7 @@ def test_v_unknown_format_is_refused(flag, value, refuse, tmp_path, monkeypatch)
     [
         ("--dropout=1", {"field": "--dropout", "value": 1.0}),
         ("--dropout=nan", {"field": "--dropout", "value": mock.ANY, "match": "=nan"}),
-        ("--dtype=float16", {"field": "", "match": "--dtype: invalid choice"}),
+        ("--dtype=float16", {"field": "--dtype", "match": "--dtype: invalid choice"}),
         ("--dropuot=0.1", {"field": "--dropuot=0.1", "remedy": "nearest: --dropout"}),
         ("--push=a/b", {"field": "--push"}),
     ],
