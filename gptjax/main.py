@@ -1,6 +1,6 @@
-"""Trains a GPT-2: python -m gptjax.main --config=configs/quickstart.py [--config.section.field=VALUE ...]
+"""Trains a GPT-2: `gptjax train quickstart`, or with changed fields `gptjax train quickstart --config.train.seed=1`.
 
-Rerun the same command to resume after an interruption. gptjax/config.py lists all config fields.
+Rerun the same command to resume after an interruption. `gptjax config` lists all config fields.
 """
 
 import argparse

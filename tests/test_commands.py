@@ -45,6 +45,8 @@ def test_help_is_sentences_that_name_each_default(name, monkeypatch):
         commands.cli()
     (parser,) = parsers
     assert re.match(r"[A-Z][^`]*[:.]", parser.description), "a sentence first"
+    assert "python -m" not in parser.description, "the command is named as it was called"
+    assert ".py " not in parser.description, "a file that an installed gptjax does not show"
     formatter = parser._get_formatter()
     for action in parser._actions:
         text = formatter._expand_help(action)
