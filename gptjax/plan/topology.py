@@ -243,7 +243,7 @@ def parse_topology(text: str, slices: int) -> Topology:
     Raises:
         ConfigError: the chip or the slice does not exist; the message names the nearest ones.
     """
-    kind, _, shape = text.partition(":")
+    kind, _, shape = text.lower().partition(":")  # H100:8 is how a catalogue writes it
     kinds = TPUS | GPUS
     if kind not in kinds:
         raise ConfigError(

@@ -24,6 +24,11 @@ def test_topology_text_gives_devices_and_name(text, slices, devices):
     assert str(topology) == (text if slices == 1 else f"{slices} x {text}")
 
 
+def test_letters_of_a_chip_may_be_large():
+    assert parse_topology("H100:8", 2) == parse_topology("h100:8", 2)
+    assert parse_topology("V5E:4x4", 1) == parse_topology("v5e:4x4", 1)
+
+
 @pytest.mark.parametrize(
     ("text", "remedy"),
     [
