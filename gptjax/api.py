@@ -43,6 +43,7 @@ from gptjax import distributed, errors
 from gptjax import evaluate as evaluation
 from gptjax import sample as sampling
 from gptjax import train as training
+from gptjax.arguments import check_config, check_ids, check_path, check_text, check_texts
 from gptjax.checkpoint import Checkpointer
 from gptjax.compute import resolve_compute
 from gptjax.config import Config, GPTConfig, MeshConfig, load
@@ -72,7 +73,7 @@ class TrainResult:
     exit_code: int  # 0: all steps are done; 75: it was interrupted, and the same call resumes
 
 
-def load_config(config: str, changes: Mapping[str, object] | None = None) -> Config:
+def load_config(config: str | os.PathLike[str], changes: Mapping[str, object] | None = None) -> Config:
     """Returns the config of a file, or of a name such as quickstart, with changed fields.
 
     >>> load_config("quickstart", {"train.num_steps": 200}).train.num_steps
@@ -83,10 +84,13 @@ def load_config(config: str, changes: Mapping[str, object] | None = None) -> Con
     Raises:
         ConfigError: the file is missing or fails, or a field or value is wrong.
     """
-    return load(config, changes or {})
+    file = check_path("config", config, expected="the name of a config or the path of its file")
+    if not isinstance(changes, Mapping | None):
+        raise ConfigError('expected a dict, such as {"train.num_steps": 200}', field="changes", value=changes)
+    return load(file, changes or {})
 
 
-def train(config: Config, workdir: str, *, verbose: bool = False) -> TrainResult:
+def train(config: Config, workdir: str | os.PathLike[str], *, verbose: bool = False) -> TrainResult:
     """Trains the run of `config` in the directory `workdir`, or resumes it.
 
     Ctrl-C, or an interrupt of the notebook's kernel, saves a checkpoint and returns.
@@ -96,13 +100,15 @@ def train(config: Config, workdir: str, *, verbose: bool = False) -> TrainResult
     Raises:
         UserError: with field, value and remedy, for every expected failure.
     """
+    check_config(config)
+    directory = check_path("workdir", workdir, expected="a directory")
     with _logging(verbose=verbose):
         distributed.start_jax()
-        code = training.train(config, workdir, owns_process=False)
-    rows = list(newest_rows(workdir))
+        code = training.train(config, directory, owns_process=False)
+    rows = list(newest_rows(directory))
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
     return TrainResult(
-        step=max(Checkpointer(workdir).steps(), default=0),  # training saves its last step before it returns
+        step=max(Checkpointer(directory).steps(), default=0),  # training saves its last step before it returns
         val_loss=losses[0] if losses else None,
         history=rows[::-1],
         exit_code=code,
@@ -132,7 +138,9 @@ def _logging(*, verbose: bool) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def load_model(model: str, *, step: int | None = None, tokenizer: str = "", activation: str = "") -> "Model":
+def load_model(
+    model: str | os.PathLike[str], *, step: int | None = None, tokenizer: str = "", activation: str = ""
+) -> "Model":
     """Returns the model of a work directory, or of weights in any format that gptjax converts.
 
     model: a work directory, or FORMAT:PATH: hf:openai-community/gpt2, hf:DIR, nanogpt:ckpt.pt, llmc:model.bin, ...
@@ -150,8 +158,9 @@ def load_model(model: str, *, step: int | None = None, tokenizer: str = "", acti
     return Model(config, params, tokenizer=chosen, origin=origin, options=options)
 
 
-def _name(model: str) -> dict[str, str]:
+def _name(model: str | os.PathLike[str]) -> dict[str, str]:
     """Returns the flags --workdir and --model, one of them empty, for a work directory or FORMAT:PATH."""
+    model = check_path("model", model, expected="a work directory, or FORMAT:PATH such as hf:openai-community/gpt2")
     reference = find_model("model", model)
     is_workdir = reference.format == "gptjax" and not model.startswith("gptjax:")
     return {"workdir": model if is_workdir else "", "model": "" if is_workdir else model}
@@ -213,10 +222,9 @@ class Model:
             min_p (0), seed (0).
 
         Raises:
-            ConfigError: an option is out of range.
+            ConfigError: a prompt is no text, or an option is out of range.
         """
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        found = [self._tokenizer.decode(ids) for ids in self._generate(texts, **options)]
+        found = [self._tokenizer.decode(ids) for ids in self._generate(check_texts("prompt", prompt), **options)]
         return found[0] if isinstance(prompt, str) else found
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
@@ -236,7 +244,7 @@ class Model:
         def work() -> None:
             problem: Any = StopIteration()
             try:
-                self._generate([prompt], on_token=put, **options)
+                self._generate([check_text("prompt", prompt)], on_token=put, **options)
             except BaseException as error:  # raised again where the text is read
                 problem = error
             pieces.put((b"", problem))
@@ -274,12 +282,10 @@ class Model:
         """Returns the logits of the token after each id: float32 [T, V] for ids [T], [B, T, V] for [B, T].
 
         Raises:
-            ConfigError: there are no ids, or more than config.block_size in a row.
+            ConfigError: there are no ids or more than config.block_size in a row, or an id that the model lacks.
         """
-        tokens = np.asarray(ids, np.int32)
+        tokens = check_ids(ids, block_size=self.config.block_size, vocab_size=self.config.vocab_size)
         length = tokens.shape[-1]
-        if not 1 <= length <= self.config.block_size:
-            raise ConfigError(f"expected 1 to {self.config.block_size} ids", field="ids", value=length)
         rows = tokens.reshape(-1, length)
         # Padding stands behind the ids, and attention sees no later position.
         window = min(max(SMALLEST_WINDOW, 1 << (length - 1).bit_length()), self.config.block_size)
@@ -294,7 +300,7 @@ class Model:
         A text of more than config.block_size tokens is cut into windows of that length, and each sees only itself and
         the token before it.
         """
-        ids = self._tokenizer.encode(text)
+        ids = self._tokenizer.encode(check_text("text", text))
         return self._logprobs([self._tokenizer.start_id], ids)
 
     def _logprobs(self, before: list[int], ids: list[int]) -> np.ndarray:
@@ -316,10 +322,10 @@ class Model:
         Both are tokenized together, and spaces at the end of the context belong to the continuation, as in lm-eval. Of
         a long text the last config.block_size tokens are the input. An empty context is end-of-text.
         """
-        kept = context.rstrip()
+        kept = check_text("context", context).rstrip()
         spaces = context[len(kept) :]
         before = self._tokenizer.encode(kept) if kept else []
-        whole = self._tokenizer.encode(kept + spaces + continuation)
+        whole = self._tokenizer.encode(kept + spaces + check_text("continuation", continuation))
         ids = whole[len(before) :]
         before = before or [self._tokenizer.start_id]
         size = self.config.block_size
@@ -327,8 +333,15 @@ class Model:
         return float(self._logprobs(before[-fits:], ids).sum())
 
     def loss(self, text: str) -> float:
-        """Returns the mean loss of `text` in nats per token, the negative mean of `logprobs`."""
-        return -float(self.logprobs(text).mean())
+        """Returns the mean loss of `text` in nats per token, the negative mean of `logprobs`.
+
+        Raises:
+            ConfigError: the text is empty.
+        """
+        logprobs = self.logprobs(text)
+        if not logprobs.size:
+            raise ConfigError("has no token, and so no mean", field="text", value=text)
+        return -float(logprobs.mean())
 
     def save(self, target: str, *, force: bool = False, dtype: str = "") -> None:
         """Writes the model in another format, from its source; see `convert`."""
@@ -369,7 +382,7 @@ def convert(
     conversion.main([f"--from={source}", *flags, *(["--force"] if force else [])])
 
 
-def evaluate(model: "str | Model", *, data: str = "", batches: int = 0) -> dict[str, float]:
+def evaluate(model: "str | os.PathLike[str] | Model", *, data: str = "", batches: int = 0) -> dict[str, float]:
     """Returns val_loss (nats per token), val_perplexity and val_bits_per_byte of a model on the validation split.
 
     model: a work directory, FORMAT:PATH, or a `Model`. data: a directory of shards; by default that of the run.
@@ -396,7 +409,7 @@ def plan(config: Config, topology: str, *, slices: int = 1) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         file, report = (os.path.join(directory, name) for name in ("config.json", "report.json"))
         with open(file, "w") as stream:
-            json.dump(config.to_dict(), stream)
+            json.dump(check_config(config).to_dict(), stream)
         flags = [f"--config={file}", f"--topology={topology}", f"--slices={slices}", f"--json={report}"]
         command = [sys.executable, "-m", "gptjax.plan", *flags]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -264,6 +264,9 @@ def flatten(config: Config) -> dict[str, Value]:
 
 def unknown_field(path: str) -> ConfigError:
     """Returns the error for a dotted `path` that is not a config field, with the nearest field names."""
+    of_section = [name for name in FIELD_TYPES if name.startswith(f"{path}.")]
+    if of_section:
+        return ConfigError("is a section with fields", field=path, remedy=f"name one of them, as {of_section[0]}")
     near = nearest_fields(path, FIELD_TYPES)
     return ConfigError(
         "no such config field",

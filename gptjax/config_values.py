@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -63,13 +64,13 @@ def _parse_bool(value: object) -> bool | None:
 
 def _parse_number(value: object, kind: type) -> int | float | None:
     """Returns a finite number of type `kind`; an int may be written as 1e3."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):  # bool is a subclass of int
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | str):  # bool is a subclass of int
         return None
     try:
         number: float = float(value)
         if not math.isfinite(number):
             return None
-        if isinstance(value, int) or (isinstance(value, str) and value.lstrip("+-").isdigit()):
+        if isinstance(value, numbers.Integral) or (isinstance(value, str) and value.lstrip("+-").isdigit()):
             number = int(value)  # exact, while a float rounds beyond 2**53
     except (ValueError, OverflowError):  # float(10**400) overflows; int() refuses more than 4,300 digits
         return None

@@ -1,6 +1,7 @@
 """Sampling parameters: their defaults, help and valid ranges, without importing JAX."""
 
 import math
+import numbers
 
 from gptjax.config import LARGEST_SEED
 from gptjax.errors import ConfigError
@@ -25,11 +26,17 @@ def validate_sampling_params(
     min_p: float,
     seed: int,
 ) -> None:
-    """Checks that each value is in its range; NaN is not.
+    """Checks that each value is a number in its range; NaN is not.
 
     Raises:
-        ConfigError: a value is out of range; the message has one line for each.
+        ConfigError: a value is no number or out of range; the message has one line for each.
     """
+    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    for name, value in {**given, "min_p": min_p, "seed": seed}.items():
+        is_whole = isinstance(FLAGS[name][0], int)
+        if not isinstance(value, numbers.Integral if is_whole else numbers.Real):
+            expected = "a whole number" if is_whole else "a number"
+            raise ConfigError(f"expected {expected}", field=name, value="None" if value is None else value)
     seeds = f"must be from 0 to {LARGEST_SEED}"
     temperatures = "must be 0 (the most likely token) or a positive number"
     checks = (

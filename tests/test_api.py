@@ -171,6 +171,17 @@ def test_logits_are_those_of_the_model_whatever_the_length(model):
     for wrong in ([], range(33)):
         with raises(ConfigError, "ids", value=len(wrong)):
             model.logits(wrong)
+    for wrong in (257, -1, 2**40):
+        with raises(ConfigError, "ids", value=wrong, match="expected ids from 0 to 256"):
+            model.logits([[1, 2], [3, wrong]])
+    with raises(ConfigError, "ids", value=(0, 3), match="at least one row"):
+        model.logits(np.zeros((0, 3), int))
+
+
+@pytest.mark.parametrize("wrong", [5, "def", [1.5], [[1, 2], [3]], [True], [2**70]])
+def test_ids_are_whole_numbers_in_rows_of_one_length(model, wrong):
+    with raises(ConfigError, "ids", value=wrong, match="expected whole numbers"):
+        model.logits(wrong)
 
 
 def test_scores_are_sums_of_log_probabilities(model):
@@ -194,6 +205,35 @@ def test_scores_are_sums_of_log_probabilities(model):
     # Of a long context the end is the input.
     assert model.score(text, "x") == pytest.approx(model.score(text[-32:], "x"), abs=1e-5)
     assert model.score(text, "x") != pytest.approx(model.score(text[-31:], "x"), abs=1e-7)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, b"def"])
+def test_text_is_text(model, wrong):
+    value = "None" if wrong is None else wrong
+    for call in (model.generate, lambda text: list(model.stream(text)), lambda text: model.generate([text])):
+        with raises(ConfigError, "prompt", value=value, match="expected a text"):
+            call(wrong)
+    for call in (model.logprobs, model.loss):
+        with raises(ConfigError, "text", value=value, match="expected a text"):
+            call(wrong)
+    with raises(ConfigError, "continuation", value=value, match="expected a text"):
+        model.score("def", wrong)
+    with raises(ConfigError, "context", value=value, match="expected a text"):
+        model.score(wrong, "def")
+
+
+def test_empty_text_has_no_mean_loss(model):
+    assert model.logprobs("").shape == (0,)
+    with raises(ConfigError, "text", value="", match="has no token"):
+        model.loss("")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("temperature", "hot"), ("temperature", None), ("max_new_tokens", 2.5), ("top_k", "all")]
+)
+def test_option_of_a_wrong_type_is_refused(model, option, value):
+    with raises(ConfigError, option, value=value or "None", match="expected a"):
+        model.generate("def ", **{option: value})
 
 
 def test_saved_model_loads_with_equal_logits(model, tmp_path):
@@ -272,6 +312,46 @@ def test_plan_is_a_dict_and_a_wrong_one_an_error(lab):
         gptjax.plan(gptjax.load_config("gpt2_small"), "a100:x")
     with raises(PlanError, "this config on t4:1", match="GiB per device"):
         gptjax.plan(gptjax.load_config("gpt2_xl", {"mesh.data": 1}), "t4:1")
+
+
+def test_paths_may_be_pathlib(trained, lab, tmp_path):
+    workdir, result = trained
+    assert gptjax.train(config(lab), workdir).step == result.step
+    assert gptjax.load(workdir).origin == gptjax.load(str(workdir)).origin
+    assert gptjax.evaluate(workdir, batches=1).keys() == {"val_loss", "val_perplexity", "val_bits_per_byte"}
+    assert gptjax.load_config(lab.config_file) == gptjax.load_config(str(lab.config_file))
+
+
+@pytest.mark.parametrize("wrong", [None, "", 5])
+def test_path_that_is_none_is_refused(lab, wrong):
+    value = "None" if wrong is None else wrong
+    with raises(ConfigError, "config", value=value, match="expected the name of a config"):
+        gptjax.load_config(wrong)
+    with raises(ConfigError, "workdir", value=value, match="expected a directory"):
+        gptjax.train(config(lab), wrong)
+    for call in (gptjax.load, gptjax.evaluate):
+        with raises(ConfigError, "model", value=value, match="expected a work directory, or FORMAT:PATH"):
+            call(wrong)
+
+
+def test_name_in_place_of_a_config_is_refused_with_the_call_that_makes_one(tmp_path):
+    for call in (gptjax.train, lambda config, _: gptjax.plan(config, "h100:8")):
+        with raises(ConfigError, "config", value="quickstart", remedy='gptjax.load_config("quickstart") makes one'):
+            call("quickstart", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_changes_of_a_config_are_a_dict_of_fields():
+    with raises(ConfigError, "changes", value=["train.num_steps=3"], match="expected a dict"):
+        gptjax.load_config("quickstart", ["train.num_steps=3"])
+    with raises(ConfigError, "train", match="is a section with fields", remedy="as train.num_steps"):
+        gptjax.load_config("quickstart", {"train": {"num_steps": 3}})
+    numbers = {"train.num_steps": np.int64(2**60 + 1), "optim.peak_lr": np.float32(0.5)}
+    found = gptjax.load_config("quickstart", numbers)
+    assert (found.train.num_steps, found.optim.peak_lr) == (2**60 + 1, 0.5)
+    assert type(found.train.num_steps) is int
+    with raises(ConfigError, "train.num_steps", value=np.float64(2.5)):
+        gptjax.load_config("quickstart", {"train.num_steps": np.float64(2.5)})
 
 
 def test_errors_have_field_value_and_remedy():

@@ -52,7 +52,7 @@ LAYERS = """
     collectives  kernels.cross_entropy  fingerprint  record  data.patterns  data.header  data.reach  data.source
     data.characters
     sharding
-    params  sampling_flags  model_flags  examples  sampling  config_flags
+    params  sampling_flags  model_flags  examples  sampling  config_flags  arguments
     config  cli  convert.hub  chips
     distributed
     signals  peers  coordinator  devices
