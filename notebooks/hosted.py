@@ -2,7 +2,8 @@
 
 JAX and its CUDA or TPU libraries belong together, and a hosted runtime comes with a set that fits its driver. So this
 keeps the runtime's JAX where it is new enough, and pins its whole family against pip. Otherwise, or where there is no
-JAX, pip installs the family that fits the accelerator. Runs with the standard library alone.
+JAX, pip installs the family that fits the accelerator. Runs with the standard library alone, and is imported by older
+versions of Python, too, which it refuses.
 """
 
 import glob
@@ -13,12 +14,14 @@ import re
 import subprocess
 import sys
 import tempfile
-import tomllib
 from collections.abc import Mapping
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FAMILY = re.compile(r"jax|jaxlib|libtpu|jax-cuda\d+-(pjrt|plugin)|nvidia-.*")
-IN_USE = {"numpy": "numpy", "google.protobuf": "protobuf"}  # modules that a kernel may have loaded: their package
+# Modules of gptjax's dependencies that a kernel may have loaded: their package.
+IN_USE = {"numpy": "numpy", "google.protobuf": "protobuf", "typing_extensions": "typing-extensions"}
+IN_USE |= {"jax": "jax", "jaxlib": "jaxlib", "ml_dtypes": "ml-dtypes", "flax": "flax", "optax": "optax", "rich": "rich"}
+IN_USE |= {"huggingface_hub": "huggingface-hub"}
 CUDA_13_DRIVER = 580  # the oldest; older drivers run CUDA 12
 CUDA_13_CAPABILITY = 7.5  # the oldest; a V100 has 7.0
 SHOWN_LINES = 15  # of pip's complaint
@@ -28,10 +31,13 @@ def set_up(*extras: str) -> None:
     """Installs gptjax with `extras`, and says what it does about JAX.
 
     Raises:
-        RuntimeError: Python is too old, or pip fails; the message says what to do.
+        RuntimeError: Python is too old, pip fails, or the session must be restarted; the message says what to do.
     """
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    check_python(project["requires-python"], sys.version_info[:2])
+    text = (ROOT / "pyproject.toml").read_text()
+    check_python(re.search(r'^requires-python = "(.*)"$', text, re.MULTILINE)[1], sys.version_info[:2])
+    import tomllib  # Python 3.10 has none, and is refused above
+
+    project = tomllib.loads(text)["project"]
     [oldest] = [need.partition(">=")[2] for need in project["dependencies"] if need.startswith("jax>=")]
     before = installed_versions()
     chosen, pins, reason = choose(oldest, before, find_accelerator(), list(extras))
@@ -39,7 +45,13 @@ def set_up(*extras: str) -> None:
     install(ROOT, chosen, pins)
     changed = changed_in_use(before, installed_versions(), set(sys.modules))
     if changed:
-        print(f"restart the session, then run this cell again: it had loaded {', '.join(changed)} before the update")
+        had = f"it had loaded {', '.join(changed)}"
+        # Nobody can restart a notebook that Kaggle runs as a batch, and often the mixture works.
+        if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch":
+            print(f"old modules stay loaded, because a batch has no restart: {had}")
+            return
+        # Raised, because "Run all" would go on with a mixture of old and new modules.
+        raise RuntimeError(f"restart the session, then run this cell again: {had}; all is installed")
 
 
 def check_python(needed: str, version: tuple[int, ...]) -> None:
@@ -100,7 +112,9 @@ def choose(
     what = accelerator or "the CPU"
     if not version or as_numbers(version) < as_numbers(oldest):
         why = f"the runtime's JAX {version} is older than {oldest}" if version else "the runtime has no JAX"
-        return [*extras, *[accelerator][: bool(accelerator)]], [], f"{why}: installing one for {what}"
+        # Two plugins would both register as "cuda", and a driver for CUDA 13 runs CUDA 12, too.
+        kept = "cuda12" if accelerator == "cuda" and "jax-cuda12-plugin" in installed else accelerator
+        return [*extras, *[kept][: bool(kept)]], [], f"{why}: installing one for {what}"
     pins = [f"{name}=={installed[name]}" for name in sorted(installed) if FAMILY.fullmatch(name)]
     has_support = not accelerator or any(is_plugin(name, accelerator) for name in installed)
     if has_support:

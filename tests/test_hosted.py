@@ -47,10 +47,16 @@ def test_plugin_of_another_cuda_is_kept_because_it_fits_the_driver():
 
 @pytest.mark.parametrize("accelerator", ["cuda", "cuda12", "tpu", ""])
 def test_older_or_missing_jax_is_replaced_for_the_accelerator(accelerator):
-    extras, pins, reason = hosted.choose("0.10", GPU_RUNTIME | {"jax": "0.9.4"}, accelerator, [])
+    extras, pins, reason = hosted.choose("0.10", {"jax": "0.9.4", "numpy": "2.0"}, accelerator, [])
     assert (extras, pins) == ([accelerator] if accelerator else [], [])
     assert reason.startswith("the runtime's JAX 0.9.4 is older than 0.10: installing one for ")
     assert hosted.choose("0.10", {"numpy": "2.0"}, accelerator, ["hub"])[0][0] == "hub"
+
+
+@pytest.mark.parametrize("accelerator", ["cuda", "cuda12"])
+def test_older_jax_is_replaced_for_the_cuda_that_it_had(accelerator):
+    """A plugin for CUDA 13 beside the old one for CUDA 12 would be a second backend named cuda."""
+    assert hosted.choose("0.10", GPU_RUNTIME | {"jax": "0.9.4"}, accelerator, [])[0] == ["cuda12"]
 
 
 @pytest.mark.parametrize(("accelerator", "package"), [("cuda", "jax-cuda13-plugin"), ("tpu", "libtpu")])
@@ -69,12 +75,34 @@ def test_older_protobuf_may_be_updated_and_asks_for_a_restart():
     after = GPU_RUNTIME | {"protobuf": "6.31"}
     assert hosted.changed_in_use(GPU_RUNTIME, after, {"google.protobuf"}) == ["protobuf 5.29, now 6.31"]
     assert hosted.changed_in_use(GPU_RUNTIME, after, {"numpy"}) == []
+    after = GPU_RUNTIME | {"jax": "0.12.0"}
+    assert hosted.changed_in_use(GPU_RUNTIME, after, {"jax"}) == ["jax 0.11.0, now 0.12.0"]
+
+
+def test_session_that_must_be_restarted_stops_there(monkeypatch, capsys):
+    """A line would scroll away in "Run all", and the next cell would mix old modules and new ones."""
+    versions = iter([{"numpy": "1.26"}, {"numpy": "2.4"}] * 2)
+    monkeypatch.setattr(hosted, "installed_versions", lambda: next(versions))
+    monkeypatch.setattr(hosted, "find_accelerator", lambda: "")
+    monkeypatch.setattr(hosted, "install", lambda *of: None)
+    with pytest.raises(RuntimeError, match=r"restart the session, then run this cell again: .* numpy 1\.26, now 2\.4"):
+        hosted.set_up()
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    hosted.set_up()
+    assert "a batch has no restart: it had loaded numpy 1.26, now 2.4" in capsys.readouterr().out
 
 
 def test_runtime_with_an_old_python_is_refused():
     hosted.check_python(">=3.11", (3, 11))
     with pytest.raises(RuntimeError, match=r"Python 3\.10, and gptjax needs 3\.11: choose a newer runtime"):
         hosted.check_python(">=3.11", (3, 10))
+
+
+def test_old_python_is_refused_although_it_lacks_tomllib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tomllib", None)
+    monkeypatch.setattr(sys, "version_info", (3, 10, 12, "final", 0))
+    with pytest.raises(RuntimeError, match=r"Python 3\.10, and gptjax needs 3\.11"):
+        load_hosted().set_up()
 
 
 @pytest.mark.parametrize(
