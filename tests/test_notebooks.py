@@ -153,7 +153,8 @@ def test_figures_of_the_quickstart_are_those_of_a_run_here(tmp_path, monkeypatch
 def test_the_settings_are_valid(path):
     scope = {}
     exec(parameters(read(path)).source, scope)
-    config.load(scope["CONFIG"], scope["OVERRIDES"])
+    found = config.load(scope["CONFIG"], scope["OVERRIDES"])
+    assert found.data.global_batch_size % 8 == 0, "a row for each chip of a v5e-8 on Kaggle or Colab"
 
 
 @pytest.fixture
