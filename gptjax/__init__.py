@@ -61,6 +61,11 @@ class CallableModule(types.ModuleType):
 
         return inspect.signature(self._function)
 
+    @property
+    def __doc__(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # What help() and a notebook's `gptjax.train?` show.
+        return self._function.__doc__
+
 
 class _Package(types.ModuleType):
     def __setattr__(self, name: str, value: object) -> None:

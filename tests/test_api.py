@@ -65,6 +65,7 @@ import inspect
 for _ in range(2):
     assert callable(gptjax.{name})
     assert inspect.signature(gptjax.{name}) == inspect.signature(gptjax.api.{name})
+    assert inspect.getdoc(gptjax.{name}) == inspect.getdoc(gptjax.api.{name})
     from gptjax import {name}
     assert {name} is gptjax.{name}
 try:
