@@ -38,7 +38,19 @@ def canonical_name(name: str) -> str:
         f"expected {kinds()}",
         field="data.source",
         value=name,
+        remedy=_suggest(name),
     )
+
+
+def _suggest(name: str) -> str:
+    """Returns the remedy for a path without its kind; "" where nothing has this path."""
+    if os.path.isdir(name):
+        return f"write text:{name}"
+    if not os.path.isfile(name):
+        return ""
+    endings = os.path.basename(name).split(".")[1:]  # also of a compressed file, as in rows.jsonl.gz
+    kind = next((ending for ending in endings if ending in READERS), "")
+    return f"write {kind}:{name}" if kind else f"write lines:{name}, or text:{name}"
 
 
 def open_source(

@@ -354,3 +354,16 @@ def test_canonical_name_has_an_absolute_path(monkeypatch: pytest.MonkeyPatch, tm
     assert canonical_name("tfds:./x/") == canonical_name(f"tfds:{tmp_path}/x") == f"tfds:{tmp_path}/x"
     monkeypatch.setenv("HOME", "/home/me")
     assert canonical_name("tfds:~/x") == "tfds:/home/me/x"
+
+
+def test_path_without_its_kind_is_refused_with_what_to_write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    remedies = {"texts": "write text:texts", "./one.txt": "write lines:./one.txt, or text:./one.txt", "no": ""}
+    for name in ("rows.jsonl.gz", "rows.csv", "rows.parquet"):
+        remedies[name] = f"write {name.split('.')[1]}:{name}"
+    for name in ("one.txt", "rows.jsonl.gz", "rows.csv", "rows.parquet"):
+        (tmp_path / name).touch()
+    for name, remedy in remedies.items():
+        with raises(ConfigError, "data.source", value=name, remedy=remedy):
+            canonical_name(name)
