@@ -277,10 +277,11 @@ def test_model_is_a_work_directory_or_has_a_format(model, flags):
     assert api._name(model) == flags
 
 
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2"])
 @pytest.mark.parametrize("call", [gptjax.load, gptjax.evaluate])
-def test_model_without_a_format_is_refused_with_the_reference_to_write(call):
-    with raises(ConfigError, "model", value="gpt2", remedy="write model=hf:openai-community/gpt2"):
-        call("gpt2")
+def test_model_without_a_format_is_refused_with_the_reference_to_write(call, name):
+    with raises(ConfigError, "model", value=name, remedy="write model=hf:openai-community/gpt2"):
+        call(name)
 
 
 def test_evaluation_equals_the_last_validation(trained, model, lab):

@@ -61,8 +61,8 @@ def find_model(flag: str, text: str) -> ModelRef:
 
 def guess(text: str) -> str:
     """Returns FORMAT:PATH for the path of a model or the name of a GPT-2; "" where nothing tells the format."""
-    if text in OPENAI_MODELS:
-        return f"hf:openai-community/{text}"
+    if text.removeprefix("openai-community/") in OPENAI_MODELS:
+        return f"hf:openai-community/{text.removeprefix('openai-community/')}"
     if os.path.isdir(os.path.join(text, "checkpoints")):
         return f"gptjax:{text}"
     if os.path.isfile(os.path.join(text, "config.json")):
