@@ -28,7 +28,7 @@ with epy.lazy_imports():  # so that a wrong flag exits before anything large loa
     import numpy as np
 
     from gptjax import params
-    from gptjax.convert import formats, hub
+    from gptjax.convert import formats, hub, torch_file
     from gptjax.convert import weights as w
 
 log = logging.getLogger("gptjax")
@@ -313,6 +313,7 @@ def check_target(
 
     Raises:
         ConfigError: the target is in a bucket or exists, or is a directory that the command needs.
+        UnavailableError: its format needs torch, which is missing.
     """
     path = target.path
     if is_bucket(path):
@@ -325,6 +326,8 @@ def check_target(
         raise _bad_target(target, "the command runs in that directory", "name another")
     if holds(path, source.path) and not holds(source.path, path):
         raise _bad_target(target, f"contains the source {source}, which would be overwritten", "name another")
+    if target.format == "nanogpt":  # before minutes of work, and about a file that the user has named
+        torch_file.import_torch(path)
 
 
 def _bad_target(target: ModelRef, problem: str, remedy: str) -> ConfigError:
