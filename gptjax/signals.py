@@ -68,7 +68,7 @@ class Preemption:
                 log.warning("%s: received before training started; nothing to save: rerun the same command", name)
                 os._exit(errors.PREEMPTED)
             self.requested = True
-            log.warning("%s: saving a checkpoint after this step; SIGTERM or Ctrl-C exits immediately", name)
+            log.warning("%s: saving a checkpoint after this step; another SIGTERM or Ctrl-C exits without it", name)
         os.close(self._read)
 
 

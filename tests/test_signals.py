@@ -44,7 +44,7 @@ def test_signal_requests_a_save_and_exit(monkeypatch, said, number):
         os.kill(os.getpid(), signal.Signals[number])
         until(lambda: preemption.requested)
         assert left == []
-    assert said[0].startswith(f"{number}: saving a checkpoint after this step")
+    assert said[0].startswith(f"{number}: saving a checkpoint after this step; another SIGTERM or Ctrl-C exits")
     assert signal.getsignal(signal.Signals[number]) == before
 
 
