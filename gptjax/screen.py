@@ -98,7 +98,7 @@ class Screen:
         from rich.text import Text
 
         grid = Table.grid(padding=(0, 2))
-        text = Text(self.line(), no_wrap=True, overflow="ellipsis")
+        text = Text(self.line(), no_wrap=True, overflow="crop")  # an ellipsis is no ASCII
         if self._num_steps:
             grid.add_row(ProgressBar(self._num_steps, self._step, width=BAR_WIDTH), text)
         else:

@@ -103,6 +103,7 @@ def test_bar_is_one_line_of_the_terminal(width):
     (line,) = out.getvalue().splitlines()
     assert len(line) <= width
     assert "123,456/600,000" in line or width < 80
+    assert "…" not in line, "in ASCII it would have six letters, and the line would wrap"
     shown.show_work("evaluating", 1234, 1953)
     out = io.StringIO()
     Console(file=out, width=80, force_terminal=True, color_system=None).print(shown)
