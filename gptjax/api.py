@@ -195,6 +195,10 @@ class Model:
         self._model = GPT(config.model, resolve_compute(dataclasses.replace(config, compute=compute), mesh))
         self._forward = jax.jit(lambda params, tokens_BT: self._model.apply({"params": params}, tokens_BT))
 
+    def __repr__(self) -> str:
+        c = self.config
+        return f"<{self.origin}: {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, {c.block_size} positions>"
+
     @property
     def config(self) -> GPTConfig:
         """The sizes of the model."""

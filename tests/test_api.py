@@ -241,6 +241,7 @@ def test_saved_model_loads_with_equal_logits(model, tmp_path):
     model.save(f"hf:{tmp_path}/hf")
     again = gptjax.load(f"hf:{tmp_path}/hf")
     assert again.config == gptjax.load(model.origin).config
+    assert repr(again) == f"<hf:{tmp_path}/hf: 2 layers, 2 heads, width 32, 32 positions>"
     np.testing.assert_array_equal(again.logits([1, 2, 3]), model.logits([1, 2, 3]))
     assert again.generate("def ", max_new_tokens=9, temperature=0) == model.generate(
         "def ", max_new_tokens=9, temperature=0
