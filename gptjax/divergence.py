@@ -46,7 +46,8 @@ def find_spike(recent: Recent, row: Mapping[str, float], *, finite: bool = True)
     finite: whether the update was finite; a non-finite step counts as a spike.
     """
     if not finite or not all(math.isfinite(row[name]) for name in MONITORED):
-        return f"loss {row['loss']}, gradient norm {row['grad_norm']}, update norm {row['update_norm']}: not finite"
+        loss, gradient, update = (f"{row[name]:.6g}" for name in ("loss", "grad_norm", "update_norm"))
+        return f"loss {loss}, gradient norm {gradient}, update norm {update}: not finite"
     for name in MONITORED:
         values = recent.get(name, ())
         count = len(values)
@@ -114,15 +115,15 @@ def _judge_nonfinite(history: History, row: Mapping[str, float], policy: TrainCo
         skipped_steps=history.skipped_steps + 1,
         nonfinite_in_a_row=in_a_row,
     )
-    why = f"loss {row['loss']}, gradient norm {row['grad_norm']}"
+    why = f"loss {row['loss']:.6g}, gradient norm {row['grad_norm']:.6g}"
     if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
-        why += f", update norm {row['update_norm']}"  # the only non-finite one: the optimizer overflowed
+        why += f", update norm {row['update_norm']:.6g}"  # the only non-finite one: the optimizer overflowed
     if policy.nan_policy == "skip" and in_a_row < policy.max_consecutive_nonfinite:
         return Verdict("skip", history, why)
     if policy.nan_policy == "skip":
         why += f": {policy.max_consecutive_nonfinite} in a row"
-    else:
-        why += ": train.nan_policy='stop'"
+        return Verdict("stop", history, why, "lower optim.peak_lr, or raise train.max_consecutive_nonfinite")
+    why += ": train.nan_policy='stop'"
     remedy = "add --config.train.nan_policy=skip to leave such updates out, or lower optim.peak_lr"
     return Verdict("stop", history, why, remedy)
 

@@ -82,7 +82,7 @@ def test_nonfinite_value_is_a_spike_from_the_first_step(name, value):
 
 def test_nonfinite_update_is_a_spike():
     assert find_spike({}, ROW | {"update_norm": math.inf}, finite=False) == (
-        "loss 3.0, gradient norm 1.0, update norm inf: not finite"
+        "loss 3, gradient norm 1, update norm inf: not finite"
     )
 
 
@@ -107,11 +107,12 @@ def test_accepted_step_is_added_to_the_window():
 
 def test_skip_counts_and_stops_at_the_limit():
     policy, history = TrainConfig(nan_policy="skip", max_consecutive_nonfinite=2), History(skipped_steps=5)
-    first = judge(history, BAD, policy, finite=False)
-    assert (first.action, first.why) == ("skip", "loss nan, gradient norm 1.0")
+    first = judge(history, BAD | {"grad_norm": 1.23456789}, policy, finite=False)
+    assert (first.action, first.why) == ("skip", "loss nan, gradient norm 1.23457")
     assert (first.history.skipped_steps, first.history.nonfinite_in_a_row) == (6, 1)
     second = judge(first.history, BAD, policy, finite=False)
-    assert (second.action, second.why) == ("stop", "loss nan, gradient norm 1.0: 2 in a row")
+    assert (second.action, second.why) == ("stop", "loss nan, gradient norm 1: 2 in a row")
+    assert second.remedy == "lower optim.peak_lr, or raise train.max_consecutive_nonfinite"
     between = judge(first.history, ROW, policy, finite=True).history
     assert judge(between, BAD, policy, finite=False).action == "skip", "the count begins again"
     assert judge(between, ROW | {"loss": 1e9}, policy, finite=True).action == "accept", "spikes are for rollback"
@@ -120,7 +121,7 @@ def test_skip_counts_and_stops_at_the_limit():
 def test_stop_policy_names_the_nonfinite_values():
     verdict = judge(History(), ROW | {"update_norm": math.inf}, TrainConfig(nan_policy="stop"), finite=False)
     assert verdict.action == "stop"
-    assert verdict.why == "loss 3.0, gradient norm 1.0, update norm inf: train.nan_policy='stop'"
+    assert verdict.why == "loss 3, gradient norm 1, update norm inf: train.nan_policy='stop'"
     assert "--config.train.nan_policy=skip" in verdict.remedy
 
 

@@ -184,10 +184,10 @@ def test_divergence_error_names_step_and_resume_command():
     metrics = {"loss": [math.inf], "grad_norm": [1.0], "finite": [0.0]}
     about = {"last_saved": 5, "workdir": "runs/x"}
     after = process_metrics(run, Recorder(), History(), end=7, metrics=metrics, **about)
-    with raises(DivergedError, "step 8", remedy="--config.train.nan_policy=skip") as caught:
+    with raises(DivergedError, "step 8", remedy="train.max_consecutive_nonfinite") as caught:
         process_metrics(run, Recorder(), after, end=8, metrics=metrics, **about)
     cause, restart, inspect = map(str, caught.value.errors)
-    assert re.search(r"inf, .* 1\.0: 2 ", cause)
+    assert re.search(r"inf, .* 1: 2 ", cause)
     assert str(list(range(700, 708))) in cause, "the batch of the update that made step 8 is batch(7)"
     assert restart.endswith("step 5")
     assert inspect.endswith("python -m gptjax.replay --workdir=runs/x --step=8")
