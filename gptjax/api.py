@@ -43,7 +43,7 @@ from gptjax import distributed, errors
 from gptjax import evaluate as evaluation
 from gptjax import sample as sampling
 from gptjax import train as training
-from gptjax.arguments import check_config, check_ids, check_path, check_text, check_texts
+from gptjax.arguments import check_config, check_count, check_ids, check_path, check_text, check_texts
 from gptjax.checkpoint import Checkpointer
 from gptjax.compute import resolve_compute
 from gptjax.config import Config, GPTConfig, MeshConfig, load
@@ -85,7 +85,7 @@ def load_config(config: str | os.PathLike[str], changes: Mapping[str, object] | 
         ConfigError: the file is missing or fails, or a field or value is wrong.
     """
     file = check_path("config", config, expected="the name of a config or the path of its file")
-    if not isinstance(changes, Mapping | None):
+    if changes is not None and not (isinstance(changes, Mapping) and all(isinstance(name, str) for name in changes)):
         raise ConfigError('expected a dict, such as {"train.num_steps": 200}', field="changes", value=changes)
     return load(file, changes or {})
 
@@ -352,7 +352,9 @@ class Model:
         convert(self.origin, target, force=force, dtype=dtype, **self.options)
 
 
-def prepare(source: str, *, tokenizer: str = "gpt2", out: str = "", **options: Any) -> str:
+def prepare(
+    source: str, *, tokenizer: str | os.PathLike[str] = "gpt2", out: str | os.PathLike[str] = "", **options: Any
+) -> str:
     """Turns the text of `source` into token shards, and returns their directory; nothing happens if they are there.
 
     source: stdlib, text:PATH, lines:PATH, tfds:NAME. out: by default data/<source>-<tokenizer>.
@@ -361,7 +363,9 @@ def prepare(source: str, *, tokenizer: str = "gpt2", out: str = "", **options: A
     Raises:
         UserError: the source, the tokenizer or the output is wrong.
     """
-    out = out or preparation.default_path(source, tokenizer)
+    check_text("source", source)
+    tokenizer = check_path("tokenizer", tokenizer, expected="gpt2, bytes, or the path of a tokenizer")
+    out = os.fspath(out) or preparation.default_path(source, tokenizer)
     preparation.prepare(source=source, tokenizer=open_tokenizer(tokenizer), out=out, **options)
     return out
 
@@ -414,8 +418,8 @@ def plan(config: Config, topology: str, *, slices: int = 1) -> dict[str, Any]:
         file, report = (os.path.join(directory, name) for name in ("config.json", "report.json"))
         with open(file, "w") as stream:
             json.dump(check_config(config).to_dict(), stream)
-        flags = [f"--config={file}", f"--topology={topology}", f"--slices={slices}", f"--json={report}"]
-        command = [sys.executable, "-m", "gptjax.plan", *flags]
+        flags = [f"--config={file}", f"--topology={topology}", f"--slices={check_count('slices', slices)}"]
+        command = [sys.executable, "-m", "gptjax.plan", *flags, f"--json={report}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if not os.path.exists(report):  # it ended before it could write one
             raise UserError(f"the plan ended with code {done.returncode}: {errors.one_line(done.stderr[-200:])}")

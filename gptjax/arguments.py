@@ -1,5 +1,6 @@
 """What a Python caller passes, checked before it is used: configs, paths, texts and ids of tokens."""
 
+import numbers
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -56,6 +57,17 @@ def check_texts(field: str, texts: object) -> list[str]:
     if isinstance(texts, bytes) or not isinstance(texts, Iterable):
         raise _wrong(field, texts, expected="a text or a list of texts")
     return [check_text(field, text) for text in texts]
+
+
+def check_count(field: str, value: object) -> int:
+    """Returns `value` if it is a whole number.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    raise _wrong(field, value, expected="a whole number")
 
 
 def check_ids(ids: Any, *, block_size: int, vocab_size: int) -> np.ndarray:

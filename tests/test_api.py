@@ -308,11 +308,24 @@ def test_data_are_prepared_once(tmp_path, monkeypatch):
     assert gptjax.prepare("text:txt", tokenizer="bytes", val_fraction=0.3) == directory
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("val_fraction", "x"), ("shard_tokens", 1.5), ("shard_tokens", "many"), ("tokenizer", 5), ("source", 5)],
+)
+def test_option_of_prepare_of_a_wrong_type_is_refused(tmp_path, option, value):
+    options = {"source": "stdlib", "tokenizer": "bytes", "out": tmp_path / "data", option: value}
+    with raises(ConfigError, option, value=value):
+        gptjax.prepare(**options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_plan_is_a_dict_and_a_wrong_one_an_error(lab):
     found = gptjax.plan(gptjax.load_config("gpt2_small"), "a100:8")
     assert sum(found["memory_bytes"].values()) > 1e9
     with raises(ConfigError, "--topology", value="a100:x", remedy="--slices", match="expected a100:N"):
         gptjax.plan(gptjax.load_config("gpt2_small"), "a100:x")
+    with raises(ConfigError, "slices", value="two", match="expected a whole number"):
+        gptjax.plan(gptjax.load_config("gpt2_small"), "a100:8", slices="two")
     with raises(PlanError, "this config on t4:1", match="GiB per device"):
         gptjax.plan(gptjax.load_config("gpt2_xl", {"mesh.data": 1}), "t4:1")
 
@@ -347,6 +360,8 @@ def test_name_in_place_of_a_config_is_refused_with_the_call_that_makes_one(tmp_p
 def test_changes_of_a_config_are_a_dict_of_fields():
     with raises(ConfigError, "changes", value=["train.num_steps=3"], match="expected a dict"):
         gptjax.load_config("quickstart", ["train.num_steps=3"])
+    with raises(ConfigError, "changes", value={5: 3}, match="expected a dict"):
+        gptjax.load_config("quickstart", {5: 3})
     with raises(ConfigError, "train", match="is a section with fields", remedy="as train.num_steps"):
         gptjax.load_config("quickstart", {"train": {"num_steps": 3}})
     numbers = {"train.num_steps": np.int64(2**60 + 1), "optim.peak_lr": np.float32(0.5)}

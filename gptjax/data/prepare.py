@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import hashlib
 import logging
+import numbers
 import os
 import re
 import shlex
@@ -121,13 +122,13 @@ def _check_arguments(
     val_fraction: float,
     shard_tokens: int,
 ) -> None:
-    if not 0 < val_fraction < 1:
+    if not isinstance(val_fraction, numbers.Real) or not 0 < val_fraction < 1:
         raise ConfigError(
             "must be above 0 and below 1",
             field="val_fraction",
             value=val_fraction,
         )
-    if not 1 <= shard_tokens <= LARGEST_COUNT:
+    if not isinstance(shard_tokens, numbers.Integral) or not 1 <= shard_tokens <= LARGEST_COUNT:
         raise ConfigError(
             f"must be from 1 to {LARGEST_COUNT}",
             field="shard_tokens",
