@@ -22,7 +22,7 @@ from gptjax.convert.staging import refuse_existing, staged
 from gptjax.errors import ConfigError, DataError
 from gptjax.model_flags import ACTIVATIONS
 from gptjax.redaction import say
-from gptjax.workdir import is_bucket
+from gptjax.workdir import METRICS_FILE, is_bucket
 
 with epy.lazy_imports():  # so that a wrong flag exits before anything large loads
     import numpy as np
@@ -309,10 +309,10 @@ def check_target(
 ) -> None:
     """Checks that `target` can be written without replacing something that the user did not name.
 
-    --force may replace the source itself, but not a directory that contains more than the source.
+    --force may replace the source itself, but not a directory that contains more than the source, and never a run.
 
     Raises:
-        ConfigError: the target is in a bucket or exists, or is a directory that the command needs.
+        ConfigError: the target is in a bucket or exists, has a run, or is a directory that the command needs.
         UnavailableError: its format needs torch, which is missing.
     """
     path = target.path
@@ -322,6 +322,8 @@ def check_target(
         example = os.path.join(path, formats.FILES[target.format])
         raise _bad_target(target, "is a directory", f"name a file, such as {example}")
     refuse_existing(path, force=force)
+    if os.path.isfile(os.path.join(path, METRICS_FILE)):
+        raise _bad_target(target, "has a run, which --force does not replace", "name another, or remove it")
     if holds(path, os.getcwd()):
         raise _bad_target(target, "the command runs in that directory", "name another")
     if holds(path, source.path) and not holds(source.path, path):

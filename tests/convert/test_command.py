@@ -245,6 +245,18 @@ def test_force_replaces_only_an_old_output(tmp_path, monkeypatch, target, proble
     assert (left(tmp_path), left(tmp_path / "full")) == (["empty", "full"], ["m.bin"])
 
 
+def test_run_is_never_replaced(tmp_path):
+    """Its other checkpoints, moments and metrics would be lost; a model that was only converted has no metrics."""
+    write_hf(tmp_path / "a")
+    for _ in range(2):
+        convert(f"hf:{tmp_path}/a", f"gptjax:{tmp_path}/run", "--force")
+    (tmp_path / "run/metrics.jsonl").touch()
+    for target in (f"hf:{tmp_path}/run", f"gptjax:{tmp_path}/run"):
+        with raises(ConfigError, "--to", value=target, match="has a run", remedy="name another, or remove it"):
+            convert(f"gptjax:{tmp_path}/run", target, "--force")
+    assert (tmp_path / "run/checkpoints").is_dir()
+
+
 def test_the_source_itself_may_be_replaced(tmp_path):
     write_hf(tmp_path / "a")
     before = {name: data for name, (_, data) in tensors(f"hf:{tmp_path}/a").items()}
