@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 def main() -> None:
     workdir, out = map(pathlib.Path, sys.argv[1:])
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    training = [(row["step"], row["loss_mean"]) for row in rows if "loss_mean" in row]
     validation = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
     plt.rcParams.update({"svg.hashsalt": "gptjax", "svg.fonttype": "none", "font.size": 9})
     figure, axes = plt.subplots(figsize=(6, 2.4), layout="constrained")
