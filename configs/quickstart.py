@@ -2,8 +2,8 @@
 
     python -m gptjax.main --config=configs/quickstart.py
 
-Expected: validation loss 1.353, which is 1.952 bits per byte; the last digits depend on the processor. On the same text,
-gzip -9 needs 2.130 bits per byte and xz -9 1.875 (Python 3.11's library, jax 0.10.2).
+Expected: validation loss 1.353, which is 1.952 bits per byte; the last digits depend on the processor. On the same
+text, gzip -9 needs 2.130 bits per byte and xz -9 1.875 (Python 3.11's library, jax 0.10.2).
 Cost: 1 min 12 s on two cores of an AMD EPYC, 33,000 tokens/s, and about twice that on older processors; 6e12 FLOP.
 """
 

@@ -57,8 +57,11 @@ from gptjax.generate import generate
 from gptjax.log_reader import newest_rows
 from gptjax.model import GPT
 from gptjax.model_flags import check_model_flags
+from gptjax.sampling_flags import FLAGS
 from gptjax.sharding import make_mesh
 
+# Those of gptjax sample.
+DEFAULTS = {name: default for name, (default, _) in FLAGS.items() if name != "num_samples"}
 SMALLEST_WINDOW = 16  # tokens; a window is padded to a power of two, so that few lengths are compiled
 EXIT_ERRORS = {kind.exit_code: kind for kind in (ConfigError, DataError, PlanError, UnavailableError)}
 
@@ -222,7 +225,7 @@ class Model:
     def generate(self, prompt: str | Sequence[str], **options: Any) -> str | list[str]:
         """Returns the text that continues each prompt, without the prompt: a str for a str, otherwise a list.
 
-        options: max_new_tokens (256), temperature (1; 0 takes the most likely token), top_k (0: all), top_p (1),
+        options: max_new_tokens (200), temperature (0.8; 0 takes the most likely token), top_k (0: all), top_p (1),
             min_p (0), seed (0).
 
         Raises:
@@ -271,7 +274,7 @@ class Model:
             thread.join()
 
     def _generate(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
-        options.setdefault("max_new_tokens", 256)
+        options = DEFAULTS | options
         return generate(
             self._model,
             self._params,

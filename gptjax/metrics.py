@@ -106,8 +106,8 @@ class Reporter:
         # The file already has the row if a preemption came right after it: the evaluation then ran twice.
         if step > self._log.last_validation:
             self._log.write({"step": step, **result})
-        line = "step %d  val loss %.4f  perplexity %.2f  bits per byte %.3f  %d sequences"
-        log.info(line, step, *result.values(), sequences)
+        line = "step %d  val loss %.4f  perplexity %.2f  bits per byte %.3f  %s sequences"
+        log.info(line, step, *result.values(), f"{sequences:,}")
 
     def report_sample(self, step: int, text: str) -> None:
         """Reports a sampled text: in TensorBoard, samples.txt and on the screen."""
