@@ -305,8 +305,10 @@ def _count(number: int, one: str, several: str = "") -> str:
     return f"{number} {noun}"
 
 
-def write_description(run: Run, workdir: str, identity: Identity) -> None:
+def write_description(run: Run, workdir: str, identity: Identity, *, has_roles: bool) -> None:
     """Logs a description of the run, and writes its files to the work directory.
+
+    has_roles: whether the description has the table of parameters; otherwise only --verbose shows it.
 
     Raises:
         WorkdirError: they cannot be written.
@@ -316,7 +318,7 @@ def write_description(run: Run, workdir: str, identity: Identity) -> None:
     for line in describe_run(run):
         log.info("%s", line)
     for line in describe_roles(roles):
-        log.debug("%s", line)  # with --verbose; the file parameters.json has them always
+        log.log(logging.INFO if has_roles else logging.DEBUG, "%s", line)  # parameters.json has them always
     # An accelerator finishes any step in seconds; a CPU may need an hour for a batch of 512.
     if run.mesh.devices.flat[0].platform == "cpu":
         warn_if_slow(run)

@@ -102,7 +102,9 @@ def train(config: Config, workdir: str, *, started: float | None = None, owns_pr
             directory=local,
             identity=identity,
         )
-        write_description(run, local, identity)
+        # Like goodput at the end: where a run was restarted or has several processes, people look closer.
+        has_roles = history.restarts > 0 or jax.process_count() > 1
+        write_description(run, local, identity, has_roles=has_roles)
         with exit_on_peer_failure():
             return run_with_rollbacks(run, state, history, tools=tools)
 

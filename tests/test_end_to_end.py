@@ -27,6 +27,7 @@ def test_resumed_run_is_bit_equal_to_an_uninterrupted_run(lab, twin, tiny_run, t
     assert_summary(second.stdout, workdir, rows(workdir), step=16)
     assert "goodput" not in first.stdout, "nothing was lost, and there is no --verbose"
     assert "goodput" in second.stdout
+    assert ["h/mlp/c_fc/kernel " in said for said in (first.stdout, second.stdout)] == [False, True], "as with goodput"
     assert list(losses(workdir)) == list(range(1, 17))
     assert losses(workdir) == losses(twin)
     assert validations(workdir) == validations(twin)

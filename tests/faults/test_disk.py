@@ -133,7 +133,7 @@ def test_d1_too_little_disk_space_is_reported_before_training(lab, tmp_path):
 def test_d3_unwritable_description_file_ends_the_run(name, tiny_run, tmp_path):
     (tmp_path / name).mkdir()
     with raises(WorkdirError, f"{tmp_path}/{name}", remedy="make room ", match="cannot be written: Is a directory"):
-        write_description(tiny_run, str(tmp_path), Identity())
+        write_description(tiny_run, str(tmp_path), Identity(), has_roles=False)
 
 
 def test_d2_read_only_disk_is_refused(lab, twin, tmp_path):
