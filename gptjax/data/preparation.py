@@ -146,7 +146,8 @@ def _resume(
         return _divide(documents, journal.settings, tokenizer)
 
     fresh = Journal(settings)
-    journal = read_journal(partial)
+    # What a pipe has given to a comparison it does not give again.
+    journal = None if source.is_pipe else read_journal(partial)
     if journal is None:
         return fresh, documents_of(fresh)
     chosen = {field.name for field in dataclasses.fields(Assignment)}

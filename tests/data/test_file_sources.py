@@ -2,11 +2,13 @@
 
 import csv
 import gzip
+import io
 import json
 import lzma
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pyarrow
@@ -14,7 +16,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from gptjax.data import preparation
 from gptjax.data.file_sources import Reading, find_files, open_files
+from gptjax.data.meta import read_meta
 from gptjax.data.prepare import main as prepare_main
 from gptjax.data.prepare import prepare
 from gptjax.data.sources import canonical_name
@@ -337,6 +341,31 @@ def test_pipe_is_read_once(tmp_path):
     assert "write it to a file, which can be read twice" in done.stderr
     with raises(ConfigError, "data.source", value="parquet:-"):
         documents("parquet", "-")
+
+
+def test_interrupted_pipe_starts_over_with_all_of_the_next_one(tmp_path, monkeypatch):
+    real = preparation.write_journal
+
+    def stop(partial, journal):
+        real(partial, journal)
+        raise KeyboardInterrupt
+
+    def give(texts):
+        stream = io.BytesIO("".join(f"{text}\n" for text in texts).encode())
+        monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BufferedReader(stream)))
+
+    options = {"source": "lines:-", "tokenizer": BYTES, "window": 1, "log": lambda line: None}
+    give(TEXTS)
+    monkeypatch.setattr(preparation, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(preparation, "write_journal", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(out=str(tmp_path / "out"), **options)
+    monkeypatch.setattr(preparation, "write_journal", real)
+    others = [f"other {text}" for text in TEXTS]
+    give(others)
+    prepare(out=str(tmp_path / "out"), **options)
+    meta = read_meta(str(tmp_path / "out"))
+    assert sum(split.documents for split in meta.splits.values()) == len(others)
 
 
 def test_home_directory_is_expanded(tmp_path, monkeypatch):
