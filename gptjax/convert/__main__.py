@@ -164,6 +164,8 @@ def main(arguments: list[str]) -> None:
         table = formats.map_table(weights, target_format, dtype)
         say("\n".join(table))
         return
+    if target.format == "nanogpt":  # before minutes of work, and about a file that the user has named
+        torch_file.import_torch(target.path)
     convert(
         weights,
         target,
@@ -313,7 +315,6 @@ def check_target(
 
     Raises:
         ConfigError: the target is in a bucket or exists, has a run, or is a directory that the command needs.
-        UnavailableError: its format needs torch, which is missing.
     """
     path = target.path
     if is_bucket(path):
@@ -328,8 +329,6 @@ def check_target(
         raise _bad_target(target, "the command runs in that directory", "name another")
     if holds(path, source.path) and not holds(source.path, path):
         raise _bad_target(target, f"contains the source {source}, which would be overwritten", "name another")
-    if target.format == "nanogpt":  # before minutes of work, and about a file that the user has named
-        torch_file.import_torch(path)
 
 
 def _bad_target(target: ModelRef, problem: str, remedy: str) -> ConfigError:
