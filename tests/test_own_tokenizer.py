@@ -97,3 +97,26 @@ def test_run_of_characters_resumes_replays_and_samples(lab, tmp_path, capsys):
         "def", max_new_tokens=4, temperature=0
     )
     assert model.loss("def main") > 0
+
+
+@pytest.mark.torch
+def test_model_of_characters_goes_to_nanogpt_and_back(lab, tmp_path, capsys):
+    pytest.importorskip("torch")
+    (tmp_path / "input.txt").write_text("First Citizen:\nBefore we proceed any further, hear me speak.\n" * 100)
+    characters = tmp_path / "chars.json"
+    tokenizer.main([f"--source=text:{tmp_path}/input.txt", "--characters", f"--out={characters}"])
+    size = load_tokenizer(str(characters)).vocab_size
+    settings = [f"data.source=text:{tmp_path}/input.txt", "data.path=", f"data.tokenizer={characters}"]
+    lab.train(tmp_path / "run", *settings, f"model.vocab_size={size}", "train.num_steps=4")
+    (tmp_path / "nano").mkdir()
+    convert.main([f"--from=gptjax:{tmp_path}/run", f"--to=nanogpt:{tmp_path}/nano/ckpt.pt"])
+    meta = tmp_path / "nano/meta.pkl"
+    assert load_tokenizer(str(meta)).characters == load_tokenizer(str(characters)).characters
+    convert.main([f"--from=nanogpt:{tmp_path}/nano/ckpt.pt", f"--tokenizer={meta}", f"--to=gptjax:{tmp_path}/back"])
+    capsys.readouterr()
+    texts = []
+    for workdir in ("run", "back"):
+        sample.main([f"--workdir={tmp_path / workdir}", "--prompt=First", "--max_new_tokens=8", "--temperature=0"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("First")
