@@ -12,7 +12,6 @@ the import of JAX takes seconds.
 """
 
 import sys
-import types
 
 TYPE_CHECKING = False  # typing has it, too, but importing that takes longer than all the rest here
 if TYPE_CHECKING:
@@ -42,7 +41,10 @@ MODULES = ("convert", "evaluate", "plan", "train")
 __all__ = ["__version__", *NAMES, *MODULES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-class CallableModule(types.ModuleType):
+ModuleType = type(sys)  # as in types, which is not imported everywhere yet
+
+
+class CallableModule(ModuleType):
     """A submodule that is called as the function of its name in gptjax.api."""
 
     def __call__(self, *args: object, **options: object) -> object:
@@ -67,10 +69,10 @@ class CallableModule(types.ModuleType):
         return self._function.__doc__
 
 
-class _Package(types.ModuleType):
+class _Package(ModuleType):
     def __setattr__(self, name: str, value: object) -> None:
         # The import of a submodule ends here.
-        if name in MODULES and isinstance(value, types.ModuleType):
+        if name in MODULES and isinstance(value, ModuleType):
             value.__class__ = CallableModule
         super().__setattr__(name, value)
 
