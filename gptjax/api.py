@@ -360,8 +360,9 @@ def prepare(
 ) -> str:
     """Turns the text of `source` into token shards, and returns their directory; nothing happens if they are there.
 
-    source: stdlib, text:PATH, lines:PATH, tfds:NAME. out: by default data/<source>-<tokenizer>.
-    options: text_feature, val_fraction, shard_tokens, as `gptjax prepare --help` describes them.
+    source: stdlib, text:PATH, lines:PATH, jsonl:PATH, csv:PATH, parquet:PATH, tfds:NAME.
+    out: by default data/<source>-<tokenizer>.
+    options: text_feature, val_fraction, shard_tokens, encoding, skip_bad, as `gptjax prepare --help` describes them.
 
     Raises:
         UserError: the source, the tokenizer or the output is wrong.

@@ -12,7 +12,7 @@ from gptjax.goodput import duration
 log = logging.getLogger("gptjax")
 REPORT_SECONDS = 10.0
 REFRESHES_PER_SECOND = 4
-BAR_WIDTH = 20  # columns; with the longest text beside it the line has 80
+BAR_WIDTH = 20  # columns; the bar and its longest text fill 80
 
 
 class Screen:

@@ -22,7 +22,7 @@ from gptjax.data.file_sources import Reading
 from gptjax.data.journal import hash_text
 from gptjax.data.source import Document, Source
 from gptjax.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
-from gptjax.errors import ConfigError, DataError, WorkdirError
+from gptjax.errors import ConfigError, WorkdirError
 from gptjax.redaction import say
 from gptjax.train_bpe import NUM_BYTES, PATTERNS, library, train_ranks
 
@@ -67,9 +67,10 @@ def train_tokenizer(
 
 
 def divide(source: Source, val_fraction: float) -> Iterator[tuple[str, bool]]:
-    """Yields (text, whether it is for validation) of each document, as `gptjax prepare` would divide them.
+    """Yields (text, whether it is for validation) of each document, by the rule of `gptjax prepare`.
 
-    Of a single document the last part is for validation.
+    The last part of a single document is for validation. `gptjax prepare` may move more text to a split that is smaller
+    than a window; this does not.
     """
     documents = (document for document in source.documents() if document[1])
     first = list(itertools.islice(documents, 2))
@@ -231,7 +232,7 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
     if not 0 < args.val_fraction < 1:
         raise ConfigError("must be above 0 and below 1", field="--val_fraction", value=args.val_fraction)
     if args.source.endswith(":-"):
-        raise DataError("a pipe can be read once, and preparing reads it again", field="--source", value=args.source)
+        raise ConfigError("a pipe can be read once, and preparing reads it again", field="--source", value=args.source)
     return args
 
 

@@ -55,7 +55,7 @@ def test_older_or_missing_jax_is_replaced_for_the_accelerator(accelerator):
 
 @pytest.mark.parametrize("accelerator", ["cuda", "cuda12"])
 def test_older_jax_is_replaced_for_the_cuda_that_it_had(accelerator):
-    """A plugin for CUDA 13 beside the old one for CUDA 12 would be a second backend named cuda."""
+    """With the plugin for CUDA 12 still installed, one for CUDA 13 would register a second backend named cuda."""
     assert hosted.choose("0.10", GPU_RUNTIME | {"jax": "0.9.4"}, accelerator, [])[0] == ["cuda12"]
 
 

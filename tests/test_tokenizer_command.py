@@ -15,7 +15,7 @@ from gptjax.data.file_sources import Reading, open_files
 from gptjax.data.prepare import prepare
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.data.tokens import open_split
-from gptjax.errors import ConfigError, DataError, UnavailableError
+from gptjax.errors import ConfigError, UnavailableError
 from tests.helpers import raises
 
 WORDS = ["the", "tokenizer", "of", "café", "numbers", "1234", "merging", "pairs\n", "  ", "日本語"]
@@ -157,7 +157,7 @@ def test_text_with_few_pairs_gives_fewer_ids(tmp_path, capsys):
 
 
 def test_pipe_is_refused_because_prepare_reads_it_again():
-    with raises(DataError, "--source", value="lines:-"):
+    with raises(ConfigError, "--source", value="lines:-"):
         command.main(["--source=lines:-", "--out=x.json"])
 
 

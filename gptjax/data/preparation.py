@@ -84,7 +84,7 @@ def _write_all(
 ) -> Journal:
     """Writes all documents to the shards in `partial`, from where an interrupted preparation ended.
 
-    is_first: an interrupted preparation that had found a better assignment goes on with that.
+    is_first: a journal with a better assignment, from an interrupted preparation, is continued with it.
     """
     folder = os.path.join(partial, "shards")
     settings = settings | dataclasses.asdict(assignment)
@@ -213,9 +213,11 @@ def _too_little_error(journal: Journal, source: str) -> DataError:
     if documents > 1:
         remedy = "add documents with other texts: equal texts stay in one split"
     if source.endswith(f":{PIPE}"):
-        remedy = "write it to a file, which can be read twice, or set --val_fraction"
+        remedy = "write it to a file, which can be read twice"
+        if documents > 1:
+            remedy += ", or set --val_fraction"
     return DataError(
-        f"{documents:,} documents are too few for a train and a validation split",
+        f"too little text for a train and a validation split, documents: {documents:,}",
         field="data.source",
         value=source,
         remedy=remedy,

@@ -338,7 +338,9 @@ def test_pipe_is_read_once(tmp_path):
     assert "lines:-: if it is interrupted, it starts over" in done.stdout
     done = prepare_from_pipe(tmp_path, "a\nb\n", "few")
     assert done.returncode == 65
-    assert "write it to a file, which can be read twice" in done.stderr
+    assert "documents: 2; write it to a file, which can be read twice, or set --val_fraction" in done.stderr
+    done = prepare_from_pipe(tmp_path, "only\n", "one")
+    assert done.stderr.endswith("documents: 1; write it to a file, which can be read twice\n")
     with raises(ConfigError, "data.source", value="parquet:-"):
         documents("parquet", "-")
 
