@@ -18,7 +18,7 @@ def tagged(row: dict[str, Any]) -> dict[str, Any]:
 
     The loss of the update itself is left out where the row has the mean, as all rows have but those of older versions.
 
-    >>> tagged({"step": 20, "loss": 2.5, "loss_mean": 2.6, "mfu": 0.4, "lr": 1e-3})
+    >>> tagged({"step": 20, "loss_mean": 2.6, "loss": 2.5, "mfu": 0.4, "lr": 1e-3})
     {'train/loss': 2.6, 'perf/mfu': 0.4, 'train/lr': 0.001}
     """
     values = {}

@@ -10,7 +10,6 @@ from gptjax.data.patterns import CL100K, GPT2_PATTERN, Panic, cut_long_blanks, g
 from gptjax.errors import DataError, UnavailableError, install, one_line
 
 PATTERNS = {"gpt2": GPT2_PATTERN, "cl100k": CL100K}
-LONGEST_RUN = 1000  # blanks of a long run that are trained on together; rustbpe panics on runs of a million
 NUM_BYTES = 256
 
 
@@ -46,13 +45,8 @@ def library() -> str:
 
 
 def _safe_parts(pattern: str, text: str) -> Iterator[str]:
-    """Yields a text in parts in which no library's regular expressions run out of memory."""
-    for part, is_piece in cut_long_blanks(pattern, text):
-        if is_piece:
-            for start in range(0, len(part), LONGEST_RUN):
-                yield part[start : start + LONGEST_RUN]
-        elif part:
-            yield part
+    """Returns a text in parts in which no library's regular expressions run out of memory."""
+    return (part for part, _ in cut_long_blanks(pattern, text) if part)
 
 
 def _train_with_tokenizers(parts: Iterator[str], *, num_tokens: int, pattern: str) -> dict[bytes, int]:

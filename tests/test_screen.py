@@ -80,6 +80,15 @@ def test_bar_says_100_percent_only_at_the_end():
     assert Screen(print, step=600_000, num_steps=600_000).line() == "600,000/600,000  100%"
 
 
+def test_eta_stands_still_during_other_work(clock):
+    shown = Screen(print, num_steps=10)
+    shown.advance(9, 30.0)
+    clock[0] += 10
+    assert shown.line() == "9/10  90%  eta 20s"
+    shown.show_work("saving")
+    assert shown.line() == "9/10  90%  eta 30s  saving"
+
+
 def test_first_eta_comes_from_the_first_steps(clock):
     shown = Screen(print, num_steps=1000)
     shown.advance(100)

@@ -92,8 +92,10 @@ def test_missing_libraries_are_named(monkeypatch):
         train(make_texts())
 
 
-def test_long_runs_of_blanks_are_trained_on():
-    tokenizer = train(["word " + " " * 3_000_000 + "\n" * 200_000 + "word", *make_texts()], 300)
+@pytest.mark.parametrize("pattern", ["gpt2", "cl100k"])
+def test_long_runs_of_blanks_are_trained_on(pattern):
+    texts = ["word " + " " * 3_000_000 + "\n" * 200_000 + "word", " " * 1_500_000 + "word", *make_texts()]
+    tokenizer = train(texts, 300, pattern=pattern)
     assert tokenizer.decode(tokenizer.encode(" " * 5000 + "word")) == " " * 5000 + "word"
 
 
