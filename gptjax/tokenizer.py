@@ -12,15 +12,17 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+import numpy as np
+
 from gptjax.cli import Parser, run_cli
 from gptjax.config import DataConfig
 from gptjax.convert.tokenizer_files import write_tokenizer
 from gptjax.data import sources
-from gptjax.data.assign import Assignment
+from gptjax.data.assign import Assignment, shares_of
 from gptjax.data.characters import make_characters
-from gptjax.data.file_sources import Reading
 from gptjax.data.journal import hash_text
-from gptjax.data.source import Document, Source
+from gptjax.data.readers import Reading
+from gptjax.data.source import Source
 from gptjax.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
 from gptjax.errors import ConfigError, WorkdirError
 from gptjax.redaction import say
@@ -81,9 +83,10 @@ def divide(source: Source, val_fraction: float) -> Iterator[tuple[str, bool]]:
         yield text[-size:], True
         return
     assignment = Assignment(val_fraction, names=source.validation)
-    both: Iterator[Document] = itertools.chain(first, documents)
-    for index, (name, text) in enumerate(both):
-        yield text, assignment.split_of(name, hash_text(text), index) == "validation"
+    for name, text in itertools.chain(first, documents):
+        hashes = np.frombuffer(hash_text(text), np.uint8)[None]
+        [is_validation] = assignment.is_validation([name], shares_of(hashes))
+        yield text, bool(is_validation)
 
 
 def main(arguments: list[str]) -> None:

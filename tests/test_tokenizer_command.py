@@ -11,7 +11,8 @@ import pytest
 from gptjax import tokenizer as command
 from gptjax import train_bpe
 from gptjax.convert.tokenizer_source import open_tokenizer
-from gptjax.data.file_sources import Reading, open_files
+from gptjax.data.file_sources import open_files
+from gptjax.data.readers import Reading
 from gptjax.data.prepare import prepare
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.data.tokens import open_split

@@ -2,12 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+import numpy as np
 
 from gptjax.data.source import Document
 from gptjax.data.tokenizer import Tokenizer
 
 WINDOW_TOKENS = 1025  # a sequence of GPT-2's context, and the token after it
+FIRST_PART = ":start"  # after the name of a single document
+LAST_PART = ":end"
 Near = tuple[float, int]  # a document's share and its tokens
 
 
@@ -25,20 +29,25 @@ class Assignment:
     is_single: bool = False
     names: Collection[str] = ()
 
-    def split_of(self, name: str, text_hash: bytes, index: int) -> str:
-        """Returns `train` or `validation` for the document `name` of number `index`."""
+    def is_validation(self, names: Sequence[str], shares: np.ndarray) -> np.ndarray:
+        """Returns whether each document is for validation: bool [documents].
+
+        names: the id of each. shares: as `shares_of`, float64 [documents].
+        """
         if self.names:
-            is_validation = name in self.names
-        elif self.is_single:
-            is_validation = index > 0
-        else:
-            is_validation = share_of(text_hash) < self.boundary
-        return "validation" if is_validation else "train"
+            return np.array([name in self.names for name in names], bool)
+        if self.is_single:
+            return np.array([name.endswith(LAST_PART) for name in names], bool)
+        return shares < self.boundary
 
 
-def share_of(text_hash: bytes) -> float:
-    """Returns a number in [0, 1) that is uniformly distributed over texts."""
-    return int.from_bytes(text_hash[:6], "big") / 2**48
+def shares_of(hashes: np.ndarray) -> np.ndarray:
+    """Returns a number in [0, 1) for each text, uniformly distributed over texts: float64 [documents].
+
+    hashes: sha256 of each text, uint8 [documents, 32].
+    """
+    powers = 256 ** np.arange(5, -1, -1)
+    return hashes[:, :6].astype(np.int64) @ powers / 2**48
 
 
 def nearest(documents: Sequence[Near], boundary: float, window: int) -> list[Near]:
@@ -95,15 +104,37 @@ def _moved(near: list[Near], left: int, *, need: int, window: int, is_empty: boo
     return moved
 
 
-def halves(document: Document, *, val_fraction: float, tokenizer: Tokenizer, window: int) -> Iterator[Document]:
+def halves(
+    sections: Iterable[Document], *, val_fraction: float, tokenizer: Tokenizer, window: int
+) -> Iterator[Document]:
     """Yields the first and the last part of the only document, as two documents.
 
     The last part has `val_fraction` of the characters, or more: `window` tokens, if half of the text has as many.
+
+    sections: the document, which is whole or in sections.
     """
-    name, text = document
+    done = 0  # characters
+    for section in sections:
+        name, text = section.name, section.text
+        if section.whole:  # long, so that val_fraction of it is no less than a window
+            characters = section.whole.characters
+            first = characters - max(1, round(val_fraction * characters))
+        else:
+            characters = len(text)
+            first = characters - _size_of_end(text, val_fraction, tokenizer, window)
+        cut = min(max(first - done, 0), len(text))
+        done += len(text)
+        # The parts' own hashes do not matter; their names say what they are.
+        if cut:
+            yield Document(f"{name}{FIRST_PART}", text[:cut], section.place, section.whole, done >= first)
+        if cut < len(text):
+            yield Document(f"{name}{LAST_PART}", text[cut:], section.place, section.whole, section.is_end)
+
+
+def _size_of_end(text: str, val_fraction: float, tokenizer: Tokenizer, window: int) -> int:
+    """Returns the number of characters of the last part."""
     size = max(1, round(val_fraction * len(text)))
     half = len(text) // 2
     while size < half and len(tokenizer.encode(text[-size:])) < window:
         size = min(2 * size, half)
-    yield f"{name}:start", text[:-size]
-    yield f"{name}:end", text[-size:]
+    return size

@@ -1,44 +1,17 @@
-"""Documents of files on this machine: text, lines, jsonl, csv and parquet."""
+"""Documents of files on this machine: which files a source has, and reading them from any place on."""
 
-import csv
 import dataclasses
 import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from gptjax.data.source import Document, Source
-from gptjax.data.text_files import PIPE, check_encoding, is_compressed, open_text, size_of
-from gptjax.errors import ConfigError, DataError, one_line
-
-LARGEST_FIELD = 2**31 - 1  # characters of a field in a csv file; Python's own limit is 131,072
-SHOWN_NAMES = 10  # of the fields that a row has
-
-
-@dataclasses.dataclass
-class Reading:
-    """How files are read, and what was left out."""
-
-    text_feature: str = "text"  # the field of a row that holds the text
-    encoding: str = ""  # of text; "" means UTF-8
-    skip_bad: bool = False  # leave bad rows out, instead of an error
-    skipped: int = 0  # bad rows so far
-
-    def bad(self, name: str, problem: str, *, remedy: str = "") -> None:
-        """Counts a bad row.
-
-        Raises:
-            DataError: bad rows are not skipped.
-        """
-        if not self.skip_bad:
-            raise DataError(problem, field=name, remedy=remedy or "repair it, or give --skip_bad to gptjax prepare")
-        self.skipped += 1
-
-
-# Yields the documents of one file, from its path and its name. Their ids begin with the name.
-Reader = Callable[[str, str, Reading], Iterator[Document]]
+from gptjax.data.readers import READERS, SEEKABLE, Reading, read_text
+from gptjax.data.source import Document, Place, Source
+from gptjax.data.text_files import PIPE, check_encoding, is_compressed, size_of
+from gptjax.errors import ConfigError
 
 
 def open_files(kind: str, path: str, reading: Reading) -> Source:
@@ -58,24 +31,79 @@ def open_files(kind: str, path: str, reading: Reading) -> Source:
             value=name,
             remedy=found.describe(),
         )
-    read = READERS[kind]
     files = found.named()
     is_plain = kind in ("text", "lines") and not any(map(is_compressed, found.paths))
+    sizes = [size for _, size in files]
 
-    def documents() -> Iterator[Document]:
-        reading.skipped = 0
-        for file, (file_name, _) in zip(found.paths, files, strict=True):
-            yield from read(file, file_name, reading)
+    def read(start: Place, stop: Place | None) -> Iterator[Document]:
+        reading.skipped = start.skipped
+        for number in range(start.file, len(files)):
+            first = start if number == start.file else Place(number, skipped=reading.skipped)
+            last = stop.offset if stop is not None and number == stop.file else None
+            if last == 0 or (stop is not None and number > stop.file):
+                return
+            yield from _read_file(kind, found.paths[number], files[number][0], reading, start=first, stop=last)
 
     return Source(
         name,
-        documents,
+        read,
+        place_of=lambda part, count: _place_of(kind, found.paths, sizes, reading, share=(part, count)),
         total_documents=len(found.paths) if kind == "text" else 0,
-        total_bytes=sum(size for _, size in files) if is_plain else 0,
+        total_bytes=sum(sizes) if is_plain else 0,
         files=files,
+        stamp=found.stamp(),
         left_out=found.describe(),
         is_pipe=path == PIPE,
     )
+
+
+def _read_file(
+    kind: str,
+    path: str,
+    name: str,
+    reading: Reading,
+    *,
+    start: Place,
+    stop: int | None,
+) -> Iterator[Document]:
+    """Yields the documents of one file from `start` on, without those that begin at the offset `stop` or after it."""
+    reading.reach(start.offset)
+    if kind == "text":
+        documents = read_text(path, name, reading)
+    elif _is_seekable(kind, path, reading):
+        rows = SEEKABLE[kind].read(path, name, reading, start=start.offset, stop=stop)
+        documents = (Document(row_name, text, start) for row_name, text in rows)
+    else:
+        documents = (Document(row_name, text, start) for row_name, text in READERS[kind](path, name, reading))
+    reached = start._replace(documents=0)
+    for document in documents:
+        if reading.offset != reached.offset:
+            reached = Place(start.file, reading.offset, skipped=reading.skipped_before)
+        reached = reached._replace(documents=reached.documents + 1)
+        if reached.offset > start.offset or reached.documents > start.documents:
+            yield document._replace(place=reached)
+
+
+def _is_seekable(kind: str, path: str, reading: Reading) -> bool:
+    """Returns whether a file can be read from the middle: not if it must be decompressed or decoded from its start."""
+    return kind in SEEKABLE and path != PIPE and not is_compressed(path) and not reading.encoding
+
+
+def _place_of(kind: str, paths: list[str], sizes: list[int], reading: Reading, *, share: tuple[int, int]) -> Place:
+    """Returns where a part of the source begins: part `share[0]`, from 0, of `share[1]` parts of equal size.
+
+    A file that cannot be read from the middle is in one part.
+    """
+    part, count = share
+    target = sum(sizes) * part // count
+    begin = 0
+    for number, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        if target <= begin:
+            return Place(number)
+        if target < begin + size and _is_seekable(kind, path, reading):
+            return Place(number, SEEKABLE[kind].align(path, target - begin, size))
+        begin += size
+    return Place(len(paths))
 
 
 def describe_files(files: tuple[tuple[str, int], ...]) -> dict[str, Any]:
@@ -108,6 +136,16 @@ class Found:
         if self.paths == [PIPE]:
             return (("stdin", 0),)
         return tuple((os.path.relpath(file, self.root), size_of(file)) for file in self.paths)
+
+    def stamp(self) -> str:
+        """Returns a hash of names, sizes and times of the files: a file that was written since has another."""
+        states = []
+        for path in self.paths:
+            if path != PIPE:
+                state = os.stat(path)
+                states.append((os.path.relpath(path, self.root), state.st_size, state.st_mtime_ns))
+        listed = json.dumps(states).encode("utf-8", "surrogateescape")
+        return hashlib.sha256(listed).hexdigest()
 
     def describe(self) -> str:
         """Returns what was left out, for a message; "" if nothing was."""
@@ -150,120 +188,3 @@ def list_files(path: str) -> Found:
                 found.paths.append(file)
     found.paths.sort()
     return found
-
-
-def _read_whole(path: str, name: str, reading: Reading) -> Iterator[Document]:
-    with open_text(path, encoding=reading.encoding) as file:
-        yield name, file.read()
-
-
-def _read_lines(path: str, name: str, reading: Reading) -> Iterator[Document]:
-    with open_text(path, encoding=reading.encoding) as file:
-        for number, line in enumerate(file, 1):
-            yield f"{name}:{number}", line.rstrip("\r\n")
-
-
-def _read_jsonl(path: str, name: str, reading: Reading) -> Iterator[Document]:
-    with open_text(path, encoding=reading.encoding) as file:
-        for number, line in enumerate(file, 1):
-            row_name = f"{name}:{number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                reading.bad(f"{path}:{number}", f"is no JSON ({one_line(error)})")
-                continue
-            if not isinstance(row, dict):
-                reading.bad(f"{path}:{number}", f"is {_kind(row)}, not an object")
-                continue
-            text = _text_of(row, f"{path}:{number}", reading)
-            if text is not None:
-                yield row_name, text
-
-
-def _read_csv(path: str, name: str, reading: Reading) -> Iterator[Document]:
-    csv.field_size_limit(LARGEST_FIELD)
-    with open_text(path, encoding=reading.encoding, newline="") as file:
-        rows = csv.DictReader(file, strict=True)
-        try:
-            for number, row in enumerate(rows, 1):
-                text = _text_of(row, f"{path}:{number}", reading)
-                if text is not None:
-                    yield f"{name}:{number}", text
-        except csv.Error as error:
-            raise DataError(f"is no csv ({one_line(error)})", field=f"{path}, line {rows.line_num}") from error
-
-
-def _text_of(row: dict[Any, Any], name: str, reading: Reading) -> str | None:
-    """Returns the text of a row; None if it is bad and left out."""
-    feature = reading.text_feature
-    if feature not in row:
-        available = ", ".join(one_line(key) for key in list(row)[:SHOWN_NAMES] if key is not None) or "none"
-        reading.bad(name, f"has no field {feature!r}", remedy=f"set data.text_feature; its fields: {available}")
-        return None
-    text = row[feature]
-    if not isinstance(text, str):
-        reading.bad(name, f"its field {feature!r} is {_kind(text)}, not a string")
-        return None
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        reading.bad(name, f"its field {feature!r} is no valid Unicode")
-        return None
-    return text
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
-
-
-def _read_parquet(path: str, name: str, reading: Reading) -> Iterator[Document]:
-    import pyarrow  # slow to import
-    import pyarrow.parquet
-
-    if path == PIPE:
-        raise ConfigError("parquet cannot be read from a pipe", field="data.source", value=f"parquet:{PIPE}")
-    feature = reading.text_feature
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if feature not in file.schema_arrow.names:
-                available = ", ".join(map(one_line, file.schema_arrow.names[:SHOWN_NAMES])) or "none"
-                raise ConfigError(
-                    f"{path} has no such column",
-                    field="data.text_feature",
-                    value=feature,
-                    remedy=f"its columns: {available}",
-                )
-            for group in range(file.num_row_groups):
-                number = 0
-                for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[feature]):
-                    for value in batch.column(0):
-                        row_name = f"{name}:{group}:{number}"
-                        text = _parquet_text(value.as_py(), f"{path}:{group}:{number}", reading)
-                        number += 1
-                        if text is not None:
-                            yield row_name, text
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"is no parquet file, or is cut off ({one_line(error)})", field=path) from error
-
-
-def _parquet_text(value: object, name: str, reading: Reading) -> str | None:
-    if isinstance(value, bytes):
-        try:
-            value = value.decode()
-        except UnicodeDecodeError:
-            reading.bad(name, f"its field {reading.text_feature!r} is no UTF-8")
-            return None
-    return _text_of({reading.text_feature: value}, name, reading)
-
-
-# By the kind of source: functions that yield the documents of one file. text: a file is one document.
-READERS: dict[str, Reader] = {
-    "text": _read_whole,
-    "lines": _read_lines,
-    "jsonl": _read_jsonl,
-    "csv": _read_csv,
-    "parquet": _read_parquet,
-}

@@ -7,6 +7,7 @@ import os
 import sys
 from typing import Any
 
+from gptjax.data.source import Place
 from gptjax.strict_json import parse_json, read_at_most
 from gptjax.workdir import replace_file
 
@@ -38,7 +39,8 @@ class Journal:
 
     settings: dict[str, Any]  # a journal with other settings belongs to another preparation
     documents: int = 0  # taken from the source
-    digest: str = ""  # chained over those documents, so that a changed source is noticed
+    place: Place = Place()  # after them
+    skipped: int = 0  # bad rows that were left out; known at the end
     splits: dict[str, Counts] = dataclasses.field(default_factory=_no_counts)
     # By split, the share and the tokens of the documents nearest to the boundary between the splits, as many as the
     # other split may need; see assign.py.
@@ -48,15 +50,6 @@ class Journal:
 def hash_text(text: str) -> bytes:
     """Returns the sha256 of a document's text; it also decides the document's split."""
     return hashlib.sha256(text.encode()).digest()
-
-
-def chain(digest: str, name: str, text_hash: bytes) -> str:
-    """Returns Journal.digest after one more document.
-
-    A running sha256 would cost less, but its state cannot be written to a file and continued.
-    """
-    document = os.fsencode(name) + b"\0" + text_hash
-    return hashlib.sha256(digest.encode() + document).hexdigest()
 
 
 def write_journal(partial: str, journal: Journal) -> None:
@@ -78,6 +71,7 @@ def read_journal(partial: str) -> Journal | None:
         values = parse_json(read_at_most(path, LARGEST_JOURNAL), dict)
         splits = values["splits"]
         values["splits"] = {split: Counts(**splits[split]) for split in SHARD_NAMES}
+        values["place"] = Place(*values["place"])
         journal = Journal(**values)
     # Another version may have written it. Without a journal, the preparation truncates its shards to nothing.
     except (OSError, ValueError, KeyError, TypeError):
@@ -89,13 +83,11 @@ def _is_sound(journal: Journal) -> bool:
     """Returns whether the types and counts of a journal from a file are possible."""
     if not isinstance(journal.settings, dict):
         return False
-    if not isinstance(journal.digest, str):
-        return False
     if not isinstance(journal.near, dict) or set(journal.near) != set(SHARD_NAMES):
         return False
     if not all(_is_near(document) for documents in journal.near.values() for document in documents):
         return False
-    counts = [journal.documents]
+    counts = [journal.documents, journal.skipped, *journal.place]
     for split_counts in journal.splits.values():
         counts += dataclasses.astuple(split_counts)
     return all(map(_is_count, counts))

@@ -2,10 +2,13 @@
 
 The work happens in `DIR.partial`, where a journal records how far it has come. If it is killed at any moment, the same
 command continues and produces identical bytes. DIR appears when all is done.
+
+Several machines can share the work: each runs the command with another --part=k/n, and then one runs it with --join.
 """
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import logging
 import numbers
@@ -18,14 +21,13 @@ from typing import Any
 from gptjax.cli import Parser, run_cli
 from gptjax.config import DataConfig
 from gptjax.convert.tokenizer_source import open_tokenizer
-from gptjax.data import sources
+from gptjax.data import parts, preparation, sources, workers
 from gptjax.data.assign import WINDOW_TOKENS
 from gptjax.data.file_sources import describe_files, find_files
 from gptjax.data.header import LARGEST_COUNT
 from gptjax.data.journal import read_journal
 from gptjax.data.meta import Meta, read_meta
 from gptjax.data.partial import hold, remove
-from gptjax.data.preparation import write_data
 from gptjax.data.progress import Log
 from gptjax.data.text_files import PIPE
 from gptjax.data.tfds_source import is_tfds_directory
@@ -38,6 +40,7 @@ from gptjax.workdir import is_empty, missing_parts, remove_directories
 
 VAL_FRACTION = DataConfig().val_fraction
 SHARD_TOKENS = 100_000_000
+JOIN = "join"
 
 
 def prepare(
@@ -51,6 +54,8 @@ def prepare(
     encoding: str = "",
     skip_bad: bool = False,
     window: int = WINDOW_TOKENS,
+    processes: int = 0,
+    part: str = "",
     log: Log | None = None,
 ) -> None:
     """Tokenizes all documents of `source` into the directory `out`; does nothing if they are there already.
@@ -69,6 +74,8 @@ def prepare(
         encoding: of text files; "" means UTF-8.
         skip_bad: leave rows without a text out, and count them.
         window: tokens that each split gets at least, as far as there are enough.
+        processes: that tokenize; 0 means one per CPU. The bytes do not depend on it.
+        part: "k/n" writes the k-th of n parts to `out`.parts, and "join" makes `out` of them.
         log: receives the progress, a line at a time; the logger `gptjax` if None.
 
     Raises:
@@ -80,9 +87,10 @@ def prepare(
     log = log or logging.getLogger("gptjax").info
     source = sources.canonical_name(source)
     out = os.path.abspath(out)
-    partial = out + ".partial"
     _check_arguments(source, out, val_fraction, shard_tokens)
-    settings = {
+    if processes < 0:
+        raise ConfigError("must be 0, for one per CPU, or above", field="processes", value=processes)
+    settings: dict[str, Any] = {
         "source": source,
         "text_feature": text_feature,
         "tokenizer_sha256": tokenizer.sha256,
@@ -92,18 +100,33 @@ def prepare(
         "skip_bad": skip_bad,
         "window": window,
     }
+    is_part = part not in ("", JOIN)
+    target = out
+    if is_part:
+        settings["part"] = list(parts.parse_part(part))
+        target = parts.path_of(out, *settings["part"])
+    write = functools.partial(
+        parts.write_part if is_part else preparation.write_data,
+        processes=processes or workers.usable_cpus(),
+    )
+    if part == JOIN:
+        write = parts.join_parts
+    # An unfinished join is apart from an unfinished preparation, which may go on.
+    partial = f"{target}.join.partial" if part == JOIN else f"{target}.partial"
     if _is_done(out, settings, tokenizer) and not os.path.exists(partial):
         log(f"{out}: already prepared from {source}")
         return
     made = missing_parts(os.path.dirname(partial))
-    with _reporting_write_errors(out), hold(partial, out, log):
+    with _reporting_write_errors(target), hold(partial, target, log):
         if _is_done(out, settings, tokenizer):
             log(f"{out}: already prepared from {source}, by another process or before a kill")
+        elif is_part and os.path.exists(target):
+            log(f"{target}: already prepared")
         else:
             try:
-                write_data(
+                write(
                     partial,
-                    out,
+                    target,
                     settings,
                     tokenizer=tokenizer,
                     log=log,
@@ -113,7 +136,8 @@ def prepare(
                     remove(partial)
                     remove_directories(made)
                 raise
-        remove(partial)
+        if os.path.exists(partial):
+            remove(partial)
 
 
 def _check_arguments(
@@ -352,6 +376,26 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="Leave rows without a text out, and count them. By default the first one ends the command.",
     )
     parser.add_argument(
+        "--processes",
+        type=int,
+        default=0,
+        help="The number of processes that tokenize. By default it is the number of CPUs.",
+    )
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--part",
+        default="",
+        metavar="K/N",
+        help="Write only the K-th of N parts of the source, to the directory DIR.parts.",
+    )
+    group.add_argument(
+        "--join",
+        action="store_const",
+        const=JOIN,
+        dest="part",
+        help="Make DIR of all parts in DIR.parts, which may come from other machines.",
+    )
+    parser.add_argument(
         "--verify",
         action="store_true",
         help="Check every byte of --out instead of writing it.",
@@ -382,6 +426,8 @@ def main(arguments: list[str]) -> None:
         shard_tokens=args.shard_tokens,
         encoding=args.encoding,
         skip_bad=args.skip_bad,
+        processes=args.processes,
+        part=args.part,
         log=say,
     )
 

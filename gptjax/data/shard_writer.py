@@ -10,57 +10,59 @@ from typing import BinaryIO
 
 import numpy as np
 
-from gptjax.data.assign import Assignment, nearest, share_of
+from gptjax.data.assign import Assignment, Near, nearest, shares_of
+from gptjax.data.encoding import Encoded
 from gptjax.data.header import HEADER_BYTES, make_header, token_dtype
-from gptjax.data.journal import SHARD_NAMES, Journal, chain, hash_text
+from gptjax.data.journal import SHARD_NAMES, Journal
 from gptjax.data.meta import Meta, ShardMeta, SplitMeta, write_meta
 from gptjax.data.source import Document
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.data.tokens import hash_file
-from gptjax.documents import NO_EOT
 from gptjax.errors import DataError
 from gptjax.workdir import open_regular, sync_path
 
 TOKENIZER_FILE = "tokenizer.json"
+OTHER = {"train": "validation", "validation": "train"}
 ASSIGNMENT = ("boundary", "is_single", "names")  # the settings that assign documents to splits
 RECORDED = ("val_fraction", "boundary", "is_single", "text_feature", "encoding")  # in meta.json, of the settings
 
 
 def write_batch(
     folder: str,
-    batch: list[Document],
+    batch: list[tuple[list[Document], Encoded]],
     *,
     journal: Journal,
-    tokenizer: Tokenizer,
 ) -> None:
     """Appends documents to their splits' shards in `folder`, and counts them in `journal`; on return they are on disk.
 
     Raises:
-        DataError: the tokenizer's pattern cannot cut a document.
         OSError: a shard cannot be written.
     """
-    dtype = token_dtype(tokenizer.vocab_size)
     assignment = Assignment(**{field: journal.settings[field] for field in ASSIGNMENT})
     appended: dict[str, list[np.ndarray]] = {split: [] for split in SHARD_NAMES}
-    names, texts = zip(*batch, strict=True)
-    encoded = tokenizer.encode_batch(texts, names=names)
-    for (name, text), ids in zip(batch, encoded, strict=True):
-        text_hash = hash_text(text)
-        split = assignment.split_of(name, text_hash, journal.documents)
-        with_eot = np.array(ids if tokenizer.eot_id == NO_EOT else [*ids, tokenizer.eot_id], dtype)
-        appended[split].append(with_eot)
-        journal.near[split].append([share_of(text_hash), len(with_eot)])
-        counts = journal.splits[split]
-        counts.bytes += len(text.encode())
-        counts.documents += 1
-        journal.documents += 1
-        journal.digest = chain(journal.digest, name, text_hash)
+    for documents, encoded in batch:
+        names = [document.name for document in documents]
+        is_end = np.array([document.is_end for document in documents])
+        shares = shares_of(encoded.hashes)
+        is_validation = assignment.is_validation(names, shares)
+        of_token = np.repeat(is_validation, encoded.tokens)
+        for split, chosen, ids in (
+            ("train", ~is_validation, encoded.ids[~of_token]),
+            ("validation", is_validation, encoded.ids[of_token]),
+        ):
+            appended[split].append(ids)
+            if _needs_more(journal, OTHER[split]):
+                near = zip(shares[chosen].tolist(), encoded.tokens[chosen].tolist(), strict=True)
+                journal.near[split] += map(list, near)
+            counts = journal.splits[split]
+            counts.bytes += int(encoded.text_bytes[chosen].sum())
+            counts.documents += int(is_end[chosen].sum())
+        journal.documents += int(is_end.sum())
+        journal.place = documents[-1].place
     for split, arrays in appended.items():
-        if not arrays:
-            continue
         ids = np.concatenate(arrays)
         counts = journal.splits[split]
-        _append(
+        append(
             folder,
             split,
             ids,
@@ -71,17 +73,22 @@ def write_batch(
     _keep_nearest(journal)
 
 
+def _needs_more(journal: Journal, split: str) -> bool:
+    """Returns whether a split may need documents of the other one."""
+    return journal.splits[split].tokens < journal.settings["window"]
+
+
 def _keep_nearest(journal: Journal) -> None:
     """Leaves in journal.near what the splits may still need of each other."""
-    window = journal.settings["window"]
-    for split, other in (("train", "validation"), ("validation", "train")):
-        is_needed = journal.splits[other].tokens < window
-        documents = [(share, int(tokens)) for share, tokens in journal.near[split]] if is_needed else []
-        near = nearest(documents, journal.settings["boundary"], window)
+    for split, other in OTHER.items():
+        documents: list[Near] = []
+        if _needs_more(journal, other):
+            documents = [(share, int(tokens)) for share, tokens in journal.near[split]]
+        near = nearest(documents, journal.settings["boundary"], journal.settings["window"])
         journal.near[split] = [list(document) for document in near]
 
 
-def _append(
+def append(
     folder: str,
     split: str,
     ids: np.ndarray,
@@ -124,7 +131,7 @@ def _shard_path(folder: str, split: str, index: int) -> str:
     return os.path.join(folder, SHARD_NAMES[split].format(index))
 
 
-def _shard_lengths(journal: Journal, split: str) -> list[int]:
+def shard_lengths(journal: Journal, split: str) -> list[int]:
     """Returns the number of tokens in each shard."""
     size = journal.settings["shard_tokens"]
     full, rest = divmod(journal.splits[split].tokens, size)
@@ -145,7 +152,7 @@ def truncate_shards(folder: str, journal: Journal, tokenizer: Tokenizer) -> None
     width = token_dtype(tokenizer.vocab_size).itemsize
     sizes = {}  # by path
     for split in SHARD_NAMES:
-        for index, length in enumerate(_shard_lengths(journal, split)):
+        for index, length in enumerate(shard_lengths(journal, split)):
             path = _shard_path(folder, split, index)
             sizes[path] = HEADER_BYTES + length * width
     for name in os.listdir(folder):
@@ -203,7 +210,7 @@ def _finish_split(
 ) -> SplitMeta:
     dtype = token_dtype(tokenizer.vocab_size)
     shards = []
-    for index, count in enumerate(_shard_lengths(journal, split)):
+    for index, count in enumerate(shard_lengths(journal, split)):
         path = _shard_path(folder, split, index)
         with _synced(path, 0) as file:
             file.write(make_header(count, dtype))

@@ -2,7 +2,8 @@
 
 import os
 
-from gptjax.data.file_sources import READERS, Reading, open_files
+from gptjax.data.file_sources import open_files
+from gptjax.data.readers import READERS, Reading
 from gptjax.data.source import Source
 from gptjax.data.text_files import PIPE
 from gptjax.data.tfds_source import is_tfds_directory, open_stdlib, open_tfds

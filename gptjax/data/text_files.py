@@ -9,7 +9,7 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from gptjax.errors import ConfigError, DataError, UnavailableError, install, one_line
 
@@ -174,6 +174,71 @@ def open_text(path: str, *, encoding: str = "", newline: str = "\n") -> Iterator
             text.detach()
 
 
+class Line(NamedTuple):
+    """One line of a file, with its end."""
+
+    text: str
+    offset: int  # the byte at which it begins; 0 where the file must be read from its beginning
+    number: int  # from 1; 0 if it is not known
+
+    @property
+    def place(self) -> str:
+        """The number of the line, or the byte at which it begins."""
+        return str(self.number) if self.number else f"byte {self.offset}"
+
+
+def read_lines(path: str, *, encoding: str = "", start: int = 0, stop: int | None = None) -> Iterator[Line]:
+    """Yields the lines of a file that begin at the byte `start` or after it, and before `stop`.
+
+    start, stop: the beginnings of lines, or the file's ends, in a file that is neither compressed nor encoded.
+
+    Raises:
+        DataError: as `open_text`.
+        UnavailableError: as `open_text`.
+    """
+    if path == PIPE or is_compressed(path) or encoding:
+        with open_text(path, encoding=encoding) as file:
+            for number, line in enumerate(file, 1):
+                yield Line(line, 0, number)
+        return
+    with open_bytes(path) as stream:
+        check_head(path, _peek(stream))
+        stream.seek(start)
+        validity = _Validity(path)
+        offset = start
+        for number, line in enumerate(stream, 1):
+            if stop is not None and offset >= stop:
+                return
+            text = line.decode("utf-8", "replace")
+            validity.count(line, text)
+            if offset == 0:
+                text = text.removeprefix("\ufeff")  # a byte-order mark
+            yield Line(text, offset, 0 if start else number)
+            offset += len(line)
+        if start == 0:  # the end of a file that was not read whole may be small
+            validity.check()
+
+
+def next_line(path: str, target: int) -> int:
+    """Returns the byte at which the first line begins that begins at the byte `target` or after it."""
+    with open_bytes(path) as stream:
+        stream.seek(target - 1)
+        return target - 1 + len(stream.readline())
+
+
+def count_lines(path: str, end: int) -> int:
+    """Returns the number of line ends before the byte `end` of a file."""
+    count = 0
+    with open_bytes(path) as stream:
+        while end > 0:
+            data = stream.read(min(end, CHECKED_BYTES))
+            if not data:
+                break
+            count += data.count(b"\n")
+            end -= len(data)
+    return count
+
+
 def _peek(stream: Any) -> bytes:
     """Returns the first bytes of a buffered stream without taking them."""
     return stream.peek(CHECKED_BYTES)[:CHECKED_BYTES]
@@ -226,9 +291,9 @@ class _Checked(io.RawIOBase):
         self._encoding = encoding
         errors = "strict" if encoding else "replace"
         self._decoder = codecs.getincrementaldecoder(encoding or "utf-8")(errors)
+        self._validity = _Validity(path)
         self._rest = b""
         self._read_bytes = 0
-        self._invalid = 0
         self._is_start = True
         self._is_end = False
 
@@ -259,21 +324,45 @@ class _Checked(io.RawIOBase):
             self._is_start = False
         self._read_bytes += len(data)
         if not self._encoding:
-            self._check(data, text)
+            self._validity.count(data, text)
+            if self._is_end:
+                self._validity.check()
         return text.encode("utf-8", "surrogatepass")
 
-    def _check(self, data: bytes, text: str) -> None:
+
+class _Validity:
+    """Counts the bytes of a file that are no UTF-8, and refuses it where they are many."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._bytes = 0
+        self._checked = 0
+        self._invalid = 0
+
+    def count(self, data: bytes, text: str) -> None:
+        """Counts the invalid sequences in `data`, which are U+FFFD in `text`.
+
+        Raises:
+            DataError: there are NULs, or too many invalid ones so far.
+        """
         if b"\0" in data:
             raise _not_text(self._path, "holds NUL bytes, so it is binary")
         # A file may hold the character U+FFFD itself, in three bytes.
         found = text.count("\ufffd")
         if found:
             self._invalid += max(0, found - data.count("\ufffd".encode()))
-        if self._invalid >= LEAST_INVALID and self._invalid > UNDECODABLE * self._read_bytes:
-            share = 100 * self._invalid / self._read_bytes
+        self._bytes += len(data)
+        if self._bytes >= self._checked + CHECKED_BYTES:  # a share of a few bytes says nothing
+            self.check()
+
+    def check(self) -> None:
+        """Raises DataError if too many bytes so far were invalid."""
+        self._checked = self._bytes
+        if self._invalid >= LEAST_INVALID and self._invalid > UNDECODABLE * self._bytes:
+            share = 100 * self._invalid / self._bytes
             raise _not_text(
                 self._path,
-                f"{self._invalid:,} of {self._read_bytes:,} bytes ({share:.2g} %) are invalid; perhaps it is latin-1",
+                f"{self._invalid:,} of {self._bytes:,} bytes ({share:.2g} %) are invalid; perhaps it is latin-1",
                 encoding="latin-1",
             )
 

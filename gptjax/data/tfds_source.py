@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from gptjax.data.file_sources import list_files
 from gptjax.data.reach import can_connect, hub_url
-from gptjax.data.source import Document, Source
+from gptjax.data.source import Document, Place, Source
 from gptjax.errors import ConfigError, DataError, UnavailableError, one_line
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _make_stdlib_builder(work_dir: str) -> "DatasetBuilder":
     return Stdlib(data_dir=work_dir, file_format="array_record")
 
 
-def _read_stdlib() -> Iterator[Document]:
+def _read_stdlib() -> Iterator[tuple[str, str]]:
     root = sysconfig.get_path("stdlib")
     for path in list_files(root).paths:
         name = os.path.relpath(path, root)
@@ -299,18 +299,33 @@ def _read_builder(
     if "train" in splits:  # a data set's own test split stays unseen
         splits = ["train"]
 
-    def documents() -> Iterator[Document]:
-        for split in splits:
+    counts = [builder.info.splits[split].num_examples for split in splits]
+
+    def read(start: Place, stop: Place | None) -> Iterator[Document]:
+        for number in range(start.file, len(splits)):
+            if stop is not None and number > stop.file:
+                return
+            split = splits[number]
             rows = cast(Any, builder).as_data_source(split)
-            for index in range(len(rows)):
+            first = start.offset if number == start.file else 0
+            last = stop.offset if stop is not None and number == stop.file else len(rows)
+            for index in range(first, last):
                 row = rows[index]
                 document_id = f"{split}/{index}"
                 if id_feature:
                     document_id = _to_text(row[id_feature])
-                yield document_id, _to_text(row[text_feature])
+                yield Document(document_id, _to_text(row[text_feature]), Place(number, index + 1))
 
-    counts = [builder.info.splits[split].num_examples for split in splits]
-    return Source(name, documents, total_documents=sum(counts))
+    def place_of(part: int, count: int) -> Place:
+        index = sum(counts) * part // count
+        for number, rows in enumerate(counts):
+            if index < rows:
+                return Place(number, index)
+            index -= rows
+        return Place(len(counts))
+
+    stamp = f"{builder.info.full_name} {counts}"
+    return Source(name, read, place_of=place_of, total_documents=sum(counts), stamp=stamp)
 
 
 def _to_text(value: str | bytes) -> str:

@@ -17,7 +17,8 @@ import pytest
 import zstandard
 
 from gptjax.data import preparation
-from gptjax.data.file_sources import Reading, find_files, open_files
+from gptjax.data.file_sources import find_files, open_files
+from gptjax.data.readers import Reading
 from gptjax.data.meta import read_meta
 from gptjax.data.prepare import main as prepare_main
 from gptjax.data.prepare import prepare
@@ -384,7 +385,7 @@ def test_memory_does_not_grow_with_the_size_of_a_file(tmp_path, kind):
         for _ in range(200):
             file.write(f"{row}\n" * 1000)
     code = (
-        "import resource, sys; from gptjax.data.file_sources import open_files, Reading;"
+        "import resource, sys; from gptjax.data.file_sources import open_files; from gptjax.data.readers import Reading;"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak();"
         f"n = sum(1 for _ in open_files({kind!r}, {str(path)!r}, Reading()).documents()); print(n, peak() - before)"
     )

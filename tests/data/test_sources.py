@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from huggingface_hub import constants
 
 from gptjax.data import tfds_source
-from gptjax.data.file_sources import Reading
+from gptjax.data.readers import Reading
 from gptjax.data.prepare import prepare
 from gptjax.data.source import Source
 from gptjax.data.sources import canonical_name, needs_network, open_source
