@@ -84,7 +84,7 @@ def divide(source: Source, val_fraction: float) -> Iterator[tuple[str, bool]]:
         return
     assignment = Assignment(val_fraction, names=source.validation)
     for name, text in itertools.chain(first, documents):
-        hashes = np.frombuffer(hash_text(text), np.uint8)[None]
+        hashes = np.frombuffer(hash_text(text.encode()), np.uint8)[None]
         [is_validation] = assignment.is_validation([name], shares_of(hashes))
         yield text, bool(is_validation)
 

@@ -37,14 +37,18 @@ LAYERS = """
     metrics  stored  log_reader
     bucket_logs
     checkpoint  logs  step  generate  data.prepare  divergence
+    data.parts
     data.preparation  train_bpe
     convert.tokenizer_source
     convert.tokenizer_files
-    state  optim  data.dataset  data.progress  data.shard_writer  plan.estimate  decode  plan.topology
+    data.progress  data.shard_writer  data.workers
+    data.encoding
+    state  optim  data.dataset  plan.estimate  decode  plan.topology
     model  convert.tokenizer_json  data.tokens  data.journal  data.sources  data.partial  data.assign
     data.tfds_source
     data.file_sources  data.foreign
-    data.text_files
+    data.readers
+    data.text_files  data.sections
     sizes
     compute
     attention  loss  kernels.pointwise  data.tokenizer  data.shards  data.shuffle  data.meta  kv_cache

@@ -12,8 +12,8 @@ from gptjax import tokenizer as command
 from gptjax import train_bpe
 from gptjax.convert.tokenizer_source import open_tokenizer
 from gptjax.data.file_sources import open_files
-from gptjax.data.readers import Reading
 from gptjax.data.prepare import prepare
+from gptjax.data.readers import Reading
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.data.tokens import open_split
 from gptjax.errors import ConfigError, UnavailableError

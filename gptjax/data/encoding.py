@@ -35,6 +35,7 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Enc
     end = np.array([] if tokenizer.eot_id == NO_EOT else [tokenizer.eot_id], dtype)
     arrays: list[np.ndarray] = []
     tokens = []
+    text_bytes = []
     hashes = []
     for document in documents:
         try:
@@ -45,11 +46,13 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> Enc
             parts.append(end)
         arrays += parts
         tokens.append(sum(map(len, parts)))
-        hashes.append(document.whole.text_hash if document.whole else hash_text(document.text))
+        content = document.text.encode()
+        text_bytes.append(len(content))
+        hashes.append(document.whole.text_hash if document.whole else hash_text(content))
     return Encoded(
         ids=np.concatenate(arrays).astype(dtype) if arrays else np.array([], dtype),
         tokens=np.array(tokens, np.int64),
-        text_bytes=np.array([len(document.text.encode()) for document in documents], np.int64),
+        text_bytes=np.array(text_bytes, np.int64),
         hashes=np.frombuffer(b"".join(hashes), np.uint8).reshape(len(hashes), -1),
     )
 

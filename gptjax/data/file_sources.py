@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from gptjax.data.readers import READERS, SEEKABLE, Reading, read_text
+from gptjax.data.readers import READERS, SEEKABLE, Reading
 from gptjax.data.source import Document, Place, Source
 from gptjax.data.text_files import PIPE, check_encoding, is_compressed, size_of
 from gptjax.errors import ConfigError
@@ -68,13 +68,11 @@ def _read_file(
 ) -> Iterator[Document]:
     """Yields the documents of one file from `start` on, without those that begin at the offset `stop` or after it."""
     reading.reach(start.offset)
-    if kind == "text":
-        documents = read_text(path, name, reading)
-    elif _is_seekable(kind, path, reading):
+    if _is_seekable(kind, path, reading):
         rows = SEEKABLE[kind].read(path, name, reading, start=start.offset, stop=stop)
-        documents = (Document(row_name, text, start) for row_name, text in rows)
     else:
-        documents = (Document(row_name, text, start) for row_name, text in READERS[kind](path, name, reading))
+        rows = READERS[kind](path, name, reading)
+    documents = (row if isinstance(row, Document) else Document(*row, start) for row in rows)
     reached = start._replace(documents=0)
     for document in documents:
         if reading.offset != reached.offset:

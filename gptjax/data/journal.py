@@ -47,9 +47,9 @@ class Journal:
     near: dict[str, list[list[float]]] = dataclasses.field(default_factory=_no_documents)
 
 
-def hash_text(text: str) -> bytes:
-    """Returns the sha256 of a document's text; it also decides the document's split."""
-    return hashlib.sha256(text.encode()).digest()
+def hash_text(text: bytes) -> bytes:
+    """Returns the sha256 of a document's text in UTF-8; it also decides the document's split."""
+    return hashlib.sha256(text).digest()
 
 
 def write_journal(partial: str, journal: Journal) -> None:

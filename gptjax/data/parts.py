@@ -139,28 +139,33 @@ def _read_parts(out: str, settings: dict[str, Any]) -> list[Journal]:
             field=folder,
             remedy=f"prepare with --part={missing[0]}/{count}, or copy it here",
         )
-    journals = []
-    for part in range(1, count + 1):
-        journal = read_journal(path_of(out, part, count))
-        if journal is None or "part" not in journal.settings:
-            raise DataError("is damaged: it has no journal of a part", field=path_of(out, part, count))
-        journals.append(journal)
-    for part, journal in enumerate(journals, 1):
-        _check_settings(path_of(out, part, count), journal, journals[0], settings)
+    paths = [path_of(out, part, count) for part in range(1, count + 1)]
+    journals = [_read_part(path) for path in paths]
+    for path, journal in zip(paths, journals, strict=True):
+        _check_settings(path, journal, _common(journals[0].settings) | settings)
     return journals
 
 
-def _check_settings(path: str, journal: Journal, first: Journal, settings: dict[str, Any]) -> None:
-    """Checks that a part belongs to the same preparation as the first part and as the command's flags.
+def _read_part(path: str) -> Journal:
+    journal = read_journal(path)
+    if journal is None or "part" not in journal.settings:
+        raise DataError("is damaged: it has no journal of a part", field=path)
+    return journal
+
+
+def check_part(path: str, settings: dict[str, Any]) -> None:
+    """Checks that a complete part was prepared with these settings.
 
     Raises:
-        ConfigError: it does not; the message names the difference.
+        ConfigError: it was not; the message names the difference.
+        DataError: it is damaged.
     """
-    for name, value in (settings | _common(first.settings)).items():
-        if name in ("files", "part") and name in settings:
-            continue
+    _check_settings(path, _read_part(path), settings)
+
+
+def _check_settings(path: str, journal: Journal, settings: dict[str, Any]) -> None:
+    for name, wanted in settings.items():
         of_part = journal.settings.get(name)
-        wanted = settings.get(name, value)
         if of_part != wanted:
             raise ConfigError(
                 f"is of another preparation: {name} is {of_part} there, and {wanted} here",

@@ -210,7 +210,7 @@ def _documents(journal: Journal, work: Work) -> Iterator[Document]:
 
 def _nonempty(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[Document]:
     """Yields the documents that have a text, and joins sections whose tokens would differ from those of the whole."""
-    is_cut = keeps_tokens(tokenizer.pattern)
+    is_cut = keeps_tokens(tokenizer)
     texts: list[str] = []
     for document in documents:
         if document.whole and not is_cut:

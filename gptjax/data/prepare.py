@@ -15,7 +15,7 @@ import numbers
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from gptjax.cli import Parser, run_cli
@@ -88,8 +88,6 @@ def prepare(
     source = sources.canonical_name(source)
     out = os.path.abspath(out)
     _check_arguments(source, out, val_fraction, shard_tokens)
-    if processes < 0:
-        raise ConfigError("must be 0, for one per CPU, or above", field="processes", value=processes)
     settings: dict[str, Any] = {
         "source": source,
         "text_feature": text_feature,
@@ -100,19 +98,7 @@ def prepare(
         "skip_bad": skip_bad,
         "window": window,
     }
-    is_part = part not in ("", JOIN)
-    target = out
-    if is_part:
-        settings["part"] = list(parts.parse_part(part))
-        target = parts.path_of(out, *settings["part"])
-    write = functools.partial(
-        parts.write_part if is_part else preparation.write_data,
-        processes=processes or workers.usable_cpus(),
-    )
-    if part == JOIN:
-        write = parts.join_parts
-    # An unfinished join is apart from an unfinished preparation, which may go on.
-    partial = f"{target}.join.partial" if part == JOIN else f"{target}.partial"
+    target, partial, write = _choose_work(part, out, settings, processes)
     if _is_done(out, settings, tokenizer) and not os.path.exists(partial):
         log(f"{out}: already prepared from {source}")
         return
@@ -120,17 +106,12 @@ def prepare(
     with _reporting_write_errors(target), hold(partial, target, log):
         if _is_done(out, settings, tokenizer):
             log(f"{out}: already prepared from {source}, by another process or before a kill")
-        elif is_part and os.path.exists(target):
+        elif target != out and os.path.exists(target):
+            parts.check_part(target, settings)
             log(f"{target}: already prepared")
         else:
             try:
-                write(
-                    partial,
-                    target,
-                    settings,
-                    tokenizer=tokenizer,
-                    log=log,
-                )
+                write(partial, target, settings, tokenizer=tokenizer, log=log)
             except UserError:
                 if read_journal(partial) is None:  # nothing had begun, so nothing is left behind
                     remove(partial)
@@ -138,6 +119,24 @@ def prepare(
                 raise
         if os.path.exists(partial):
             remove(partial)
+
+
+def _choose_work(part: str, out: str, settings: dict[str, Any], processes: int) -> tuple[str, str, Callable[..., None]]:
+    """Returns the directory to write, the one for unfinished work, and the function that writes; adds to `settings`.
+
+    Raises:
+        ConfigError: `part` is none.
+    """
+    if processes < 0:
+        raise ConfigError("must be 0, for one per CPU, or above", field="processes", value=processes)
+    processes = processes or workers.usable_cpus()
+    if part == JOIN:
+        return out, f"{out}.join.partial", parts.join_parts
+    if part:
+        settings["part"] = list(parts.parse_part(part))
+        target = parts.path_of(out, *settings["part"])
+        return target, f"{target}.partial", functools.partial(parts.write_part, processes=processes)
+    return out, f"{out}.partial", functools.partial(preparation.write_data, processes=processes)
 
 
 def _check_arguments(

@@ -45,7 +45,7 @@ class Reading:
 
 Row = tuple[str, str]  # id and text of a document
 # Yields the documents of one file, from its path and its name. Their ids begin with the name.
-Reader = Callable[[str, str, Reading], Iterator[Row]]
+Reader = Callable[[str, str, Reading], Iterator[Row] | Iterator[Document]]
 
 
 def read_text(path: str, name: str, reading: Reading) -> Iterator[Document]:
@@ -67,26 +67,13 @@ def read_text(path: str, name: str, reading: Reading) -> Iterator[Document]:
             yield Document(name, section, Place(), whole, is_end)
 
 
-def _read_whole(path: str, name: str, reading: Reading) -> Iterator[Row]:
-    text = "".join(document.text for document in read_text(path, name, reading))
-    yield name, text
-
-
-def _read_lines(path: str, name: str, reading: Reading) -> Iterator[Row]:
-    return _read_lines_from(path, name, reading, start=0, stop=None)
-
-
-def _read_lines_from(path: str, name: str, reading: Reading, *, start: int, stop: int | None) -> Iterator[Row]:
+def _read_lines(path: str, name: str, reading: Reading, *, start: int = 0, stop: int | None = None) -> Iterator[Row]:
     for line in read_lines(path, encoding=reading.encoding, start=start, stop=stop):
         reading.reach(line.offset)
         yield f"{name}:{line.place}", line.text.rstrip("\r\n")
 
 
-def _read_jsonl(path: str, name: str, reading: Reading) -> Iterator[Row]:
-    return _read_jsonl_from(path, name, reading, start=0, stop=None)
-
-
-def _read_jsonl_from(path: str, name: str, reading: Reading, *, start: int, stop: int | None) -> Iterator[Row]:
+def _read_jsonl(path: str, name: str, reading: Reading, *, start: int = 0, stop: int | None = None) -> Iterator[Row]:
     for line in read_lines(path, encoding=reading.encoding, start=start, stop=stop):
         reading.reach(line.offset)
         if not line.text.strip():
@@ -151,11 +138,7 @@ def _kind(value: object) -> str:
     return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
-def _read_parquet(path: str, name: str, reading: Reading) -> Iterator[Row]:
-    return _read_parquet_from(path, name, reading, start=0, stop=None)
-
-
-def _read_parquet_from(path: str, name: str, reading: Reading, *, start: int, stop: int | None) -> Iterator[Row]:
+def _read_parquet(path: str, name: str, reading: Reading, *, start: int = 0, stop: int | None = None) -> Iterator[Row]:
     """Yields the rows of the row groups from `start` to `stop`."""
     import pyarrow  # slow to import
     import pyarrow.parquet
@@ -231,7 +214,7 @@ class Seekable(NamedTuple):
 
 # By the kind of source: functions that yield the documents of one file. text: a file is one document.
 READERS: dict[str, Reader] = {
-    "text": _read_whole,
+    "text": read_text,
     "lines": _read_lines,
     "jsonl": _read_jsonl,
     "csv": _read_csv,
@@ -240,7 +223,7 @@ READERS: dict[str, Reader] = {
 
 # Offsets are bytes of lines, and row groups of parquet.
 SEEKABLE = {
-    "lines": Seekable(_read_lines_from, _align_line),
-    "jsonl": Seekable(_read_jsonl_from, _align_line),
-    "parquet": Seekable(_read_parquet_from, _align_parquet),
+    "lines": Seekable(_read_lines, _align_line),
+    "jsonl": Seekable(_read_jsonl, _align_line),
+    "parquet": Seekable(_read_parquet, _align_parquet),
 }

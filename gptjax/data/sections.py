@@ -4,7 +4,8 @@ import io
 import re
 from collections.abc import Iterator
 
-from gptjax.data.patterns import KNOWN, WHOLE_PATTERN
+from gptjax.data.patterns import BYTES_PATTERN, KNOWN, WHOLE_PATTERN
+from gptjax.data.tokenizer import Tokenizer
 
 LONG_TEXT = 2**24  # characters from which a text is read in sections
 SECTION = 2**22  # characters
@@ -14,12 +15,12 @@ _LETTER = "A-Za-zÀ-ÖØ-öø-ɏΑ-ΡΣ-ωА-я一-鿋"
 _CUT = re.compile(rf"[{_LETTER}](?=[ \n][{_LETTER}])")
 
 
-def keeps_tokens(pattern: str) -> bool:
-    """Returns whether sections have the tokens of the whole text: not if only the tokenizer's author knows its pattern.
-
-    pattern: of the tokenizer; "" for one of characters.
-    """
-    return pattern == "" or (pattern in KNOWN and pattern != WHOLE_PATTERN)
+def keeps_tokens(tokenizer: Tokenizer) -> bool:
+    """Returns whether sections have the tokens of the whole text; unknown patterns may cut a text otherwise."""
+    if tokenizer.pattern == BYTES_PATTERN:
+        return tokenizer.vocab_size - len(tokenizer.specials) == 256  # pieces end anywhere
+    is_characters = tokenizer.pattern == ""
+    return is_characters or (tokenizer.pattern in KNOWN and tokenizer.pattern != WHOLE_PATTERN)
 
 
 def sections(file: io.TextIOBase) -> Iterator[tuple[str, bool]]:

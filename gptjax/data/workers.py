@@ -1,24 +1,29 @@
-"""Processes that tokenize documents. Threads do not help: tiktoken's results are made under Python's global lock.
+"""Processes that tokenize documents.
 
-The processes are started by a command, not by `multiprocessing`, which runs the caller's own script again in each.
+Threads do not help: tiktoken's results are made under Python's global lock. The processes are started by a command, not
+by `multiprocessing`, which runs the caller's own script again in each.
 """
 
 import collections
 import contextlib
+import json
 import os
-import pickle
 import queue
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, BinaryIO, cast
+
+import numpy as np
 
 from gptjax.data.encoding import Encoded, encode_documents
-from gptjax.data.source import Document
-from gptjax.data.tokenizer import Tokenizer
-from gptjax.errors import UnavailableError, UserError
+from gptjax.data.header import token_dtype
+from gptjax.data.source import Document, Place, Whole
+from gptjax.data.tokenizer import Tokenizer, load_tokenizer
+from gptjax.errors import DataError, UnavailableError, UserError
 
 ALONE_CHARACTERS = 2**24  # of a source's beginning that this process encodes before it starts others
 TASKS_PER_PROCESS = 3  # that wait or run, so that none is idle
@@ -26,10 +31,10 @@ TASKS_PER_PROCESS = 3  # that wait or run, so that none is idle
 Batch = list[Document]
 
 _CHILD = """
-import pickle, sys
-sys.path[:] = pickle.load(sys.stdin.buffer)
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
 from gptjax.data import workers
-workers.serve()
+workers.serve(sys.argv[2])
 """
 
 
@@ -79,13 +84,15 @@ class _Pool:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(processes)
-        path = [place for place in sys.path if isinstance(place, str)]
-        start = pickle.dumps(path) + pickle.dumps(tokenizer)
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._folder = tempfile.TemporaryDirectory()
+        path = json.dumps([place for place in sys.path if isinstance(place, str)])
+        saved = os.path.join(self._folder.name, "tokenizer.json")
         try:
+            tokenizer.save(saved)
             for _ in range(processes):
-                process = subprocess.Popen([sys.executable, "-I", "-c", _CHILD], stdin=-1, stdout=-1)
+                process = subprocess.Popen([sys.executable, "-I", "-c", _CHILD, path, saved], stdin=-1, stdout=-1)
                 self._processes.append(process)
-                _send(process, start)
                 self._idle.put(process)
         except OSError as error:
             self._stop()
@@ -106,10 +113,9 @@ class _Pool:
     def _encode(self, batch: Batch) -> Encoded:
         process = self._idle.get()
         try:
-            _send(process, pickle.dumps(batch))
-            assert process.stdout is not None
-            result: Any = pickle.load(process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            _write_batch(cast(BinaryIO, process.stdin), batch)
+            return _read_encoded(cast(BinaryIO, process.stdout), self._dtype)
+        except (OSError, EOFError) as error:
             status = process.wait()
             raise UnavailableError(
                 f"a process that tokenizes has ended (status {status}); memory may be full",
@@ -119,9 +125,6 @@ class _Pool:
             ) from error
         finally:
             self._idle.put(process)
-        if isinstance(result, UserError):
-            raise result
-        return result
 
     def _stop(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -133,29 +136,92 @@ class _Pool:
                 with contextlib.suppress(OSError):  # what was left in it has no reader any more
                     if pipe:
                         pipe.close()
+        self._folder.cleanup()
 
 
-def _send(process: "subprocess.Popen[bytes]", message: bytes) -> None:
-    assert process.stdin is not None
-    process.stdin.write(message)
-    process.stdin.flush()
-
-
-def serve() -> None:
+def serve(tokenizer_path: str) -> None:
     """Encodes the batches that arrive on standard input, until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which stops this process
     with os.fdopen(os.dup(1), "wb") as output:
         os.dup2(2, 1)  # what a library prints must not be among the results
-        tokenizer = pickle.load(sys.stdin.buffer)
+        tokenizer = load_tokenizer(tokenizer_path)
         while True:
             try:
-                batch = pickle.load(sys.stdin.buffer)
+                batch = _read_batch(sys.stdin.buffer)
             except EOFError:  # the parent has ended
                 return
-            result: Encoded | UserError
             try:
-                result = encode_documents(batch, tokenizer)
+                encoded = encode_documents(batch, tokenizer)
             except UserError as error:
-                result = error
-            pickle.dump(result, output)
-            output.flush()
+                _write(output, {"error": [error.exit_code, error.field, error.problem, error.remedy]})
+                continue
+            arrays = [encoded.ids, encoded.tokens, encoded.text_bytes, encoded.hashes]
+            _write(output, {}, *(array.tobytes() for array in arrays))
+
+
+# Messages: the length of a header of JSON, the header, and parts of bytes.
+
+
+def _write(stream: BinaryIO, header: dict[str, Any], *parts: bytes) -> None:
+    encoded = json.dumps(header | {"sizes": [len(part) for part in parts]}).encode()
+    stream.write(len(encoded).to_bytes(8, "little") + encoded)
+    for part in parts:
+        stream.write(part)
+    stream.flush()
+
+
+def _read(stream: BinaryIO) -> tuple[dict[str, Any], list[bytes]]:
+    """Returns the header and the parts of the next message.
+
+    Raises:
+        EOFError: there is none, or not all of it.
+    """
+    header = json.loads(_read_exactly(stream, int.from_bytes(_read_exactly(stream, 8), "little")))
+    return header, [_read_exactly(stream, size) for size in header["sizes"]]
+
+
+def _read_exactly(stream: BinaryIO, size: int) -> bytes:
+    content = stream.read(size)
+    if len(content) < size:
+        raise EOFError
+    return content
+
+
+def _write_batch(stream: BinaryIO, batch: Batch) -> None:
+    described = []
+    for document in batch:
+        whole = [document.whole.text_hash.hex(), document.whole.characters] if document.whole else None
+        described.append([document.name, whole, document.is_end])
+    _write(stream, {"documents": described}, *(document.text.encode() for document in batch))
+
+
+def _read_batch(stream: BinaryIO) -> Batch:
+    header, texts = _read(stream)
+    batch = []
+    for (name, whole, is_end), text in zip(header["documents"], texts, strict=True):
+        of_whole = Whole(bytes.fromhex(whole[0]), whole[1]) if whole else None
+        batch.append(Document(name, text.decode(), Place(), of_whole, is_end))
+    return batch
+
+
+def _read_encoded(stream: BinaryIO, dtype: np.dtype) -> Encoded:
+    """Returns the ids of a batch.
+
+    Raises:
+        UserError: the process could not encode it.
+        EOFError: the process has ended.
+    """
+    header, parts = _read(stream)
+    if "error" in header:
+        code, field, problem, remedy = header["error"]
+        kind = UnavailableError if code == UnavailableError.exit_code else DataError
+        error = kind(problem, remedy=remedy)
+        error.field = field  # the problem begins with it already
+        raise error
+    ids, tokens, text_bytes, hashes = parts
+    return Encoded(
+        ids=np.frombuffer(ids, dtype),
+        tokens=np.frombuffer(tokens, np.int64),
+        text_bytes=np.frombuffer(text_bytes, np.int64),
+        hashes=np.frombuffer(hashes, np.uint8).reshape(-1, 32),
+    )

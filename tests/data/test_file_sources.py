@@ -1,6 +1,5 @@
 """Files as sources: every kind gives the same documents, and what is no text is refused by its name."""
 
-import csv
 import gzip
 import io
 import json
@@ -18,55 +17,18 @@ import zstandard
 
 from gptjax.data import preparation
 from gptjax.data.file_sources import find_files, open_files
-from gptjax.data.readers import Reading
 from gptjax.data.meta import read_meta
 from gptjax.data.prepare import main as prepare_main
 from gptjax.data.prepare import prepare
+from gptjax.data.readers import Reading
 from gptjax.data.sources import canonical_name
 from gptjax.data.text_files import CHECKED_BYTES, check_encoding
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.errors import ConfigError, DataError
+from tests.data.corpus import TEXTS, WRITERS, as_csv, as_parquet, as_text, compress, read_shards
 from tests.helpers import raises
 
 BYTES = load_tokenizer("bytes")
-TEXTS = [f"document {number}: café, \u2028 \x85 {'x' * (37 * number % 400)}" for number in range(60)]
-
-
-def as_lines(path, texts):
-    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
-
-
-def as_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"id": 3, "text": text}) + "\n" for text in texts))
-
-
-def as_csv(path, texts):
-    with open(path, "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["id", "text"])
-        rows.writerows(enumerate(texts))
-
-
-def as_parquet(path, texts, group=7):
-    table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
-    pyarrow.parquet.write_table(table, path, row_group_size=group)
-
-
-def as_text(path, texts):
-    path.mkdir()
-    for number, text in enumerate(texts):
-        (path / f"{number:03d}").write_text(text)
-
-
-def compress(path, suffix):
-    zstd = zstandard.ZstdCompressor(write_checksum=True).compress
-    pack = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}[suffix]
-    packed = path.with_name(path.name + suffix)
-    data = path.read_bytes()
-    half = len(data) // 2
-    packed.write_bytes(pack(data[:half]) + pack(data[half:]))  # two members or frames, as parallel programs write them
-    path.unlink()
-    return packed
 
 
 def documents(kind, path, **options):
@@ -77,12 +39,9 @@ def texts_of(kind, path, **options):
     return [text for _, text in documents(kind, path, **options)]
 
 
-WRITERS = {"lines": as_lines, "jsonl": as_jsonl, "csv": as_csv, "parquet": as_parquet, "text": as_text}
-
-
 def shards(kind, path, out):
     prepare(source=f"{kind}:{path}", tokenizer=BYTES, out=str(out), log=lambda line: None, shard_tokens=2000)
-    return {file.name: file.read_bytes() for file in out.iterdir() if file.suffix == ".bin"}
+    return read_shards(out)
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
@@ -385,7 +344,8 @@ def test_memory_does_not_grow_with_the_size_of_a_file(tmp_path, kind):
         for _ in range(200):
             file.write(f"{row}\n" * 1000)
     code = (
-        "import resource, sys; from gptjax.data.file_sources import open_files; from gptjax.data.readers import Reading;"
+        "import resource, sys; from gptjax.data.file_sources import open_files;"
+        "from gptjax.data.readers import Reading;"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak();"
         f"n = sum(1 for _ in open_files({kind!r}, {str(path)!r}, Reading()).documents()); print(n, peak() - before)"
     )

@@ -13,8 +13,8 @@ import tensorflow_datasets as tfds
 from huggingface_hub import constants
 
 from gptjax.data import tfds_source
-from gptjax.data.readers import Reading
 from gptjax.data.prepare import prepare
+from gptjax.data.readers import Reading
 from gptjax.data.source import Source
 from gptjax.data.sources import canonical_name, needs_network, open_source
 from gptjax.data.tokenizer import load_tokenizer

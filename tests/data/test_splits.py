@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gptjax.config import DataConfig
 from gptjax.data import preparation
-from gptjax.data.assign import Assignment, better_boundary, nearest, share_of
+from gptjax.data.assign import Assignment, better_boundary, nearest, shares_of
 from gptjax.data.meta import read_meta
 from gptjax.data.prepare import ensure_prepared, prepare
 from gptjax.data.tokenizer import load_tokenizer
@@ -65,7 +65,8 @@ def test_too_small_split_gets_the_documents_nearest_to_the_boundary(tmp_path):
     lines = make(source, tmp_path / "out", val_fraction=0.01)
     assert any("too few, so it gets the documents nearest to it" in line for line in lines)
     texts = [path.read_text() for path in sorted((tmp_path / "text").iterdir())]
-    shares = sorted(share_of(hashlib.sha256(text.encode()).digest()) for text in texts)
+    hashes = [list(hashlib.sha256(text.encode()).digest()) for text in texts]
+    shares = sorted(shares_of(np.array(hashes, np.uint8)).tolist())
     boundary = read_meta(str(tmp_path / "out")).options["boundary"]
     assert shares[3] < boundary <= shares[4], "four documents of 301 tokens are a window"
     assert tokens_of(tmp_path / "out") == {"train": 26 * 301, "validation": 4 * 301}
@@ -173,11 +174,10 @@ def test_better_boundary_gives_each_split_as_much_as_possible(texts, boundary, w
 
 
 def test_single_assignment_ignores_the_hash():
-    single = Assignment(0.05, is_single=True)
-    assert [single.split_of("a", bytes([255] * 32), index) for index in (0, 1)] == ["train", "validation"]
-    assert Assignment(0.05).split_of("a", bytes(32), 0) == "validation"
-    named = Assignment(0.05, names={"b"})
-    assert [named.split_of(name, bytes(32), 0) for name in "ab"] == ["train", "validation"]
+    names, shares = ["a:start", "a:end"], np.array([0.0, 1.0])
+    assert Assignment(0.05, is_single=True).is_validation(names, shares).tolist() == [False, True]
+    assert Assignment(0.05).is_validation(names, shares).tolist() == [True, False]
+    assert Assignment(0.05, names={"a:end"}).is_validation(names, shares).tolist() == [False, True]
 
 
 # Stale data

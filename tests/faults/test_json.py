@@ -13,6 +13,7 @@ from gptjax.config_files import settings_in
 from gptjax.convert import huggingface, native
 from gptjax.data import journal
 from gptjax.data.meta import read_meta
+from gptjax.data.source import Place
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.errors import CheckpointError, ConfigError, DataError, UnavailableError
 from gptjax.record import Record
@@ -161,14 +162,17 @@ def test_j1_tokenizer_link_that_leads_nowhere_is_named(tmp_path):
 
 
 def test_j1_journal_with_an_invalid_value_is_ignored(tmp_path):
-    good = journal.Journal({"source": "x"}, 3, "d")
+    good = journal.Journal({"source": "x"}, 3, Place(1, 2, 3, 4))
     journal.write_journal(str(tmp_path), good)
     assert journal.read_journal(str(tmp_path)) == good
     values = dataclasses.asdict(good)
     train = values["splits"]["train"]
     for bad in (
         *({"documents": count} for count in ("3", -1, 2**63, 1.5, True, None, [])),
-        {"digest": 1},
+        {"place": 1},
+        {"place": [0, 0, 0, -1]},
+        {"place": [0, 0, 0, 0, 0]},
+        {"skipped": -1},
         {"settings": []},
         {"splits": []},
         {"splits": values["splits"] | {"train": train | {"tokens": "9"}}},

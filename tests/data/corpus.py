@@ -1,0 +1,57 @@
+"""One corpus in every form that a source can have."""
+
+import csv
+import gzip
+import json
+import lzma
+
+import pyarrow
+import pyarrow.parquet
+import zstandard
+
+TEXTS = [f"document {number}: café, \u2028 \x85 {'x' * (37 * number % 400)}" for number in range(60)]
+
+
+def as_lines(path, texts):
+    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+
+
+def as_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"id": 3, "text": text}) + "\n" for text in texts))
+
+
+def as_csv(path, texts):
+    with open(path, "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["id", "text"])
+        rows.writerows(enumerate(texts))
+
+
+def as_parquet(path, texts, group=7):
+    table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
+    pyarrow.parquet.write_table(table, path, row_group_size=group)
+
+
+def as_text(path, texts):
+    path.mkdir()
+    for number, text in enumerate(texts):
+        (path / f"{number:03d}").write_text(text)
+
+
+def compress(path, suffix):
+    zstd = zstandard.ZstdCompressor(write_checksum=True).compress
+    pack = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}[suffix]
+    packed = path.with_name(path.name + suffix)
+    data = path.read_bytes()
+    half = len(data) // 2
+    packed.write_bytes(pack(data[:half]) + pack(data[half:]))  # two members or frames, as parallel programs write them
+    path.unlink()
+    return packed
+
+
+WRITERS = {"lines": as_lines, "jsonl": as_jsonl, "csv": as_csv, "parquet": as_parquet, "text": as_text}
+
+
+def read_shards(folder):
+    """Returns the content of each shard by its name."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix == ".bin"}
