@@ -10,6 +10,7 @@ from gptjax.config_files import read_settings
 from gptjax.config_values import Bounds, Value, convert, nearest_divisors, nearest_fields, wrong_value
 from gptjax.errors import ConfigError, one_line
 from gptjax.former_names import current_name, make_config_dict, rename_fields
+from gptjax.mix import parse_mix
 
 LARGEST_SEED = 2**31 - 1
 
@@ -83,6 +84,7 @@ class DataConfig:
 
     source: str = "stdlib"  # stdlib | text: | lines: | jsonl: | csv: | parquet:PATH | tfds:NAME[/CONFIG] | tfds:/DIR
     path: str = ""  # a directory of shards; '' means data/<source>-<tokenizer>
+    mix: str = ""  # directories of shards with weights, as data/web:70,data/code:30; '' means one directory
     tokenizer: str = "gpt2"  # gpt2 | bytes | a saved file | a tokenizer.json or its directory | hf:OWNER/NAME
     text_feature: str = "text"  # tfds, jsonl, csv, parquet: the feature, field or column that holds the text
     val_fraction: Share = 0.05  # the share of the documents that is for validation, where data are prepared
@@ -322,6 +324,7 @@ def find_problems(config: Config) -> list[ConfigError]:
         return errors
     # Conflicts are only looked for among valid values: a modulus by 0 would raise.
     errors += _model_conflicts(config)
+    errors += _data_conflicts(config.data)
     errors += _mesh_conflicts(config.mesh)
     errors += _period_conflicts(config, flat)
     return errors
@@ -346,6 +349,18 @@ def _model_conflicts(config: Config) -> list[ConfigError]:
             ConfigError(f"must not exceed optim.peak_lr={optim.peak_lr}", field="optim.min_lr", value=optim.min_lr)
         )
     return errors
+
+
+def _data_conflicts(data: DataConfig) -> list[ConfigError]:
+    if not data.mix:
+        return []
+    if data.path:
+        return [ConfigError("names a directory, and so does data.mix", field="data.path", value=data.path)]
+    try:
+        parse_mix(data.mix)
+    except ConfigError as error:
+        return [error]
+    return []
 
 
 def _mesh_conflicts(mesh: MeshConfig) -> list[ConfigError]:

@@ -10,7 +10,7 @@ import gzip
 import lzma
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptjax import distributed
 from gptjax.cli import Parser, run_cli
@@ -18,6 +18,7 @@ from gptjax.config import Config, DataConfig
 from gptjax.convert.model_ref import READABLE, parse_model_ref
 from gptjax.errors import ConfigError
 from gptjax.exhaustion import show_bytes
+from gptjax.log_tags import describe_sources
 from gptjax.model_flags import add_model_flags, check_model_flags
 from gptjax.redaction import print_error, say
 from gptjax.screen import Screen
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import jax
 
     from gptjax.data.dataset import Dataset
+    from gptjax.data.mixture import Mixture
     from gptjax.data.tokenizer import Tokenizer
     from gptjax.data.tokens import Split
     from gptjax.setup import Run
@@ -39,7 +41,7 @@ def evaluate(
     eval_step: Callable[..., Any],
     params: Any,
     *,
-    dataset: "Dataset",
+    dataset: "Dataset | Mixture",
     token_bytes_V: "jax.Array",
     sharding: Any,
     num_microbatches: int,
@@ -49,6 +51,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns {val_loss (nats per token), val_perplexity, val_bits_per_byte} over a fixed part of the validation split.
 
+    For a mixture they are means that are weighted as the mixture is, and val_loss/NAME and val_bits_per_byte/NAME of
+    each source follow.
+
     Args:
         eval_step: returns sums over a batch: losses and tokens, and bytes.
         params: the parameters, sharded as `eval_step` expects them.
@@ -56,35 +61,69 @@ def evaluate(
         token_bytes_V: the bytes of text in each token, int32 [V], replicated.
         sharding: of a batch.
         num_microbatches: A.
-        batches: the number of global batches; 0 means all.
+        batches: the number of global batches of each source; 0 means all.
         should_stop: called before each batch; if it returns True, the result is {}.
         on_batch: called before each batch with the number of those before it, and of all.
     """
+    sources = list(dataset.sources())
+    counts = [_count_batches(source, batches) for _, _, source in sources]
+    done = 0
+    totals: list[_Sums] = []
+    for (_, _, source), count in zip(sources, counts, strict=True):
+        sums = []
+        pending = None
+        for index in range(count):
+            on_batch(done, sum(counts))
+            if should_stop():
+                return {}
+            tokens_ABT = source.validation_batch(index, sharding=sharding, num_microbatches=num_microbatches)
+            # The host runs one batch ahead of the devices. Without this limit it would hold every batch on them.
+            previous = pending
+            pending = eval_step(params, tokens_ABT, token_bytes_V)
+            if previous is not None:
+                sums.append(_read(previous))
+            done += 1
+        if pending is not None:
+            sums.append(_read(pending))
+        # Summed in float64 and divided once, because batches differ in their number of predicted tokens.
+        totals.append(_Sums(*map(math.fsum, zip(*sums, strict=True))))
+    if len(totals) == 1:
+        result = totals[0].result()
+    else:
+        # One token of each source for each of its shares: sequences of all sources have the same number of tokens.
+        shares = [share for _, share, _ in sources]
+        result = _Sums(
+            loss=math.fsum(share * total.loss / total.tokens for share, total in zip(shares, totals, strict=True)),
+            tokens=1.0,
+            bytes=math.fsum(share * total.bytes / total.tokens for share, total in zip(shares, totals, strict=True)),
+        ).result()
+    for (name, _, _), total in zip(sources, totals, strict=True):
+        if name:
+            of_source = total.result()
+            result |= {f"{key}/{name}": of_source[key] for key in ("val_loss", "val_bits_per_byte")}
+    return result
+
+
+class _Sums(NamedTuple):
+    """Sums over the predicted tokens of a validation split."""
+
+    loss: float  # nats
+    tokens: float
+    bytes: float  # of their text
+
+    def result(self) -> dict[str, float]:
+        loss = self.loss / self.tokens
+        least_bytes = 1.0 if self.tokens > 1 else 1e-9  # of a whole split, or of one token
+        return {
+            "val_loss": loss,
+            "val_perplexity": math.exp(min(loss, LARGEST_EXPONENT)),
+            "val_bits_per_byte": self.loss / math.log(2) / max(self.bytes, least_bytes),
+        }
+
+
+def _count_batches(dataset: "Dataset", batches: int) -> int:
     available = dataset.num_validation_batches
-    sums = []
-    pending = None
-    total = min(batches or available, available)
-    for index in range(total):
-        on_batch(index, total)
-        if should_stop():
-            return {}
-        tokens_ABT = dataset.validation_batch(index, sharding=sharding, num_microbatches=num_microbatches)
-        # The host runs one batch ahead of the devices. Without this limit it would hold every batch on them.
-        previous = pending
-        pending = eval_step(params, tokens_ABT, token_bytes_V)
-        if previous is not None:
-            sums.append(_read(previous))
-    if pending is not None:
-        sums.append(_read(pending))
-    # Summed in float64 and divided once, because batches differ in their number of predicted tokens.
-    losses, tokens, sizes = zip(*sums, strict=True)
-    total_loss = math.fsum(losses)
-    loss = total_loss / math.fsum(tokens)
-    return {
-        "val_loss": loss,
-        "val_perplexity": math.exp(min(loss, LARGEST_EXPONENT)),
-        "val_bits_per_byte": total_loss / math.log(2) / max(math.fsum(sizes), 1.0),
-    }
+    return min(batches or available, available)
 
 
 def evaluate_run(
@@ -135,10 +174,10 @@ def compare(split: "Split", tokenizer: "Tokenizer") -> str:
     return f"gzip -9 needs {gzip9:.3f} bits per byte for {what}, xz -9 {xz9:.3f}; fewer is better"
 
 
-def count_sequences(dataset: "Dataset", batches: int) -> int:
+def count_sequences(dataset: "Dataset | Mixture", batches: int) -> int:
     """Returns the number of sequences that `evaluate` reads; batches=0 means all."""
-    available = dataset.num_windows
-    return min(batches * dataset.global_batch_size or available, available)
+    sizes = [(source.num_windows, source.global_batch_size) for _, _, source in dataset.sources()]
+    return sum(min(batches * rows or available, available) for available, rows in sizes)
 
 
 def describe(result: Mapping[str, float], sequences: int) -> str:
@@ -194,8 +233,12 @@ def main(arguments: list[str]) -> None:
         )
     sequences = count_sequences(run.validation_data, args.batches)
     say(f"{name}: {describe(result, sequences)}")
-    if sequences == run.validation_data.num_windows:  # as many as the compressors get
-        say(compare(run.validation_data.split, run.tokenizer))
+    for line in describe_sources(result):
+        say(line)
+    sources = list(run.validation_data.sources())
+    # The compressors get the whole text of one source.
+    if sequences == run.validation_data.num_windows and len(sources) == 1:
+        say(compare(sources[0][2].split, run.tokenizer))
 
 
 def load_run(args: argparse.Namespace) -> tuple["Run", Any, str]:
@@ -256,7 +299,7 @@ def _with_data(config: Config, workdir: str, step: int, *, data: str) -> Config:
     from gptjax.stored import StoredParams, at_its_data
 
     if data:
-        return dataclasses.replace(config, data=dataclasses.replace(config.data, path=data))
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, path=data, mix=""))
     return at_its_data(config, StoredParams(workdir, step).record, flag="--data")
 
 

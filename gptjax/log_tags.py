@@ -1,5 +1,6 @@
 """The names of a run's metrics in TensorBoard and Weights & Biases, which draw a group for each prefix."""
 
+from collections.abc import Mapping
 from typing import Any
 
 TAGS = {
@@ -36,3 +37,12 @@ def tag(name: str) -> str:
         if name.startswith(prefix):
             return group + name.removeprefix(prefix)
     return f"train/{name}"
+
+
+def describe_sources(result: Mapping[str, float]) -> list[str]:
+    """Returns a line for each source of a mixture, of the result of `evaluate.evaluate`; [] without one."""
+    names = [key.removeprefix("val_loss/") for key in result if key.startswith("val_loss/")]
+    return [
+        f"  {name}: loss {result[f'val_loss/{name}']:.4f}, {result[f'val_bits_per_byte/{name}']:.3f} bits per byte"
+        for name in names
+    ]

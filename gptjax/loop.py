@@ -364,6 +364,9 @@ def process_metrics(
         else:
             history = history.with_loss(row["loss"])
         row = {"loss": row.pop("loss"), "loss_mean": history.loss_mean, **row}
+        if is_logged(step, run.config.train):
+            samples = (batch_index(step - 1, history.skipped_ranges) + 1) * run.config.data.global_batch_size
+            row |= run.train_data.epochs(samples)
         reporter.report_step(step, row, skipped=history.skipped_steps)
         if is_logged(step, run.config.train):
             history = history.without_losses()

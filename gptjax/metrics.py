@@ -7,6 +7,7 @@ import pathlib
 from gptjax import goodput
 from gptjax.config import Config, TrainConfig
 from gptjax.goodput import Stopwatch, duration
+from gptjax.log_tags import describe_sources
 from gptjax.logs import GrowingFile, RunLog
 from gptjax.screen import Screen
 from gptjax.workdir import SAMPLES_FILE
@@ -99,7 +100,7 @@ class Reporter:
         return goodput.scalars(self.watch.spent)
 
     def report_validation(self, step: int, result: dict[str, float], *, sequences: int) -> None:
-        """Reports the result of an evaluation: val_loss, val_perplexity and val_bits_per_byte, in this order.
+        """Reports the result of an evaluation: val_loss, val_perplexity and val_bits_per_byte, and those of sources.
 
         sequences: the number of sequences that were evaluated.
         """
@@ -107,7 +108,10 @@ class Reporter:
         if step > self._log.last_validation:
             self._log.write({"step": step, **result})
         line = "step %d  val loss %.4f  perplexity %.2f  bits per byte %.3f  %s sequences"
-        log.info(line, step, *result.values(), f"{sequences:,}")
+        total = [result[name] for name in ("val_loss", "val_perplexity", "val_bits_per_byte")]
+        log.info(line, step, *total, f"{sequences:,}")
+        for of_source in describe_sources(result):
+            log.info("%s", of_source)
 
     def report_sample(self, step: int, text: str) -> None:
         """Reports a sampled text: in TensorBoard, samples.txt and on the screen."""

@@ -115,7 +115,9 @@ def check_record(run: Run, record: Record) -> None:
     changed = [name for name in new if old.get(name) != new[name]]
     # An earlier version computed fingerprints in another way. The old way is tried only if nothing but the fingerprint
     # differs, because it reads from all shards.
-    if changed == ["fingerprint"] and has_former_fingerprint(run.train_data.split, old.get("fingerprint", "")):
+    former = old.get("fingerprint", "")
+    sources = [dataset for _, _, dataset in run.train_data.sources()]
+    if changed == ["fingerprint"] and len(sources) == 1 and has_former_fingerprint(sources[0].split, former):
         old = new
     compare_data(old, new | run.data_location, allowed=run.config.data.allow_changed)
 
@@ -252,16 +254,19 @@ def compare_models(found: GPTConfig, wanted: GPTConfig, source: str) -> None:
         log.info("init_from=%s: positions from %d on are left out", source, wanted.block_size)
 
 
+LOCATION = ("directory", "tokens", "mix")  # names of Run.data_location
+
+
 def compare_data(old: Mapping[str, object], new: Mapping[str, object], *, allowed: bool) -> None:
     """Checks that a run trains on the data of its checkpoint in the same order, and logs the differences.
 
-    old, new: the data's identity, and their `directory` and number of `tokens`, which may change.
+    old, new: the data's identity, and where they are, which may change.
 
     Raises:
         ConfigError: the data or their order differ, and `allowed` is False.
     """
     lines = []
-    for name in (name for name in new if name not in ("directory", "tokens")):
+    for name in (name for name in new if name not in LOCATION):
         former = old.get(name)  # None in a checkpoint of a version that did not record it
         if former == new[name]:
             continue

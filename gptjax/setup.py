@@ -21,9 +21,8 @@ from gptjax.config import Config
 from gptjax.config_values import nearest_divisors
 from gptjax.convert.tokenizer_source import open_tokenizer
 from gptjax.data.dataset import Dataset, batch_index
-from gptjax.data.prepare import ensure_prepared
+from gptjax.data.mixture import Mixture
 from gptjax.data.tokenizer import Tokenizer
-from gptjax.data.tokens import open_split
 from gptjax.documents import NO_EOT
 from gptjax.errors import ConfigError, OutOfMemoryError, WorkdirError
 from gptjax.exhaustion import show, show_bytes
@@ -33,6 +32,7 @@ from gptjax.identity import Identity
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer, parameter_table
 from gptjax.params import count_params
+from gptjax.run_data import describe_sources, identify, open_data
 from gptjax.sharding import BATCH_SPEC, bytes_per_device, data_parallel_size, make_mesh
 from gptjax.sizes import activation_bytes_per_sequence, train_flops_per_token
 from gptjax.state import TrainState, make_init
@@ -63,8 +63,8 @@ class Run:
     init: Callable[[], TrainState]  # jitted: creates each shard on its device
     train_step: StepFn  # jitted, donates the state; takes [K, A, B, T+1] where train.steps_per_dispatch is above 1
     eval_step: EvalFn  # jitted, donates nothing
-    train_data: Dataset
-    validation_data: Dataset
+    train_data: Dataset | Mixture
+    validation_data: Dataset | Mixture
     tokenizer: Tokenizer
     token_bytes_V: jax.Array  # int32, replicated; for bits per byte
     num_microbatches: int  # A, accumulation steps per update
@@ -128,12 +128,10 @@ def make_run(config: Config, *, tokenizer: Tokenizer | None = None) -> Run:
     # Nothing is allocated here: `abstract` has shapes only, and `init` has not been called.
     abstract, init = make_init(model, optimizer, mesh=mesh, seed=config.train.seed)
     num_microbatches = choose_num_microbatches(config, compute, mesh, state_bytes=bytes_per_device(abstract))
-    # ensure_prepared may write files, so it comes after all checks of the config: a bad config leaves no files behind.
-    directory = ensure_prepared(config.data, tokenizer, window=config.model.block_size + 1)
-    train_data = open_dataset(config, directory, "train", tokenizer=tokenizer)
-    validation_data = open_dataset(config, directory, "validation", tokenizer=tokenizer)
+    # open_data may write files, so it comes after all checks of the config: a bad config leaves no files behind.
+    train_data, validation_data, location = open_data(config, tokenizer)
     # Traced and compiled at the first call, not here.
-    train_step, eval_step = jit_steps(model, optimizer, config, abstract=abstract, eot=train_data.split.eot)
+    train_step, eval_step = jit_steps(model, optimizer, config, abstract=abstract, eot=train_data.eot)
     return Run(
         config=config,
         mesh=mesh,
@@ -149,27 +147,9 @@ def make_run(config: Config, *, tokenizer: Tokenizer | None = None) -> Run:
         token_bytes_V=on_each_device(np.asarray(tokenizer.token_bytes()), mesh),
         num_microbatches=num_microbatches,
         batch_sharding=NamedSharding(mesh, BATCH_SPEC),
-        data_identity={
-            "fingerprint": train_data.split.fingerprint,
-            "data.seed": config.data.seed,
-            "data.global_batch_size": config.data.global_batch_size,
-            "model.block_size": config.model.block_size,
-        },
-        data_location={
-            "directory": os.path.abspath(directory),
-            "tokens": train_data.split.tokens,
-        },
+        data_identity=identify(config, train_data),
+        data_location=location,
     )
-
-
-def open_dataset(config: Config, directory: str, name: str, *, tokenizer: Tokenizer) -> Dataset:
-    """Returns the dataset of the split `name` (train or validation) in `directory`, in batches as `config` sets them.
-
-    Raises:
-        DataError: it is missing, damaged, or made with another tokenizer.
-    """
-    split = open_split(directory, name, tokenizer=tokenizer, eot_position=config.data.eot_position)
-    return Dataset(split, config.model.block_size, config.data.global_batch_size, config.data.seed)
 
 
 def train_step_hash(run: Run) -> str:
@@ -284,8 +264,8 @@ def describe_run(run: Run) -> list[str]:
     mesh = " ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items())
     processes = _count(jax.process_count(), "process", "processes")
     parameters = count_params(run.config.model)
-    train_tokens = run.train_data.split.tokens
-    validation_tokens = run.validation_data.split.tokens
+    train_tokens = run.train_data.tokens
+    validation_tokens = run.validation_data.tokens
     state, activations, micro_batch = estimated_memory(run)
     accumulation = _count(run.num_microbatches, "accumulation step")
     return [
@@ -293,6 +273,7 @@ def describe_run(run: Run) -> list[str]:
         f"devices: {run.machine}, mesh {mesh}, {processes}",
         f"model: {parameters:,} parameters, {run.compute.attention} attention, {run.compute.dtype}",
         f"data: {train_tokens:,} tokens to train on, {validation_tokens:,} to validate",
+        *describe_sources(run.train_data),
         f"step: {run.tokens_per_step:,} tokens, {run.flops_per_step:.3g} FLOP",
         f"micro-batch: {_count(micro_batch, 'sequence')} per data-parallel rank, {accumulation}",
         f"memory per device, estimated: {show_bytes(state)} of state, {show_bytes(activations)} of activations",

@@ -16,6 +16,7 @@ from gptjax.data.prepare import default_path
 from gptjax.errors import CheckpointError, ConfigError
 from gptjax.fingerprint import fingerprint_array
 from gptjax.identity import read_identity
+from gptjax.mix import parse_mix
 from gptjax.orbax_context import CHUNK_BYTES
 from gptjax.record import FAILURES, CorruptCheckpointError, Record, judge
 from gptjax.sharding import abstract_params, make_mesh, nest, param_shardings
@@ -82,8 +83,13 @@ def at_its_data(config: Config, record: Record, *, flag: str) -> Config:
     """
     if not record.data:
         raise ConfigError("the checkpoint does not say on which data it was trained", remedy=f"name them: {flag}=DIR")
+    for mix in (str(record.data.get("mix", "")), config.data.mix):
+        if mix and all(os.path.isdir(os.path.expanduser(part.directory)) for part in parse_mix(mix)):
+            return dataclasses.replace(config, data=dataclasses.replace(config.data, path="", mix=mix))
     recorded = str(record.data.get("directory", ""))
     named = config.data.path or default_path(config.data.source, config.data.tokenizer)
+    if config.data.mix:
+        named = ""
     for directory in (recorded, named):
         if directory and os.path.isdir(directory):
             return dataclasses.replace(config, data=dataclasses.replace(config.data, path=directory))

@@ -22,11 +22,12 @@ def summarize(
     """
     reached = []
     batches = run.config.train.eval_batches
-    split = run.validation_data.split
+    sources = list(run.validation_data.sources())
     if result:
         reached.append(describe(result, count_sequences(run.validation_data, batches)))
         # Compared only if both the model and the compressors get the whole validation text.
-        if not batches and split.bytes <= COMPRESSED_BYTES:
+        split = sources[0][2].split
+        if not batches and len(sources) == 1 and split.bytes <= COMPRESSED_BYTES:
             reached.append(compare(split, run.tokenizer))
     here = os.path.join(os.getcwd(), "")
     place = shlex.quote(workdir.removeprefix(here))

@@ -28,6 +28,7 @@ LAYERS = """
     resume  replay.report  plan.report
     plan.aot
     setup  convert.formats
+    run_data
     convert.msgpack  convert.probe
     convert.huggingface  convert.nanogpt  convert.llmc  convert.native
     convert.nanogpt_run
@@ -43,7 +44,8 @@ LAYERS = """
     convert.tokenizer_files
     data.progress  data.shard_writer  data.workers
     data.encoding
-    state  optim  data.dataset  plan.estimate  decode  plan.topology
+    state  optim  data.mixture  plan.estimate  decode  plan.topology
+    data.dataset
     model  convert.tokenizer_json  data.tokens  data.journal  data.sources  data.partial  data.assign
     data.tfds_source
     data.file_sources  data.foreign
@@ -67,7 +69,7 @@ LAYERS = """
     plan.hlo_kernels  plan.traffic
     screen
     convert.transfer  plan.hlo  goodput  convert.byte_level
-    config_files
+    config_files  mix
     config_values  log_tags
     errors  exhaustion  former_names  gpu_memory  history  documents  versions  strict_json
 """
@@ -114,6 +116,7 @@ CHEAP = {
     "exhaustion",
     "former_names",
     "gpu_memory",
+    "mix",
     "model_flags",
     "redaction",
     "streams",

@@ -226,7 +226,7 @@ def _history(workdir: str, stored: StoredParams) -> dict[str, Any]:
     """Returns the history of a trained checkpoint, for a model card."""
     config = stored.config
     tokens_per_step = config.data.global_batch_size * config.model.block_size
-    source = config.data.path or config.data.source
+    source = config.data.mix or config.data.path or config.data.source
     fingerprint = stored.record.data.get("fingerprint", "no fingerprint")
     history = {
         "step": stored.step,

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from gptjax.data.shuffle import shuffle
 from gptjax.data.tokens import Split, check_ids
+from gptjax.documents import EndOfText
 from gptjax.errors import DataError
 from gptjax.history import SkippedRange
 
@@ -60,6 +62,29 @@ class Dataset:
             )
 
     @property
+    def eot(self) -> EndOfText:
+        """End-of-text in the shards."""
+        return self.split.eot
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of all shards."""
+        return self.split.tokens
+
+    @property
+    def fingerprint(self) -> str:
+        """A sha256 that differs for other data."""
+        return self.split.fingerprint
+
+    def sources(self) -> Iterator[tuple[str, float, "Dataset"]]:
+        """Yields ("", 1.0, this dataset): the name, the share and the dataset of each source, as Mixture does."""
+        yield "", 1.0, self
+
+    def epochs(self, samples: int) -> dict[str, float]:
+        """Returns {}: metrics of epochs are those of a mixture's sources."""
+        return {}
+
+    @property
     def num_windows(self) -> int:
         """The number of windows in all shards, which is one epoch."""
         return int(self._ends[-1])
@@ -80,7 +105,7 @@ class Dataset:
 
     def window_ids(self, step: int) -> np.ndarray:
         """Returns the windows of the batch of `step`, in order: int64 [global_batch_size]."""
-        return self._shuffle(self._example_indices(step))
+        return self.windows_of(example_indices(step, self.global_batch_size))
 
     def read(self, window_ids: np.ndarray) -> np.ndarray:
         """Returns the tokens of the windows, -1 for a window -1: int32 [len(window_ids), block_size + 1].
@@ -105,8 +130,13 @@ class Dataset:
         rows[is_window] = ids
         return rows
 
+    def shard_of(self, window: int) -> tuple[str, int]:
+        """Returns the file of the shard, and the token in it, at which the window starts."""
+        number, start = self.locate(window)
+        return os.path.basename(self.split.paths[number]), start
+
     def locate(self, window: int) -> tuple[int, int]:
-        """Returns the shard, and the token in it, at which the window starts."""
+        """Returns the number of the shard, and the token in it, at which the window starts."""
         shards, starts = self._locate(np.array([window]))
         return int(shards[0]), int(starts[0])
 
@@ -132,12 +162,7 @@ class Dataset:
         Raises:
             DataError: as `read`.
         """
-        return self._place(
-            self._example_indices(step),
-            self._shuffle,
-            sharding,
-            num_microbatches,
-        )
+        return self._place(step, self.windows_of, sharding, num_microbatches)
 
     def validation_batch(
         self,
@@ -154,20 +179,9 @@ class Dataset:
         Raises:
             DataError: as `read`.
         """
-        return self._place(
-            self._example_indices(index),
-            self._shuffle_validation,
-            sharding,
-            num_microbatches,
-        )
+        return self._place(index, self._shuffle_validation, sharding, num_microbatches)
 
-    def _example_indices(self, step: int) -> np.ndarray:
-        """Returns the numbers of the step's sequences, counted since step 0: int64 [global_batch_size]."""
-        first = step * self.global_batch_size
-        end = first + self.global_batch_size
-        return np.arange(first, end, dtype=np.int64)
-
-    def _shuffle(self, samples: np.ndarray) -> np.ndarray:
+    def windows_of(self, samples: np.ndarray) -> np.ndarray:
         """Returns each sample's window: int64 [n], of int64 [n].
 
         Sample n belongs to epoch n // num_windows, and each epoch has its own permutation.
@@ -203,28 +217,65 @@ class Dataset:
 
     def _place(
         self,
-        samples: np.ndarray,
+        index: int,
         order: Callable[[np.ndarray], np.ndarray],
         sharding: jax.sharding.Sharding,
         num_microbatches: int,
     ) -> jax.Array:
-        samples_AB = samples.reshape(num_microbatches, -1)
-        shape = (*samples_AB.shape, self.block_size + 1)
-        # By the bounds of A and B: devices that replicate rows share one reading of them.
-        cache: dict[tuple[Bounds, Bounds], np.ndarray] = {}
+        return place_batch(
+            example_indices(index, self.global_batch_size),
+            lambda samples: self.read(order(samples)),
+            block_size=self.block_size,
+            sharding=sharding,
+            num_microbatches=num_microbatches,
+        )
 
-        def read(index: tuple[slice, ...] | None) -> np.ndarray:
-            """Returns the tokens that one device holds: int32, the slices `index` of A, B and T+1."""
-            assert index is not None
-            steps, rows, positions = index
-            key = (steps.indices(shape[0]), rows.indices(shape[1]))
-            if key not in cache:
-                local_AB = samples_AB[steps, rows]
-                tokens = self.read(order(local_AB.ravel()))
-                cache[key] = tokens.reshape(*local_AB.shape, -1)
-            return cache[key][..., positions]
 
-        return jax.make_array_from_callback(shape, sharding, read, dtype=np.int32)
+def example_indices(step: int, global_batch_size: int) -> np.ndarray:
+    """Returns the numbers of the step's sequences, counted since step 0: int64 [global_batch_size]."""
+    first = step * global_batch_size
+    return np.arange(first, first + global_batch_size, dtype=np.int64)
+
+
+def place_batch(
+    samples: np.ndarray,
+    read_samples: Callable[[np.ndarray], np.ndarray],
+    *,
+    block_size: int,
+    sharding: jax.sharding.Sharding,
+    num_microbatches: int,
+) -> jax.Array:
+    """Returns the tokens of samples on the devices. This process reads only the rows of its own devices.
+
+    samples: int64 [A * B].
+    read_samples: returns the tokens of some of them, int32 [n, T+1] of int64 [n].
+
+    Returns:
+        int32 [A, B, T+1] with A = num_microbatches.
+    """
+    samples_AB = samples.reshape(num_microbatches, -1)
+    shape = (*samples_AB.shape, block_size + 1)
+    # By the bounds of A and B: devices that replicate rows share one reading of them.
+    cache: dict[tuple[Bounds, Bounds], np.ndarray] = {}
+
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        """Returns the tokens that one device holds: int32, the slices `index` of A, B and T+1."""
+        assert index is not None
+        steps, rows, positions = index
+        key = (steps.indices(shape[0]), rows.indices(shape[1]))
+        if key not in cache:
+            local_AB = samples_AB[steps, rows]
+            tokens = read_samples(local_AB.ravel())
+            cache[key] = tokens.reshape(*local_AB.shape, -1)
+        return cache[key][..., positions]
+
+    return jax.make_array_from_callback(shape, sharding, read, dtype=np.int32)
+
+
+def source_seed(seed: int, source: int) -> int:
+    """Returns the seed of source number `source` of a mixture."""
+    digest = hashlib.sha256(f"{seed}/source {source}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

@@ -27,7 +27,7 @@ class Row:
 
     number: int  # in the batch
     window: int  # of the training data
-    shard: str  # file name
+    shard: str  # file name, after the name of its source in a mixture
     start: int  # the first token's number in the shard
     tokens: np.ndarray  # int [T+1]
     losses: np.ndarray  # float [T], of predicting tokens[1:]; NOT_COUNTED where a target does not count

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -333,7 +332,7 @@ def look(
 
     tokens_ABT: int [A, B, T+1]. Norms are float [L] for parameters that are stacked over layers, otherwise [1].
     """
-    eot = run.train_data.split.eot
+    eot = run.train_data.eot
     token_loss_fn = step.make_token_loss_fn(run.model, run.config, eot=eot)
     loss_fn = step.make_loss_fn(run.model, run.config, eot=eot)
     gradient_fn = step.make_gradient_fn(
@@ -379,17 +378,16 @@ def make_rows(
     tokens = data.read(windows)
     rows = []
     for number, window in enumerate(windows.tolist()):
-        shard, start = data.locate(window)
-        path = data.split.paths[shard]
+        shard, start = data.shard_of(window)
         rows.append(
             Row(
                 number=number,
                 window=window,
-                shard=os.path.basename(path),
+                shard=shard,
                 start=start,
                 tokens=tokens[number],
                 losses=losses[number],
-                documents=split_documents(tokens[number], data.split.eot),
+                documents=split_documents(tokens[number], data.eot),
             )
         )
     return rows
