@@ -8,7 +8,8 @@ Reading, cold: 300 shards of 200 MB. The page cache is dropped before each batch
 shards are links to ten files, so that 2 GB of disk are enough. /proc/self/io counts the bytes that come from disk.
 Opening: 10,000 small shards, with and without meta.json.
 Tokenising: `prepare` of a folder of this Python's own library to the end: hashes, splits, shards and
-their checksums; beside tiktoken's `encode_ordinary_batch` of the same documents in one thread.
+their checksums, in one process and in one per CPU; relative to tiktoken's `encode_ordinary_batch` of the same documents
+in one thread.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import itertools
 import os
 import pathlib
 import resource
+import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,8 +33,10 @@ from gptjax.data.meta import Meta, ShardMeta, SplitMeta, write_meta
 from gptjax.data.prepare import prepare
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.data.tokens import hash_file, open_split
+from gptjax.data.workers import usable_cpus
 
 BATCH_DOCUMENTS = 256
+REPEATS = 5
 COLD_FILES, COLD_SHARDS, COLD_BATCH, COLD_BATCHES = 10, 300, 480, 30
 MANY_SHARDS, SMALL_SHARD_TOKENS = 10_000, 2_000
 
@@ -129,14 +134,29 @@ def tokenise(directory: pathlib.Path, most: float) -> list[dict[str, Any]]:
             for ids in batch:
                 np.asarray(ids, np.uint16)
 
-    def whole() -> None:
-        prepare(source=f"text:{folder}", tokenizer=tokenizer, out=str(directory / "out"), log=lambda line: None)
+    def whole(processes: int) -> None:
+        out = directory / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        prepare(source=f"text:{folder}", tokenizer=tokenizer, out=str(out), processes=processes, log=lambda line: None)
 
     alone()
-    return [
-        row("tiktoken alone, one thread", amount, "MB of text", *timed(alone)),
-        row("prepare, to the last checksum", amount, "MB of text", *timed(whole)),
-    ]
+    count = usable_cpus()
+    calls = {"tiktoken alone, one thread": alone, "prepare, 1 process": lambda: whole(1)}
+    calls[f"prepare, {count} processes"] = lambda: whole(count)
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for _ in range(REPEATS):  # interleaved: other programs disturb all of them alike
+        for name, call in calls.items():
+            measured[name].append(timed(call))
+    rows = []
+    for name, times in measured.items():
+        wall, core = (statistics.median(values) for values in zip(*times, strict=True))
+        rows.append(row(name, amount, "MB of text", wall, core))
+    base = measured["tiktoken alone, one thread"]
+    for name in list(calls)[1:]:
+        ratio = statistics.median(a / b for (a, _), (b, _) in zip(base, measured[name], strict=True))
+        of_core = statistics.median(a / b for (_, a), (_, b) in zip(base, measured[name], strict=True))
+        rows.append({"what": f"{name}, relative to tiktoken", "a second": ratio, "a second and core": of_core})
+    return rows
 
 
 def main() -> None:

@@ -129,6 +129,15 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TasksConfig:
+    """Tasks that the model is asked during the run, in the evaluations of the validation split."""
+
+    names: str = ""  # hellaswag, lambada_openai, file:my.jsonl, ... with commas; '' means none
+    every: Count = 0  # steps between two, a multiple of train.eval_every; 0 means only after the last step
+    limit: Count = 0  # questions of each task, the first ones; 0 means all
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are saved, how many are kept, and which one a run resumes from."""
 
@@ -157,6 +166,7 @@ class Config:
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
+    tasks: TasksConfig = TasksConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     init_from: str = ""  # initial weights: a work directory, or FORMAT:PATH of gptjax.convert; '' means random
@@ -327,6 +337,7 @@ def find_problems(config: Config) -> list[ConfigError]:
     errors += _data_conflicts(config.data)
     errors += _mesh_conflicts(config.mesh)
     errors += _period_conflicts(config, flat)
+    errors += _task_conflicts(config)
     return errors
 
 
@@ -392,3 +403,14 @@ def _period_conflicts(config: Config, flat: dict[str, Value]) -> list[ConfigErro
                 )
             )
     return errors
+
+
+def _task_conflicts(config: Config) -> list[ConfigError]:
+    """Checks that tasks fall into evaluations."""
+    every = config.train.eval_every
+    value = config.tasks.every
+    if not value or (every and value % every == 0):
+        return []
+    nearest = f"nearest valid: {max(every, value // every * every)}" if every else "set train.eval_every, too"
+    problem = f"must be a multiple of train.eval_every={every}"
+    return [ConfigError(problem, field="tasks.every", value=value, remedy=nearest)]

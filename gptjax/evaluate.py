@@ -196,15 +196,43 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     """
     parser = Parser(__doc__)
     add_model_flags(parser)
-    parser.add_argument("--data", default="", metavar="DIR", help="The data to read. By default it is the run's.")
+    parser.add_argument(
+        "--data",
+        default="",
+        metavar="DIR,...",
+        help="The data to read: a directory, or several with commas. By default it is the run's.",
+    )
+    parser.add_argument(
+        "--tasks",
+        default="",
+        metavar="NAME,...",
+        help="Tasks to ask instead of reading data: hellaswag, lambada_openai, file:my.jsonl, ... "
+        "By default there are none.",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=0, help="The number of questions of each task. By default all are asked."
+    )
+    parser.add_argument(
+        "--fetch_tasks",
+        default="",
+        metavar="NAME,...",
+        help="Tasks whose questions to download and store in data/tasks, or NAME=PATH for the official file. "
+        "By default there are none.",
+    )
     parser.add_argument(
         "--batches", type=int, default=0, help="The number of global batches to read. By default all are read."
     )
     args = parser.parse_strictly(arguments)
+    if args.fetch_tasks and not (args.workdir or args.model or args.tasks):
+        return args
     check_model_flags(args)
+    if args.limit < 0:
+        raise ConfigError("must be 0, which means all, or more", field="--limit", value=args.limit)
+    if args.tasks and args.data:
+        raise ConfigError("is for validation losses, and --tasks is given", field="--data", value=args.data)
     if args.batches < 0:
         raise ConfigError("must be 0, which means all, or more", field="--batches", value=args.batches)
-    if args.model and not args.data and not args.model.startswith("gptjax:"):
+    if args.model and not args.data and not args.tasks and not args.model.startswith("gptjax:"):
         parse_model_ref("--model", args.model, READABLE)
         raise ConfigError(
             "needs --data=DIR, a directory of shards",
@@ -222,23 +250,38 @@ def main(arguments: list[str]) -> None:
         UserError: the weights or the data are missing, damaged, or do not fit together.
     """
     args = parse_flags(arguments)
+    if args.fetch_tasks:
+        from gptjax.tasks.fetch import fetch_tasks
+
+        fetch_tasks(args.fetch_tasks, log=say)
+        if not (args.workdir or args.model):
+            return
+    if args.tasks:
+        from gptjax.tasks.command import evaluate_tasks
+
+        evaluate_tasks(args)
+        return
     distributed.start_jax()
-    run, params, name = load_run(args)
-    with contextlib.closing(Screen(print_error, stderr=True)) as screen:
-        result = evaluate_run(
-            run,
-            params,
-            batches=args.batches,
-            on_batch=lambda done, total: screen.show_work("evaluating", done, total),
-        )
-    sequences = count_sequences(run.validation_data, args.batches)
-    say(f"{name}: {describe(result, sequences)}")
-    for line in describe_sources(result):
-        say(line)
-    sources = list(run.validation_data.sources())
-    # The compressors get the whole text of one source.
-    if sequences == run.validation_data.num_windows and len(sources) == 1:
-        say(compare(sources[0][2].split, run.tokenizer))
+    directories = args.data.split(",")
+    for directory in directories:
+        args.data = directory.strip()
+        run, params, name = load_run(args)
+        with contextlib.closing(Screen(print_error, stderr=True)) as screen:
+            result = evaluate_run(
+                run,
+                params,
+                batches=args.batches,
+                on_batch=lambda done, total, screen=screen: screen.show_work("evaluating", done, total),
+            )
+        sequences = count_sequences(run.validation_data, args.batches)
+        place = f", {args.data}" if len(directories) > 1 else ""
+        say(f"{name}{place}: {describe(result, sequences)}")
+        for line in describe_sources(result):
+            say(line)
+        sources = list(run.validation_data.sources())
+        # The compressors get the whole text of one source.
+        if sequences == run.validation_data.num_windows and len(sources) == 1:
+            say(compare(sources[0][2].split, run.tokenizer))
 
 
 def load_run(args: argparse.Namespace) -> tuple["Run", Any, str]:
@@ -258,8 +301,10 @@ def load_run(args: argparse.Namespace) -> tuple["Run", Any, str]:
     return run, params, name
 
 
-def load_model(args: argparse.Namespace) -> tuple[Config, Any, "Tokenizer | None", str]:
+def load_model(args: argparse.Namespace, *, needs_data: bool = True) -> tuple[Config, Any, "Tokenizer | None", str]:
     """Returns (config, params, tokenizer, a name for the result) of --workdir or --model.
+
+    needs_data: whether config must name data that are here.
 
     Raises:
         UserError: the model or its tokenizer is missing or damaged.
@@ -273,7 +318,8 @@ def load_model(args: argparse.Namespace) -> tuple[Config, Any, "Tokenizer | None
 
     if args.workdir:
         config, params, step = load_params(args.workdir, step=args.step)
-        config = _with_data(config, args.workdir, step, data=args.data)
+        if needs_data:
+            config = _with_data(config, args.workdir, step, data=args.data)
         if args.tokenizer:
             tokenizer = open_tokenizer(args.tokenizer)
         else:
@@ -283,7 +329,7 @@ def load_model(args: argparse.Namespace) -> tuple[Config, Any, "Tokenizer | None
     data = DataConfig(path=args.data, global_batch_size=ROWS * jax.device_count())
     # init_from lets the model's vocabulary be larger than the tokenizer's.
     config = Config(model=weights.config, data=data, init_from=weights.origin)
-    if not args.data:  # the origin of a model of gptjax is gptjax:WORKDIR@STEP
+    if needs_data and not args.data:  # the origin of a model of gptjax is gptjax:WORKDIR@STEP
         workdir, _, step = weights.origin.removeprefix("gptjax:").rpartition("@")
         config = _with_data(config, workdir, int(step), data="")
     params = formats.load_params(weights, lambda _, leaf: leaf)

@@ -11,7 +11,11 @@ TAGS = {
     "data_wait": "perf/data_wait",
     "goodput": "time/goodput",
 }
-PREFIXES = {"val_": "eval/", "seconds/": "time/"}  # of the names in metrics.jsonl, and what they become
+PREFIXES = {
+    "val_": "eval/",
+    "seconds/": "time/",
+    "tasks/": "tasks/",
+}  # of the names in metrics.jsonl, and what they become
 
 
 def tagged(row: dict[str, Any]) -> dict[str, Any]:

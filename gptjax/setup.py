@@ -37,6 +37,9 @@ from gptjax.sharding import BATCH_SPEC, bytes_per_device, data_parallel_size, ma
 from gptjax.sizes import activation_bytes_per_sequence, train_flops_per_token
 from gptjax.state import TrainState, make_init
 from gptjax.step import EvalFn, StepFn, jit_steps
+from gptjax.tasks.ask import Asked, encode_task
+from gptjax.tasks.score import Scorer
+from gptjax.tasks.store import open_tasks, parse_names
 from gptjax.versions import versions
 from gptjax.workdir import CONFIG_FILE, PARAMETERS_FILE, TOKENIZER_FILE, write_json
 
@@ -65,6 +68,8 @@ class Run:
     eval_step: EvalFn  # jitted, donates nothing
     train_data: Dataset | Mixture
     validation_data: Dataset | Mixture
+    tasks: tuple[Asked, ...]  # of config.tasks
+    scorer: Scorer  # answers them
     tokenizer: Tokenizer
     token_bytes_V: jax.Array  # int32, replicated; for bits per byte
     num_microbatches: int  # A, accumulation steps per update
@@ -128,6 +133,8 @@ def make_run(config: Config, *, tokenizer: Tokenizer | None = None) -> Run:
     # Nothing is allocated here: `abstract` has shapes only, and `init` has not been called.
     abstract, init = make_init(model, optimizer, mesh=mesh, seed=config.train.seed)
     num_microbatches = choose_num_microbatches(config, compute, mesh, state_bytes=bytes_per_device(abstract))
+    names = parse_names(config.tasks.names, field="tasks.names")
+    tasks = tuple(encode_task(task, tokenizer) for task in open_tasks(names, limit=config.tasks.limit))
     # open_data may write files, so it comes after all checks of the config: a bad config leaves no files behind.
     train_data, validation_data, location = open_data(config, tokenizer)
     # Traced and compiled at the first call, not here.
@@ -143,6 +150,8 @@ def make_run(config: Config, *, tokenizer: Tokenizer | None = None) -> Run:
         eval_step=eval_step,
         train_data=train_data,
         validation_data=validation_data,
+        tasks=tasks,
+        scorer=Scorer(model, mesh),
         tokenizer=tokenizer,
         token_bytes_V=on_each_device(np.asarray(tokenizer.token_bytes()), mesh),
         num_microbatches=num_microbatches,

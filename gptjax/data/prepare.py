@@ -385,7 +385,7 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--part",
         default="",
         metavar="K/N",
-        help="Write only the K-th of N parts of the source, to the directory DIR.parts.",
+        help="Write only the K-th of N parts of the source, to the directory DIR.parts. By default all is written.",
     )
     group.add_argument(
         "--join",

@@ -24,7 +24,8 @@ from gptjax.workdir import open_regular, sync_path
 TOKENIZER_FILE = "tokenizer.json"
 OTHER = {"train": "validation", "validation": "train"}
 ASSIGNMENT = ("boundary", "is_single", "names")  # the settings that assign documents to splits
-RECORDED = ("val_fraction", "boundary", "is_single", "text_feature", "encoding")  # in meta.json, of the settings
+# In meta.json, of the settings.
+RECORDED = ("val_fraction", "boundary", "is_single", "text_feature", "encoding", "skip_bad", "shard_tokens")
 
 
 def write_batch(

@@ -138,6 +138,22 @@ def open_tfds(name: str, text_feature: str) -> Source:
     return _read_builder(builder, source, text_feature)
 
 
+def open_builders(name: str) -> "list[DatasetBuilder]":
+    """Returns a data set of TFDS, downloaded; all of its configs if it has several and `name` names none.
+
+    Raises:
+        ConfigError: there is no such data set.
+        UnavailableError: it cannot be downloaded.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        first = _make_builder(name)
+        configs = [] if "/" in name else list(first.BUILDER_CONFIGS)
+        builders = [_make_builder(f"{name}/{config.name}") for config in configs] or [first]
+        for builder in builders:
+            _download(builder, f"tfds:{name}")
+    return builders
+
+
 def _open_directory(path: str) -> "DatasetBuilder":
     """Returns the builder of a directory that TFDS has prepared.
 

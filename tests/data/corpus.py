@@ -55,3 +55,23 @@ WRITERS = {"lines": as_lines, "jsonl": as_jsonl, "csv": as_csv, "parquet": as_pa
 def read_shards(folder):
     """Returns the content of each shard by its name."""
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix == ".bin"}
+
+
+def as_tfds(path, texts):
+    """Lets TFDS prepare a data set, and returns the directory of its version."""
+    import tensorflow_datasets as tfds  # slow to import
+
+    class Corpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = "corpus"
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager):
+            return {"train": enumerate({"text": text} for text in texts)}
+
+    tfds.disable_progress_bar()
+    Corpus(data_dir=str(path), file_format="array_record").download_and_prepare()
+    return path / "corpus" / "1.0.0"

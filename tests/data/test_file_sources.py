@@ -5,8 +5,10 @@ import io
 import json
 import lzma
 import os
+import pathlib
 import subprocess
 import sys
+import tempfile
 import types
 
 import numpy as np
@@ -14,6 +16,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gptjax.data import preparation
 from gptjax.data.file_sources import find_files, open_files
@@ -24,11 +28,13 @@ from gptjax.data.readers import Reading
 from gptjax.data.sources import canonical_name
 from gptjax.data.text_files import CHECKED_BYTES, check_encoding
 from gptjax.data.tokenizer import load_tokenizer
+from gptjax.data.tokens import open_split
 from gptjax.errors import ConfigError, DataError
 from tests.data.corpus import TEXTS, WRITERS, as_csv, as_parquet, as_text, compress, read_shards
 from tests.helpers import raises
 
 BYTES = load_tokenizer("bytes")
+GPT2 = load_tokenizer("gpt2")
 
 
 def documents(kind, path, **options):
@@ -39,8 +45,8 @@ def texts_of(kind, path, **options):
     return [text for _, text in documents(kind, path, **options)]
 
 
-def shards(kind, path, out):
-    prepare(source=f"{kind}:{path}", tokenizer=BYTES, out=str(out), log=lambda line: None, shard_tokens=2000)
+def shards(kind, path, out, *, tokenizer=BYTES):
+    prepare(source=f"{kind}:{path}", tokenizer=tokenizer, out=str(out), log=lambda line: None, shard_tokens=2000)
     return read_shards(out)
 
 
@@ -353,6 +359,51 @@ def test_memory_does_not_grow_with_the_size_of_a_file(tmp_path, kind):
     count, grown = map(int, done.stdout.split())
     assert count == 200_000
     assert grown < 20_000, "KiB, of a file of 200 MB"
+
+
+ODD = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30) | st.sampled_from(
+    [
+        "",
+        " ",
+        "\n\n",
+        "\r",
+        "\u2028",
+        "\ufeff",
+        "<|endoftext|>",
+        "\u0301",
+        "a" * 300,
+        " " * 200,
+        '"',
+        ",",
+        "{}",
+        "\U0010ffff",
+    ]
+)
+
+
+@given(texts=st.lists(ODD, min_size=1, max_size=12))
+@settings(max_examples=25, deadline=None)
+def test_odd_documents_come_back_as_they_were(texts):
+    """From each kind of file that can hold any text."""
+    expected = sorted(text for text in texts if text)
+    if len(set(expected)) < 2:
+        return
+    for kind in ("jsonl", "csv", "parquet"):
+        with tempfile.TemporaryDirectory() as directory:
+            folder = pathlib.Path(directory)
+            WRITERS[kind](folder / "data", texts)
+            shards(kind, folder / "data", folder / "out", tokenizer=GPT2)
+            found = []
+            for split in ("train", "validation"):
+                [*parts, rest] = (
+                    np.concatenate(
+                        [shard.read() for shard in open_split(str(folder / "out"), split, tokenizer=GPT2).shards]
+                    )
+                    .tobytes()
+                    .split(np.array([GPT2.eot_id], "<u2").tobytes())
+                )
+                found += [GPT2.decode(np.frombuffer(part, "<u2")) for part in parts]
+            assert (sorted(found), rest) == (expected, b""), kind
 
 
 def test_command_passes_its_options(tmp_path, capsys):

@@ -16,7 +16,7 @@ from gptjax.data.prepare import main, prepare
 from gptjax.data.source import Document, Place
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.errors import ConfigError, DataError, UnavailableError
-from tests.data.corpus import TEXTS, WRITERS, as_text, compress, read_shards
+from tests.data.corpus import TEXTS, WRITERS, as_text, as_tfds, compress, read_shards
 from tests.data.test_prepare import KILLER
 from tests.helpers import raises
 
@@ -127,19 +127,23 @@ def test_processes_end_with_their_parent():
 # Parts
 
 
-@pytest.mark.parametrize("kind", ["text", "lines", "jsonl", "csv", "parquet", "jsonl.gz"])
+@pytest.mark.parametrize("kind", ["text", "lines", "jsonl", "csv", "parquet", "jsonl.gz", "tfds"])
 @pytest.mark.parametrize("count", [1, 3])
-def test_joined_parts_have_the_bytes_of_one_process(tmp_path, kind, count):
+def test_joined_parts_have_the_bytes_of_one_process(tmp_path, folder, kind, count):
     kind, _, suffix = kind.partition(".")
-    WRITERS[kind](tmp_path / "data", TEXTS)
-    path = compress(tmp_path / "data", f".{suffix}") if suffix else tmp_path / "data"
+    if kind == "tfds":
+        path = as_tfds(tmp_path / "data", TEXTS)
+    else:
+        WRITERS[kind](tmp_path / "data", TEXTS)
+        path = compress(tmp_path / "data", f".{suffix}") if suffix else tmp_path / "data"
+    prepared(folder, tmp_path / "text_files")
     prepared(f"{kind}:{path}", tmp_path / "one")
     prepare_parts(f"{kind}:{path}", tmp_path / "out", count)
     prepared(f"{kind}:{path}", tmp_path / "out", part="join")
     one, out = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "out"))
     assert one == out
-    assert f"{count} of {count}" not in str(sorted(os.listdir(tmp_path)))
-    assert sorted(os.listdir(tmp_path)) == sorted([path.name, "one", "out", "out.parts"])
+    assert read_shards(tmp_path / "one") == read_shards(tmp_path / "text_files")
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_bad_rows_of_parts_are_counted_together(tmp_path):

@@ -1,0 +1,62 @@
+"""`gptjax evaluate --tasks`: loads a model onto all devices, asks it tasks, and prints and stores the results."""
+
+import argparse
+import contextlib
+import dataclasses
+from typing import Any
+
+import jax
+
+from gptjax import distributed
+from gptjax.compute import resolve_compute, resolve_parallel
+from gptjax.config import Config
+from gptjax.convert.tokenizer_source import open_tokenizer
+from gptjax.errors import WorkdirError
+from gptjax.evaluate import load_model
+from gptjax.model import GPT
+from gptjax.redaction import print_error, say
+from gptjax.screen import Screen
+from gptjax.sharding import make_mesh, param_shardings
+from gptjax.tasks.ask import ask, encode_task, write_results
+from gptjax.tasks.results import describe
+from gptjax.tasks.score import Scorer
+from gptjax.tasks.store import open_tasks, parse_names
+from gptjax.workdir import local_directory
+
+
+def evaluate_tasks(args: argparse.Namespace) -> None:
+    """Prints the results of --tasks, and writes results/tasks.json in the work directory or the current one.
+
+    Raises:
+        UserError: a task or the model is missing or damaged.
+    """
+    tasks = open_tasks(parse_names(args.tasks), limit=args.limit)  # before the model, which takes longer
+    distributed.start_jax()
+    config, params, tokenizer, name = load_model(args, needs_data=False)
+    tokenizer = tokenizer or open_tokenizer(config.data.tokenizer)
+    asked = [encode_task(task, tokenizer) for task in tasks]
+    scorer, params = place_model(config, params)
+    with contextlib.closing(Screen(print_error, stderr=True)) as screen:
+        results = ask(
+            scorer,
+            params,
+            asked,
+            on_batch=lambda done, total: screen.show_work("asking tasks", done, total),
+        )
+    for task, result in results.items():
+        say(f"{name}: {describe(task, result)}")
+    directory = local_directory(args.workdir) if args.workdir else "."
+    try:
+        say(write_results(directory, name, results))
+    except OSError as error:
+        raise WorkdirError(f"the results cannot be written: {error}", field=directory) from error
+
+
+def place_model(config: Config, params: Any) -> tuple[Scorer, Any]:
+    """Returns a scorer for a model, and its parameters on the mesh of `config`."""
+    mesh = make_mesh(config.mesh)
+    compute = resolve_compute(config, mesh)
+    model_config = dataclasses.replace(config.model, dropout=0.0)
+    model = GPT(model_config, compute, resolve_parallel(config, mesh))
+    shardings = param_shardings(params, mesh)
+    return Scorer(model, mesh), jax.tree.map(jax.device_put, params, shardings)
