@@ -108,6 +108,7 @@ class Scorer:
 
     def __init__(self, model: GPT, mesh: Any) -> None:
         """The model's dropout is not used."""
+        self.model = model
         self._mesh = mesh
         self._score = make_score_fn(model)
         self._longest = model.config.block_size

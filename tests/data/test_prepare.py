@@ -267,8 +267,11 @@ def test_existing_output_is_kept_or_refused(corpus: Path, prepared: Path, tmp_pa
     prepare_corpus(corpus, prepared, lines)
     assert "already prepared" in lines[0]
     renamed = dataclasses.replace(TOKENIZER, name="copy")
-    prepare(source=f"text:{corpus}", tokenizer=renamed, out=str(prepared), log=lines.append, val_fraction=0.2)
+    options = {"source": f"text:{corpus}", "out": str(prepared), "log": lines.append, "val_fraction": 0.2}
+    prepare(tokenizer=renamed, **options, shard_tokens=SHARD_TOKENS)
     assert "already prepared" in lines[1]
+    with raises(ConfigError, str(prepared), match=f"shard_tokens={SHARD_TOKENS}, and shard_tokens is 50"):
+        prepare(tokenizer=renamed, **options, shard_tokens=50)
     with raises(ConfigError, str(prepared), remedy="choose another --out", match=f"source text:{corpus}"):
         prepare_corpus(corpus, prepared, source=f"lines:{corpus}")
     with raises(ConfigError, str(prepared), match="tokenizer bytes"):
