@@ -5,7 +5,6 @@ With `--model=hf:DIR --data=SHARDS` it evaluates weights in any format that gptj
 
 import argparse
 import contextlib
-import dataclasses
 import gzip
 import lzma
 import math
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptjax import distributed
 from gptjax.cli import Parser, run_cli
-from gptjax.config import Config, DataConfig
 from gptjax.convert.model_ref import READABLE, parse_model_ref
 from gptjax.errors import ConfigError
 from gptjax.exhaustion import show_bytes
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     from gptjax.setup import Run
 
 COMPRESSED_BYTES = 16 * 2**20  # of text given to gzip and xz, at most
-ROWS = 8  # sequences per device and batch, for weights that come without a run's config
 LARGEST_EXPONENT = 700.0  # math.exp overflows at 710
 
 
@@ -292,6 +289,7 @@ def load_run(args: argparse.Namespace) -> tuple["Run", Any, str]:
     """
     import jax
 
+    from gptjax.named_model import load_model
     from gptjax.setup import make_run
 
     config, params, tokenizer, name = load_model(args)
@@ -299,54 +297,6 @@ def load_run(args: argparse.Namespace) -> tuple["Run", Any, str]:
     # Weights of --model are NumPy arrays on the host; those of a run are on one device.
     params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, run.abstract_state.params)
     return run, params, name
-
-
-def load_model(args: argparse.Namespace, *, needs_data: bool = True) -> tuple[Config, Any, "Tokenizer | None", str]:
-    """Returns (config, params, tokenizer, a name for the result) of --workdir or --model.
-
-    needs_data: whether config must name data that are here.
-
-    Raises:
-        UserError: the model or its tokenizer is missing or damaged.
-    """
-    import jax
-
-    from gptjax.convert import formats
-    from gptjax.convert.tokenizer_source import open_run_tokenizer, open_tokenizer
-    from gptjax.stored import load_params
-    from gptjax.workdir import local_directory
-
-    if args.workdir:
-        config, params, step = load_params(args.workdir, step=args.step)
-        if needs_data:
-            config = _with_data(config, args.workdir, step, data=args.data)
-        if args.tokenizer:
-            tokenizer = open_tokenizer(args.tokenizer)
-        else:
-            tokenizer = open_run_tokenizer(config.data.tokenizer, local_directory(args.workdir))
-        return config, params, tokenizer, f"step {step}"
-    weights = formats.open_model(args.model, tokenizer=args.tokenizer, activation=args.activation)
-    data = DataConfig(path=args.data, global_batch_size=ROWS * jax.device_count())
-    # init_from lets the model's vocabulary be larger than the tokenizer's.
-    config = Config(model=weights.config, data=data, init_from=weights.origin)
-    if needs_data and not args.data:  # the origin of a model of gptjax is gptjax:WORKDIR@STEP
-        workdir, _, step = weights.origin.removeprefix("gptjax:").rpartition("@")
-        config = _with_data(config, workdir, int(step), data="")
-    params = formats.load_params(weights, lambda _, leaf: leaf)
-    return config, params, weights.tokenizer, weights.origin
-
-
-def _with_data(config: Config, workdir: str, step: int, *, data: str) -> Config:
-    """Returns `config` with data.path at `data`, or without it at the data of the run in `workdir`.
-
-    Raises:
-        UserError: the checkpoint of `step` names no data, or they are not there.
-    """
-    from gptjax.stored import StoredParams, at_its_data
-
-    if data:
-        return dataclasses.replace(config, data=dataclasses.replace(config.data, path=data, mix=""))
-    return at_its_data(config, StoredParams(workdir, step).record, flag="--data")
 
 
 def cli() -> None:

@@ -23,12 +23,21 @@ LAYERS = """
     train
     loop
     periodic  summary
+    lm_eval
+    tasks.harness
     tokenizer  sample  evaluate  convert.__main__  plan.__main__  replay.__main__
+    tasks.command
+    named_model
     plan.search  replay.update
     resume  replay.report  plan.report
     plan.aot
     setup  convert.formats
-    run_data
+    run_data  tasks.ask
+    tasks.score
+    tasks.fetch
+    tasks.store  tasks.results
+    tasks.protocols
+    tasks.item
     convert.msgpack  convert.probe
     convert.huggingface  convert.nanogpt  convert.llmc  convert.native
     convert.nanogpt_run
@@ -75,6 +84,7 @@ LAYERS = """
 """
 # Where a process starts, and its loop: only these use RUNTIME, the modules of processes and of their command lines.
 ENTRIES = {"__main__", "api", "main", "describe", "train", "loop", "sample", "evaluate", "data.prepare", "tokenizer"}
+ENTRIES |= {"lm_eval", "tasks.command"}
 ENTRIES |= {f"{package}.__main__" for package in ("convert", "plan", "replay")}
 RUNTIME = {"cli", "config_flags", "distributed", "signals"}
 # Whatever computes, so that it runs anywhere those libraries do.

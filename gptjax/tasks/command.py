@@ -12,8 +12,8 @@ from gptjax.compute import resolve_compute, resolve_parallel
 from gptjax.config import Config
 from gptjax.convert.tokenizer_source import open_tokenizer
 from gptjax.errors import WorkdirError
-from gptjax.evaluate import load_model
 from gptjax.model import GPT
+from gptjax.named_model import load_model
 from gptjax.redaction import print_error, say
 from gptjax.screen import Screen
 from gptjax.sharding import make_mesh, param_shardings

@@ -15,8 +15,8 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 
 from gptjax.convert.tokenizer_source import open_tokenizer
 from gptjax.errors import ConfigError
-from gptjax.evaluate import load_model
 from gptjax.generate import generate
+from gptjax.named_model import load_model
 from gptjax.tasks.command import place_model
 from gptjax.tasks.score import Pair
 

@@ -30,6 +30,14 @@ class Item(NamedTuple):
         return len(self.contexts) > 1
 
 
+class Score(NamedTuple):
+    """What a model says of one continuation."""
+
+    logprob: float  # nats
+    is_greedy: bool  # whether each token was the likeliest one
+    is_cut: bool  # whether the context was cut at the left, because both are longer than the model's context
+
+
 def choose_continuation(context: str, choices: list[str], label: int, *, delimiter: str = " ") -> dict[str, Any]:
     """Returns the row of a question whose choices continue one context; `delimiter` goes before each."""
     return {"context": context, "choices": [delimiter + choice for choice in choices], "label": label}

@@ -2,17 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gptjax.tasks.item import Item
-
-if TYPE_CHECKING:
-    from gptjax.tasks.score import Score
+from gptjax.tasks.item import Item, Score
 
 LARGEST_EXPONENT = 700.0  # math.exp overflows at 710
 
 
-def summarize(items: Sequence[Item], scores: Sequence["Score"], *, has_lengths: bool = True) -> dict[str, Any]:
+def summarize(items: Sequence[Item], scores: Sequence[Score], *, has_lengths: bool = True) -> dict[str, Any]:
     """Returns the metrics of a task: acc, acc_stderr, count, cut, and what the form of its questions allows.
 
     acc_norm and acc_bytes compare log-likelihoods per character and per byte of the choices; acc_norm is that of

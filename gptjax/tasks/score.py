@@ -16,6 +16,7 @@ from gptjax.loss import masked_logits
 from gptjax.model import GPT, unembedding
 from gptjax.sharding import BATCH_AXES, BATCH_SPEC, data_parallel_size
 from gptjax.step import on_shards
+from gptjax.tasks.item import Score
 
 if TYPE_CHECKING:
     from gptjax.data.tokenizer import Tokenizer
@@ -29,14 +30,6 @@ class Pair(NamedTuple):
 
     context: list[int]
     continuation: list[int]
-
-
-class Score(NamedTuple):
-    """What a model says of one continuation."""
-
-    logprob: float  # nats
-    is_greedy: bool  # whether each token was the likeliest one
-    is_cut: bool  # whether the context was cut at the left, because both are longer than the model's context
 
 
 def encode_pair(context: str, continuation: str, tokenizer: "Tokenizer", *, only_last_token: bool = False) -> Pair:

@@ -8,10 +8,9 @@ import pytest
 
 from gptjax.errors import ConfigError, DataError
 from gptjax.tasks.fetch import choose_names, fetch_tasks
-from gptjax.tasks.item import parse_item
+from gptjax.tasks.item import Score, parse_item
 from gptjax.tasks.protocols import PROTOCOLS
 from gptjax.tasks.results import describe, summarize
-from gptjax.tasks.score import Score
 from gptjax.tasks.store import is_stored, metric_name, open_tasks, parse_names
 from tests.helpers import raises
 
