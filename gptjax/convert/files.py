@@ -20,7 +20,7 @@ def resolve_inside(directory: str, name: str) -> str:
         DataError: the name or a link leads outside, or to something that is not a regular file.
         FileNotFoundError: the file does not exist.
     """
-    if not _is_relative_name(name):
+    if not is_relative_name(name):
         raise DataError(f"{name[:LONGEST_NAME]!r} is not the name of a file inside it", field=directory)
     root = os.path.realpath(directory)
     path = os.path.realpath(os.path.join(root, name))
@@ -41,7 +41,7 @@ def name_of(directory: str) -> str:
     return os.path.basename(store).split("--")[-1] if kind == "snapshots" else name
 
 
-def _is_relative_name(name: str) -> bool:
+def is_relative_name(name: str) -> bool:
     """Returns whether `name` is a printable relative path without `..`."""
     if not name or not name.isprintable() or len(name) > LONGEST_NAME:
         return False

@@ -1,23 +1,30 @@
-"""Model repositories of the Hugging Face Hub: downloads the files that a conversion reads, and uploads its result."""
+"""Repositories of the Hugging Face Hub: downloads the files that a command reads, and uploads a conversion's result."""
 
 import contextlib
+import dataclasses
+import hashlib
+import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from gptjax.convert import transfer
+from gptjax.convert.files import LARGEST_JSON, is_relative_name
 from gptjax.convert.hub_download import RESUME, fetch
-from gptjax.convert.hub_listing import COMMIT, MODEL, RERUN, Kind, list_files, with_retries
+from gptjax.convert.hub_listing import COMMIT, MODEL, RERUN, File, Kind, find_commit, list_files, with_retries
+from gptjax.convert.hub_progress import progress
 from gptjax.errors import ConfigError, DataError, UnavailableError, UserError, WorkdirError, install, one_line
-from gptjax.strict_json import read_at_most
+from gptjax.strict_json import parse_json, read_at_most
 from gptjax.workdir import replace_file
 
 log = logging.getLogger("gptjax")
 
 NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@.+)?", re.ASCII)  # OWNER/NAME[@REVISION]; the oldest have no owner
 LONGEST_REF = 100  # bytes of a file in refs/, which holds a commit
+RECORDS = ".gptjax"  # a directory in a repository's directory of the cache
 COMMIT_MESSAGE = "Upload a model exported by gptjax"
 OTHER_CACHE = "HF_HOME can name another directory for downloads"
 MISSING = {  # the Hub's error codes with status 404
@@ -26,8 +33,26 @@ MISSING = {  # the Hub's error codes with status 404
 }
 
 
+class Snapshot(NamedTuple):
+    """Files of a repository at one commit, in huggingface_hub's cache."""
+
+    directory: str
+    commit: str
+    names: list[str]  # of the files, relative to the directory, in the order in which `Kind.choose` returns them
+
+
 def download(repo: str, revision: str = "", *, kind: Kind = MODEL) -> tuple[str, str]:
     """Returns (the local snapshot with the files of `kind`, the commit that `revision` names now).
+
+    Raises:
+        UserError: as `download_snapshot`.
+    """
+    snapshot = download_snapshot(repo, revision, kind=kind)
+    return snapshot.directory, snapshot.commit
+
+
+def download_snapshot(repo: str, revision: str = "", *, kind: Kind) -> Snapshot:
+    """Returns the snapshot with the files of `kind` of the commit that `revision` names now.
 
     The snapshot is in huggingface_hub's own cache ($HF_HOME), where other programs find it, too. With HF_HUB_OFFLINE
     set, no connection is made. A private repository needs a token in HF_TOKEN; a token on disk is not used.
@@ -41,7 +66,7 @@ def download(repo: str, revision: str = "", *, kind: Kind = MODEL) -> tuple[str,
     revision = revision or "main"
     name = f"{repo}@{revision}"
     with _user_errors(name, RESUME):
-        store = _find_store(repo, revision)
+        store = _find_store(repo, revision, kind.repo_type)
         from huggingface_hub import constants
 
         if constants.HF_HUB_OFFLINE:
@@ -52,12 +77,85 @@ def download(repo: str, revision: str = "", *, kind: Kind = MODEL) -> tuple[str,
         remaining = sum(by_blob.values())
         log.info("%s@%s: %d bytes to download", repo, commit, remaining)
         _check_disk_space(store, remaining)
-        for file in files:  # the weights last: a snapshot with weights is complete
-            if not os.path.exists(file.path):
-                fetch(file, repo, commit, token=token)
+        _record_names(store, commit, files, kind=kind)
+        # The weights of a model come last: a snapshot with weights is complete.
+        fetch_all([file for file in files if not os.path.exists(file.path)], repo, commit, token=token)
         if revision != commit:
             _write_ref(store, revision, commit)
-        return os.path.dirname(files[0].path), commit
+        names = [file.name for file in files]
+        return Snapshot(os.path.join(store, "snapshots", commit), commit, names)
+
+
+def fetch_all(
+    files: Sequence[File],
+    repo: str,
+    commit: str,
+    *,
+    token: str,
+) -> None:
+    """Puts files into their places one after the other, and shows the progress.
+
+    Raises:
+        DataError: the server sends something other than it announced.
+        UnavailableError: the server fails or is too slow.
+        transfer.RefusedError: the server rejects a request.
+    """
+    with progress(repo, sum(file.size for file in files)) as shown:
+        for file in files:
+            fetch(file, repo, commit, token=token, show=shown.show)
+            shown.finish_file(file.size)
+
+
+def list_repository(
+    repo: str,
+    revision: str = "",
+    *,
+    kind: Kind,
+    folder: str,
+) -> tuple[str, list[File]]:
+    """Returns the commit of `revision` and the files of `kind`, which belong into the local `folder`.
+
+    Raises:
+        UserError: as `download_snapshot`.
+    """
+    revision = revision or "main"
+    with _user_errors(f"{repo}@{revision}", RERUN):
+        _find_store(repo, revision, kind.repo_type)  # checks the names
+        from huggingface_hub import constants
+
+        if constants.HF_HUB_OFFLINE:
+            raise _offline(f"{repo}@{revision}", "")
+        commit, files = list_files(repo, revision, token=_read_token(), store="", kind=kind)
+        placed = []
+        for file in files:
+            path = os.path.join(folder, os.path.basename(file.name))
+            placed.append(dataclasses.replace(file, blob=path, path=path))
+        return commit, placed
+
+
+def download_files(files: Sequence[File], repo: str, commit: str) -> None:
+    """Puts the files that `list_repository` has returned into their places.
+
+    Raises:
+        UserError: as `download_snapshot`.
+    """
+    with _user_errors(f"{repo}@{commit}", RESUME):
+        fetch_all(files, repo, commit, token=_read_token())
+
+
+def resolve(repo: str, revision: str = "") -> str:
+    """Returns the commit that a revision of a data set names now; "" where the Hub cannot tell.
+
+    It is for comparisons only, so no reason is given: a repository may have gone since its data were prepared.
+    """
+    revision = revision or "main"
+    try:
+        with _user_errors(f"{repo}@{revision}", RERUN):
+            from huggingface_hub import constants
+
+            return "" if constants.HF_HUB_OFFLINE else find_commit(repo, revision, token=_read_token())
+    except UserError:
+        return ""
 
 
 def upload(directory: str, repo: str) -> str:
@@ -172,6 +270,12 @@ def _status_error(
     message: object = "",
 ) -> UserError:
     """Returns the error for an HTTP status and the Hub's error code and message."""
+    if code == "GatedRepo":
+        return DataError(
+            f"access refused ({status}): its owner asks for consent to its terms",
+            field=name,
+            remedy="accept them on its page, and set HF_TOKEN to a token of your account",
+        )
     if status in (401, 403):
         return DataError(
             f"access refused ({status}): it does not exist, is private, or asks for consent to its terms",
@@ -200,7 +304,7 @@ def _without_token(text: object) -> str:
     return line.replace(token, "(HF_TOKEN)") if token else line
 
 
-def _find_store(repo: str, revision: str) -> str:
+def _find_store(repo: str, revision: str, repo_type: str) -> str:
     """Returns the repository's directory in huggingface_hub's cache; its layout is documented there."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
@@ -209,7 +313,7 @@ def _find_store(repo: str, revision: str) -> str:
     validate_repo_id(repo)
     if revision.startswith("/") or ".." in revision:  # not a name in git, and a path outside refs
         raise ConfigError("not the name of a revision", field=f"{repo}@{revision}")
-    folder = repo_folder_name(repo_id=repo, repo_type="model")
+    folder = repo_folder_name(repo_id=repo, repo_type=repo_type)
     return os.path.join(constants.HF_HUB_CACHE, folder)
 
 
@@ -224,16 +328,49 @@ def _read_token() -> str:
     return token
 
 
-def _find_snapshot(store: str, name: str, revision: str, *, kind: Kind) -> tuple[str, str]:
-    """Returns (directory, commit) of a snapshot in the cache, without a connection."""
+def _find_snapshot(store: str, name: str, revision: str, *, kind: Kind) -> Snapshot:
+    """Returns a snapshot in the cache, without a connection."""
     commit = revision
     with contextlib.suppress(OSError, ValueError):
         ref = read_at_most(os.path.join(store, "refs", revision), LONGEST_REF)
         commit = ref.decode().strip()
     directory = os.path.join(store, "snapshots", commit)
-    if not COMMIT.fullmatch(commit) or not kind.choose(set(_walk(directory))):
+    if not COMMIT.fullmatch(commit):
         raise _offline(name, f"not in {store}, and ")
-    return directory, commit
+    there = set(_walk(directory))
+    recorded = _recorded_names(store, commit, kind=kind)
+    if recorded and not there.issuperset(recorded):
+        missing = len(set(recorded) - there)
+        raise _offline(name, f"{missing:,} of its {len(recorded):,} files are not in {store}, and ")
+    inside = [file for file in there if not kind.folder or f"{file}/".startswith(f"{kind.folder}/")]
+    names = recorded or kind.choose(inside)
+    if not names:
+        raise _offline(name, f"not in {store}, and ")
+    if kind.repo_type == "dataset" and not recorded:
+        log.info("%s: %d files as they are in %s; the Hub may have more", name, len(names), store)
+    return Snapshot(directory, commit, names)
+
+
+def _record_path(store: str, commit: str, kind: Kind) -> str:
+    digest = hashlib.sha256(kind.folder.encode()).hexdigest()[:16]
+    return os.path.join(store, RECORDS, f"{commit}-{digest}.json")
+
+
+def _record_names(store: str, commit: str, files: Sequence[File], *, kind: Kind) -> None:
+    """Stores the names of a data set's files, since an interrupted download looks like a smaller data set."""
+    if kind.repo_type == "dataset":
+        path = _record_path(store, commit, kind)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        replace_file(path, json.dumps([file.name for file in files]).encode())
+
+
+def _recorded_names(store: str, commit: str, *, kind: Kind) -> list[str]:
+    """Returns the names that `_record_names` has stored; [] if there are none."""
+    try:
+        names = parse_json(read_at_most(_record_path(store, commit, kind), LARGEST_JSON), list)
+        return [name for name in names if is_relative_name(name)]
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 def _write_ref(store: str, revision: str, commit: str) -> None:

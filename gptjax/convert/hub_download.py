@@ -1,10 +1,10 @@
-"""Downloads one file of a Hub repository into huggingface_hub's cache: resumed after an interruption, and verified."""
+"""Downloads one file of a Hub repository: resumed after an interruption, and verified."""
 
 import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from gptjax.convert import transfer
@@ -22,14 +22,21 @@ RANGE_NOT_SATISFIABLE = 416
 PARTIAL_CONTENT = 206
 
 
+def _show_nothing(received: int) -> None:
+    """Ignores the progress of a download."""
+
+
 def fetch(
     file: File,
     repo: str,
     commit: str,
     *,
     token: str,
+    show: Callable[[int], None] = _show_nothing,
 ) -> None:
-    """Puts the file into the snapshot. An earlier, interrupted download is resumed.
+    """Puts the file into its place. An earlier, interrupted download is resumed.
+
+    show: is called with the number of the file's bytes that are here, as it grows.
 
     Raises:
         DataError: the server sends something other than it announced.
@@ -44,11 +51,14 @@ def fetch(
             if partial.tell() > file.size:
                 _empty(partial)
             if partial.tell() < file.size:
-                _receive(partial, file, f"{repo}@{commit}", token)
+                _receive(partial, file, f"{repo}@{commit}", token=token, show=show)
             _verify(partial, file, f"{repo}@{commit}")
             os.replace(file.partial, file.blob)
         elif os.path.exists(file.partial):  # the blob exists already: from another process, name or commit
             os.unlink(file.partial)
+    show(file.size)
+    if file.path == file.blob:
+        return
     snapshot = os.path.dirname(file.path)
     target = os.path.relpath(file.blob, snapshot)
     _link_atomically(file.path, target)
@@ -58,7 +68,9 @@ def _receive(
     partial: BinaryIO,
     file: File,
     commit: str,
+    *,
     token: str,
+    show: Callable[[int], None],
 ) -> None:
     """Appends the missing bytes to `partial`, over several connections; bytes from before a cut are kept.
 
@@ -78,6 +90,7 @@ def _receive(
             token=token,
             pace=pace,
             restarts=restarts,
+            show=show,
         )
         if _is_end(failure):
             return
@@ -114,6 +127,7 @@ def _try_once(
     token: str,
     pace: transfer.Pace,
     restarts: Iterator[int],
+    show: Callable[[int], None],
 ) -> Exception | None:
     """Appends the bytes of one connection to `partial`; returns an error after which another attempt may succeed."""
     name = f"{commit}: {file.name}"
@@ -125,6 +139,7 @@ def _try_once(
             token=token,
             pace=pace,
             restarts=restarts,
+            show=show,
         )
     except transfer.TooLongError as error:
         _empty(partial)
@@ -151,6 +166,7 @@ def _append(
     token: str,
     pace: transfer.Pace,
     restarts: Iterator[int],
+    show: Callable[[int], None],
 ) -> None:
     """Appends the bytes of one connection to `partial`.
 
@@ -161,7 +177,7 @@ def _append(
     from huggingface_hub.utils import build_hf_headers
 
     repo, _, revision = commit.partition("@")
-    url = hf_hub_url(repo, file.name, revision=revision)
+    url = hf_hub_url(repo, file.name, repo_type=file.repo_type, revision=revision)
     start = partial.tell()
     headers = build_hf_headers(token=token or False)  # False: huggingface_hub shall not search for one
     if start:
@@ -180,6 +196,7 @@ def _append(
         for piece in answer.pieces(file.size - partial.tell()):
             partial.write(piece)
             partial.flush()  # so that a kill keeps the bytes that have arrived
+            show(partial.tell())
 
 
 def _verify(partial: BinaryIO, file: File, commit: str) -> None:

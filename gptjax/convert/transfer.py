@@ -92,6 +92,10 @@ class Answer:
         self._headers = headers
         self._take = take
 
+    def header(self, name: str) -> str:
+        """Returns a header by its name in lower case, "" if there is none."""
+        return self._headers.get(name, "")
+
     def pieces(self, limit: int) -> Iterator[bytes]:
         """Yields the bytes of the answer as they arrive, uncompressed, at most `limit` of them.
 

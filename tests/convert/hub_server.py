@@ -13,6 +13,8 @@ import urllib.parse
 from collections.abc import Iterator
 from typing import Any
 
+from gptjax.convert import hub_download, hub_listing
+
 LARGE = 1 << 20  # from here on the Hub's hash is SHA-256, as with git's large files
 
 
@@ -35,6 +37,7 @@ class Hub:
         self.token = ""  # if set, whoever does not send it gets 401
         self.statuses: dict[str, Iterator[int]] = {}  # regular expression of a path -> its next answers, instead
         self.reason = "refused"  # of statuses
+        self.code = ""  # of statuses, in X-Error-Code
         self.cuts: dict[str, Iterator[int]] = {}  # file -> after how many bytes each of its next answers is cut
         self.reset = False  # cuts are resets by the peer, not early ends
         self.stalls: dict[str, int] = {}  # file -> after how many bytes its answers wait for `released`
@@ -43,6 +46,7 @@ class Hub:
         self.objects: dict[str, bytes] = {}  # SHA-256 -> what was uploaded apart from a commit, as large files are
         self.damaged: set[str] = set()  # files whose contents go out wrong
         self.deaf = False  # Range is not understood
+        self.page = 1000  # entries of a data set's tree in one answer
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
 
@@ -79,6 +83,23 @@ class Hub:
         return Handler
 
 
+def use(hub: Hub, monkeypatch: Any, cache: Any) -> None:
+    """Makes `hub` the Hub of this process until the test ends, with the empty directory `cache`."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(hub_listing, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(hub_download, "FILE_PAUSES", (0.0,) * 5)
+    close_session()  # of another environment
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -99,7 +120,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.hub.requests.append(self.request_seen)
         for pattern, statuses in self.hub.statuses.items():
             if re.search(pattern, path) and (status := next(statuses, None)):
-                return self.refuse(status)
+                return self.refuse(status, self.hub.code)
         signed = path.startswith("/objects/")  # as with the Hub, that address is the permission
         if self.hub.token and not signed and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             return self.refuse(401)
@@ -109,6 +130,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         routes = {
             r"/api/models/(.+)/revision/([^/]+)": self.tell_repository,
             r"/api/models/(.+)/tree/([^/]+)": self.tell_tree,
+            r"/api/(datasets/[^/]+/[^/]+)/revision/([^/]+)": self.tell_commit,
+            r"/api/(datasets/[^/]+/[^/]+)/tree/([^/]+)(?:/(.+))?": self.tell_folder,
             r"/(.+)/resolve/([^/]+)/(.+)": self.send_file,
             r"/api/repos/create": self.create,
             r"/api/models/(.+)/preupload/main": self.tell_modes,
@@ -119,7 +142,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         }
         for pattern, act in routes.items():
             if found := re.fullmatch(pattern, path):
-                return act(*map(urllib.parse.unquote, found.groups()))
+                return act(*map(urllib.parse.unquote, found.groups(default="")))
         return self.refuse(404)
 
     def answer(self, value: Any, status: int = 200, **headers: str) -> None:
@@ -160,6 +183,40 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if found := self.find(repo, revision):
             files = found[1].items()
             self.answer([{"type": "file", "path": n, "size": len(d), "oid": git_hash(d)} for n, d in files])
+
+    def tell_commit(self, repo: str, revision: str) -> None:
+        if found := self.find(repo, revision):
+            self.answer({"_id": "1", "id": repo.removeprefix("datasets/"), "sha": found[0]})
+
+    def tell_folder(self, repo: str, revision: str, folder: str) -> None:
+        """Answers as the Hub does: hashes of large files are `oid` of `lfs`, and pages follow each other by Link."""
+        if not (found := self.find(repo, revision)):
+            return None
+        query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
+        start = f"{folder}/" if folder else ""
+        entries: dict[str, dict[str, Any]] = {}
+        for name, data in sorted(found[1].items()):
+            if not name.startswith(start):
+                continue
+            parts = name[len(start) :].split("/")
+            for depth in range(1, len(parts)):
+                path = start + "/".join(parts[:depth])
+                entries[path] = {"type": "directory", "path": path, "oid": git_hash(path.encode()), "size": 0}
+            size = self.hub.announced.get(name, len(data))
+            large = {"lfs": {"oid": etag(data), "size": size, "pointerSize": 130}} if len(data) >= LARGE else {}
+            entries[name] = {"type": "file", "path": name, "oid": git_hash(data), "size": size, **large}
+        if query["recursive"] != ["true"]:
+            entries = {path: e for path, e in entries.items() if "/" not in path[len(start) :]}
+        if folder and not entries:
+            return self.refuse(404, "EntryNotFound")
+        first = int(query.get("cursor", ["0"])[0])
+        shown = list(entries.values())[first : first + self.hub.page]
+        more = {}
+        if first + self.hub.page < len(entries):
+            there = f"https://elsewhere.example{urllib.parse.urlsplit(self.path).path}"  # only the query counts
+            recursive = query["recursive"][0]
+            more = {"Link": f'<{there}?recursive={recursive}&cursor={first + self.hub.page}>; rel="next"'}
+        return self.answer(shown, **more)
 
     def send_file(self, repo: str, revision: str, name: str) -> None:
         if not (found := self.find(repo, revision)):
