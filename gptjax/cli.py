@@ -206,8 +206,8 @@ def start_logging() -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
-    for name in ("absl", "asyncio", "concurrent.futures"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # Orbax also logs a page for each error that it raises
+    for name in ("absl", "asyncio", "concurrent.futures", "gcsfs", "s3fs"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # Orbax and gcsfs also log a page for each error they raise
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hides XLA's notices
     sys.unraisablehook = print_unraisable
     # When one of Orbax's coroutines fails, it never awaits the others. Python warns whenever it collects them.

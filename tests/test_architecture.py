@@ -56,10 +56,11 @@ LAYERS = """
     state  optim  data.mixture  plan.estimate  decode  plan.topology
     data.dataset
     model  convert.tokenizer_json  data.tokens  data.journal  data.sources  data.partial  data.assign
-    data.tfds_source
+    data.tfds_source  data.hub_source
     data.file_sources  data.foreign
     data.readers
     data.text_files  data.sections
+    data.remote_files
     sizes
     compute
     attention  loss  kernels.pointwise  data.tokenizer  data.shards  data.shuffle  data.meta  kv_cache
@@ -72,7 +73,7 @@ LAYERS = """
     distributed
     signals  peers  coordinator  devices
     orbax_context  disk_space  retention  convert.hub_download
-    traces  convert.hub_listing
+    traces  convert.hub_listing  convert.hub_progress
     convert.files  convert.staging
     redaction  workdir  streams
     plan.hlo_kernels  plan.traffic
@@ -114,6 +115,7 @@ SPINE |= {"kernels.cross_entropy", "kernels.pointwise"}
 # Data know nothing of models, and models nothing of data.
 DATA_MAY_IMPORT = {"config", "documents", "errors", "cli", "history", "strict_json", "workdir", "redaction", "streams"}
 DATA_MAY_IMPORT |= {"convert.tokenizer_source"}  # which knows tokenizers in other forms, and no model
+DATA_MAY_IMPORT |= {"convert.hub", "convert.hub_listing"}  # which download any files
 # Read before any mistake of the user's is found, so at their top they import the standard library only.
 CHEAP = {
     "main",

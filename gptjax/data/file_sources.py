@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gptjax.data.readers import READERS, SEEKABLE, Reading
+from gptjax.data.remote_files import RemoteFile, is_remote, list_remote
 from gptjax.data.source import Document, Place, Source
 from gptjax.data.text_files import PIPE, check_encoding, is_compressed, size_of
 from gptjax.errors import ConfigError
@@ -31,6 +32,21 @@ def open_files(kind: str, path: str, reading: Reading) -> Source:
             value=name,
             remedy=found.describe(),
         )
+    return open_found(name, kind, found=found, reading=reading)
+
+
+def open_found(
+    name: str,
+    kind: str,
+    *,
+    found: "Found",
+    reading: Reading,
+) -> Source:
+    """Returns the documents of files that were found, one of READERS by `kind`; `name` is that of the source.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
     files = found.named()
     is_plain = kind in ("text", "lines") and not any(map(is_compressed, found.paths))
     sizes = [size for _, size in files]
@@ -53,7 +69,7 @@ def open_files(kind: str, path: str, reading: Reading) -> Source:
         files=files,
         stamp=found.stamp(),
         left_out=found.describe(),
-        is_pipe=path == PIPE,
+        is_pipe=found.paths == [PIPE],
     )
 
 
@@ -104,16 +120,22 @@ def _place_of(kind: str, paths: list[str], sizes: list[int], reading: Reading, *
     return Place(len(paths))
 
 
-def describe_files(files: tuple[tuple[str, int], ...]) -> dict[str, Any]:
-    """Returns number, bytes, and a hash of the names and sizes of files, as meta.json records them; {} for none."""
+def describe_files(files: tuple[tuple[str, int], ...], revision: str = "") -> dict[str, Any]:
+    """Returns number, bytes, and a hash of the names and sizes of files, as meta.json records them; {} for none.
+
+    revision: the commit of the repository that they are from, which is recorded, too.
+    """
     if not files:
         return {}
     listed = json.dumps(files).encode("utf-8", "surrogateescape")
-    return {
+    described: dict[str, Any] = {
         "number": len(files),
         "bytes": sum(size for _, size in files),
         "names_sha256": hashlib.sha256(listed).hexdigest(),
     }
+    if revision:
+        described["revision"] = revision
+    return described
 
 
 @dataclasses.dataclass
@@ -124,6 +146,7 @@ class Found:
     root: str  # names are relative to it
     hidden: int = 0
     linked: int = 0  # folders behind symbolic links
+    remote: dict[str, RemoteFile] = dataclasses.field(default_factory=dict)  # by path, if they are in a bucket
 
     def named(self) -> tuple[tuple[str, int], ...]:
         """Returns the name and the size of each file.
@@ -133,12 +156,16 @@ class Found:
         """
         if self.paths == [PIPE]:
             return (("stdin", 0),)
+        if self.remote:
+            return tuple((path[len(self.root) + 1 :], self.remote[path].size) for path in self.paths)
         return tuple((os.path.relpath(file, self.root), size_of(file)) for file in self.paths)
 
     def stamp(self) -> str:
         """Returns a hash of names, sizes and times of the files: a file that was written since has another."""
-        states = []
-        for path in self.paths:
+        states: list[tuple[str, int, int | str]] = [
+            (self.remote[path].url, self.remote[path].size, self.remote[path].version) for path in self.remote
+        ]
+        for path in self.paths if not self.remote else ():
             if path != PIPE:
                 state = os.stat(path)
                 states.append((os.path.relpath(path, self.root), state.st_size, state.st_mtime_ns))
@@ -156,9 +183,16 @@ class Found:
 
 
 def find_files(path: str) -> Found:
-    """Returns the file, all files below the folder, or those that a glob pattern matches, sorted by path."""
+    """Returns the file, all files below the folder, or those that a glob pattern matches, sorted by path.
+
+    Raises:
+        ConfigError: it is a URL of an unknown kind.
+        UnavailableError: it is a URL of a bucket that cannot be reached.
+    """
     if path == PIPE:
         return Found([PIPE], root="")
+    if is_remote(path):
+        return _find_remote(path)
     if os.path.isdir(path):
         return list_files(path)
     if os.path.isfile(path):
@@ -168,6 +202,23 @@ def find_files(path: str) -> Found:
     matches = [match for match in glob.glob(path, recursive=True) if os.path.isfile(match)]
     fixed = path[: min(path.index(sign) for sign in "*?[" if sign in path)]
     return Found(sorted(matches), root=os.path.dirname(fixed))
+
+
+def _find_remote(url: str) -> Found:
+    files = list_remote(url)
+    fixed = url.rstrip("/")
+    if glob.has_magic(url):
+        fixed = os.path.dirname(url[: min(url.index(sign) for sign in "*?[" if sign in url)])
+    elif [file.url for file in files] == [fixed]:  # a file, not a folder
+        fixed = os.path.dirname(fixed)
+    found = Found([], root=fixed)
+    for file in files:
+        if any(part.startswith(".") for part in file.url[len(fixed) :].split("/")):
+            found.hidden += 1
+            continue
+        found.paths.append(file.url)
+        found.remote[file.url] = file
+    return found
 
 
 def list_files(path: str) -> Found:

@@ -38,7 +38,7 @@ class Work:
     @property
     def files(self) -> dict[str, Any]:
         """What meta.json records of the source's files."""
-        return describe_files(self.source.files)
+        return describe_files(self.source.files, self.source.revision)
 
 
 def write_data(

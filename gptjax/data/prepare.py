@@ -23,12 +23,12 @@ from gptjax.config import DataConfig
 from gptjax.convert.tokenizer_source import open_tokenizer
 from gptjax.data import parts, preparation, sources, workers
 from gptjax.data.assign import WINDOW_TOKENS
-from gptjax.data.file_sources import describe_files, find_files
 from gptjax.data.header import LARGEST_COUNT
 from gptjax.data.journal import read_journal
 from gptjax.data.meta import Meta, read_meta
 from gptjax.data.partial import hold, remove
 from gptjax.data.progress import Log
+from gptjax.data.remote_files import is_remote
 from gptjax.data.text_files import PIPE
 from gptjax.data.tfds_source import is_tfds_directory
 from gptjax.data.tokenizer import Tokenizer
@@ -191,7 +191,7 @@ def _is_done(out: str, settings: dict[str, Any], tokenizer: Tokenizer) -> bool:
             field=out,
             remedy="choose another --out, or remove it",
         )
-    changes = changed_since(meta, settings)
+    changes = changed_since(meta, settings, may_connect=True)
     if changes:
         raise ConfigError(
             f"was prepared {changes}",
@@ -201,23 +201,22 @@ def _is_done(out: str, settings: dict[str, Any], tokenizer: Tokenizer) -> bool:
     return True
 
 
-def changed_since(meta: Meta, options: dict[str, Any]) -> str:
+def changed_since(meta: Meta, options: dict[str, Any], *, may_connect: bool = False) -> str:
     """Returns what differs from when a directory was prepared: options, or files of the source; "" if nothing does.
 
-    options: by name; those that meta.json does not have are not compared. Files that are gone are not compared either:
-    data may be used on a machine that lacks their source.
+    Files that are gone are not compared: data may be used on a machine that lacks their source.
+
+    options: by name; those that meta.json does not have are not compared.
+    may_connect: whether to compare with files of the Hub or of a bucket, too.
     """
     for name, old in meta.options.items():
         if name in options and options[name] != old:
             return f"with {name}={old}, and {name} is {options[name]} now"
-    if not meta.files or not sources.is_files(meta.source):
+    now = sources.describe_now(meta.source, may_connect=may_connect) if meta.files else {}
+    if not now or now == {name: meta.files.get(name) for name in now}:
         return ""
-    found = find_files(meta.source.partition(":")[2])
-    if not found.paths:
-        return ""
-    now = describe_files(found.named())
-    if now == meta.files:
-        return ""
+    if "revision" in now:
+        return f"from revision {meta.files.get('revision')}, and it is {now['revision']} now"
     if now["number"] == meta.files.get("number") and now["bytes"] == meta.files.get("bytes"):
         return "from files of other names or sizes"
     then = f"{meta.files.get('number', 0):,} files of {meta.files.get('bytes', 0):,} bytes"
@@ -239,7 +238,7 @@ def default_path(source: str, tokenizer: str) -> str:
     'data/tfds-wiki40b-en-gpt2'
     """
     kind, _, path = source.partition(":")
-    if sources.is_files(source) or is_tfds_directory(source):
+    if sources.is_files(source) or is_tfds_directory(source) or is_remote(path):
         source = f"{kind}-{_shorten(os.path.expanduser(path))}"
     if tokenizer not in ("gpt2", "bytes"):
         tokenizer = _shorten(tokenizer)
@@ -248,7 +247,7 @@ def default_path(source: str, tokenizer: str) -> str:
 
 def _shorten(path: str) -> str:
     """Returns the last part of the path, with a hash that distinguishes it from other paths with that last part."""
-    path = os.path.abspath(path)
+    path = path.rstrip("/") if is_remote(path) else os.path.abspath(path)
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()
     return f"{os.path.basename(path)}-{digest[:8]}"
 

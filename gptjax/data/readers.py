@@ -1,5 +1,6 @@
 """The documents in one file: text, lines, jsonl, csv and parquet."""
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -7,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
+from gptjax.data.remote_files import is_remote, open_remote
 from gptjax.data.sections import LONG_TEXT, sections
 from gptjax.data.source import Document, Place, Whole
 from gptjax.data.text_files import PIPE, Line, count_lines, next_line, open_text, read_lines
@@ -147,7 +149,7 @@ def _read_parquet(path: str, name: str, reading: Reading, *, start: int = 0, sto
         raise ConfigError("parquet cannot be read from a pipe", field="data.source", value=f"parquet:{PIPE}")
     feature = reading.text_feature
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with _open_parquet(path) as file:
             if feature not in file.schema_arrow.names:
                 available = ", ".join(map(one_line, file.schema_arrow.names[:SHOWN_NAMES])) or "none"
                 raise ConfigError(
@@ -170,6 +172,16 @@ def _read_parquet(path: str, name: str, reading: Reading, *, start: int = 0, sto
         raise DataError(f"is no parquet file, or is cut off ({one_line(error)})", field=path) from error
 
 
+@contextlib.contextmanager
+def _open_parquet(path: str) -> Iterator[Any]:
+    """Yields pyarrow's file, which asks a bucket only for the parts that it needs."""
+    import pyarrow.parquet
+
+    with contextlib.ExitStack() as stack:
+        opened: Any = stack.enter_context(open_remote(path)) if is_remote(path) else path
+        yield stack.enter_context(pyarrow.parquet.ParquetFile(opened))
+
+
 def _parquet_text(value: object, reading: Reading, name: Callable[[], str]) -> str | None:
     if isinstance(value, bytes):
         try:
@@ -186,7 +198,8 @@ def _align_parquet(path: str, target: int, size: int) -> int:
     import pyarrow.parquet
 
     try:
-        groups = pyarrow.parquet.read_metadata(path).num_row_groups
+        with _open_parquet(path) as file:
+            groups = file.num_row_groups
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"is no parquet file, or is cut off ({one_line(error)})", field=path) from error
     return -(-groups * target // size)

@@ -45,6 +45,7 @@ class Source:
     total_documents: int = 0  # 0 if unknown
     total_bytes: int = 0  # of text; 0 if unknown
     files: tuple[tuple[str, int], ...] = ()  # name and size of each file that it reads; () if it reads none of yours
+    revision: str = ""  # the commit of the files' repository
     stamp: str = ""  # changes when a file is written; for a preparation that continues
     left_out: str = ""  # files that were found and are not read, for a message
     validation: frozenset[str] = frozenset()  # ids of the documents for validation; otherwise their hash decides

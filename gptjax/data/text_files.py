@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+from gptjax.data.remote_files import is_remote, open_remote
 from gptjax.errors import ConfigError, DataError, UnavailableError, install, one_line
 
 COMPRESSED = (".gz", ".zst", ".xz")
@@ -73,7 +74,7 @@ def open_bytes(path: str) -> Iterator[Any]:
     """
     try:
         with contextlib.ExitStack() as stack:
-            raw: Any = sys.stdin.buffer if path == PIPE else stack.enter_context(open(path, "rb", CHECKED_BYTES))
+            raw: Any = sys.stdin.buffer if path == PIPE else stack.enter_context(open_raw(path))
             stream = raw
             if path.endswith(".gz"):
                 stream = stack.enter_context(gzip.open(raw))
@@ -86,6 +87,22 @@ def open_bytes(path: str) -> Iterator[Any]:
         raise DataError(f"its compressed data are damaged or cut off ({one_line(error)})", field=path) from error
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror or one_line(error)})", field=path) from error
+
+
+@contextlib.contextmanager
+def open_raw(path: str) -> Iterator[Any]:
+    """Yields a file of this machine or of a bucket, opened for reading as it is stored; it can seek.
+
+    Raises:
+        OSError: a file of this machine cannot be opened.
+        UnavailableError: a bucket cannot be reached, also while it is read.
+    """
+    if is_remote(path):
+        with open_remote(path) as remote:
+            yield io.BufferedReader(remote, CHECKED_BYTES)
+        return
+    with open(path, "rb", CHECKED_BYTES) as file:
+        yield file
 
 
 def _open_zstandard(raw: BinaryIO, path: str) -> io.RawIOBase:
