@@ -11,6 +11,7 @@ from gptjax.redaction import print_error, say
 COMMANDS = {
     "train": "Train a model, or resume a run.",
     "prepare": "Turn text into token shards.",
+    "fetch": "Bring ready token shards from the Hub.",
     "tokenizer": "Train a tokenizer on your text.",
     "sample": "Write text with a model.",
     "evaluate": "Compute the validation loss of a model.",
@@ -70,6 +71,8 @@ def start(name: str) -> None:
             from gptjax.main import cli as command
         case "prepare":
             from gptjax.data.prepare import cli as command
+        case "fetch":
+            from gptjax.fetch import cli as command
         case "tokenizer":
             from gptjax.tokenizer import cli as command
         case "sample":

@@ -10,10 +10,12 @@ from gptjax.errors import WorkdirError
 from gptjax.workdir import is_bucket
 
 
-def measure_free_space(directory: epath.Path) -> float:
+def measure_free_space(directory: epath.Path, *, flag: str = "--workdir") -> float:
     """Returns the free bytes at `directory`, after a small file was written there and removed; inf for a bucket.
 
     A directory that was missing is removed afterwards, so that a run that is refused later leaves nothing behind.
+
+    flag: names the directory.
 
     Raises:
         WorkdirError: nothing can be written there.
@@ -31,6 +33,6 @@ def measure_free_space(directory: epath.Path) -> float:
         raise WorkdirError(
             f"cannot be written: {error.strerror}",
             field=str(directory),
-            remedy="free it, or choose another --workdir",
+            remedy=f"free it, or choose another {flag}",
         ) from error
     return free

@@ -25,7 +25,7 @@ LAYERS = """
     periodic  summary
     lm_eval
     tasks.harness
-    tokenizer  sample  evaluate  convert.__main__  plan.__main__  replay.__main__
+    tokenizer  fetch  sample  evaluate  convert.__main__  plan.__main__  replay.__main__
     tasks.command
     named_model
     plan.search  replay.update
@@ -48,7 +48,7 @@ LAYERS = """
     bucket_logs
     checkpoint  logs  step  generate  data.prepare  divergence
     data.parts
-    data.preparation  train_bpe
+    data.preparation  data.hub_shards  train_bpe
     convert.tokenizer_source
     convert.tokenizer_files
     data.progress  data.shard_writer  data.workers
@@ -85,7 +85,7 @@ LAYERS = """
 """
 # Where a process starts, and its loop: only these use RUNTIME, the modules of processes and of their command lines.
 ENTRIES = {"__main__", "api", "main", "describe", "train", "loop", "sample", "evaluate", "data.prepare", "tokenizer"}
-ENTRIES |= {"lm_eval", "tasks.command"}
+ENTRIES |= {"fetch", "lm_eval", "tasks.command"}
 ENTRIES |= {f"{package}.__main__" for package in ("convert", "plan", "replay")}
 RUNTIME = {"cli", "config_flags", "distributed", "signals"}
 # Whatever computes, so that it runs anywhere those libraries do.

@@ -79,21 +79,23 @@ def download_snapshot(repo: str, revision: str = "", *, kind: Kind) -> Snapshot:
         _check_disk_space(store, remaining)
         _record_names(store, commit, files, kind=kind)
         # The weights of a model come last: a snapshot with weights is complete.
-        fetch_all([file for file in files if not os.path.exists(file.path)], repo, commit, token=token)
+        missing = [file for file in files if not os.path.exists(file.path)]
+        for _ in _fetch_each(missing, repo, commit, token=token):
+            pass
         if revision != commit:
             _write_ref(store, revision, commit)
         names = [file.name for file in files]
         return Snapshot(os.path.join(store, "snapshots", commit), commit, names)
 
 
-def fetch_all(
+def _fetch_each(
     files: Sequence[File],
     repo: str,
     commit: str,
     *,
     token: str,
-) -> None:
-    """Puts files into their places one after the other, and shows the progress.
+) -> Iterator[File]:
+    """Puts files into their places one after the other, yields each, and shows the progress.
 
     Raises:
         DataError: the server sends something other than it announced.
@@ -104,6 +106,7 @@ def fetch_all(
         for file in files:
             fetch(file, repo, commit, token=token, show=shown.show)
             shown.finish_file(file.size)
+            yield file
 
 
 def list_repository(
@@ -133,14 +136,14 @@ def list_repository(
         return commit, placed
 
 
-def download_files(files: Sequence[File], repo: str, commit: str) -> None:
-    """Puts the files that `list_repository` has returned into their places.
+def download_each(files: Sequence[File], repo: str, commit: str) -> Iterator[File]:
+    """Yields each of the files that `list_repository` has returned, when it is in its place.
 
     Raises:
         UserError: as `download_snapshot`.
     """
-    with _user_errors(f"{repo}@{commit}", RESUME):
-        fetch_all(files, repo, commit, token=_read_token())
+    with _user_errors(f"{repo}@{commit}", RESUME, other_place=""):
+        yield from _fetch_each(files, repo, commit, token=_read_token())
 
 
 def resolve(repo: str, revision: str = "") -> str:
@@ -196,11 +199,12 @@ def upload(directory: str, repo: str) -> str:
 
 
 @contextlib.contextmanager
-def _user_errors(name: str, remedy: str) -> Iterator[None]:
+def _user_errors(name: str, remedy: str, *, other_place: str = OTHER_CACHE) -> Iterator[None]:
     """Turns the errors of huggingface_hub and its connections into user errors.
 
     name: of the repository, with the revision if one is known.
     remedy: for errors that pass.
+    other_place: the remedy where a file cannot be written.
     """
     try:
         import huggingface_hub
@@ -235,7 +239,7 @@ def _user_errors(name: str, remedy: str) -> Iterator[None]:
             raise WorkdirError(
                 str(error.strerror),
                 field=str(error.filename or huggingface_hub.constants.HF_HUB_CACHE),
-                remedy=OTHER_CACHE,
+                remedy=other_place,
             ) from error
         if not _is_connection_error(error):
             raise

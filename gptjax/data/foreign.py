@@ -17,17 +17,24 @@ SUFFIXES = (".bin", ".npy")
 SHOWN_FILES = 5  # in a message
 
 
+def split_of(path: str) -> str:
+    """Returns the split that the name of a shard says, by a whole word in it; "" if none.
+
+    Raises:
+        DataError: it says both.
+    """
+    words = set(re.findall("[a-z]+", os.path.basename(path).lower()))
+    splits = [split for split, names in SPLITS.items() if words & names]
+    if len(splits) > 1:
+        raise DataError("its name says both train and validation", field=path)
+    return splits[0] if splits else ""
+
+
 def find_shards(directory: str, split: str) -> tuple[str, ...]:
     """Returns the paths of a split's shards in a directory without meta.json, in order."""
     files = sorted(name for name in os.listdir(directory) if name.endswith(SUFFIXES))
-    found = []
-    for name in files:
-        words = set(re.findall("[a-z]+", name.lower()))
-        splits = [other for other, names in SPLITS.items() if words & names]
-        if len(splits) > 1:
-            raise DataError("its name says both train and validation", field=os.path.join(directory, name))
-        if splits == [split]:
-            found.append(os.path.join(directory, name))
+    paths = [os.path.join(directory, name) for name in files]
+    found = [path for path in paths if split_of(path) == split]
     if not found:
         wanted = " or ".join(sorted(SPLITS[split]))
         there = ", ".join(map(one_line, files[:SHOWN_FILES])) or "none"

@@ -9,6 +9,7 @@ from typing import Any
 from gptjax.data.header import LARGEST_COUNT
 from gptjax.errors import DataError, one_line
 from gptjax.strict_json import parse_json, read_at_most
+from gptjax.workdir import replace_file
 
 META_FILE = "meta.json"
 META_FORMAT = 1
@@ -54,14 +55,14 @@ class Meta:
 
 
 def write_meta(directory: str, meta: Meta) -> None:
-    """Writes meta.json, and returns when it is on disk."""
+    """Creates or replaces meta.json atomically; on return it is on disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     values = {"format": META_FORMAT, **dataclasses.asdict(meta)}
     text = json.dumps(values, indent=2) + "\n"
-    path = os.path.join(directory, META_FILE)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    replace_file(os.path.join(directory, META_FILE), text.encode())
 
 
 def read_meta(directory: str) -> Meta | None:

@@ -298,7 +298,7 @@ def _open_without_meta(
         # A text that ends with end-of-text does not begin with it, unless its first document is empty.
         first_id = shards[0].read(0, 1)[0]
         eot_position = "first" if first_id == tokenizer.eot_id else "last"
-    _warn_of_small_ids(shards[0], tokenizer)
+    warn_of_small_ids(shards[0], tokenizer)
     edges = [(shard, shard.edges) for shard in shards]
     tokens = sum(map(len, shards))
     logging.getLogger("gptjax").info(
@@ -315,7 +315,7 @@ def _open_without_meta(
     )
 
 
-def _warn_of_small_ids(shard: Shard, tokenizer: "Tokenizer") -> None:
+def warn_of_small_ids(shard: Shard, tokenizer: "Tokenizer") -> None:
     """Warns if the first ids are far below the vocabulary: they are probably another tokenizer's."""
     ids = shard.read(0, EDGE_TOKENS)
     largest = int(ids.max())
