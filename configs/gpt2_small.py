@@ -5,8 +5,9 @@
 The default data is the source text of Python's standard library, so that the run starts anywhere. It is far too little
 text to train such a model on. Use one of these sources for real training:
 
-    FineWeb in llm.c's shards (a folder with fineweb_train_*.bin and fineweb_val_*.bin):
-        --config.data.path=DIR --config.data.eot_position=first
+    FineWeb in llm.c's shards (docs/gpt2.md):
+        gptjax fetch hf:kjj0/fineweb10B-gpt2 --out=data/fineweb10B
+        --config.data.path=data/fineweb10B
     your own text, in a folder of files:
         --config.data.source=text:DIR
     any TFDS data set, which prepare downloads once:

@@ -82,7 +82,8 @@ class OptimConfig:
 class DataConfig:
     """Where the tokens come from, and how they are grouped into batches."""
 
-    source: str = "stdlib"  # stdlib | text: | lines: | jsonl: | csv: | parquet:PATH | tfds:NAME[/CONFIG] | tfds:/DIR
+    # stdlib | text: | lines: | jsonl: | csv: | parquet:PATH | tfds:NAME[/CONFIG] | tfds:/DIR | hf:OWNER/NAME
+    source: str = "stdlib"
     path: str = ""  # a directory of shards; '' means data/<source>-<tokenizer>
     mix: str = ""  # directories of shards with weights, as data/web:70,data/code:30; '' means one directory
     tokenizer: str = "gpt2"  # gpt2 | bytes | a saved file | a tokenizer.json or its directory | hf:OWNER/NAME

@@ -93,7 +93,7 @@ def fetch(
         if _is_complete(out, place, tokenizer, tokens=tokens):
             log(f"{out}: already complete, by another process or before a kill")
         else:
-            state = read_state(partial, out, str(place), log)
+            state = read_state(partial, out, source=str(place), log=log)
             try:
                 _fetch(partial, out, place, state=state, tokenizer=tokenizer, tokens=tokens, log=log)
             except UserError:
@@ -178,12 +178,12 @@ def _fetch(
     write_state(partial, state)
     by_split = {split: [file for file in files if split_of(file.path) == split] for split in SPLITS}
     known = _known_shards(old)
-    chosen = by_split["validation"] + take_until(by_split["train"], tokens, ID_BYTES, 0)
+    chosen = by_split["validation"] + take_until(by_split["train"], tokens, width=ID_BYTES, offset=0)
     _check_space(partial, _missing(chosen, known, state))
     _download(_missing(by_split["validation"], known, state), place, partial, state=state, tokenizer=tokenizer)
     total = len(by_split["train"])
     first = _open_here(by_split["validation"][0], [folder, out])
-    by_split["train"] = take_until(by_split["train"], tokens, first.dtype.itemsize, first.offset)
+    by_split["train"] = take_until(by_split["train"], tokens, width=first.dtype.itemsize, offset=first.offset)
     missing = _missing(by_split["train"], known, state)
     _check_space(partial, missing)
     _download(missing, place, partial, state=state, tokenizer=tokenizer)

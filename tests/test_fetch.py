@@ -331,7 +331,7 @@ def test_state_of_another_version_is_not_used(hub: Hub, out: pathlib.Path) -> No
 
 @pytest.mark.faults
 @pytest.mark.long
-def test_killed_command_resumes_and_a_run_trains_on_what_it_brought(
+def test_killed_fetch_resumes_and_a_run_trains_on_what_it_brought(
     hub: Hub, lab: runs.Lab, tmp_path: pathlib.Path
 ) -> None:
     noise = random.Random(0)

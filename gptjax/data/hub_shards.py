@@ -66,7 +66,7 @@ def choose_shards(names: Collection[str], place: Place) -> list[str]:
     return shards
 
 
-def take_until(files: Sequence[File], tokens: float, width: int, offset: int) -> list[File]:
+def take_until(files: Sequence[File], tokens: float, *, width: int, offset: int) -> list[File]:
     """Returns the first files with at least `tokens` ids of `width` bytes, after `offset` bytes of header."""
     taken = []
     count = 0
@@ -107,7 +107,7 @@ def examine(path: str, tokenizer: Tokenizer, lengths: np.ndarray, *, sha256: str
     )
 
 
-def read_state(partial: str, out: str, source: str, log: Log) -> State:
+def read_state(partial: str, out: str, *, source: str, log: Log) -> State:
     """Returns the state in the directory `partial`: an empty one if there is none, or none of this source."""
     path = os.path.join(partial, STATE_FILE)
     folder = os.path.join(partial, SHARDS)

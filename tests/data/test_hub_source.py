@@ -118,6 +118,15 @@ def test_folder_file_and_pages_of_a_long_list(hub: Hub) -> None:
     assert sum("/tree/" in r.path for r in hub.requests) > 8
 
 
+def test_parts_of_a_data_set_have_the_bytes_of_one_process(hub: Hub, tmp_path: pathlib.Path) -> None:
+    hub.add(REPO, FILES)
+    expected = shards(SOURCE, tmp_path / "expected", window=1)
+    for part in ("1/2", "2/2"):
+        options = {"source": SOURCE, "tokenizer": BYTES, "shard_tokens": 2000, "window": 1}
+        prepare(**options, out=str(tmp_path / "out"), log=lambda line: None, part=part)
+    assert shards(SOURCE, tmp_path / "out", window=1, part="join") == expected
+
+
 def test_fields_are_named_and_bad_rows_skipped_as_for_files_here(hub: Hub) -> None:
     hub.add(REPO, {"a.jsonl": jsonl(["one"], "body") + jsonl(["two"])})
     assert documents(text_feature="body", skip_bad=True) == [("a.jsonl:1", "one")]

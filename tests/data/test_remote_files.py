@@ -58,9 +58,8 @@ FILES = {
 }
 
 
-def shards(source: str, out: pathlib.Path, lines: list[str] | None = None) -> dict[str, bytes]:
-    log = (lines if lines is not None else []).append
-    prepare(source=source, tokenizer=BYTES, out=str(out), log=log, shard_tokens=2000)
+def shards(source: str, out: pathlib.Path, **options: object) -> dict[str, bytes]:
+    prepare(source=source, tokenizer=BYTES, out=str(out), log=lambda line: None, shard_tokens=2000, **options)
     return {file.name: file.read_bytes() for file in out.iterdir() if file.suffix == ".bin"}
 
 
@@ -89,6 +88,19 @@ def test_bucket_gives_the_shards_of_the_same_files_here(
 
 def refuse_missing(*_: object, **__: object) -> None:
     raise FileNotFoundError("no such bucket")
+
+
+@pytest.mark.parametrize("kind", ["lines", "jsonl", "parquet"])
+def test_parts_of_a_bucket_have_the_bytes_of_one_process(
+    bucket: MemoryFileSystem, tmp_path: pathlib.Path, kind: str
+) -> None:
+    for name, data in FILES[kind].items():
+        bucket.pipe(f"/bucket/folder/{name}", data)
+    expected = shards(f"{kind}:{URL}", tmp_path / "expected", window=1)
+    for part in ("1/3", "2/3", "3/3"):
+        options = {"source": f"{kind}:{URL}", "tokenizer": BYTES, "shard_tokens": 2000, "window": 1}
+        prepare(**options, out=str(tmp_path / "out"), log=lambda line: None, part=part)
+    assert shards(f"{kind}:{URL}", tmp_path / "out", window=1, part="join") == expected
 
 
 def test_files_patterns_and_hidden_files(bucket: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
