@@ -240,6 +240,7 @@ def test_damaged_shard_is_refused_and_downloaded_again(hub: Hub, out: pathlib.Pa
         (shard(make_ids(1))[:-2], "but the header counts 3000 tokens"),
         (shard(np.full(3000, 60_000, UINT16)), "token 0 is id 60000, but the tokenizer has 50257 ids"),
         (shard(np.append(make_ids(1), UINT16.type(50_257))), "token 3000 is id 50257"),
+        (shard(np.where(np.arange(200_000) == 90_000, 60_000, 5).astype(UINT16)), "token 90000 is id 60000"),
     ],
 )
 def test_shard_that_does_not_fit_its_header_or_tokenizer_is_refused(
@@ -314,6 +315,7 @@ def test_fetch_stopped_at_any_step_ends_the_same(
     bring(out, tokens=6001)
     assert stop > 1, "it was stopped"
     assert shards_in(out) == first(3)
+    assert len(names(hub)) == len(set(names(hub))), "each file once"
     verify(str(out))
     assert not out.with_name("fineweb.partial").exists()
 
