@@ -260,6 +260,17 @@ def test_interrupted_preparation_starts_over_with_another_revision(
     assert found == shards(SOURCE, tmp_path / "at once")
 
 
+def test_branch_with_slashes_is_asked_for_and_kept(hub: Hub, tmp_path: pathlib.Path) -> None:
+    commit = hub.add(REPO, {"default/train/0000.parquet": parquet(TEXTS)}, ref="refs/convert/parquet")
+    name = f"{SOURCE}/default@refs/convert/parquet"
+    shards(name, tmp_path / "out")
+    meta = read_meta(str(tmp_path / "out"))
+    assert meta is not None
+    assert (meta.source, meta.files["revision"]) == (name, commit)
+    constants.HF_HUB_OFFLINE = True
+    assert [text for _, text in documents(name)] == TEXTS
+
+
 def test_pinned_commit_needs_no_question_for_it(hub: Hub) -> None:
     commit = hub.add(REPO, FILES)
     hub.add(REPO, {"a.jsonl": jsonl(TEXTS)})
@@ -363,6 +374,7 @@ def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> Non
         documents()
 
 
+@pytest.mark.faults
 def test_killed_download_resumes_and_gives_the_same_bytes(hub: Hub, tmp_path: pathlib.Path) -> None:
     noise = random.Random(0)
     texts = [noise.randbytes(40_000).hex() for _ in range(60)]

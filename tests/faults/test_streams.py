@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from gptjax import config, config_files, distributed, evaluate, main, sample, streams, workdir
+from gptjax import config, config_files, distributed, evaluate, fetch, main, sample, streams, workdir
 from gptjax import train as train_module
 from gptjax.convert import __main__ as convert
 from gptjax.convert import formats
@@ -132,6 +132,7 @@ COMMANDS = {
     "plan": (plan, ["--config=x", "--topology=local"]),
     "replay": (replay, ["--workdir=x", "--step=1"]),
     "prepare": (prepare, []),
+    "fetch": (fetch, ["hf:a/b", "--out=x"]),
 }
 
 
