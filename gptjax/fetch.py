@@ -37,6 +37,7 @@ from gptjax.data.hub_source import FORM, Place, parse_place
 from gptjax.data.meta import Meta, ShardMeta, SplitMeta, read_meta, write_meta
 from gptjax.data.partial import hold, remove
 from gptjax.data.progress import Log
+from gptjax.data.remote_files import require_local
 from gptjax.data.shards import Shard
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.data.tokens import open_shard
@@ -83,6 +84,7 @@ def fetch(
     place = parse_place(source, field="source")
     if not tokens >= 1:
         raise ConfigError("must be at least 1", field="--tokens", value=tokens)
+    require_local(out, field="--out")
     out = os.path.abspath(out)
     partial = f"{out}.partial"
     if _is_complete(out, place, tokenizer, tokens=tokens) and not os.path.exists(partial):
@@ -164,6 +166,8 @@ def _fetch(
     if old is not None and not state.commit:
         state.commit = old.files["revision"]
         log(f"{out}: adding shards of the same revision, {state.commit}")
+    if state.shards:
+        log(f"continuing after {len(state.shards):,} shards of revision {state.commit}")
     revision = state.commit or place.revision
     folder = os.path.join(partial, SHARDS)
     kind = Kind(

@@ -274,8 +274,9 @@ def test_interrupted_fetch_keeps_its_revision(hub: Hub, out: pathlib.Path) -> No
     with pytest.raises(DataError, match="damaged"):
         bring(out)
     hub.damaged.clear()
+    old = hub.refs[REPO, "main"]
     hub.add(REPO, OTHERS | VALIDATION | {name: shard(make_ids(77)) for name in SHARDS})
-    bring(out)
+    assert bring(out)[0] == f"continuing after 3 shards of revision {old}"
     assert shards_in(out) == SHARDS | VALIDATION
 
 
@@ -375,6 +376,8 @@ def test_command_reports_a_missing_flag_or_package(monkeypatch: pytest.MonkeyPat
         fetch.main([SOURCE])
     with raises(ConfigError, "--tokens", value="many", match="expected a number"):
         fetch.main([SOURCE, f"--out={out}", "--tokens=many"])
+    with raises(ConfigError, "--out", value="gs://bucket/x", match="a directory of this machine"):
+        fetch.main([SOURCE, "--out=gs://bucket/x"])
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with raises(UnavailableError, match="huggingface_hub is not installed", remedy="gptjax[hub]"):
         fetch.main([SOURCE, f"--out={out}"])

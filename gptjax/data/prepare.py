@@ -28,7 +28,7 @@ from gptjax.data.journal import read_journal
 from gptjax.data.meta import Meta, read_meta
 from gptjax.data.partial import hold, remove
 from gptjax.data.progress import Log
-from gptjax.data.remote_files import is_remote
+from gptjax.data.remote_files import is_remote, require_local
 from gptjax.data.text_files import PIPE
 from gptjax.data.tfds_source import is_tfds_directory
 from gptjax.data.tokenizer import Tokenizer
@@ -86,6 +86,7 @@ def prepare(
     """
     log = log or logging.getLogger("gptjax").info
     source = sources.canonical_name(source)
+    require_local(out, field="out")
     out = os.path.abspath(out)
     _check_arguments(source, out, val_fraction, shard_tokens)
     settings: dict[str, Any] = {

@@ -39,6 +39,16 @@ def is_remote(path: str) -> bool:
     return URL.match(path) is not None
 
 
+def require_local(path: str, *, field: str) -> None:
+    """Checks that a directory to write is on this machine.
+
+    Raises:
+        ConfigError: it is a URL; `field` names its flag.
+    """
+    if is_remote(path):
+        raise ConfigError("must be a directory of this machine", field=field, value=path)
+
+
 def list_remote(url: str) -> list[RemoteFile]:
     """Returns the file, all files below the folder, or those that a glob pattern matches, sorted by URL.
 

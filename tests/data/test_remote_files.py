@@ -14,7 +14,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from gptjax.config import DataConfig
-from gptjax.data import remote_files
+from gptjax.data import preparation, remote_files, text_files
 from gptjax.data.file_sources import open_files
 from gptjax.data.meta import read_meta
 from gptjax.data.prepare import default_path, ensure_prepared, prepare
@@ -154,6 +154,13 @@ def test_training_does_not_connect(bucket: MemoryFileSystem, tmp_path: pathlib.P
     assert ensure_prepared(config) == path
 
 
+def test_output_in_a_bucket_is_refused(bucket: MemoryFileSystem, tmp_path: pathlib.Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with raises(ConfigError, "out", value="gs://bucket/x", match="a directory of this machine"):
+        prepare(source="stdlib", tokenizer=BYTES, out="gs://bucket/x")
+    assert not list(tmp_path.iterdir())
+
+
 def test_changed_files_are_named_by_the_next_preparation(bucket: MemoryFileSystem, tmp_path: pathlib.Path) -> None:
     bucket.pipe("/bucket/folder/a.jsonl", jsonl(TEXTS))
     first = shards(f"jsonl:{URL}", tmp_path / "out")
@@ -189,6 +196,34 @@ def test_connection_that_breaks_is_69(bucket: MemoryFileSystem, monkeypatch, kin
     monkeypatch.setattr(MemoryFile, "read", refuse)
     with raises(UnavailableError, f"{URL}/{name}", match="cannot be reached", remedy="credentials"):
         documents(f"{kind}:{URL}")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_preparation_continues_after_a_broken_connection(
+    bucket: MemoryFileSystem, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(preparation, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(remote_files, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(text_files, "CHECKED_BYTES", 1000)
+    for name, data in FILES[kind].items():
+        bucket.pipe(f"/bucket/folder/{name.removesuffix('.gz')}", gzip.decompress(data) if "gz" in name else data)
+    expected = shards(f"{kind}:{URL}", tmp_path / "expected", window=1)
+    real, is_broken = MemoryFile.read, True
+
+    def read(file: MemoryFile, size: int = -1) -> bytes:
+        if is_broken and file.path.startswith("/bucket/folder/b"):
+            raise TimeoutError("no answer")
+        return real(file, size)
+
+    monkeypatch.setattr(MemoryFile, "read", read)
+    options = {"source": f"{kind}:{URL}", "tokenizer": BYTES, "shard_tokens": 2000, "window": 1}
+    with pytest.raises(UnavailableError, match="cannot be reached"):
+        prepare(**options, out=str(tmp_path / "out"), log=lambda line: None)
+    is_broken = False
+    lines: list[str] = []
+    prepare(**options, out=str(tmp_path / "out"), log=lines.append)
+    assert lines[0].startswith("continuing after ")
+    assert shards(f"{kind}:{URL}", tmp_path / "out", window=1) == expected
 
 
 def test_bucket_that_does_not_answer_is_69(bucket: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
