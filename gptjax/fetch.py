@@ -183,7 +183,10 @@ def _fetch(
     by_split = {split: [file for file in files if split_of(file.path) == split] for split in SPLITS}
     known = _known_shards(old)
     chosen = by_split["validation"] + take_until(by_split["train"], tokens, width=ID_BYTES, offset=0)
-    _check_space(partial, _missing(chosen, known, state))
+    wanted = _missing(chosen, known, state)
+    size = sum(file.remaining for file in wanted)
+    log(f"{place}: {len(wanted):,} shards of revision {state.commit}, {show_bytes(size)} to download")
+    _check_space(partial, wanted)
     _download(_missing(by_split["validation"], known, state), place, partial, state=state, tokenizer=tokenizer)
     total = len(by_split["train"])
     first = _open_here(by_split["validation"][0], [folder, out])

@@ -96,6 +96,8 @@ def test_validation_comes_first_and_then_as_many_training_shards_as_needed(hub: 
     lines = bring(out, tokens=6001)
     assert shards_in(out) == first(3)
     assert names(hub) == list(first(3))
+    commit = hub.refs[REPO, "main"]
+    assert lines[0] == f"{SOURCE}: 4 shards of revision {commit}, 26.1 kB to download"
     assert lines[-2] == f"{out}: 9,000 tokens to train on, 2,000 to validate, gpt2 ids"
     assert lines[-1] == f"use it: gptjax train gpt2_small --config.data.path={out}"
     assert not out.with_name("fineweb.partial").exists()
@@ -108,7 +110,7 @@ def test_validation_comes_first_and_then_as_many_training_shards_as_needed(hub: 
     assert meta is not None
     assert meta.splits["train"].documents == (ids == EOT).sum()
     assert meta.source == SOURCE
-    assert meta.files["revision"] == hub.refs[REPO, "main"]
+    assert meta.files["revision"] == commit
     assert (meta.files["number"], meta.options) == (4, {"train_shards": 5})
 
 
