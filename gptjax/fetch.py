@@ -21,7 +21,7 @@ from gptjax.convert.hub_listing import File, Kind
 from gptjax.convert.tokenizer_source import open_tokenizer
 from gptjax.data.file_sources import describe_files
 from gptjax.data.foreign import SPLITS, SUFFIXES, split_of
-from gptjax.data.header import LARGEST_COUNT
+from gptjax.data.header import HEADER_BYTES, LARGEST_COUNT
 from gptjax.data.hub_shards import (
     SHARDS,
     STATE_FILE,
@@ -55,7 +55,7 @@ from gptjax.workdir import (
 )
 
 TRAIN_SHARDS = "train_shards"  # in the options of meta.json: how many the repository has
-ID_BYTES = 2  # of a shard's ids, until one of them is here
+ID_BYTES = 2  # of a shard, until one of them is here
 
 
 def fetch(
@@ -182,7 +182,7 @@ def _fetch(
     write_state(partial, state)
     by_split = {split: [file for file in files if split_of(file.path) == split] for split in SPLITS}
     known = _known_shards(old)
-    chosen = by_split["validation"] + take_until(by_split["train"], tokens, width=ID_BYTES, offset=0)
+    chosen = by_split["validation"] + take_until(by_split["train"], tokens, width=ID_BYTES, offset=HEADER_BYTES)
     wanted = _missing(chosen, known, state)
     size = sum(file.remaining for file in wanted)
     log(f"{place}: {len(wanted):,} shards of revision {state.commit}, {show_bytes(size)} to download")
