@@ -253,12 +253,12 @@ def main(arguments: list[str]) -> None:
         fetch_tasks(args.fetch_tasks, log=say)
         if not (args.workdir or args.model):
             return
+    distributed.start_jax()
     if args.tasks:
         from gptjax.tasks.command import evaluate_tasks
 
         evaluate_tasks(args)
         return
-    distributed.start_jax()
     directories = args.data.split(",")
     for directory in directories:
         args.data = directory.strip()

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from gptjax import distributed
-from gptjax.cli import run_cli
+from gptjax.cli import Parser, run_cli
 from gptjax.errors import UnavailableError, install
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ def main(arguments: list[str]) -> None:
     Raises:
         UserError: lm-eval is missing, or the model is.
     """
+    if arguments in ([], ["--help"], ["-h"]):
+        Parser(__doc__).parse_strictly(["--help"])
     distributed.start_jax()
     __getattr__("GptjaxLM")
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]

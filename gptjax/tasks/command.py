@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from gptjax import distributed
 from gptjax.compute import resolve_compute, resolve_parallel
 from gptjax.config import Config
 from gptjax.convert.tokenizer_source import open_tokenizer
@@ -31,7 +30,6 @@ def evaluate_tasks(args: argparse.Namespace) -> None:
         UserError: a task or the model is missing or damaged.
     """
     tasks = open_tasks(parse_names(args.tasks), limit=args.limit)  # before the model, which takes longer
-    distributed.start_jax()
     config, params, tokenizer, name = load_model(args, needs_data=False)
     tokenizer = tokenizer or open_tokenizer(config.data.tokenizer)
     asked = [encode_task(task, tokenizer) for task in tasks]

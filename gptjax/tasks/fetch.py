@@ -123,7 +123,8 @@ def _read_tfds(protocol: Protocol) -> Rows:
     from gptjax.data.tfds_source import open_builders  # slow to import
 
     for builder in open_builders(protocol.tfds):
-        rows = builder.as_data_source(protocol.split)
+        data: Any = builder
+        rows = data.as_data_source(protocol.split)
         for number in range(len(rows)):
             yield f"tfds:{builder.info.full_name}/{number}", _decoded(rows[number])
 
