@@ -142,7 +142,12 @@ def _logging(*, verbose: bool) -> Iterator[None]:
 
 
 def load_model(
-    model: str | os.PathLike[str], *, step: int | None = None, tokenizer: str = "", activation: str = ""
+    model: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    tokenizer: str = "",
+    activation: str = "",
+    raw: bool = False,
 ) -> "Model":
     """Returns the model of a work directory, or of weights in any format that gptjax converts.
 
@@ -150,11 +155,12 @@ def load_model(
     step: of the checkpoint in a work directory; None means the newest.
     tokenizer: replaces the model's: gpt2, bytes, a file, a directory or hf:OWNER/NAME.
     activation: of a format that does not store it: gelu or gelu_new.
+    raw: take the parameters themselves, where a run keeps an average of them.
 
     Raises:
         UserError: the model or its tokenizer is missing or damaged.
     """
-    args = argparse.Namespace(step=step, tokenizer=tokenizer, activation=activation, **_name(model))
+    args = argparse.Namespace(step=step, tokenizer=tokenizer, activation=activation, raw=raw, **_name(model))
     check_model_flags(args)
     config, params, chosen, origin = sampling.load_model(args)
     options = {"tokenizer": tokenizer, "activation": activation}

@@ -126,7 +126,7 @@ class Checkpointer:
         """
         self.wait_for_pending_save()
         check_params(state.params, config.model)
-        trees = {"params": state.params, "opt_state": state.opt_state}
+        trees = state.trees
         refuse_nonfinite(trees, step)
         record = Record(
             step=step,
@@ -265,7 +265,7 @@ class Checkpointer:
         Raises:
             WorkdirError: nothing can be written there, or there is no room for one checkpoint.
         """
-        leaves = jax.tree.leaves((abstract.params, abstract.opt_state))
+        leaves = jax.tree.leaves(abstract.trees)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         most = self._keep + 2  # plus the best checkpoint and the one that is being written
         line = f"checkpoints: {show_bytes(size)} each, at most {most} kept"
@@ -330,8 +330,7 @@ class Checkpointer:
         Raises:
             CorruptCheckpointError, UnreadableError, CheckpointError: as in `load`.
         """
-        wanted = {"params": abstract.params, "opt_state": abstract.opt_state}
-        trees = self.load(record.step, wanted, record)
+        trees = self.load(record.step, abstract.trees, record)
         replicated = NamedSharding(abstract.step.sharding.mesh, P())
         step = jax.device_put(jnp.asarray(record.step, jnp.int32), replicated)
         return TrainState(step, **trees)

@@ -75,6 +75,7 @@ class OptimConfig:
     beta2: Rate = 0.95  # decay of the second moment
     eps: NonNegative = 1e-8  # added to the root of the second moment
     muon_beta: Rate = 0.95  # muon: momentum of the matrices; the other parameters have AdamW
+    ema_decay: Rate = 0.0  # of an average of the parameters, which is then what is evaluated and exported; 0 means none
     grad_clip: NonNegative = 1.0  # largest global gradient norm; 0 means no clipping
 
 

@@ -203,7 +203,7 @@ class Loop:
         should_stop = self._make_should_stop()
         result = validate(
             self._run,
-            self._state.params,
+            self._state.evaluated,
             self._reporter,
             step=self._step,
             should_stop=should_stop,
@@ -219,7 +219,7 @@ class Loop:
         should_stop = self._make_should_stop()
         write_samples(
             self._run,
-            self._state.params,
+            self._state.evaluated,
             self._reporter,
             step=self._step,
             should_stop=should_stop,

@@ -26,6 +26,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "By default the model of --workdir is used.",
     )
     parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="Take the parameters themselves. By default it is their average, where a run keeps one (optim.ema_decay).",
+    )
+    parser.add_argument(
         "--activation",
         default="",
         choices=["", *ACTIVATIONS],
@@ -56,6 +61,10 @@ def check_model_flags(args: argparse.Namespace) -> None:
         )
     if not args.workdir and not args.model:
         raise ConfigError("one of --workdir=DIR and --model=FORMAT:PATH is required")
+    if args.raw and args.model and not args.model.startswith("gptjax:"):
+        raise ConfigError("is for runs of gptjax", field="--raw", remedy="leave the flag out")
+    if args.raw and args.model:
+        args.model += "@raw"
     if args.activation and not args.model:
         raise ConfigError("is for --model", field="--activation", value=args.activation, remedy="leave the flag out")
     if args.model and args.step is not None:

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 
 from gptjax.config import Config, DataConfig
-from gptjax.convert import formats
+from gptjax.convert import formats, native
 from gptjax.convert.tokenizer_source import open_run_tokenizer, open_tokenizer
 from gptjax.data.tokenizer import Tokenizer
-from gptjax.stored import StoredParams, at_its_data, load_params
+from gptjax.stored import StoredParams, at_its_data, describe_weights, load_params
 from gptjax.workdir import local_directory
 
 ROWS = 8  # sequences per device and batch, for weights that come without a run's config
@@ -25,21 +25,21 @@ def load_model(args: argparse.Namespace, *, needs_data: bool = True) -> tuple[Co
         UserError: the model or its tokenizer is missing or damaged.
     """
     if args.workdir:
-        config, params, step = load_params(args.workdir, step=args.step)
+        config, params, step = load_params(args.workdir, step=args.step, raw=args.raw)
         if needs_data:
             config = _with_data(config, args.workdir, step, data=args.data)
         if args.tokenizer:
             tokenizer = open_tokenizer(args.tokenizer)
         else:
             tokenizer = open_run_tokenizer(config.data.tokenizer, local_directory(args.workdir))
-        return config, params, tokenizer, f"step {step}"
+        return config, params, tokenizer, f"step {step}{describe_weights(args.workdir, step, raw=args.raw)}"
     weights = formats.open_model(args.model, tokenizer=args.tokenizer, activation=args.activation)
     data = DataConfig(path=args.data, global_batch_size=ROWS * jax.device_count())
     # init_from lets the model's vocabulary be larger than the tokenizer's.
     config = Config(model=weights.config, data=data, init_from=weights.origin)
     if needs_data and not args.data:  # the origin of a model of gptjax is gptjax:WORKDIR@STEP
-        workdir, _, step = weights.origin.removeprefix("gptjax:").rpartition("@")
-        config = _with_data(config, workdir, int(step), data="")
+        workdir, steps, _ = native.locate(weights.origin.removeprefix("gptjax:"))
+        config = _with_data(config, workdir, steps[-1], data="")
     params = formats.load_params(weights, lambda _, leaf: leaf)
     return config, params, weights.tokenizer, weights.origin
 

@@ -133,7 +133,10 @@ def initial_state(run: Run) -> TrainState:
         return state
     # The optimizer state starts from zeros for any parameters, so it is kept. The random parameters stay on the devices
     # until the imported ones are loaded.
-    return TrainState(state.step, initial_params(run), state.opt_state)
+    params = initial_params(run)
+    # An average starts at the imported parameters.
+    average = None if state.average is None else jax.tree.map(jnp.copy, params)
+    return TrainState(state.step, params, state.opt_state, average)
 
 
 def check_start(config: Config, checkpointer: Checkpointer) -> None:
@@ -211,7 +214,8 @@ def compare_configs(old: Mapping[str, Any], new: Config) -> None:
     errors = []
     for name in changed:
         # The model and the optimizer must stay the same. Every other field may change.
-        if name.startswith("model.") or name == "optim.name":
+        is_average = name == "optim.ema_decay" and not (before[name] and after[name])  # one begins, or ends
+        if name.startswith("model.") or name == "optim.name" or is_average:
             error = ConfigError(
                 f"the checkpoint has {before[name]!r}, the config {after[name]!r}",
                 field=name,

@@ -188,7 +188,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any, Any, str]:
         weights = formats.open_model(args.model, tokenizer=args.tokenizer, activation=args.activation)
         params = formats.load_params(weights, lambda _, leaf: jnp.asarray(leaf))
         return Config(model=weights.config), params, weights.tokenizer, weights.origin
-    settings, params, step = load_params(args.workdir, step=args.step)
+    settings, params, step = load_params(args.workdir, step=args.step, raw=args.raw)
     local = workdir.local_directory(args.workdir)
     bucket_logs.fetch_logs(args.workdir, local)  # with the tokenizer, if the run is in a bucket
     tokenizer = open_tokenizer(args.tokenizer or os.path.join(local, workdir.TOKENIZER_FILE))

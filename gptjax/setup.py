@@ -131,7 +131,9 @@ def make_run(config: Config, *, tokenizer: Tokenizer | None = None) -> Run:
     model = GPT(config.model, compute, resolve_parallel(config, mesh))
     optimizer = make_optimizer(config.optim)
     # Nothing is allocated here: `abstract` has shapes only, and `init` has not been called.
-    abstract, init = make_init(model, optimizer, mesh=mesh, seed=config.train.seed)
+    abstract, init = make_init(
+        model, optimizer, mesh=mesh, seed=config.train.seed, has_average=config.optim.ema_decay > 0
+    )
     num_microbatches = choose_num_microbatches(config, compute, mesh, state_bytes=bytes_per_device(abstract))
     names = parse_names(config.tasks.names, field="tasks.names")
     tasks = tuple(encode_task(task, tokenizer) for task in open_tasks(names, limit=config.tasks.limit))

@@ -16,6 +16,8 @@ from gptjax.model import GPT
 from gptjax.params import PyTree
 from gptjax.sharding import check_params, param_shardings, state_shardings
 
+AVERAGE = "average"  # the name of its tree in a checkpoint
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,18 @@ class TrainState:
     step: Any  # int32 scalar: number of finished updates
     params: PyTree  # float32
     opt_state: PyTree
+    average: PyTree = None  # the moving average of params, float32, where optim.ema_decay is above 0
+
+    @property
+    def trees(self) -> dict[str, PyTree]:
+        """The trees that a checkpoint stores, by name."""
+        trees = {"params": self.params, "opt_state": self.opt_state}
+        return trees if self.average is None else trees | {AVERAGE: self.average}
+
+    @property
+    def evaluated(self) -> PyTree:
+        """The parameters that are evaluated, sampled from and exported: the average, if there is one."""
+        return self.params if self.average is None else self.average
 
 
 def make_init(
@@ -33,10 +47,13 @@ def make_init(
     *,
     mesh: Mesh,
     seed: int,
+    has_average: bool = False,
 ) -> tuple[TrainState, Callable[[], TrainState]]:
     """Returns (abstract_state, init): the state as shapes with shardings, and a function that creates it sharded.
 
     The values depend on `seed` only, not on the mesh.
+
+    has_average: whether the state keeps an average of the parameters.
 
     Raises:
         ConfigError: the model has a parameter that gptjax.params does not describe, or a mesh axis does not divide one.
@@ -52,7 +69,9 @@ def make_init(
         tokens_BT = jnp.zeros((1, 1), jnp.int32)
         params = plain.init(key, tokens_BT)["params"]
         step = jnp.zeros((), jnp.int32)
-        return TrainState(step, params, optimizer.init(params))
+        # A copy, because the step donates both.
+        average = jax.tree.map(jnp.copy, params) if has_average else None
+        return TrainState(step, params, optimizer.init(params), average)
 
     # eval_shape allocates nothing: a wrong parameter or mesh axis is refused before any memory is taken.
     shapes = jax.eval_shape(create)
@@ -61,6 +80,7 @@ def make_init(
         step=NamedSharding(mesh, P()),
         params=param_shardings(shapes.params, mesh),
         opt_state=state_shardings(shapes.opt_state, shapes.params, mesh),
+        average=param_shardings(shapes.params, mesh) if has_average else None,
     )
 
     def with_sharding(x: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

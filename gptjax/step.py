@@ -1,5 +1,6 @@
 """The train and evaluation steps as pure functions, and their jit with shardings."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -296,7 +297,13 @@ def make_train_step(
                 step=next_step,
                 params=_select(finite, params, state.params),
                 opt_state=_select(finite, opt_state, state.opt_state),
+                average=None,
             )
+            # The condition is static: without an average the program is the one from before averages existed.
+            if config.optim.ema_decay:
+                # A skipped update leaves the average as it is, too.
+                average = _move_average(state, params, config.optim.ema_decay)
+                new_state = dataclasses.replace(new_state, average=_select(finite, average, state.average))
         # The sums are replicated, so each process can read these without a collective.
         metrics = {
             "loss": loss,
@@ -309,6 +316,19 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def _move_average(state: TrainState, params: PyTree, decay: float) -> PyTree:
+    """Returns the average after an update that has made `params`, by Polyak's method with a decay that grows first.
+
+    Update n (from 0) has decay min(decay, (1 + n) / (10 + n)), as TensorFlow's ExponentialMovingAverage has it: the
+    first averages would otherwise be those of the random initial values.
+    """
+    # A function of the step alone, like the learning rate, so that a resume needs no count.
+    n = state.step.astype(jnp.float32)
+    rate = 1 - jnp.minimum(decay, (1 + n) / (10 + n))
+    # Elementwise, so each device moves its own shards.
+    return jax.tree.map(lambda old, new: old + rate * (new - old), state.average, params)
 
 
 def _select(

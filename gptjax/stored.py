@@ -20,6 +20,7 @@ from gptjax.mix import parse_mix
 from gptjax.orbax_context import CHUNK_BYTES
 from gptjax.record import FAILURES, CorruptCheckpointError, Record, judge
 from gptjax.sharding import abstract_params, make_mesh, nest, param_shardings
+from gptjax.state import AVERAGE
 from gptjax.workdir import is_bucket
 
 log = logging.getLogger("gptjax")
@@ -27,8 +28,22 @@ MOST_RUNS = 8  # that an error lists
 ADAMW_PARTS = 3  # optax.adamw is a chain of three; the state of the first has the moments, the others have no arrays
 
 
-def load_params(workdir: str, *, step: int | None = None) -> tuple[Config, Any, int]:
+def has_average(record: Record) -> bool:
+    """Returns whether a checkpoint has an average of its parameters."""
+    return any(name.startswith(f"{AVERAGE}/") for name in record.fingerprints)
+
+
+def describe_weights(workdir: str, step: int, *, raw: bool) -> str:
+    """Returns which weights `load_params` takes, for a message; "" where there is no choice."""
+    if not has_average(Checkpointer(workdir).read_record(step)):
+        return ""
+    return ", raw weights" if raw else ", averaged weights"
+
+
+def load_params(workdir: str, *, step: int | None = None, raw: bool = False) -> tuple[Config, Any, int]:
     """Returns (config, params, step) of the newest intact checkpoint, or of `step`.
+
+    The parameters are their average, where the checkpoint has one and `raw` is False.
 
     The parameters are float32 jax.Arrays with the shapes of `params.PARAMS`, on the first device of this process.
 
@@ -62,7 +77,8 @@ def load_params(workdir: str, *, step: int | None = None) -> tuple[Config, Any, 
                     remedy=f"to use it anyway: --step={candidate}",
                 )
             config = from_dict(record.config)
-            params = checkpointer.load(candidate, {"params": _abstract_params(config)}, record)["params"]
+            tree = AVERAGE if has_average(record) and not raw else "params"
+            params = checkpointer.load(candidate, {tree: _abstract_params(config)}, record)[tree]
         except CorruptCheckpointError as damage:
             refused.append(f"step {candidate}: {damage}")
             log.warning("checkpoint %s/%d refused: %s", checkpointer.directory, candidate, damage)
@@ -138,7 +154,7 @@ class StoredParams:
     def read(self, path: str, shape: tuple[int, ...], *, tree: str = "params", dtype: type = np.float32) -> np.ndarray:
         """Returns the parameter at `path`, of `shape`, after checking its fingerprint; or a leaf of another tree.
 
-        tree: "params" or "opt_state".
+        tree: "params", "opt_state" or AVERAGE.
         dtype: of the leaf.
 
         Raises:

@@ -83,6 +83,8 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         help="The activation of a source that does not store one: gelu_new for a ckpt.pt of nanoGPT from before May "
         "2023. By default it is the one that the format's own program computes today.",
     )
+    raw_help = "Take the parameters of a run themselves. By default it is their average, where the run keeps one."
+    parser.add_argument("--raw", action="store_true", help=raw_help)
     parser.add_argument(
         "--strict",
         action="store_true",
@@ -147,6 +149,10 @@ def main(arguments: list[str]) -> None:
         target = parse_model_ref("--to", args.target, WRITABLE)
     if target and not args.dry_run:
         check_target(source, target, force=args.force)
+    if args.raw:
+        if source.format != "gptjax":
+            raise ConfigError("is for runs of gptjax", field="--raw", remedy="leave the flag out")
+        source = source._replace(path=f"{source.path}@raw")
     weights = formats.open_weights(
         source,
         tokenizer=args.tokenizer,

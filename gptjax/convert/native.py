@@ -39,12 +39,14 @@ from gptjax.orbax_context import CHUNK_BYTES, saving_context
 from gptjax.params import Param, check_paths, leaf_shape, rows, tensor_shape
 from gptjax.record import CorruptCheckpointError, Record, seal
 from gptjax.sharding import abstract_params, nest, path_name
-from gptjax.stored import StoredParams
+from gptjax.state import AVERAGE
+from gptjax.stored import StoredParams, has_average
 from gptjax.versions import versions
 from gptjax.workdir import CONFIG_FILE, METRICS_FILE, TOKENIZER_FILE, check_bucket, write_json
 
 log = logging.getLogger("gptjax")
 STEP = "[0-9]{1,18}"  # a step as text; int() refuses thousands of digits, and str.isdigit() accepts superscripts
+RAW = "@raw"  # at the end of a path: the parameters, where the checkpoint has an average of them, too
 # AdamW's state in the opt_state of gptjax.optim: optax's count, and trees like the parameters'.
 COUNT, FIRST, SECOND = "0/count", "0/mu/", "0/nu/"
 MOST_LAYERS = 10_000  # so that no loop over layers is as long as a number in a damaged file
@@ -53,22 +55,26 @@ MOST_LAYERS = 10_000  # so that no loop over layers is as long as a number in a 
 def read(path: str, *, dropout: float | None = None) -> Weights:
     """Returns the model of WORKDIR, WORKDIR@STEP, or one checkpoint's directory. WORKDIR means its newest checkpoint.
 
+    WORKDIR@STEP,STEP means the mean of several checkpoints. Where a checkpoint has an average of its parameters, that
+    is the model, unless the path ends in @raw.
+
     dropout: of the result; None means the checkpoint's.
 
     Raises:
         DataError: no such checkpoint exists, or it is damaged.
     """
-    workdir, wanted = _locate(path)
-    step = _choose_step(workdir, wanted)
-    try:
-        stored = StoredParams(workdir, step)
-    except (CorruptCheckpointError, ConfigError) as damage:
-        raise _damaged(workdir, step, damage) from damage
-    if wanted is None:
+    workdir, wanted, is_raw = locate(path)
+    steps = [_choose_step(workdir, step) for step in wanted or (None,)]
+    checkpoints = [_open_checkpoint(workdir, step) for step in steps]
+    stored = checkpoints[-1]
+    step = stored.step
+    if not wanted:
         _require_own(workdir, stored)
-    origin = f"gptjax:{workdir}@{step}"
+    origin = f"gptjax:{workdir}@{','.join(map(str, steps))}{RAW if is_raw else ''}"
     config = stored.config.model
-    _check_parameters(stored, config, origin)
+    for checkpoint in checkpoints:
+        _check_parameters(checkpoint, config, origin)
+    tree = AVERAGE if has_average(stored.record) and not is_raw else "params"
     if dropout is not None:
         config = dataclasses.replace(config, dropout=dropout)
 
@@ -81,12 +87,20 @@ def read(path: str, *, dropout: float | None = None) -> Weights:
     return make_weights(
         origin,
         config,
-        _tensors(workdir, stored),
+        _tensors(workdir, checkpoints, tree=tree),
         dtype=dtype if isinstance(dtype, str) and dtype in DTYPES else "float32",
         tokenizer=read_tokenizer(workdir),
         history=history,
-        adamw=_adamw(workdir, stored),
+        # The moments belong to the parameters of one step.
+        adamw=_adamw(workdir, stored) if len(steps) == 1 and tree == "params" else None,
     )
+
+
+def _open_checkpoint(workdir: str, step: int) -> StoredParams:
+    try:
+        return StoredParams(workdir, step)
+    except (CorruptCheckpointError, ConfigError) as damage:
+        raise _damaged(workdir, step, damage) from damage
 
 
 def _adamw(workdir: str, stored: StoredParams) -> AdamW | None:
@@ -97,8 +111,8 @@ def _adamw(workdir: str, stored: StoredParams) -> AdamW | None:
         config=stored.config,
         step=stored.step,
         count=_count(workdir, stored),
-        first=_tensors(workdir, stored, tree="opt_state", prefix=FIRST),
-        second=_tensors(workdir, stored, tree="opt_state", prefix=SECOND),
+        first=_tensors(workdir, [stored], tree="opt_state", prefix=FIRST),
+        second=_tensors(workdir, [stored], tree="opt_state", prefix=SECOND),
     )
 
 
@@ -112,24 +126,29 @@ def _count(workdir: str, stored: StoredParams) -> Tensor:
     return Tensor((), np.dtype(np.int32), read_count, label=COUNT)
 
 
-def _locate(text: str) -> tuple[str, int | None]:
-    """Returns (work directory, step or None) of `text`, as `read` accepts it.
+def locate(text: str) -> tuple[str, tuple[int, ...], bool]:
+    """Returns (work directory, steps or (), whether it ends in @raw) of `text`, as `read` accepts it.
 
-    A path that exists is a work directory or a checkpoint, even if it ends in @STEP.
+    A path that exists is a work directory or a checkpoint, even if it ends in @STEP or @raw.
+
+    Raises:
+        DataError: there is no such directory.
     """
     check_bucket(text)
     path = epath.Path(text)
     if re.fullmatch(STEP, path.name) and path.parent.name == "checkpoints":
-        return str(path.parent.parent), int(path.name)
+        return str(path.parent.parent), (int(path.name),), False
     if path.exists():
-        return text, None
-    match = re.fullmatch(rf"(.+)@({STEP})", text)
+        return text, (), False
+    if text.endswith(RAW):
+        return (*locate(text.removesuffix(RAW))[:2], True)
+    match = re.fullmatch(rf"(.+)@({STEP}(?:,{STEP})*)", text)
     if match is None:
         raise DataError("no such directory", field=text)
-    workdir, step = match.groups()
+    workdir, steps = match.groups()
     if not epath.Path(workdir).exists():
         raise DataError("no such directory", field=workdir)
-    return workdir, int(step)
+    return workdir, tuple(map(int, steps.split(","))), False
 
 
 def _choose_step(workdir: str, wanted: int | None) -> int:
@@ -180,19 +199,24 @@ def _damaged(workdir: str, step: int, damage: Exception) -> DataError:
     )
 
 
-def _tensors(workdir: str, stored: StoredParams, *, tree: str = "params", prefix: str = "") -> dict[str, Tensor]:
-    """Returns the parameters, or the leaves of `tree` below `prefix`, which has a leaf for each parameter."""
-    config = stored.config.model
+def _tensors(workdir: str, checkpoints: list[StoredParams], *, tree: str, prefix: str = "") -> dict[str, Tensor]:
+    """Returns the leaves of `tree` below `prefix`, which has a leaf for each parameter: the mean of all checkpoints."""
+    config = checkpoints[-1].config.model
     # One leaf stays in memory: a leaf has all layers of its tensors, which are asked for one after another.
     newest: dict[str, np.ndarray] = {}
 
     def read_leaf(row: Param) -> np.ndarray:
         if row.path not in newest:
             newest.clear()
-            try:
-                newest[row.path] = stored.read(prefix + row.path, leaf_shape(row, config), tree=tree)
-            except CorruptCheckpointError as damage:
-                raise _damaged(workdir, stored.step, damage) from damage
+            leaves = []
+            for stored in checkpoints:
+                try:
+                    leaves.append(stored.read(prefix + row.path, leaf_shape(row, config), tree=tree))
+                except CorruptCheckpointError as damage:
+                    raise _damaged(workdir, stored.step, damage) from damage
+            newest[row.path] = leaves[0]
+            if len(leaves) > 1:
+                newest[row.path] = np.asarray(np.mean(leaves, axis=0, dtype=np.float64), np.float32)
         return newest[row.path]
 
     def reader(row: Param, layer: int | None) -> ReadTensor:

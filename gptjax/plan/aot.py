@@ -198,7 +198,7 @@ def _lower_step(setting: Candidate, mesh: Any) -> Any:
     config = setting.config
     model = GPT(config.model, setting.compute, setting.parallel)
     optimizer = make_optimizer(config.optim)
-    abstract_state, _ = make_init(model, optimizer, mesh=mesh, seed=0)
+    abstract_state, _ = make_init(model, optimizer, mesh=mesh, seed=0, has_average=config.optim.ema_decay > 0)
     eot = EndOfText(config.model.vocab_size - 1, "last")  # any token costs the same
     train_step: Any = jit_steps(
         model,

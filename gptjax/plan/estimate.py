@@ -214,10 +214,15 @@ def estimate_memory(setting: Candidate) -> dict[str, float]:
     )
     return {
         "parameters": FLOAT32_BYTES * local_params,
-        "optimizer": OPTIMIZER_BYTES * local_params,
+        "optimizer": (OPTIMIZER_BYTES + average_bytes(config)) * local_params,
         "gradients": FLOAT32_BYTES * local_params * gradient_buffers + gathered_tables,
         "activations": shape.micro_batch * sequence_bytes,
     }
+
+
+def average_bytes(config: Config) -> int:
+    """Returns the bytes per parameter of the moving average."""
+    return FLOAT32_BYTES if config.optim.ema_decay else 0
 
 
 def roofline(setting: Candidate, chip: Chip, traffic: Traffic) -> Roofline:

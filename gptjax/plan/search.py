@@ -49,7 +49,7 @@ def make_setting(
         tree,
         shardings,
     )
-    optimizer_share = estimate.OPTIMIZER_BYTES / estimate.FLOAT32_BYTES
+    optimizer_share = (estimate.OPTIMIZER_BYTES + estimate.average_bytes(config)) / estimate.FLOAT32_BYTES
     state_bytes = (1 + optimizer_share) * sharding.bytes_per_device(placed)
     num_microbatches = setup.choose_num_microbatches(config, compute, mesh, state_bytes=int(state_bytes))
     sequences = config.data.global_batch_size // num_microbatches

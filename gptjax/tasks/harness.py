@@ -35,6 +35,7 @@ class GptjaxLM(TemplateLM):
         step: int | str | None = None,
         tokenizer: str = "",
         activation: str = "",
+        raw: bool | str = False,
         batch_size: Any = None,
         max_batch_size: Any = None,
         device: Any = None,
@@ -43,6 +44,7 @@ class GptjaxLM(TemplateLM):
         """Loads the model of a work directory, or of FORMAT:PATH, onto all devices.
 
         batch_size, max_batch_size, device: lm-eval passes them; gptjax chooses both by itself.
+        raw: take the parameters themselves, where a run keeps an average of them.
         seed: of sampled text.
 
         Raises:
@@ -57,6 +59,7 @@ class GptjaxLM(TemplateLM):
             step=None if step is None else int(step),
             tokenizer=tokenizer,
             activation=activation,
+            raw=raw in (True, "True", "true", "1"),
             data="",
         )
         config, params, found, name = load_model(args, needs_data=False)

@@ -126,6 +126,14 @@ def test_memory_is_cut_by_the_mesh():
     assert estimate_memory(setting_of(remat="full"))["activations"] < whole["activations"]
 
 
+def test_memory_counts_the_average():
+    plain = setting_of()
+    config = dataclasses.replace(plain.config, optim=dataclasses.replace(plain.config.optim, ema_decay=0.99))
+    averaged = estimate_memory(dataclasses.replace(plain, config=config))
+    assert averaged["optimizer"] == 3 * averaged["parameters"]
+    assert averaged["parameters"] == estimate_memory(plain)["parameters"]
+
+
 def test_roofline_names_the_limiting_resource():
     chip = parse_topology("v5e:2x2", 1).chip
     setting = setting_of(data=2, micro_batch=64)
