@@ -19,7 +19,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "gs://bucket"
 
 
-def test_stored_logs_are_fetched_on_another_machine(bucket: str, tmp_path: Path) -> None:
+def test_stored_logs_are_fetched_on_another_machine(bucket, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     (here / "metrics.jsonl").write_text('{"step": 1}\n')
@@ -31,7 +31,7 @@ def test_stored_logs_are_fetched_on_another_machine(bucket: str, tmp_path: Path)
     assert not (there / "samples.txt").exists()
 
 
-def test_fetching_never_overwrites_newer_logs(bucket: str, tmp_path: Path) -> None:
+def test_fetching_never_overwrites_newer_logs(bucket, tmp_path):
     here = tmp_path / "here"
     here.mkdir()
     (here / "metrics.jsonl").write_text("old\n")
@@ -41,7 +41,7 @@ def test_fetching_never_overwrites_newer_logs(bucket: str, tmp_path: Path) -> No
     assert (here / "metrics.jsonl").read_text() == "newer\n"
 
 
-def test_a_local_work_directory_is_not_copied(tmp_path: Path) -> None:
+def test_a_local_work_directory_is_not_copied(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("x\n")
     bucket_logs.store_logs(str(tmp_path), str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
@@ -56,7 +56,7 @@ def steps_of(directory: Path) -> list[int]:
 
 
 @pytest.mark.faults
-def test_d4_removed_local_logs_delete_nothing_in_the_bucket(bucket: str, tmp_path: Path) -> None:
+def test_d4_removed_local_logs_delete_nothing_in_the_bucket(bucket, tmp_path):
     here, there = tmp_path / "here", tmp_path / "bucket"
     here.mkdir()
     write_rows(here, range(1, 101))
@@ -75,7 +75,7 @@ def test_d4_removed_local_logs_delete_nothing_in_the_bucket(bucket: str, tmp_pat
         assert samples == "--- step 50\nold\n--- step 100\nold, too\n" + (here / "samples.txt").read_text()
 
 
-def test_repeated_steps_replace_those_in_the_bucket(bucket: str, tmp_path: Path) -> None:
+def test_repeated_steps_replace_those_in_the_bucket(bucket, tmp_path):
     here = tmp_path / "here"
     here.mkdir()
     write_rows(here, range(1, 101))
@@ -88,7 +88,7 @@ def test_repeated_steps_replace_those_in_the_bucket(bucket: str, tmp_path: Path)
     assert steps_of(tmp_path / "bucket") == list(range(1, 51))
 
 
-def test_returning_machine_fetches_rows_added_by_others(bucket: str, tmp_path: Path) -> None:
+def test_returning_machine_fetches_rows_added_by_others(bucket, tmp_path):
     """It went from machine A to B and back: A's own metrics lack what B did."""
     a, b = tmp_path / "a", tmp_path / "b"
     for directory, steps in ((a, range(1, 11)), (b, range(1, 21))):
@@ -104,7 +104,7 @@ def test_returning_machine_fetches_rows_added_by_others(bucket: str, tmp_path: P
 
 
 @pytest.mark.faults
-def test_d3_directory_in_the_way_of_logs_gives_only_a_warning(bucket: str, tmp_path: Path, said: list[str]) -> None:
+def test_d3_directory_in_the_way_of_logs_gives_only_a_warning(bucket, tmp_path, said):
     (tmp_path / "file").write_text("")
     bucket_logs.fetch_logs(bucket, str(tmp_path / "file" / "run"))
     [line] = said
@@ -112,13 +112,13 @@ def test_d3_directory_in_the_way_of_logs_gives_only_a_warning(bucket: str, tmp_p
 
 
 @pytest.mark.faults
-def test_d3_unreachable_bucket_gives_only_a_warning(bucket: str, tmp_path: Path, monkeypatch, said) -> None:
+def test_d3_unreachable_bucket_gives_only_a_warning(bucket, tmp_path, monkeypatch, said):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
 
     class HttpError(Exception):
         pass
 
-    def fail(*_: object) -> None:
+    def fail(*_):
         raise HttpError("403, Forbidden")
 
     monkeypatch.setattr(type(epath.Path(tmp_path)), "exists", fail)

@@ -128,7 +128,7 @@ def test_durations_are_formatted_for_people():
     assert written == ["4ms", "4.2s", "42s", "1m00s", "1h01m", "2d07h", "n/a"]
 
 
-def test_stopwatch_records_the_time_between_calls(monkeypatch: pytest.MonkeyPatch):
+def test_stopwatch_records_the_time_between_calls(monkeypatch):
     times = iter([10.0, 12.0, 15.0, 16.0])
     monkeypatch.setattr(goodput.time, "perf_counter", lambda: next(times))
     watch = goodput.Stopwatch({"step": 100.0})

@@ -97,7 +97,7 @@ def on_that_machine(code: str, *arguments: str, wheels: bool) -> subprocess.Comp
     return run("-c", text)
 
 
-def test_the_parts_need_nothing_but_the_listed_packages() -> None:
+def test_the_parts_need_nothing_but_the_listed_packages():
     """Without carried wheels: all but gptjax.main. A contestant runs, and imports what it needs as it goes."""
     done = on_that_machine(
         "import bench, ceilings, cold_shards, correct, gpu, race, real_run, sample, summary\n"
@@ -109,7 +109,7 @@ def test_the_parts_need_nothing_but_the_listed_packages() -> None:
     assert (done.returncode, '"ready": true' in done.stdout) == (0, True), done.stdout + done.stderr
 
 
-def test_training_command_needs_the_carried_wheels(tmp_path: pathlib.Path) -> None:
+def test_training_command_needs_the_carried_wheels(tmp_path):
     flags = ["--config=configs/quickstart.py", f"--config.data.path={tmp_path}", f"--workdir={tmp_path / 'run'}"]
     code = "import tensorboardX, gptjax.train; from gptjax import main; main.cli()"
     done = on_that_machine(code, *flags, wheels=True)
@@ -126,7 +126,7 @@ def scripts_and_arguments(gpu: Any) -> list[tuple[str, list[str]]]:
     return [(pathlib.Path(c[2]).name, list(c[3:])) for part in parts for c in part.commands]
 
 
-def test_toy_and_full_benchmarks_have_the_same_parts(load: Callable[[str], Any]) -> None:
+def test_toy_and_full_benchmarks_have_the_same_parts(load):
     gpu = load("gpu")
     order = [part.name for part in gpu.gpu_parts("OUT")]
     assert order == [part.name for part in gpu.toy_parts("OUT", "")]
@@ -135,14 +135,14 @@ def test_toy_and_full_benchmarks_have_the_same_parts(load: Callable[[str], Any])
     assert sum(part.limit for part in gpu.gpu_parts("OUT")[:5]) < 540
 
 
-def test_the_parts_are_commands_that_exist(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parts_are_commands_that_exist(load, monkeypatch):
     """Every flag of every part is parsed by the script that gets it, up to the contestants of a race."""
     gpu, parsed = load("gpu"), []
 
     class ParsedError(Exception):
         pass
 
-    def parse(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> Any:
+    def parse(self, args=None, namespace=None):
         found, rest = self.parse_known_args(args, namespace)
         assert rest == [], rest
         parsed.append(found)
@@ -163,14 +163,14 @@ def test_the_parts_are_commands_that_exist(load: Callable[[str], Any], monkeypat
             load("contestant").parse(shlex.split(text.replace(gpu.BEST, "--xla=a=1")))
 
 
-def test_a_directory_with_a_blank_is_one_argument(load: Callable[[str], Any]) -> None:
+def test_a_directory_with_a_blank_is_one_argument(load):
     gpu = load("gpu")
     for parts in (gpu.gpu_parts("/my results"), gpu.toy_parts("/my results", "")):
         [contestant] = [word for word in parts[-1].commands[0] if "--trace" in word]
         assert load("contestant").parse(shlex.split(contestant.replace(gpu.BEST, ""))).trace == "/my results/trace"
 
 
-def test_compiler_options_of_the_parts_exist(load: Callable[[str], Any]) -> None:
+def test_compiler_options_of_the_parts_exist(load):
     """XLA's option names are the same on every platform; it refuses one that it does not know."""
     import jax
 
@@ -184,7 +184,7 @@ def test_compiler_options_of_the_parts_exist(load: Callable[[str], Any]) -> None
     assert run("-c", "import jax; jax.devices()", XLA_FLAGS="--xla_gpu_no_such=1").returncode != 0
 
 
-def test_find_best_returns_the_fastest_setting_so_far(load: Callable[[str], Any]) -> None:
+def test_find_best_returns_the_fastest_setting_so_far(load):
     find_best = load("gpu").find_best
     rows = [
         {"part": "train-a", "who": "gptjax --batch=32 --xla=a=1", "tokens/s": 5.0},
@@ -202,7 +202,7 @@ def test_find_best_returns_the_fastest_setting_so_far(load: Callable[[str], Any]
 
 
 @pytest.mark.long
-def test_part_ended_by_its_limit_loses_only_its_rows(tmp_path: pathlib.Path) -> None:
+def test_part_ended_by_its_limit_loses_only_its_rows(tmp_path):
     out = tmp_path / "out"
     done = run(
         "benchmarks/gpu.py", "--toy", f"--out={out}", "--only=ceilings,triton-loss,decode,trace", "--limit=decode:1"
@@ -233,7 +233,7 @@ def processes() -> list[str]:
     return commands
 
 
-def test_parts_skipped_by_the_deadline_are_recorded(tmp_path: pathlib.Path) -> None:
+def test_parts_skipped_by_the_deadline_are_recorded(tmp_path):
     done = run("benchmarks/gpu.py", "--toy", f"--out={tmp_path}", "--deadline=9")
     rows = rows_in(tmp_path / "results.jsonl")
     assert done.returncode == 1
@@ -241,7 +241,7 @@ def test_parts_skipped_by_the_deadline_are_recorded(tmp_path: pathlib.Path) -> N
     assert {row["verdict"] for row in rows[1:]} == {"left out: the deadline is near"}
 
 
-def test_benchmark_without_a_gpu_runs_no_part(tmp_path: pathlib.Path) -> None:
+def test_benchmark_without_a_gpu_runs_no_part(tmp_path):
     (tmp_path / "autotune.tgz").write_bytes(os.urandom(40))  # of a call that was killed: it costs itself only
     done = run("benchmarks/gpu.py", f"--out={tmp_path}", JAX_PLATFORMS="cpu")
     rows = rows_in(tmp_path / "results.jsonl")
@@ -249,7 +249,7 @@ def test_benchmark_without_a_gpu_runs_no_part(tmp_path: pathlib.Path) -> None:
     assert rows[1]["verdict"] == "left out: JAX finds no GPU here; --toy runs on a CPU"
 
 
-def test_read_rows_ignores_earlier_calls_and_torn_lines(load: Callable[[str], Any], tmp_path: pathlib.Path) -> None:
+def test_read_rows_ignores_earlier_calls_and_torn_lines(load, tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text(
         '{"part": "machine"}\n{"part": "train", "n": 1}\n{"part": "machine"}\n{"part": "train", "n": 2}\n{"par'
@@ -260,15 +260,13 @@ def test_read_rows_ignores_earlier_calls_and_torn_lines(load: Callable[[str], An
 @pytest.mark.parametrize(
     "line", ["3", "null", "[]", '"machine"', "{}", '{"who": "x"}', '{"part": 3}', '{"part": null}']
 )
-def test_read_rows_ignores_lines_that_are_no_rows(
-    load: Callable[[str], Any], tmp_path: pathlib.Path, line: str
-) -> None:
+def test_read_rows_ignores_lines_that_are_no_rows(load, tmp_path, line):
     path = tmp_path / "results.jsonl"
     path.write_text(f'{line}\n{{"part": "machine"}}\n{line}\n{{"part": "train", "n": 2}}\n')
     assert load("bench").read_rows(path) == [{"part": "machine"}, {"part": "train", "n": 2}]
 
 
-def test_temporary_files_of_parts_lie_in_the_scratch(load: Callable[[str], Any], tmp_path: pathlib.Path) -> None:
+def test_temporary_files_of_parts_lie_in_the_scratch(load, tmp_path):
     """gpu.py removes it, also after parts that were killed."""
     environment = load("gpu").make_environment(tmp_path / "out", tmp_path / "scratch", toy=True)
     done = subprocess.run(
@@ -278,7 +276,7 @@ def test_temporary_files_of_parts_lie_in_the_scratch(load: Callable[[str], Any],
     assert pathlib.Path(done.stdout.strip()).is_relative_to(tmp_path / "scratch")
 
 
-def test_largest_model_has_time_to_compile(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_largest_model_has_time_to_compile(load, monkeypatch):
     """73 s on two cores: LOG.md."""
     [part] = [part for part in load("gpu").gpu_parts("OUT") if part.name == "xl"]
     monkeypatch.setenv("GPTJAX_SECONDS", f"{part.limit:.0f}")
@@ -289,7 +287,7 @@ def test_largest_model_has_time_to_compile(load: Callable[[str], Any], monkeypat
     assert load("race").parse(["gptjax", "--ready_seconds=5"]).ready_seconds == 5
 
 
-def test_command_with_open_output_does_not_block_the_driver(load: Callable[[str], Any], tmp_path: pathlib.Path) -> None:
+def test_command_with_open_output_does_not_block_the_driver(load, tmp_path):
     gpu = load("gpu")
     driver = gpu.Driver(tmp_path, dict(os.environ), time.monotonic() + 100)
     code = "import subprocess; subprocess.Popen(['sleep', '50']); print('the end', flush=True)"
@@ -300,14 +298,14 @@ def test_command_with_open_output_does_not_block_the_driver(load: Callable[[str]
     assert wrong == "failed with code 1: no card"
 
 
-def test_a_part_that_does_not_exist_is_named(tmp_path: pathlib.Path) -> None:
+def test_a_part_that_does_not_exist_is_named(tmp_path):
     done = run("benchmarks/gpu.py", f"--out={tmp_path}", "--only=trains")
     assert done.returncode == 2
     assert "'trains': no such part; there are: ceilings, correct, train-cublaslt, train" in done.stderr
 
 
 @pytest.mark.long
-def test_failed_contestant_loses_only_its_row(tmp_path: pathlib.Path) -> None:
+def test_failed_contestant_loses_only_its_row(tmp_path):
     """The third one's module is missing: benchmarks are run where torch is not, too."""
     results = tmp_path / "results.jsonl"
     (tmp_path / "torch.py").write_text("raise MemoryError('not enough')\n")
@@ -326,12 +324,10 @@ def test_failed_contestant_loses_only_its_row(tmp_path: pathlib.Path) -> None:
     assert "tokens/s" not in rows["torch --batch=2"]
 
 
-def test_contestant_uses_the_first_batch_size_that_fits(
-    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_contestant_uses_the_first_batch_size_that_fits(load, monkeypatch):
     contestant, tried = load("contestant"), []
 
-    def make(args: Any, batch: int) -> Any:
+    def make(args, batch):
         tried.append(batch)
         if batch > 4:
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
@@ -345,7 +341,7 @@ def test_contestant_uses_the_first_batch_size_that_fits(
         contestant.prepare(contestant.parse(["gptjax", "--batch=16,8"]))
 
 
-def test_out_of_memory_errors_are_recognized(load: Callable[[str], Any]) -> None:
+def test_out_of_memory_errors_are_recognized(load):
     is_out_of_memory = load("contestant").is_out_of_memory
 
     class OutOfMemoryError(RuntimeError):  # torch's, on a GPU
@@ -358,9 +354,7 @@ def test_out_of_memory_errors_are_recognized(load: Callable[[str], Any]) -> None
     assert not is_out_of_memory(RuntimeError("INTERNAL: a wrong product"))
 
 
-def test_oversized_trace_is_packed_in_part(
-    load: Callable[[str], Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_oversized_trace_is_packed_in_part(load, tmp_path, monkeypatch):
     gpu, source, archive = load("gpu"), tmp_path / "trace", tmp_path / "trace.tgz"
     assert gpu.pack(source, archive) == "trace.tgz: there is nothing to pack"
     (source / "plugins").mkdir(parents=True)
@@ -377,7 +371,7 @@ def test_oversized_trace_is_packed_in_part(
     assert not archive.exists()
 
 
-def test_packed_autotuning_is_reused_by_the_next_run(load: Callable[[str], Any], tmp_path: pathlib.Path) -> None:
+def test_packed_autotuning_is_reused_by_the_next_run(load, tmp_path):
     gpu, out = load("gpu"), tmp_path / "out"
     out.mkdir()
     (tmp_path / "first").mkdir()
@@ -414,9 +408,7 @@ def damaged_archives() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("damage", ["random", "empty", "truncated", "outside"])
-def test_damaged_autotuning_costs_only_itself(
-    load: Callable[[str], Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, damage: str
-) -> None:
+def test_damaged_autotuning_costs_only_itself(load, tmp_path, monkeypatch, damage):
     gpu, out, scratch = load("gpu"), tmp_path / "out", tmp_path / "a" / "b" / "scratch"
     monkeypatch.setattr(gpu, "CARRY", tmp_path / "carry")
     (tmp_path / "carry").mkdir()
@@ -434,16 +426,14 @@ def test_damaged_autotuning_costs_only_itself(
     assert [path.name for path in scratch.iterdir()] == ["compiled"]
 
 
-def test_archive_is_whole_or_absent(
-    load: Callable[[str], Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_archive_is_whole_or_absent(load, tmp_path, monkeypatch):
     gpu, source, archive = load("gpu"), tmp_path / "source", tmp_path / "autotune.tgz"
     source.mkdir()
     (source / "a.textproto").write_text("a product")
     archive.write_bytes(b"of an earlier call")
     replace = os.replace
 
-    def look(partial: pathlib.Path, final: pathlib.Path) -> None:
+    def look(partial, final):
         assert archive.read_bytes() == b"of an earlier call"
         with tarfile.open(partial) as file:
             assert "./a.textproto" in file.getnames()
@@ -454,7 +444,7 @@ def test_archive_is_whole_or_absent(
     with tarfile.open(archive) as file:
         assert "./a.textproto" in file.getnames()
 
-    def full(*_: Any, **__: Any) -> Any:
+    def full(*_, **__):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(gpu.tarfile, "open", full)
@@ -462,9 +452,7 @@ def test_archive_is_whole_or_absent(
     assert {path.name for path in tmp_path.iterdir()} == {"source", "autotune.tgz"}
 
 
-def test_damaged_wheel_costs_only_itself(
-    load: Callable[[str], Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_wheel_costs_only_itself(load, tmp_path, monkeypatch):
     gpu, wheels = load("gpu"), tmp_path / "wheels"
     monkeypatch.setattr(gpu, "CARRY", tmp_path)
     assert gpu.unpack_wheels(tmp_path / "site") == ["unpacked: no wheel"]
@@ -478,9 +466,7 @@ def test_damaged_wheel_costs_only_itself(
     assert (tmp_path / "site" / "no_such_module.py").exists()
 
 
-def test_make_environment_keeps_the_settings_of_the_user(
-    load: Callable[[str], Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_make_environment_keeps_the_settings_of_the_user(load, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/their/own")
     monkeypatch.setenv("XLA_FLAGS", "--xla_their_own=1")
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
@@ -494,7 +480,7 @@ def test_make_environment_keeps_the_settings_of_the_user(
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment
 
 
-def test_tables_show_the_last_row_beside_target_and_roof(load: Callable[[str], Any], tmp_path: pathlib.Path) -> None:
+def test_tables_show_the_last_row_beside_target_and_roof(load, tmp_path):
     rows = [
         {"part": "machine", "card": "NVIDIA H100 80GB HBM3", "jax": "0.11.2"},
         {"part": "train", "who": "gptjax --batch=64", "batch": 64, "tokens/s": 300_000.0},
@@ -525,7 +511,7 @@ def table_of(rows: list[dict[str, Any]], path: pathlib.Path, card: str) -> list[
     ]
 
 
-def test_best_torch_has_the_ratio_target(tmp_path: pathlib.Path) -> None:
+def test_best_torch_has_the_ratio_target(tmp_path):
     ours = {"part": "peer", "who": "gptjax --batch=32", "batch": 32, "tokens/s": 6e5, "verdict": "measured"}
     eager = ours | {"who": "torch --batch=32", "tokens/s": 4e5, "gptjax is x faster": 1.5}
     compiled = eager | {"who": "torch --batch=32 --compile", "tokens/s": 5e5, "gptjax is x faster": 1.2}
@@ -552,15 +538,13 @@ def test_best_torch_has_the_ratio_target(tmp_path: pathlib.Path) -> None:
         ("NVIDIA B200", 64, "", None),
     ],
 )
-def test_roof_is_that_of_the_same_program(
-    load: Callable[[str], Any], card: str, batch: int, loss: str, roof: str | None
-) -> None:
+def test_roof_is_that_of_the_same_program(load, card, batch, loss, roof):
     row = {"who": f"gptjax --batch={batch}{loss}", "batch": batch, "tokens/s": 1.0, "verdict": "measured"}
     shown = load("summary").with_goals("train", row, card)
     assert (str(shown.get("static roof") or "") or None) == roof
 
 
-def test_failed_row_has_no_target(tmp_path: pathlib.Path) -> None:
+def test_failed_row_has_no_target(tmp_path):
     row = {"part": "decode", "who": "gptjax", "batch": 1, "tokens/s": 5e3}
     failed = {"part": "decode", "who": "gptjax", "batch": 1, "tokens/s": 5e3, "command": "x", "verdict": "failed"}
     shown = table_of([row, failed], tmp_path / "results.jsonl", "NVIDIA H200")
@@ -570,7 +554,7 @@ def test_failed_row_has_no_target(tmp_path: pathlib.Path) -> None:
 # Whether it computes the right thing
 
 
-def test_step_products_account_for_all_matrix_flops(load: Callable[[str], Any]) -> None:
+def test_step_products_account_for_all_matrix_flops(load):
     """By their own count of FLOPs: three times the forward pass, without attention's own products."""
     train_step, found = load("train_step"), load("ceilings").step_products("small", 2)
     config = train_step.make_config("small", 2, {"steps_per_dispatch": 1})
@@ -582,7 +566,7 @@ def test_step_products_account_for_all_matrix_flops(load: Callable[[str], Any]) 
 
 
 @pytest.mark.long
-def test_updates_agree_with_the_stored_losses(load: Callable[[str], Any]) -> None:
+def test_updates_agree_with_the_stored_losses(load):
     """Those of a GPU are held against the same file."""
     correct = load("correct")
     stored = json.loads(correct.LOSSES.read_text())["losses"]
@@ -631,10 +615,10 @@ def correct(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.parametrize("stage", ["lowering", "compiling", "running"])
-def test_failing_path_loses_only_its_own_row(correct: Any, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+def test_failing_path_loses_only_its_own_row(correct, monkeypatch, stage):
     number = iter(range(100))
 
-    def lower(config: str, params: Any, tokens: Any) -> Path:
+    def lower(config, params, tokens):
         path = Path(f"{config} {next(number)}", stage if config == "triton" else "")
         path.fail("lowering")
         return path
@@ -646,12 +630,10 @@ def test_failing_path_loses_only_its_own_row(correct: Any, monkeypatch: pytest.M
     assert verdicts == {"cudnn ": "right", "xla 1": "right", "xla 2": "right"}
 
 
-def test_every_check_is_recorded_though_one_raises(
-    correct: Any, load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
-) -> None:
+def test_every_check_is_recorded_though_one_raises(correct, load, monkeypatch, tmp_path):
     """And the kernels of other compilers come last. Without a GPU every check here fails, but none costs another."""
 
-    def fail(*_: Any, **__: Any) -> Any:
+    def fail(*_, **__):
         raise RuntimeError("no kernel\nat all")
 
     for name in ("train", "generate", "lower_gradients"):
@@ -671,7 +653,7 @@ def test_every_check_is_recorded_though_one_raises(
     assert "FAILED" in load("gpu").BAD_VERDICTS, "and gpu.sh fails, too"
 
 
-def test_a_setting_that_gptjax_refuses_is_not_a_failure(load: Callable[[str], Any]) -> None:
+def test_a_setting_that_gptjax_refuses_is_not_a_failure(load):
     from gptjax.errors import ConfigError
 
     failure = load("bench").failure
@@ -681,15 +663,15 @@ def test_a_setting_that_gptjax_refuses_is_not_a_failure(load: Callable[[str], An
     assert failure(MemoryError("x" * 999)) == f"FAILED: MemoryError: {'x' * 200}"
 
 
-def test_failing_ceiling_loses_only_its_own_row(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_ceiling_loses_only_its_own_row(load, monkeypatch):
     ceilings = load("ceilings")
 
-    def time_product(name: str, *_: Any) -> float:
+    def time_product(name, *_):
         if name == "head, forward":
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
         return 1e-3
 
-    def fail(*_: Any) -> Any:
+    def fail(*_):
         raise RuntimeError("no product")
 
     monkeypatch.setattr(ceilings, "time_product", time_product)
@@ -703,15 +685,10 @@ def test_failing_ceiling_loses_only_its_own_row(load: Callable[[str], Any], monk
 
 
 @pytest.mark.parametrize("name", ["sample", "train_step"])
-def test_failing_combination_loses_only_its_own_row(
-    load: Callable[[str], Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-) -> None:
+def test_failing_combination_loses_only_its_own_row(load, monkeypatch, capsys, name):
     benchmark = load(name)
 
-    def measure(*arguments: Any) -> list[dict[str, Any]]:
+    def measure(*arguments):
         if 7 in arguments:
             raise RuntimeError("out of memory")
         return [{"case": "toy", "tokens/s": 1.0}]
@@ -727,9 +704,7 @@ def test_failing_combination_loses_only_its_own_row(
     assert ("6 rows" if name == "sample" else "2 rows") in shown
 
 
-def test_gradient_check_rejects_comparison_with_itself(
-    load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradient_check_rejects_comparison_with_itself(load, monkeypatch):
     correct = load("correct")
     paths = {"loop": ({"scan_unroll": 1}, {}, 1e-4), "too strict a limit": ({"scan_unroll": 0}, {}, 1e-12)}
     monkeypatch.setattr(correct, "PATHS", paths)
@@ -737,7 +712,7 @@ def test_gradient_check_rejects_comparison_with_itself(
     assert verdicts == ["WRONG: the same program as the reference", "WRONG"]
 
 
-def test_save_check_detects_a_damaged_restore(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_check_detects_a_damaged_restore(load, monkeypatch):
     import jax
 
     correct = load("correct")
@@ -746,7 +721,7 @@ def test_save_check_detects_a_damaged_restore(load: Callable[[str], Any], monkey
     assert correct.check_save((config, state, abstract))["verdict"] == "right"
     restore = correct.Checkpointer.restore_latest
 
-    def damaged(self: Any, abstract: Any) -> Any:
+    def damaged(self, abstract):
         restored, record = restore(self, abstract)
         return jax.tree.map(lambda leaf: leaf + 1 if leaf.shape == () else leaf, restored), record
 
@@ -770,9 +745,7 @@ NEAR, FAR = [2.0, 1.0005], [2.0, 1.002]
         ([2.0], False, "WRONG: steps are missing"),
     ],
 )
-def test_a_gpu_may_resume_with_nearly_equal_losses(
-    load: Callable[[str], Any], resumed: list[float], on_cpu: bool, verdict: str
-) -> None:
+def test_a_gpu_may_resume_with_nearly_equal_losses(load, resumed, on_cpu, verdict):
     judge = load("real_run").judge
     assert judge([[2.0, 1.0], resumed], 2, on_cpu=on_cpu, interrupted=True) == verdict
     if len(resumed) == 2:
@@ -780,7 +753,7 @@ def test_a_gpu_may_resume_with_nearly_equal_losses(
         assert wrong == "WRONG: it was not killed, or did not resume"
 
 
-def test_device_of_a_run_is_read_from_its_log(load: Callable[[str], Any]) -> None:
+def test_device_of_a_run_is_read_from_its_log(load):
     is_on_cpu = load("real_run").is_on_cpu
     assert 'f"devices: {run.machine}, mesh {mesh}' in (ROOT / "gptjax" / "setup.py").read_text()
     line = "gptjax 1 with jax\ndevices: 1 x {}, mesh data=1 fsdp=1 tensor=1, 1 process\n"

@@ -41,12 +41,12 @@ BUSY = "0, GPU-aaaa, 4, 81559\n1, GPU-bbbb, 61170, 81559\n"
         ("", None, False),
     ],
 )
-def test_only_visible_gpus_must_be_empty(answer: str, visible: str | None, empty: bool) -> None:
+def test_only_visible_gpus_must_be_empty(answer, visible, empty):
     assert empty_fraction(answer, visible) == (0.92 if empty else 0)
 
 
 @pytest.mark.parametrize(("mib", "fraction"), [(8192, 0.81), (16384, 0.9), (24576, 0.92), (143771, 0.92)])
-def test_a_small_card_keeps_enough_for_cuda(mib: int, fraction: float) -> None:
+def test_a_small_card_keeps_enough_for_cuda(mib, fraction):
     assert empty_fraction(f"0, GPU-a, 3, {mib}\n", None) == fraction
     assert (1 - fraction) * mib >= 1536
 
@@ -78,13 +78,11 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         ({"CUDA_VISIBLE_DEVICES": "1"}, True),
     ],
 )
-def test_user_choice_of_gpu_memory_is_kept(machine: dict[str, str], setting: dict[str, str], free: bool) -> None:
+def test_user_choice_of_gpu_memory_is_kept(machine, setting, free):
     assert choose_fraction(setting) == (0.92 if free else 0)
 
 
-def test_missing_plugin_or_driver_gives_fraction_zero(
-    machine: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_plugin_or_driver_gives_fraction_zero(machine, tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     assert choose_fraction({}) == 0
     (tmp_path / "nvidia-smi").unlink()
@@ -108,7 +106,7 @@ print(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"))
 
 
 @pytest.mark.parametrize(("setting", "share"), [({}, "0.92"), ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, "0.5")])
-def test_a_run_sets_and_logs_its_share(machine: dict[str, str], setting: dict[str, str], share: str) -> None:
+def test_a_run_sets_and_logs_its_share(machine, setting, share):
     started = subprocess.run(
         [sys.executable, "-c", START], env=machine | setting, capture_output=True, text=True, check=True
     )
@@ -118,7 +116,7 @@ def test_a_run_sets_and_logs_its_share(machine: dict[str, str], setting: dict[st
     assert lines == ([] if setting else [line])
 
 
-def test_importing_gptjax_sets_no_memory_fraction(machine: dict[str, str]) -> None:
+def test_importing_gptjax_sets_no_memory_fraction(machine):
     code = "import gptjax.train, jax, os; jax.devices(); print('XLA_PYTHON_CLIENT_MEM_FRACTION' in os.environ)"
     started = subprocess.run([sys.executable, "-c", code], env=machine, capture_output=True, text=True, check=True)
     assert started.stdout == "False\n"
@@ -131,7 +129,7 @@ class Absent:
         raise RuntimeError("this device is not here")
 
 
-def test_plans_count_the_share_that_a_run_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_count_the_share_that_a_run_gets(monkeypatch):
     for name in gpu_memory.FRACTIONS:
         monkeypatch.delenv(name, raising=False)
     h100, tpu = parse_topology("h100:8", 1), parse_topology("v5e:4x4", 1)
@@ -164,9 +162,7 @@ class Card:
     ("setting", "share"),
     [({}, 0.92), ({gpu_memory.VARIABLE: "0.5"}, 0.5), ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, 0.75)],
 )
-def test_local_plans_count_the_share_that_a_run_gets(
-    machine: dict[str, str], monkeypatch: pytest.MonkeyPatch, setting: dict[str, str], share: float
-) -> None:
+def test_local_plans_count_the_share_that_a_run_gets(machine, monkeypatch, setting, share):
     for name in (*gpu_memory.FRACTIONS, *gpu_memory.SHARING, "JAX_PLATFORMS"):
         monkeypatch.setenv(name, "")  # and what the plan sets is unset after the test
         monkeypatch.delenv(name)

@@ -185,7 +185,7 @@ def test_handlers_of_the_caller_keep_their_streams_and_start_no_bar(terminal, mo
     assert (tmp_path / "mine.log").read_text() == "step 10\n"
 
 
-def test_log_lines_follow_a_replaced_stdout(monkeypatch: pytest.MonkeyPatch):
+def test_log_lines_follow_a_replaced_stdout(monkeypatch):
     """Above the bar, not into it."""
     before, now = io.StringIO(), io.StringIO()
     handler = logging.StreamHandler(before)

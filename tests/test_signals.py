@@ -92,11 +92,11 @@ def test_stopped_process_is_not_treated_as_hung():
         assert process.wait(timeout=120) == 0
 
 
-def test_watchdog_attributes_have_one_writing_thread_each(monkeypatch: pytest.MonkeyPatch):
+def test_watchdog_attributes_have_one_writing_thread_each(monkeypatch):
     writers: dict[str, set[str]] = {}
 
     class Recorded(signals.Watchdog):
-        def __setattr__(self, name: str, value: object) -> None:
+        def __setattr__(self, name, value):
             writers.setdefault(name, set()).add(threading.current_thread().name)
             super().__setattr__(name, value)
 
@@ -104,7 +104,7 @@ def test_watchdog_attributes_have_one_writing_thread_each(monkeypatch: pytest.Mo
     watchdog = Recorded(1000.0)
     waits = iter([False, False, False])
 
-    def wait(seconds: float) -> bool:
+    def wait(seconds):
         done = next(waits, None) is None
         if done:
             ticks.set()
@@ -125,7 +125,7 @@ def test_watchdog_ends_a_hung_process():
     assert "no step finished in train.watchdog_timeout_seconds=2" in result.stderr
 
 
-def test_fault_point_fires_at_the_requested_passage(monkeypatch: pytest.MonkeyPatch):
+def test_fault_point_fires_at_the_requested_passage(monkeypatch):
     sent = []
     monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
     signals.fault_point("step")

@@ -3,7 +3,7 @@
 import errno
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import pytest
@@ -22,7 +22,7 @@ def entries(directory: pathlib.Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_trace_is_written_where_tensorboard_looks_for_it(said: list[str], tmp_path: pathlib.Path) -> None:
+def test_trace_is_written_where_tensorboard_looks_for_it(said, tmp_path):
     for name in ("first", "second"):
         with profiled(name == "first", str(tmp_path)):
             jax.numpy.ones(3).block_until_ready()
@@ -32,7 +32,7 @@ def test_trace_is_written_where_tensorboard_looks_for_it(said: list[str], tmp_pa
 
 
 @pytest.mark.faults
-def test_l2_link_in_place_of_the_profile_during_a_run_is_not_followed(said: list[str], tmp_path: pathlib.Path) -> None:
+def test_l2_link_in_place_of_the_profile_during_a_run_is_not_followed(said, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     run = tmp_path / "run"
@@ -64,15 +64,7 @@ def fail_in_jax(*_: object, **__: object) -> None:
         ("os", "rename", refuse, "Operation not permitted"),
     ],
 )
-def test_d3_trace_that_cannot_be_written_is_one_warning(
-    module: str,
-    name: str,
-    failure: Callable[..., None],
-    reason: str,
-    said: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: pathlib.Path,
-) -> None:
+def test_d3_trace_that_cannot_be_written_is_one_warning(module, name, failure, reason, said, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(f"gptjax.traces.{module}.{name}", failure)
         with profiled(wanted=True, directory=str(tmp_path)):
@@ -82,7 +74,7 @@ def test_d3_trace_that_cannot_be_written_is_one_warning(
 
 
 @pytest.mark.faults
-def test_d3_failed_trace_keeps_the_error_of_its_block(said: list[str], tmp_path: pathlib.Path) -> None:
+def test_d3_failed_trace_keeps_the_error_of_its_block(said, tmp_path):
     (tmp_path / "profile").touch()
     with pytest.raises(KeyError, match="of the block"), profiled(wanted=True, directory=str(tmp_path)):
         raise KeyError("of the block")

@@ -23,18 +23,18 @@ from gptjax.train import train
 from tests.helpers import raises
 
 
-def test_a_local_work_directory_holds_its_own_logs() -> None:
+def test_a_local_work_directory_holds_its_own_logs():
     assert workdir.local_directory("runs/a") == "runs/a"
     assert workdir.local_directory("runs/a", process=2) == "runs/a/process-2"
 
 
-def test_bucket_run_keeps_its_logs_in_a_local_directory() -> None:
+def test_bucket_run_keeps_its_logs_in_a_local_directory():
     assert workdir.local_directory("gs://bucket/my run") == "runs/gs-bucket-my-run"
     assert workdir.is_bucket("gs://bucket/run")
     assert not workdir.is_bucket("/runs/a b")
 
 
-def test_a_directory_with_locks_only_is_new(tmp_path: Path) -> None:
+def test_a_directory_with_locks_only_is_new(tmp_path):
     assert workdir.is_new(str(tmp_path / "missing"))
     for name in (".lock", "process-1", "process-12"):
         (tmp_path / name).touch()
@@ -43,14 +43,14 @@ def test_a_directory_with_locks_only_is_new(tmp_path: Path) -> None:
     assert not workdir.is_new(str(tmp_path))
 
 
-def test_a_bucket_with_a_run_is_not_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_with_a_run_is_not_new(tmp_path, monkeypatch):
     real = workdir.epath.Path
     monkeypatch.setattr(workdir.epath, "Path", lambda path: real(str(path).replace("gs://bucket", str(tmp_path))))
     assert workdir.is_new("gs://bucket/run")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert not workdir.is_new("gs://bucket/run")
 
-    def fail(*_: object) -> None:
+    def fail(*_):
         raise RuntimeError("403 Forbidden")
 
     monkeypatch.setattr(type(real(tmp_path)), "exists", fail)
@@ -58,7 +58,7 @@ def test_a_bucket_with_a_run_is_not_new(tmp_path: Path, monkeypatch: pytest.Monk
         workdir.is_new("gs://bucket/run")
 
 
-def test_failed_json_write_keeps_the_old_file(tmp_path: Path) -> None:
+def test_failed_json_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.json"
     workdir.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
@@ -66,7 +66,7 @@ def test_failed_json_write_keeps_the_old_file(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"a": 1}
 
 
-def test_replace_file_is_atomic_and_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replace_file_is_atomic_and_synced(tmp_path, monkeypatch):
     path, synced = tmp_path / "a", []
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(descriptor) or fsync(descriptor))
@@ -74,7 +74,7 @@ def test_replace_file_is_atomic_and_synced(tmp_path: Path, monkeypatch: pytest.M
     workdir.replace_file(str(path), b"two")
     assert (path.read_bytes(), len(synced)) == (b"two", 4), "each time the file and its directory"
 
-    def fail(*of: object) -> None:
+    def fail(*of):
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(os, "replace", fail)
@@ -83,7 +83,7 @@ def test_replace_file_is_atomic_and_synced(tmp_path: Path, monkeypatch: pytest.M
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"two")]
 
 
-def test_read_file_returns_bytes_or_none(tmp_path: Path) -> None:
+def test_read_file_returns_bytes_or_none(tmp_path):
     (tmp_path / "a").write_bytes(b"x\xff")
     assert workdir.read_file(str(tmp_path), "a") == b"x\xff"
     assert workdir.read_file(tmp_path, "b") is None
@@ -128,7 +128,7 @@ def outside(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_l2_irregular_file_is_refused_before_locking(name: str, kind: str, outside: Path, tmp_path: Path) -> None:
+def test_l2_irregular_file_is_refused_before_locking(name, kind, outside, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     make(kind, run / name, outside)
@@ -139,7 +139,7 @@ def test_l2_irregular_file_is_refused_before_locking(name: str, kind: str, outsi
 
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", [*KINDS, "a dangling link"])
-def test_l2_irregular_files_are_not_opened_during_a_run(kind: str, outside: Path, tmp_path: Path) -> None:
+def test_l2_irregular_files_are_not_opened_during_a_run(kind, outside, tmp_path):
     path = tmp_path / "samples.txt"
     if kind == "a dangling link":
         path.symlink_to(tmp_path / "missing")
@@ -161,9 +161,7 @@ def test_l2_irregular_files_are_not_opened_during_a_run(kind: str, outside: Path
 
 
 @pytest.mark.faults
-def test_l2_link_created_between_check_and_open_is_refused(
-    outside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_l2_link_created_between_check_and_open_is_refused(outside, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(outside)
     monkeypatch.setattr(workdir.os, "lstat", lambda path: os.stat(__file__))
     with pytest.raises(OSError, match=f"Errno {errno.ELOOP}"):
@@ -171,13 +169,11 @@ def test_l2_link_created_between_check_and_open_is_refused(
 
 
 @pytest.mark.faults
-def test_l2_temporary_names_cannot_be_guessed_and_are_new(
-    outside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_l2_temporary_names_cannot_be_guessed_and_are_new(outside, tmp_path, monkeypatch):
     opened = []
     real = os.open
 
-    def record(path: str, flags: int, *mode: int) -> int:
+    def record(path, flags, *mode):
         opened.append((str(path), flags))
         return real(path, flags, *mode)
 
@@ -196,7 +192,7 @@ def test_l2_temporary_names_cannot_be_guessed_and_are_new(
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "a directory"])
 @pytest.mark.parametrize("name", ["profile", "profile/plugins", "profile/plugins/profile"])
-def test_l2_irregular_profile_is_refused_before_locking(name: str, kind: str, outside: Path, tmp_path: Path) -> None:
+def test_l2_irregular_profile_is_refused_before_locking(name, kind, outside, tmp_path):
     run = tmp_path / "run"
     path = run / name
     path.parent.mkdir(parents=True)
@@ -212,7 +208,7 @@ def test_l2_irregular_profile_is_refused_before_locking(name: str, kind: str, ou
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ["tensorboard", "profile", "process-1"])
-def test_l2_linked_run_directory_is_refused(name: str, tmp_path: Path) -> None:
+def test_l2_linked_run_directory_is_refused(name, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
@@ -221,7 +217,7 @@ def test_l2_linked_run_directory_is_refused(name: str, tmp_path: Path) -> None:
         workdir.check_files(str(place))
 
 
-def test_a_link_to_a_work_directory_is_fine(tmp_path: Path) -> None:
+def test_a_link_to_a_work_directory_is_fine(tmp_path):
     (tmp_path / "real" / "elsewhere").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "real")
     (tmp_path / "real" / "checkpoints").symlink_to(tmp_path / "real" / "elsewhere")
@@ -231,7 +227,7 @@ def test_a_link_to_a_work_directory_is_fine(tmp_path: Path) -> None:
 
 
 @pytest.mark.faults
-def test_l2_oversized_file_is_not_read(tmp_path: Path) -> None:
+def test_l2_oversized_file_is_not_read(tmp_path):
     with open(tmp_path / "a", "wb") as file:
         file.truncate(10**12)
     with pytest.raises(OSError, match=f"Errno {errno.EFBIG}"):
@@ -267,8 +263,8 @@ def test_c6_a_bucket_that_cannot_be_reached_is_named(bucket, error, kind, parts,
 
 
 @pytest.mark.faults
-def test_c6_unlistable_directory_of_data_or_results_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def fail(*_: object) -> None:
+def test_c6_unlistable_directory_of_data_or_results_is_named(monkeypatch, tmp_path):
+    def fail(*_):
         raise OSError(errno.EACCES, "Permission denied")
 
     path = str(tmp_path)

@@ -1,7 +1,6 @@
 """A file of a model directory is inside it, or refused."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,11 +22,11 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["config.json", "sub/weights"])
-def test_file_inside_the_model_directory_is_resolved(model: Path, name: str) -> None:
+def test_file_inside_the_model_directory_is_resolved(model, name):
     assert resolve_inside(str(model), name) == os.path.realpath(model / name)
 
 
-def test_model_directory_may_be_relative(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_directory_may_be_relative(model, monkeypatch):
     monkeypatch.chdir(model)
     assert resolve_inside(".", "config.json") == os.path.realpath(model / "config.json")
 
@@ -47,26 +46,26 @@ def test_model_directory_may_be_relative(model: Path, monkeypatch: pytest.Monkey
         "a\nb",
     ],
 )
-def test_file_name_outside_the_directory_is_refused(model: Path, name: str) -> None:
+def test_file_name_outside_the_directory_is_refused(model, name):
     with raises(DataError, str(model), match="not the name") as error:
         resolve_inside(str(model), name)
     assert "\n" not in str(error.value)
 
 
-def test_missing_file_raises_file_not_found(model: Path) -> None:
+def test_missing_file_raises_file_not_found(model):
     with pytest.raises(FileNotFoundError):
         resolve_inside(str(model), "none")
     with pytest.raises(FileNotFoundError):
         resolve_inside(str(model / "none"), "none")
 
 
-def test_a_link_inside_is_followed(model: Path) -> None:
+def test_a_link_inside_is_followed(model):
     (model / "link").symlink_to("sub/weights")
     assert resolve_inside(str(model), "link") == os.path.realpath(model / "sub" / "weights")
 
 
 @pytest.mark.parametrize("target", ["../secret", "../nothing", "/etc/hosts", "sub/out/secret", "../model2/config.json"])
-def test_link_out_of_the_directory_is_refused(model: Path, target: str) -> None:
+def test_link_out_of_the_directory_is_refused(model, target):
     (model.parent / "model2").mkdir()
     (model.parent / "model2" / "config.json").write_text("{}")
     (model / "sub" / "out").symlink_to(model.parent)
@@ -75,13 +74,13 @@ def test_link_out_of_the_directory_is_refused(model: Path, target: str) -> None:
         resolve_inside(str(model), "link")
 
 
-def test_linked_model_directory_is_followed(model: Path) -> None:
+def test_linked_model_directory_is_followed(model):
     (model.parent / "other").symlink_to(model)
     assert resolve_inside(str(model.parent / "other"), "config.json") == os.path.realpath(model / "config.json")
 
 
 @pytest.mark.parametrize("kind", ["directory", "pipe"])
-def test_directory_or_pipe_in_place_of_a_file_is_refused(model: Path, kind: str) -> None:
+def test_directory_or_pipe_in_place_of_a_file_is_refused(model, kind):
     (model / "thing").mkdir() if kind == "directory" else os.mkfifo(model / "thing")
     with raises(DataError, str(model), match="'thing' is not"):
         resolve_inside(str(model), "thing")
@@ -100,18 +99,18 @@ def snapshot(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_snapshot_may_link_to_its_blobs(snapshot: Path) -> None:
+def test_a_snapshot_may_link_to_its_blobs(snapshot):
     assert resolve_inside(str(snapshot), "config.json") == os.path.realpath(snapshot.parent.parent / "blobs" / "abcd")
 
 
-def test_only_a_snapshot_may_link_to_blobs(snapshot: Path) -> None:
+def test_only_a_snapshot_may_link_to_blobs(snapshot):
     folder = snapshot.parent.rename(snapshot.parent.parent / "others") / snapshot.name
     with raises(DataError, str(folder), match="leads out"):
         resolve_inside(str(folder), "config.json")
 
 
 @pytest.mark.parametrize("through", ["link", "blob", "blobs"])
-def test_snapshot_link_outside_its_blobs_is_refused(snapshot: Path, tmp_path: Path, through: str) -> None:
+def test_snapshot_link_outside_its_blobs_is_refused(snapshot, tmp_path, through):
     blobs = tmp_path / "models--a--b" / "blobs"
     (snapshot / "link").symlink_to("../../blobs/secret" if through != "link" else tmp_path / "secret")
     if through == "blob":
@@ -144,13 +143,13 @@ def make_irregular(kind: str, directory: Path) -> Path:
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", IRREGULAR)
 @pytest.mark.parametrize("read", READERS, ids=lambda read: read.__module__)
-def test_v_irregular_model_file_is_named_unopened(read: Callable[[str], object], kind: str, tmp_path: Path) -> None:
+def test_v_irregular_model_file_is_named_unopened(read, kind, tmp_path):
     path = make_irregular(kind, tmp_path)
     with raises(DataError, str(path), match=f": is {IRREGULAR[kind]}, not a regular file$"):
         read(str(path))
 
 
-def test_a_model_file_may_be_a_link_to_a_file(tmp_path: Path) -> None:
+def test_a_model_file_may_be_a_link_to_a_file(tmp_path):
     (tmp_path / "weights").symlink_to(__file__)
     require_regular(str(tmp_path / "weights"))
     require_regular(str(tmp_path / "missing"))

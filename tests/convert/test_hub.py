@@ -123,7 +123,7 @@ def ranges(hub: Hub, name: str = "model.safetensors") -> list[tuple[str, int]]:
     return [(r.headers.get("range", ""), r.sent) for r in hub.fetched(name)]
 
 
-def test_download_fetches_only_the_conversion_files_of_one_commit(hub: Hub, client: Client) -> None:
+def test_download_fetches_only_the_conversion_files_of_one_commit(hub, client):
     files = SMALL | {"model.safetensors": b"safe"}
     commit = hub.add(REPO, files | OTHER | FORMATS)
     directory, pinned = client.download()
@@ -135,7 +135,7 @@ def test_download_fetches_only_the_conversion_files_of_one_commit(hub: Hub, clie
     assert [r.path for r in hub.requests if "/api/" in r.path] == [f"/api/models/{REPO}/revision/main"]
 
 
-def test_download_logs_the_commit_and_the_remaining_bytes(hub: Hub, client: Client) -> None:
+def test_download_logs_the_commit_and_the_remaining_bytes(hub, client):
     commit = hub.add(REPO, SMALL | FORMATS)
     total = sum(map(len, SMALL.values())) + len(b"safe")
     expected = [f"{REPO}@{commit}: {total} bytes to download", f"{REPO}@{commit}: 0 bytes to download"]
@@ -177,7 +177,7 @@ def test_tokenizer_of_a_repository_is_downloaded_alone_and_once(hub, client, tmp
 
 
 @pytest.mark.parametrize("chosen", ["model.safetensors", "pytorch_model.bin", "flax_model.msgpack"])
-def test_download_prefers_safetensors_then_bin_then_msgpack(hub: Hub, client: Client, chosen: str) -> None:
+def test_download_prefers_safetensors_then_bin_then_msgpack(hub, client, chosen):
     names = list(FORMATS)
     left = {name: FORMATS[name] for name in names[names.index(chosen) :]}
     hub.add(REPO, {"config.json": b"{}"} | left)
@@ -185,7 +185,7 @@ def test_download_prefers_safetensors_then_bin_then_msgpack(hub: Hub, client: Cl
 
 
 @pytest.mark.parametrize("stem", ["model.safetensors", "pytorch_model.bin"])
-def test_shards_come_with_their_index(hub: Hub, client: Client, stem: str) -> None:
+def test_shards_come_with_their_index(hub, client, stem):
     name, _, ending = stem.partition(".")
     shards = {f"{name}-0000{i}-of-00002.{ending}": bytes([i]) for i in (1, 2)} | {f"{stem}.index.json": b"{}"}
     hub.add(REPO, {"config.json": b"{}"} | shards | {"flax_model.msgpack": b"", f"{name}-x.{ending}": b""})
@@ -193,13 +193,13 @@ def test_shards_come_with_their_index(hub: Hub, client: Client, stem: str) -> No
 
 
 @pytest.mark.parametrize("files", [FORMATS, SMALL, SMALL | HALF])
-def test_repository_without_a_complete_model_is_refused(hub: Hub, client: Client, files: dict[str, bytes]) -> None:
+def test_repository_without_a_complete_model_is_refused(hub, client, files):
     hub.add(REPO, files)
     assert "needs config.json and one of model.safetensors" in client.fail(expect=65)
     assert hub.fetched() == []
 
 
-def test_revision_may_be_a_tag_or_a_commit(hub: Hub, client: Client) -> None:
+def test_revision_may_be_a_tag_or_a_commit(hub, client):
     old = hub.add(REPO, SMALL | {"model.safetensors": b"old"}, ref="v1")
     hub.add(REPO, SMALL | {"model.safetensors": b"new"})
     for revision in ("v1", old):
@@ -209,7 +209,7 @@ def test_revision_may_be_a_tag_or_a_commit(hub: Hub, client: Client) -> None:
 
 
 @pytest.mark.parametrize("reset", [False, True])
-def test_cut_connection_resumes_the_download_by_range(hub: Hub, client: Client, reset: bool) -> None:
+def test_cut_connection_resumes_the_download_by_range(hub, client, reset):
     hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
     hub.cuts["model.safetensors"] = iter([CUT])
     hub.reset = reset
@@ -221,7 +221,7 @@ def test_cut_connection_resumes_the_download_by_range(hub: Hub, client: Client, 
     assert 0 < kept <= CUT if reset else kept == CUT  # a reset may take what was not yet received
 
 
-def test_killed_download_resumes_in_a_new_process(hub: Hub, client: Client) -> None:
+def test_killed_download_resumes_in_a_new_process(hub, client):
     hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
     hub.stalls["model.safetensors"] = CUT
     with client.start() as process:
@@ -235,7 +235,7 @@ def test_killed_download_resumes_in_a_new_process(hub: Hub, client: Client) -> N
     assert contents(client.download()[0])["model.safetensors"] == WEIGHTS
 
 
-def test_two_processes_get_a_file_once(hub: Hub, client: Client) -> None:
+def test_two_processes_get_a_file_once(hub, client):
     hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
     hub.stalls["model.safetensors"] = CUT
     with client.start() as first, client.start() as second:
@@ -249,7 +249,7 @@ def test_two_processes_get_a_file_once(hub: Hub, client: Client) -> None:
     assert not list(client.home.rglob("*.gptjax"))
 
 
-def test_download_resumes_by_the_same_command_after_giving_up(hub: Hub, client: Client) -> None:
+def test_download_resumes_by_the_same_command_after_giving_up(hub, client):
     hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
     hub.cuts["model.safetensors"] = itertools.chain([CUT], itertools.repeat(0))
     line = client.fail(expect=69)
@@ -262,7 +262,7 @@ def test_download_resumes_by_the_same_command_after_giving_up(hub: Hub, client: 
     assert (directory / "model.safetensors").read_bytes() == WEIGHTS
 
 
-def test_download_restarts_if_the_server_ignores_ranges(hub: Hub, client: Client) -> None:
+def test_download_restarts_if_the_server_ignores_ranges(hub, client):
     hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
     hub.cuts["model.safetensors"] = iter([CUT])
     hub.deaf = True
@@ -272,7 +272,7 @@ def test_download_restarts_if_the_server_ignores_ranges(hub: Hub, client: Client
 
 
 @pytest.mark.parametrize("size", [len(WEIGHTS) - 1, len(WEIGHTS) + 1])
-def test_file_of_the_wrong_size_is_refused_and_redownloaded(hub: Hub, client: Client, size: int) -> None:
+def test_file_of_the_wrong_size_is_refused_and_redownloaded(hub, client, size):
     hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
     hub.announced["model.safetensors"] = size
     line = client.fail(expect=65)
@@ -284,7 +284,7 @@ def test_file_of_the_wrong_size_is_refused_and_redownloaded(hub: Hub, client: Cl
     assert contents(client.download()[0])["model.safetensors"] == WEIGHTS
 
 
-def test_unsatisfiable_range_is_refused_and_the_file_redownloaded(hub: Hub, client: Client) -> None:
+def test_unsatisfiable_range_is_refused_and_the_file_redownloaded(hub, client):
     hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
     hub.cuts["model.safetensors"] = iter([CUT])
     hub.statuses["/resolve/.*safetensors"] = iter([0, 416])
@@ -293,7 +293,7 @@ def test_unsatisfiable_range_is_refused_and_the_file_redownloaded(hub: Hub, clie
     assert ranges(hub)[-1] == ("", len(WEIGHTS))
 
 
-def test_damaged_weights_are_refused_and_redownloaded(hub: Hub, client: Client) -> None:
+def test_damaged_weights_are_refused_and_redownloaded(hub, client):
     hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
     hub.damaged.add("model.safetensors")
     assert "model.safetensors is damaged: its SHA-256 differs" in client.fail(expect=65)
@@ -302,13 +302,13 @@ def test_damaged_weights_are_refused_and_redownloaded(hub: Hub, client: Client) 
     assert ranges(hub)[-1] == ("", len(WEIGHTS))
 
 
-def test_missing_repository_or_revision_is_reported(hub: Hub, client: Client) -> None:
+def test_missing_repository_or_revision_is_reported(hub, client):
     hub.add("someone/else", SMALL)
     assert f"{REPO}@main: no such repository (404)" in client.fail(expect=65)
     assert "someone/else@v9: no such revision (404)" in client.fail("download", "someone/else", "v9", expect=65)
 
 
-def test_private_repository_error_asks_for_a_token(hub: Hub, client: Client) -> None:
+def test_private_repository_error_asks_for_a_token(hub, client):
     hub.add(REPO, SMALL | FORMATS)
     hub.token = TOKEN
     assert f"{REPO}@main: access refused (401)" in (line := client.fail(expect=65))
@@ -317,7 +317,7 @@ def test_private_repository_error_asks_for_a_token(hub: Hub, client: Client) -> 
     assert "access refused (403)" in client.fail(expect=65, HF_TOKEN=TOKEN)
 
 
-def test_server_errors_are_retried_a_few_times(hub: Hub, client: Client) -> None:
+def test_server_errors_are_retried_a_few_times(hub, client):
     hub.add(REPO, SMALL | FORMATS)
     hub.statuses["/revision/"] = itertools.repeat(500)
     assert "the server has a problem (500); rerun the same command" in client.fail(expect=69)
@@ -327,7 +327,7 @@ def test_server_errors_are_retried_a_few_times(hub: Hub, client: Client) -> None
     assert [r.status for r in hub.fetched("model.safetensors")] == [503, 200]
 
 
-def test_refused_connection_fails_within_30_seconds(client: Client) -> None:
+def test_refused_connection_fails_within_30_seconds(client):
     with socket.socket() as unused:  # bound, but it does not listen
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
@@ -336,12 +336,12 @@ def test_refused_connection_fails_within_30_seconds(client: Client) -> None:
     assert time.monotonic() - start < 30
 
 
-def test_invalid_hub_answer_error_names_hf_endpoint(hub: Hub, client: Client) -> None:
+def test_invalid_hub_answer_error_names_hf_endpoint(hub, client):
     hub.statuses["/revision/"] = iter([200])
     assert f"{hub.url}: it does not answer as a Hub does; check HF_ENDPOINT" in client.fail(expect=69)
 
 
-def test_offline_uses_the_cache_without_a_connection(hub: Hub, client: Client) -> None:
+def test_offline_uses_the_cache_without_a_connection(hub, client):
     commit = hub.add(REPO, SMALL | FORMATS)
     found = client.download()
     hub.requests.clear()
@@ -351,7 +351,7 @@ def test_offline_uses_the_cache_without_a_connection(hub: Hub, client: Client) -
     assert "unset it" in client.fail("download", REPO, "v9", expect=69, HF_HUB_OFFLINE="1")
 
 
-def test_offline_mode_refuses_an_incomplete_download(hub: Hub, client: Client) -> None:
+def test_offline_mode_refuses_an_incomplete_download(hub, client):
     commit = hub.add(REPO, SMALL | FORMATS)
     assert f"{REPO}@main: not in " in client.fail(expect=69, HF_HUB_OFFLINE="1")
     hub.statuses["/resolve/.*safetensors"] = iter([404])
@@ -361,7 +361,7 @@ def test_offline_mode_refuses_an_incomplete_download(hub: Hub, client: Client) -
         assert "HF_HUB_OFFLINE" in client.fail("download", REPO, revision, expect=69, HF_HUB_OFFLINE="1")
 
 
-def test_huggingface_hub_finds_the_download_in_its_cache(hub: Hub, client: Client) -> None:
+def test_huggingface_hub_finds_the_download_in_its_cache(hub, client):
     hub.add(REPO, SMALL | FORMATS)
     directory, _ = client.download()
     code = f"import huggingface_hub as h; print(h.snapshot_download({REPO!r}, local_files_only=True))"
@@ -370,7 +370,7 @@ def test_huggingface_hub_finds_the_download_in_its_cache(hub: Hub, client: Clien
     assert done.stdout == f"{directory}\n"
 
 
-def test_only_the_environment_token_is_sent_and_never_printed(hub: Hub, client: Client) -> None:
+def test_only_the_environment_token_is_sent_and_never_printed(hub, client):
     hub.add(REPO, SMALL | FORMATS)
     client.home.mkdir()
     (client.home / "token").write_text("hf_OnDisk")
@@ -392,24 +392,24 @@ def test_only_the_environment_token_is_sent_and_never_printed(hub: Hub, client: 
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "a b", "../x", "a--b/c", ""])
-def test_invalid_repository_name_is_refused(name: str) -> None:
+def test_invalid_repository_name_is_refused(name):
     with raises(ConfigError, f"{name}@main", match="repository"):
         download(name)
 
 
 @pytest.mark.parametrize("name", ["../../x", "/x", "a..b"])
-def test_invalid_revision_name_is_refused(name: str) -> None:
+def test_invalid_revision_name_is_refused(name):
     with raises(ConfigError, f"{REPO}@{name}", match="revision"):
         download(REPO, name)
 
 
-def test_unwritable_cache_is_named_in_the_error(client: Client, hub: Hub, tmp_path: pathlib.Path) -> None:
+def test_unwritable_cache_is_named_in_the_error(client, hub, tmp_path):
     hub.add(REPO, SMALL | FORMATS)
     (tmp_path / "file").touch()
     assert f"{tmp_path}/file" in client.fail(expect=73, HF_HOME=str(tmp_path / "file" / "hf"))
 
 
-def test_missing_huggingface_hub_error_states_what_to_install(client: Client, tmp_path: pathlib.Path) -> None:
+def test_missing_huggingface_hub_error_states_what_to_install(client, tmp_path):
     (tmp_path / "huggingface_hub.py").write_text("raise ImportError('not here')\n")
     path = os.pathsep.join([str(tmp_path), client.environment["PYTHONPATH"]])
     for call in (("download", REPO), ("upload", str(tmp_path), REPO)):
@@ -426,7 +426,7 @@ def exported(tmp_path: pathlib.Path) -> pathlib.Path:
     return directory
 
 
-def test_an_upload_is_one_commit_of_all_files(hub: Hub, client: Client, exported: pathlib.Path) -> None:
+def test_an_upload_is_one_commit_of_all_files(hub, client, exported):
     hub.token = TOKEN
     done = client.call("upload", str(exported), REPO, HF_TOKEN=TOKEN)
     commit = hub.refs[REPO, "main"]
@@ -440,7 +440,7 @@ def test_an_upload_is_one_commit_of_all_files(hub: Hub, client: Client, exported
     assert hub.snapshots[REPO, hub.refs[REPO, "main"]] == expected | {"merges.txt": b"new"}
 
 
-def test_an_upload_needs_a_token_and_files(hub: Hub, client: Client, exported: pathlib.Path) -> None:
+def test_an_upload_needs_a_token_and_files(hub, client, exported):
     client.home.mkdir()
     (client.home / "token").write_text("hf_OnDisk")
     assert "set HF_TOKEN" in client.fail("upload", str(exported), REPO, expect=2)
@@ -450,7 +450,7 @@ def test_an_upload_needs_a_token_and_files(hub: Hub, client: Client, exported: p
     assert hub.requests == []
 
 
-def test_refused_upload_reports_the_reason_without_the_token(hub: Hub, client: Client, exported: pathlib.Path) -> None:
+def test_refused_upload_reports_the_reason_without_the_token(hub, client, exported):
     hub.token = "another"
     assert "access refused (401)" in client.fail("upload", str(exported), REPO, expect=65, HF_TOKEN=TOKEN)
     assert "not the name" in client.fail("upload", str(exported), "a/b/c", expect=2, HF_TOKEN=TOKEN)

@@ -3,7 +3,6 @@
 import hashlib
 import math
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -72,7 +71,7 @@ def convert(folder, source, target):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_round_trip_is_byte_equal_within_the_memory_limit(tmp_path: pathlib.Path, size):
+def test_round_trip_is_byte_equal_within_the_memory_limit(tmp_path, size):
     n_layer, n_head, n_embd = SIZES[size]
     config = {"vocab_size": 50257, "n_positions": 1024, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
     expected = write_random(tmp_path / "a", config)

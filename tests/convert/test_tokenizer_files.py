@@ -54,7 +54,7 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_written_gpt2_tokenizer_equals_the_published_files(gpt2_folder: Path) -> None:
+def test_written_gpt2_tokenizer_equals_the_published_files(gpt2_folder):
     assert sorted(os.listdir(gpt2_folder)) == ["merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
     assert (gpt2_folder / "merges.txt").read_bytes() == published("vocab.bpe")
     assert read_json(gpt2_folder / "vocab.json") == json.loads(published("encoder.json"))
@@ -63,13 +63,13 @@ def test_written_gpt2_tokenizer_equals_the_published_files(gpt2_folder: Path) ->
     assert model["merges"] == published("vocab.bpe").decode().split("\n")[1:-1]
 
 
-def test_gpt2_is_written_quickly(gpt2: Tokenizer, tmp_path: Path) -> None:
+def test_gpt2_is_written_quickly(gpt2, tmp_path):
     start = time.process_time()
     write_tokenizer(gpt2, str(tmp_path), block_size=1024)
     assert time.process_time() - start < 3
 
 
-def test_tokenizer_config_states_special_tokens_and_class(gpt2_folder: Path) -> None:
+def test_tokenizer_config_states_special_tokens_and_class(gpt2_folder):
     settings = read_json(gpt2_folder / "tokenizer_config.json")
     assert [settings[f"{name}_token"] for name in ("bos", "eos", "unk")] == [END_OF_TEXT] * 3
     assert settings["model_max_length"] == 1024
@@ -77,7 +77,7 @@ def test_tokenizer_config_states_special_tokens_and_class(gpt2_folder: Path) -> 
     assert settings["clean_up_tokenization_spaces"] is False
 
 
-def test_another_pattern_is_written_in_the_syntax_of_tokenizers(tmp_path: Path) -> None:
+def test_another_pattern_is_written_in_the_syntax_of_tokenizers(tmp_path):
     write_tokenizer(custom(), str(tmp_path), block_size=64)
     split, byte_level = read_json(tmp_path / "tokenizer.json")["pre_tokenizer"]["pretokenizers"]
     assert split["pattern"]["Regex"] == PATTERN.replace(r"\p{N}{1,3}+", r"(?>\p{N}{1,3})").replace("$", r"\z")
@@ -97,7 +97,7 @@ ROUND_TRIPS: dict[str, Callable[[], Tokenizer]] = {
 
 
 @pytest.mark.parametrize("case", ROUND_TRIPS)
-def test_written_tokenizer_reads_back_with_the_same_hash(case: str, tmp_path: Path) -> None:
+def test_written_tokenizer_reads_back_with_the_same_hash(case, tmp_path):
     tokenizer = ROUND_TRIPS[case]()
     write_tokenizer(tokenizer, str(tmp_path / "new"), block_size=64)
     again, line = read_tokenizer(str(tmp_path / "new"))
@@ -123,7 +123,7 @@ def foreign(folder: Path, tokenizer: Tokenizer) -> Path:
 
 @pytest.mark.parametrize("removed", [[], ["tokenizer_config.json"], ["tokenizer_config.json", "tokenizer.json"]])
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
-def test_built_in_tokenizer_is_recognized_by_its_tokens(name: str, removed: list[str], tmp_path: Path) -> None:
+def test_built_in_tokenizer_is_recognized_by_its_tokens(name, removed, tmp_path):
     tokenizer = load_tokenizer(name)
     folder = foreign(tmp_path / "any", tokenizer)
     for file in removed:
@@ -133,7 +133,7 @@ def test_built_in_tokenizer_is_recognized_by_its_tokens(name: str, removed: list
     assert again.sha256 == tokenizer.sha256
 
 
-def test_a_foreign_tokenizer_is_named_as_its_directory(tmp_path: Path) -> None:
+def test_a_foreign_tokenizer_is_named_as_its_directory(tmp_path):
     tokenizer = custom(PATTERN.replace("{1,3}+", "{1,3}").replace("$", r"\z"), name="theirs")
     again, line = read_tokenizer(str(foreign(tmp_path / "theirs", tokenizer)))
     assert again is not None
@@ -141,13 +141,13 @@ def test_a_foreign_tokenizer_is_named_as_its_directory(tmp_path: Path) -> None:
     assert line.startswith("tokenizer 'theirs'")
 
 
-def test_a_foreign_tokenizer_does_not_take_a_built_in_name(tmp_path: Path) -> None:
+def test_a_foreign_tokenizer_does_not_take_a_built_in_name(tmp_path):
     again, _ = read_tokenizer(str(foreign(tmp_path / "gpt2", custom(GPT2_PATTERN))))
     assert again is not None
     assert (again.name, again.pattern) == ("gpt2-custom", GPT2_PATTERN)
 
 
-def test_stored_name_is_ignored_for_changed_files(tmp_path: Path) -> None:
+def test_stored_name_is_ignored_for_changed_files(tmp_path):
     write_tokenizer(custom(), str(tmp_path / "it"), block_size=64)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     again, _ = read_tokenizer(
@@ -157,7 +157,7 @@ def test_stored_name_is_ignored_for_changed_files(tmp_path: Path) -> None:
     assert (again.name, again.pattern) == ("it", GPT2_PATTERN)
 
 
-def test_merges_may_be_pairs(tmp_path: Path) -> None:
+def test_merges_may_be_pairs(tmp_path):
     folder = foreign(tmp_path, load_tokenizer("gpt2"))
     split = lambda saved: saved["model"].update(merges=[merge.split(" ") for merge in saved["model"]["merges"]])  # noqa: E731
     again, _ = read_tokenizer(edited(folder, "tokenizer.json", split))
@@ -165,7 +165,7 @@ def test_merges_may_be_pairs(tmp_path: Path) -> None:
     assert again.name == "gpt2"
 
 
-def test_added_tokens_are_left_out_and_reported(tmp_path: Path) -> None:
+def test_added_tokens_are_left_out_and_reported(tmp_path):
     added = [{"id": 268 + i, "content": content} for i, content in enumerate(["[PAD]", "a\nb", "日"])]
     write_tokenizer(custom(), str(tmp_path), block_size=64)
     again, line = read_tokenizer(edited(tmp_path, "tokenizer.json", lambda saved: saved["added_tokens"].extend(added)))
@@ -174,21 +174,21 @@ def test_added_tokens_are_left_out_and_reported(tmp_path: Path) -> None:
     assert line == r"tokenizer 'mine', 268 tokens; left out: '[PAD]', 'a\nb', '\u65e5'"
 
 
-def test_many_tokens_left_out_are_counted(tmp_path: Path) -> None:
+def test_many_tokens_left_out_are_counted(tmp_path):
     added = [{"id": 300 + i, "content": f"<{i}>"} for i in range(1000)]
     write_tokenizer(custom(), str(tmp_path), block_size=64)
     _, line = read_tokenizer(edited(tmp_path, "tokenizer.json", lambda saved: saved["added_tokens"].extend(added)))
     assert line.endswith("'<0>', '<1>', '<2>', '<3>', '<4>' and 995 more")
 
 
-def test_template_post_processor_is_left_out_and_reported(tmp_path: Path) -> None:
+def test_template_post_processor_is_left_out_and_reported(tmp_path):
     write_tokenizer(custom(), str(tmp_path), block_size=64)
     template = {"type": "TemplateProcessing"}
     _, line = read_tokenizer(edited(tmp_path, "tokenizer.json", lambda saved: saved.update(post_processor=template)))
     assert line == "tokenizer 'mine', 268 tokens; left out: post_processor 'TemplateProcessing'"
 
 
-def test_vocab_and_merges_may_have_added_tokens_and_crlf(tmp_path: Path) -> None:
+def test_vocab_and_merges_may_have_added_tokens_and_crlf(tmp_path):
     folder = foreign(tmp_path / "old", custom(GPT2_PATTERN, name="old"))
     (folder / "tokenizer.json").unlink()
     merges = (folder / "merges.txt").read_bytes()
@@ -203,7 +203,7 @@ def test_vocab_and_merges_may_have_added_tokens_and_crlf(tmp_path: Path) -> None
     assert line.endswith("left out: '[PAD]'")
 
 
-def test_directory_without_a_tokenizer_is_reported(tmp_path: Path) -> None:
+def test_directory_without_a_tokenizer_is_reported(tmp_path):
     (tmp_path / "vocab.json").write_text("{}")
     tokenizer, line = read_tokenizer(str(tmp_path))
     assert tokenizer is None
@@ -285,7 +285,7 @@ FOREIGN: dict[str, Callable[[Any], object]] = {
 
 
 @pytest.mark.parametrize("why", FOREIGN)
-def test_a_foreign_tokenizer_is_refused_in_one_line(why: str, tmp_path: Path) -> None:
+def test_a_foreign_tokenizer_is_refused_in_one_line(why, tmp_path):
     folder = foreign(tmp_path, custom())
     tokenizer, line = read_tokenizer(edited(folder, "tokenizer.json", FOREIGN[why]))
     assert tokenizer is None
@@ -303,9 +303,7 @@ def test_a_foreign_tokenizer_is_refused_in_one_line(why: str, tmp_path: Path) ->
         ("tokenizer_config.json", r"(?:x+x+)+(?=y)|(?s).", "million steps"),
     ],
 )
-def test_z1_hostile_pattern_in_a_foreign_file_is_refused(
-    file: str, pattern: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_z1_hostile_pattern_in_a_foreign_file_is_refused(file, pattern, why, tmp_path, monkeypatch):
     monkeypatch.setattr(patterns, "SECONDS", 1)
     if file == "tokenizer.json":
         edited(foreign(tmp_path, custom()), file, split(pattern={"Regex": pattern}))
@@ -317,7 +315,7 @@ def test_z1_hostile_pattern_in_a_foreign_file_is_refused(
 
 
 @pytest.mark.faults
-def test_z1_foreign_pattern_unusable_by_tiktoken_is_not_damage(tmp_path: Path) -> None:
+def test_z1_foreign_pattern_unusable_by_tiktoken_is_not_damage(tmp_path):
     folder = foreign(tmp_path, custom())
     tokenizer, line = read_tokenizer(edited(folder, "tokenizer.json", split(pattern={"Regex": "a*"})))
     assert tokenizer is None
@@ -328,9 +326,7 @@ def test_z1_foreign_pattern_unusable_by_tiktoken_is_not_damage(tmp_path: Path) -
 @pytest.mark.parametrize("kind", ["GPT2Tokenizer", "GPT2TokenizerFast", None, "PreTrainedTokenizerFast"])
 @pytest.mark.parametrize("in_settings", [True, False, None])
 @pytest.mark.parametrize("in_file", [True, False])
-def test_prefix_space_is_that_of_the_settings_for_gpt2tokenizer_only(
-    tmp_path: Path, in_file: bool, in_settings: bool | None, kind: str | None
-) -> None:
+def test_prefix_space_is_that_of_the_settings_for_gpt2tokenizer_only(tmp_path, in_file, in_settings, kind):
     folder = foreign(tmp_path, custom(GPT2_PATTERN))
     edited(folder, "tokenizer.json", lambda saved: saved["pre_tokenizer"].update(add_prefix_space=in_file))
     settings = {"add_prefix_space": in_settings, "tokenizer_class": kind}
@@ -364,7 +360,7 @@ def with_specials(kind: str, pattern: str = PATTERN, *, prefix_space: bool = Fal
 
 
 @pytest.mark.parametrize("kind", SPECIALS)
-def test_end_of_text_may_have_any_id(tmp_path: Path, kind: str) -> None:
+def test_end_of_text_may_have_any_id(tmp_path, kind):
     tokenizer = with_specials(kind)
     before, after, eot = SPECIALS[kind]
     again, note = read_tokenizer(str(foreign(tmp_path / "mine", tokenizer)))
@@ -387,7 +383,7 @@ def test_end_of_text_may_have_any_id(tmp_path: Path, kind: str) -> None:
     assert (loaded.encode(text), loaded.eot_id, loaded.specials) == (ids, again.eot_id, again.specials)
 
 
-def test_long_blanks_have_the_ids_of_text_behind_special_tokens() -> None:
+def test_long_blanks_have_the_ids_of_text_behind_special_tokens():
     blanks = " " * 5_000_000
     ids = with_specials("run_clm_flax", GPT2_PATTERN).encode(blanks)
     assert [number - 5 for number in ids] == custom(GPT2_PATTERN).encode(blanks)
@@ -405,14 +401,14 @@ BAD_SPECIALS: dict[str, Callable[[Any], object]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_SPECIALS)
-def test_damaged_special_tokens_of_a_saved_tokenizer_are_refused(tmp_path: Path, kind: str) -> None:
+def test_damaged_special_tokens_of_a_saved_tokenizer_are_refused(tmp_path, kind):
     with_specials("first").save(str(tmp_path / "it.json"))
     edited(tmp_path, "it.json", BAD_SPECIALS[kind])
     with raises(DataError, f"{tmp_path}/it.json"):
         load_tokenizer(str(tmp_path / "it.json"))
 
 
-def test_vocab_and_merges_alone_are_refused_for_other_classes(tmp_path: Path) -> None:
+def test_vocab_and_merges_alone_are_refused_for_other_classes(tmp_path):
     write_tokenizer(custom(), str(tmp_path), block_size=64)
     (tmp_path / "tokenizer.json").unlink()
     tokenizer, line = read_tokenizer(str(tmp_path))
@@ -433,14 +429,14 @@ def test_vocab_and_merges_alone_are_refused_for_other_classes(tmp_path: Path) ->
         (custom(r"(?!\s)|\s|\S", [b"th"]), "does not cut text"),
     ],
 )
-def test_tokenizer_unusable_by_other_programs_is_not_written(tokenizer: Tokenizer, why: str, tmp_path: Path) -> None:
+def test_tokenizer_unusable_by_other_programs_is_not_written(tokenizer, why, tmp_path):
     with raises(DataError, "tokenizer mine", match=why) as error:
         write_tokenizer(tokenizer, str(tmp_path), block_size=64)
     assert "\n" not in str(error.value)
     assert os.listdir(tmp_path) == []
 
 
-def test_tokenizer_with_end_of_text_as_text_is_refused(tmp_path: Path) -> None:
+def test_tokenizer_with_end_of_text_as_text_is_refused(tmp_path):
     merged = [END_OF_TEXT.encode()[:end] for end in range(2, len(END_OF_TEXT) + 1)]
     with raises(DataError, "tokenizer mine", match="token of text"):
         write_tokenizer(custom(merged=merged), str(tmp_path), block_size=64)
@@ -452,7 +448,7 @@ def test_tokenizer_with_end_of_text_as_text_is_refused(tmp_path: Path) -> None:
     [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 1_000_000, b'{"a":' * 1_000_000, b'{"a":' + b"9" * 5000 + b"}"],
     ids=lambda content: content[:9].decode("latin-1"),
 )
-def test_a_damaged_file_is_named(file: str, content: bytes, tmp_path: Path) -> None:
+def test_a_damaged_file_is_named(file, content, tmp_path):
     write_tokenizer(custom(GPT2_PATTERN), str(tmp_path), block_size=64)
     (tmp_path / file).write_bytes(content)
     if file == "vocab.json":
@@ -467,7 +463,7 @@ MODEL_KEYS = ["type", "vocab", "merges"]
 
 
 @pytest.mark.parametrize("value", [3, 0.5, True, "x", [3], ["x"], {"x": "y"}, {"x": 1e9}, [[["x"]]]], ids=repr)
-def test_wrong_json_types_are_refused_or_ignored(value: object, tmp_path: Path) -> None:
+def test_wrong_json_types_are_refused_or_ignored(value, tmp_path):
     for key in [*KEYS, *MODEL_KEYS]:
         write_tokenizer(custom(), str(tmp_path), block_size=64)
         place = (lambda saved: saved["model"]) if key in MODEL_KEYS else (lambda saved: saved)
@@ -483,21 +479,21 @@ def test_wrong_json_types_are_refused_or_ignored(value: object, tmp_path: Path) 
 @pytest.mark.parametrize(
     "change", [{"added_tokens_decoder": {"x": {}}}, {"gptjax": 3}, {"gptjax": {"name": 3}}], ids=str
 )
-def test_damaged_tokenizer_config_is_refused(change: dict[str, object], tmp_path: Path) -> None:
+def test_damaged_tokenizer_config_is_refused(change, tmp_path):
     write_tokenizer(custom(GPT2_PATTERN), str(tmp_path), block_size=64)
     (tmp_path / "tokenizer.json").unlink()
     with raises(DataError, str(tmp_path), match="damaged"):
         read_tokenizer(edited(tmp_path, "tokenizer_config.json", lambda saved: saved.update(change)))
 
 
-def test_a_file_of_enormous_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_enormous_size_is_refused(tmp_path, monkeypatch):
     write_tokenizer(custom(), str(tmp_path), block_size=64)
     monkeypatch.setattr(tokenizer_files, "MAX_FILE_BYTES", 1000)
     with raises(DataError, str(tmp_path), match="larger than 1,000"):
         read_tokenizer(str(tmp_path))
 
 
-def test_link_out_of_the_directory_is_refused(tmp_path: Path) -> None:
+def test_link_out_of_the_directory_is_refused(tmp_path):
     write_tokenizer(custom(), str(tmp_path / "model"), block_size=64)
     (tmp_path / "model" / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     (tmp_path / "model" / "tokenizer.json").symlink_to("../tokenizer.json")

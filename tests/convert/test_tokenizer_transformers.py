@@ -88,9 +88,7 @@ NAMES = ["gpt2", "bytes", *PATTERNS]
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_transformers_gives_our_ids_for_hard_texts(
-    name: str, text: str, root: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_transformers_gives_our_ids_for_hard_texts(name, text, root, capfd):
     ours, theirs = pair(name, root)
     ids = theirs(text)["input_ids"]
     assert ids == ours.encode(text)
@@ -101,7 +99,7 @@ def test_transformers_gives_our_ids_for_hard_texts(
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=100)
 @given(text=st.text(max_size=60) | st.text("aeth1 '\r\n\t12sS.\u017f\x85", max_size=60))
-def test_transformers_gives_our_ids_for_any_text(name: str, root: Path, text: str) -> None:
+def test_transformers_gives_our_ids_for_any_text(name, root, text):
     ours, theirs = pair(name, root)
     ids = theirs(text)["input_ids"]
     assert ids == ours.encode(text)
@@ -109,7 +107,7 @@ def test_transformers_gives_our_ids_for_any_text(name: str, root: Path, text: st
 
 
 @pytest.mark.parametrize("name", ["gpt2", "cl100k"])
-def test_transformers_gives_our_ids_for_every_character(name: str, root: Path) -> None:
+def test_transformers_gives_our_ids_for_every_character(name, root):
     ours, theirs = pair(name, root)
     letters = [chr(code) for code in range(0x20000) if not 0xD800 <= code < 0xE000]  # all planes took 25 s
     for start in range(0, len(letters), 1000):
@@ -117,13 +115,13 @@ def test_transformers_gives_our_ids_for_every_character(name: str, root: Path) -
         assert theirs(text, verbose=False)["input_ids"] == ours.encode(text)
 
 
-def test_patterns_of_these_tests_give_different_ids() -> None:
+def test_patterns_of_these_tests_give_different_ids():
     ids = {tuple(grow(pattern).encode("".join(TEXTS))) for pattern in PATTERNS.values()}
     assert len(ids) == len(PATTERNS) - 1  # Llama 3's is cl100k's without possessive quantifiers
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_end_of_text_is_bos_eos_and_unk_in_transformers(name: str, root: Path) -> None:
+def test_end_of_text_is_bos_eos_and_unk_in_transformers(name, root):
     ours, theirs = pair(name, root)
     assert [theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id] == [ours.eot_id] * 3
     assert len(theirs) == ours.vocab_size
@@ -133,7 +131,7 @@ def test_end_of_text_is_bos_eos_and_unk_in_transformers(name: str, root: Path) -
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_transformers_keeps_the_written_class_and_pre_tokenizer(name: str, root: Path) -> None:
+def test_transformers_keeps_the_written_class_and_pre_tokenizer(name, root):
     ours, theirs = pair(name, root)
     wanted = "GPT2Tokenizer" if ours.pattern == GPT2_PATTERN else "TokenizersBackend"
     assert type(theirs).__name__ == wanted
@@ -143,7 +141,7 @@ def test_transformers_keeps_the_written_class_and_pre_tokenizer(name: str, root:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tokenizers_library_gives_our_ids_from_the_file(name: str, root: Path) -> None:
+def test_tokenizers_library_gives_our_ids_from_the_file(name, root):
     ours, _ = pair(name, root)
     theirs = tokenizers.Tokenizer.from_file(str(root / name / "tokenizer.json"))
     for text in TEXTS:
@@ -152,7 +150,7 @@ def test_tokenizers_library_gives_our_ids_from_the_file(name: str, root: Path) -
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tokenizer_resaved_by_transformers_keeps_its_hash(name: str, root: Path, tmp_path: Path) -> None:
+def test_tokenizer_resaved_by_transformers_keeps_its_hash(name, root, tmp_path):
     ours, theirs = pair(name, root)
     theirs.save_pretrained(str(tmp_path))
     again, line = read_tokenizer(str(tmp_path))
@@ -160,7 +158,7 @@ def test_tokenizer_resaved_by_transformers_keeps_its_hash(name: str, root: Path,
     assert again.sha256 == ours.sha256
 
 
-def test_padding_token_of_transformers_is_left_out(root: Path, tmp_path: Path) -> None:
+def test_padding_token_of_transformers_is_left_out(root, tmp_path):
     ours, _ = pair("gpt2", root)
     theirs = load(root / "gpt2")
     theirs.add_special_tokens({"pad_token": "[PAD]"})
@@ -188,7 +186,7 @@ def train(folder: Path, *, special_first: bool) -> Any:
     return theirs
 
 
-def test_tokenizer_trained_by_tokenizers_gives_the_same_ids(tmp_path: Path) -> None:
+def test_tokenizer_trained_by_tokenizers_gives_the_same_ids(tmp_path):
     theirs = train(tmp_path / "trained", special_first=False)
     ours, line = read_tokenizer(str(tmp_path / "trained"))
     assert ours is not None, line
@@ -206,7 +204,7 @@ TRAINED = {
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_tokenizer_trained_with_special_tokens_first_has_the_same_ids(name: str, tmp_path: Path) -> None:
+def test_tokenizer_trained_with_special_tokens_first_has_the_same_ids(name, tmp_path):
     """Both ways: tokenizers' own file is read, and what is written of it gives the same ids to both programs."""
     specials, eot, prefix_space = TRAINED[name]
     theirs = tokenizers.ByteLevelBPETokenizer(add_prefix_space=prefix_space)
@@ -231,9 +229,7 @@ def test_tokenizer_trained_with_special_tokens_first_has_the_same_ids(name: str,
 @pytest.mark.parametrize("kind", ["GPT2Tokenizer", None, "PreTrainedTokenizerFast"])
 @pytest.mark.parametrize("in_settings", [True, False, None])
 @pytest.mark.parametrize("in_file", [True, False])
-def test_prefix_space_is_that_of_transformers(
-    kind: str | None, in_settings: bool | None, in_file: bool, tmp_path: Path
-) -> None:
+def test_prefix_space_is_that_of_transformers(kind, in_settings, in_file, tmp_path):
     theirs = tokenizers.ByteLevelBPETokenizer(add_prefix_space=in_file)
     theirs.train_from_iterator(TEXTS * 3, vocab_size=300, min_frequency=2, special_tokens=[END_OF_TEXT])
     theirs.save(str(tmp_path / "tokenizer.json"))

@@ -165,7 +165,7 @@ TOO_LONG = {
 
 
 @pytest.mark.parametrize("form", TOO_LONG)
-def test_u1_file_longer_than_announced_is_refused(server: Server, tmp_path: pathlib.Path, form: str) -> None:
+def test_u1_file_longer_than_announced_is_refused(server, tmp_path, form):
     server.answers[CONFIG_PATH] = TOO_LONG[form]
     with raises(DataError, CONFIG_FIELD, remedy="to download it", match="sends more"):
         hub.download(REPO)
@@ -176,7 +176,7 @@ def test_u1_file_longer_than_announced_is_refused(server: Server, tmp_path: path
 
 
 @pytest.mark.parametrize("form", TOO_LONG)
-def test_u1_endless_file_list_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+def test_u1_endless_file_list_is_refused(server, monkeypatch, form):
     monkeypatch.setattr(hub_listing, "LARGEST_JSON", 600)
     server.answers[INFO] = TOO_LONG[form]
     with raises(UnavailableError, server.url, remedy="check HF_ENDPOINT", match="sends more"):
@@ -184,7 +184,7 @@ def test_u1_endless_file_list_is_refused(server: Server, monkeypatch: pytest.Mon
     assert max(server.sent) < MOST_SENT
 
 
-def test_u1_unrequested_gzip_is_accepted_if_valid(server: Server) -> None:
+def test_u1_unrequested_gzip_is_accepted_if_valid(server):
     server.answers[CONFIG_PATH] = answer(gzip.compress(CONFIG), "Content-Encoding: gzip")
     assert fetched("config.json") == CONFIG
 
@@ -197,13 +197,13 @@ def test_u1_unrequested_gzip_is_accepted_if_valid(server: Server) -> None:
         ("gzip", gzip.compress(CONFIG, mtime=0)[:-9], "ends too early"),
     ],
 )
-def test_u1_other_compression_is_refused(server: Server, encoding: str, body: bytes, problem: str) -> None:
+def test_u1_other_compression_is_refused(server, encoding, body, problem):
     server.answers[CONFIG_PATH] = answer(body, f"Content-Encoding: {encoding}")
     with raises(UnavailableError, CONFIG_FIELD, remedy="rerun the same command", match=problem):
         hub.download(REPO)
 
 
-def test_u1_a_small_file_is_compared_with_the_hash_of_git(server: Server, tmp_path: pathlib.Path) -> None:
+def test_u1_a_small_file_is_compared_with_the_hash_of_git(server, tmp_path):
     server.answers[CONFIG_PATH] = answer(CONFIG.replace(b" ", b"1", 1))
     with raises(DataError, f"{REPO}@{COMMIT}", match=r"config\.json is .* SHA-1"):
         hub.download(REPO)
@@ -226,7 +226,7 @@ def test_u1_a_small_file_is_compared_with_the_hash_of_git(server: Server, tmp_pa
         {"lfs": []},
     ],
 )
-def test_u1_file_entry_without_size_or_hash_is_refused(server: Server, entry: dict[str, object]) -> None:
+def test_u1_file_entry_without_size_or_hash_is_refused(server, entry):
     good = {"rfilename": "config.json", "size": len(CONFIG), "blobId": git_hash(CONFIG)}
     other = {"rfilename": "model.safetensors", "size": 1, "blobId": git_hash(b"x")}
     server.answers[INFO] = answer(json.dumps({"sha": COMMIT, "siblings": [good | entry, other]}).encode())
@@ -235,15 +235,13 @@ def test_u1_file_entry_without_size_or_hash_is_refused(server: Server, entry: di
 
 
 @pytest.mark.parametrize("told", [b"[]", b"{}", b'{"sha": "c", "siblings": null}', b"[" * 100_000, b"\xff", b""])
-def test_u1_invalid_file_list_is_refused(server: Server, told: bytes) -> None:
+def test_u1_invalid_file_list_is_refused(server, told):
     server.answers[INFO] = answer(told)
     with raises(UnavailableError, server.url, remedy="check HF_ENDPOINT"):
         hub.download(REPO)
 
 
-def test_u1_full_disk_is_reported_before_the_first_file(
-    server: Server, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_u1_full_disk_is_reported_before_the_first_file(server, tmp_path, monkeypatch):
     needed, total = len(CONFIG) + len(WEIGHTS), shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: total._replace(free=needed - 1))
     store = f"{tmp_path}/cache/models--someone--tiny-gpt2"
@@ -285,7 +283,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("path", [INFO, WEIGHTS_PATH])
 @pytest.mark.parametrize("form", SLOW)
-def test_u1_download_from_a_too_slow_server_is_aborted(server: Server, form: str, path: str) -> None:
+def test_u1_download_from_a_too_slow_server_is_aborted(server, form, path):
     server.answers[path] = drip(server, *SLOW[form])
     field = server.url if path == INFO else WEIGHTS_FIELD
     with raises(UnavailableError, field, remedy="rerun the same command", match=r"in \d+ s, less"):
@@ -293,7 +291,7 @@ def test_u1_download_from_a_too_slow_server_is_aborted(server: Server, form: str
 
 
 @pytest.mark.usefixtures("impatient")
-def test_u1_aborted_slow_download_resumes_where_it_stopped(server: Server) -> None:
+def test_u1_aborted_slow_download_resumes_where_it_stopped(server):
     good = server.answers[WEIGHTS_PATH]
     server.answers[WEIGHTS_PATH] = drip(server, b"".join(good(""))[:-1], b"")
     with raises(UnavailableError, WEIGHTS_FIELD, remedy="rerun the same command to resume"):
@@ -304,7 +302,7 @@ def test_u1_aborted_slow_download_resumes_where_it_stopped(server: Server) -> No
     assert f"range: bytes={len(WEIGHTS) - 1}-" in server.asked(WEIGHTS_PATH)[-1].lower()
 
 
-def test_u1_download_that_always_restarts_is_aborted(server: Server) -> None:
+def test_u1_download_that_always_restarts_is_aborted(server):
     attempts = itertools.count(1)
     cut = [b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(WEIGHTS)]
     server.answers[WEIGHTS_PATH] = lambda _: [*cut, WEIGHTS[: 1000 * next(attempts)]]  # each is farther than before
@@ -321,7 +319,7 @@ def moved(send: Callable[[str], Iterable[bytes]]) -> Callable[[str], Iterable[by
     return lambda head: (piece.replace(b"200 OK", b"302 Found") for piece in send(head))
 
 
-def test_u1_endless_redirects_are_refused(server: Server) -> None:
+def test_u1_endless_redirects_are_refused(server):
     for path, field in ((WEIGHTS_PATH, WEIGHTS_FIELD), (INFO, server.url)):
         server.answers[path] = moved(redirect(server.url + path))
         before = len(server.asked(path))
@@ -330,7 +328,7 @@ def test_u1_endless_redirects_are_refused(server: Server) -> None:
         assert len(server.asked(path)) - before == transfer.MOST_REDIRECTS + 1
 
 
-def test_u1_redirect_is_followed_without_body_or_token(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_u1_redirect_is_followed_without_body_or_token(server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_SecretOfThisTest")
     with Server() as other:
         server.answers[WEIGHTS_PATH] = moved(redirect(f"{other.url}/elsewhere", forever(bytes(1 << 16))))

@@ -76,7 +76,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def test_known_patterns_equal_those_of_tiktoken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_patterns_equal_those_of_tiktoken(monkeypatch):
     recipes = tiktoken_ext.openai_public
     for download in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
         monkeypatch.setattr(recipes, download, lambda *names, **hashes: {})
@@ -87,7 +87,7 @@ def test_known_patterns_equal_those_of_tiktoken(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.faults
 @pytest.mark.parametrize("pattern", KNOWN)
-def test_z1_a_known_pattern_passes_the_probe_and_needs_no_process(pattern: str, started: list[Any]) -> None:
+def test_z1_a_known_pattern_passes_the_probe_and_needs_no_process(pattern, started):
     assert patterns._try(pattern, patterns.probe(pattern)) == ("", "")
     check_pattern(pattern)
     text = "a" + " b" * patterns.LONG
@@ -118,9 +118,7 @@ def test_z1_a_known_pattern_passes_the_probe_and_needs_no_process(pattern: str, 
         (GOES_BACK, "a short text"),
     ],
 )
-def test_z1_saved_tokenizer_with_an_unusable_pattern_is_refused(
-    pattern: str, why: str, tmp_path: Path, hasty: None, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_z1_saved_tokenizer_with_an_unusable_pattern_is_refused(pattern, why, tmp_path, hasty, capfd):
     path = save(tmp_path, pattern=pattern)
     with raises(DataError, path, remedy="give gpt2, bytes", match=why) as error:
         load_tokenizer(path)
@@ -130,9 +128,7 @@ def test_z1_saved_tokenizer_with_an_unusable_pattern_is_refused(
 
 @pytest.mark.faults
 @pytest.mark.parametrize("pattern", [r"(?s)[^\n]+|.", LLAMA3.replace("{1,3}", "{1,2}"), r"(?s)."])
-def test_z1_custom_pattern_is_tried_in_one_process_only(
-    pattern: str, tmp_path: Path, started: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_z1_custom_pattern_is_tried_in_one_process_only(pattern, tmp_path, started, monkeypatch):
     path, text = save(tmp_path, pattern=pattern), "some text,\n 12345 of it\u3000 é"
     monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])  # which is no string
     for _ in range(2):
@@ -141,7 +137,7 @@ def test_z1_custom_pattern_is_tried_in_one_process_only(
 
 
 @pytest.mark.faults
-def test_z1_a_pattern_that_takes_too_much_memory_is_hostile(hasty: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_z1_a_pattern_that_takes_too_much_memory_is_hostile(hasty, monkeypatch):
     monkeypatch.setattr(patterns, "MEMORY_BYTES", 2**20)
     with pytest.raises(HostilePattern, match="too much memory"):
         check_pattern("(?s)a|.")
@@ -152,9 +148,7 @@ def test_z1_a_pattern_that_takes_too_much_memory_is_hostile(hasty: None, monkeyp
     ("attribute", "value"),
     [("patterns._CHILD", "import no_such_module"), ("patterns.sys.executable", "/nothing/python")],
 )
-def test_z1_failed_trial_process_does_not_blame_the_pattern(
-    attribute: str, value: str, tmp_path: Path, hasty: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_z1_failed_trial_process_does_not_blame_the_pattern(attribute, value, tmp_path, hasty, monkeypatch):
     monkeypatch.setattr(f"gptjax.data.{attribute}", value)
     path = save(tmp_path, pattern="(?s).")
     with raises(UnavailableError, path):
@@ -173,9 +167,7 @@ def test_z1_failed_trial_process_does_not_blame_the_pattern(
         (r"[\x00-\x{FFFF}]+", "a😀", "leaves out some"),
     ],
 )
-def test_z1_a_text_that_a_pattern_cannot_cut_is_named(
-    pattern: str, text: str, why: str, hasty: None, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_z1_a_text_that_a_pattern_cannot_cut_is_named(pattern, text, why, hasty, capfd):
     tokenizer = make_tokenizer("odd", pattern, BYTES)
     with raises(DataError, "two", match=f"tokenizer odd.*{why}"):
         tokenizer.encode_batch(["a", text], names=["one", "two"])
@@ -183,14 +175,14 @@ def test_z1_a_text_that_a_pattern_cannot_cut_is_named(
 
 
 @pytest.mark.faults
-def test_z1_tiktoken_is_called_only_through_the_guard() -> None:
+def test_z1_tiktoken_is_called_only_through_the_guard():
     calls = re.compile(r"tiktoken\.Encoding\(|encoding\.\w+\(|_of_pieces\.\w+\(")
     sources = {path.name: path.read_text() for path in Path(patterns.__file__).parents[1].rglob("*.py")}
     assert {name: found for name, source in sources.items() if (found := calls.findall(source))} == {}
 
 
 @pytest.mark.faults
-def test_z1_a_panic_in_any_call_ends_in_the_documented_code() -> None:
+def test_z1_a_panic_in_any_call_ends_in_the_documented_code():
     encoding = make_tokenizer("odd", "a*", BYTES).encoding
     with raises(patterns.Panic, match="range end index"):
         patterns.guarded(encoding.encode_ordinary, "ab")
@@ -199,7 +191,7 @@ def test_z1_a_panic_in_any_call_ends_in_the_documented_code() -> None:
 
 
 @pytest.mark.faults
-def test_z1_error_names_the_document_or_the_prompt(tmp_path: Path) -> None:
+def test_z1_error_names_the_document_or_the_prompt(tmp_path):
     odd = make_tokenizer("odd", r"\p{L}+", BYTES)
     (tmp_path / "text").mkdir()
     for name in ("one", "two"):
@@ -213,7 +205,7 @@ def test_z1_error_names_the_document_or_the_prompt(tmp_path: Path) -> None:
 
 
 @pytest.mark.faults
-def test_z1_text_with_lone_surrogates_is_encoded(hasty: None) -> None:
+def test_z1_text_with_lone_surrogates_is_encoded(hasty):
     tokenizer = make_tokenizer("other", r"(?s)[^\n]+|.", BYTES)
     for text in ("a\ud83d\ude00\n", "a\ud83d b", "\ude00" * patterns.LONG):
         assert bytes(tokenizer.encode(text)) == patterns.utf8(text)
@@ -224,7 +216,7 @@ CUTTING = [GPT2_PATTERN, GPT2_FIRST, CL100K, LLAMA3, QWEN2, O200K]
 
 @pytest.mark.faults
 @pytest.mark.parametrize("pattern", KNOWN)
-def test_z2_cutting_long_blank_runs_does_not_change_ids(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_z2_cutting_long_blank_runs_does_not_change_ids(pattern, monkeypatch):
     monkeypatch.setattr(patterns, "LONG", 1)  # so that every run of two is cut
     tokenizer, draw, cuts = merging(pattern), random.Random(7), 0
     for _ in range(2000):
@@ -242,7 +234,7 @@ def gpt2() -> Tokenizer:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("blank", [" ", "\t", " \t\n"])
-def test_z2_million_blanks_get_the_ids_of_tiktoken(blank: str, gpt2: Tokenizer) -> None:
+def test_z2_million_blanks_get_the_ids_of_tiktoken(blank, gpt2):
     run, one = blank * (1_100_000 // len(blank)), gpt2.encoding.encode_ordinary
     expected = [*one("a"), *one(run[:-1])]  # tiktoken takes blanks at the end of a text
     for end in ("b", "1", "'s"):
@@ -252,7 +244,7 @@ def test_z2_million_blanks_get_the_ids_of_tiktoken(blank: str, gpt2: Tokenizer) 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("pattern", CUTTING)
-def test_z2_no_known_pattern_panics_at_a_million_blanks(pattern: str) -> None:
+def test_z2_no_known_pattern_panics_at_a_million_blanks(pattern):
     tokenizer, run = make_tokenizer("known", pattern, BYTES), " \t" * 550_000
     for text in (run, f"a\n{run}!", f"!{run}\n1"):
         assert bytes(tokenizer.encode(text)) == text.encode()
@@ -260,13 +252,13 @@ def test_z2_no_known_pattern_panics_at_a_million_blanks(pattern: str) -> None:
 
 @pytest.mark.faults
 @pytest.mark.parametrize("pattern", [GPT2_FIRST, LLAMA3, O200K])  # without possessive quantifiers
-def test_z2_no_known_pattern_panics_at_a_million_other_characters(pattern: str) -> None:
+def test_z2_no_known_pattern_panics_at_a_million_other_characters(pattern):
     text = "".join(unit * (1_100_000 // len(unit)) + "\n" for unit in ("aA", "A", "1", "!", "日", "\u0301"))
     assert bytes(make_tokenizer("known", pattern, BYTES).encode(text)) == text.encode()
 
 
 @pytest.mark.faults
-def test_z2_a_file_with_a_million_blanks_is_prepared(tmp_path: Path, gpt2: Tokenizer) -> None:
+def test_z2_a_file_with_a_million_blanks_is_prepared(tmp_path, gpt2):
     (tmp_path / "text").mkdir()
     for number in range(4):
         (tmp_path / "text" / f"{number}.txt").write_text(f"a{' ' * (1_100_000 + number)}b")

@@ -33,25 +33,25 @@ def closed_place() -> str:
         return f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_one_server_that_answers_is_enough(open_place: str, closed_place: str) -> None:
+def test_one_server_that_answers_is_enough(open_place, closed_place):
     assert not can_connect([f"http://{closed_place}/a", f"http://{closed_place}/b"])
     assert can_connect([f"http://{closed_place}/a", f"https://{open_place}/b"])
 
 
-def test_urls_that_are_not_of_the_web_are_not_tried() -> None:
+def test_urls_that_are_not_of_the_web_are_not_tried():
     assert can_connect([])
     assert can_connect(["gs://bucket/a", "file:///a", ""])
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:x/", "http://127.0.0.1:99999/", "http:///a"])
-def test_impossible_address_does_not_answer(url: str) -> None:
+def test_impossible_address_does_not_answer(url):
     assert not can_connect([url])
 
 
-def test_server_that_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_is_silent_is_given_up(monkeypatch):
     given_up = threading.Event()
 
-    def wait(*_: object) -> None:
+    def wait(*_):
         given_up.wait(20)
         raise TimeoutError
 
@@ -62,7 +62,7 @@ def test_server_that_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> N
     given_up.set()
 
 
-def test_every_server_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_server_is_tried_once(monkeypatch):
     tried = []
     monkeypatch.setattr(reach, "_address", lambda *server: tried.append(server) or ("", 0))
     monkeypatch.setattr(socket, "create_connection", lambda *_: (_ for _ in ()).throw(OSError))
@@ -72,9 +72,7 @@ def test_every_server_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("form", ["http://{}", "{}", "http://me:pw@{}/"])
 @pytest.mark.parametrize("variable", ["https_proxy", "HTTPS_PROXY", "all_proxy"])
-def test_proxy_is_tried_in_place_of_the_server(
-    monkeypatch: pytest.MonkeyPatch, open_place: str, closed_place: str, variable: str, form: str
-) -> None:
+def test_proxy_is_tried_in_place_of_the_server(monkeypatch, open_place, closed_place, variable, form):
     url = f"https://{closed_place}/a"
     monkeypatch.setenv(variable, form.format(open_place))
     assert can_connect([url])

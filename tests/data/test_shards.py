@@ -69,16 +69,14 @@ def random_places(count: int, length: int, seed: int = 0) -> list[tuple[int, int
     return list(zip(numbers.tolist(), starts.tolist(), strict=True))
 
 
-def test_windows_are_returned_in_the_requested_order(shards: list[Shard]) -> None:
+def test_windows_are_returned_in_the_requested_order(shards):
     places = random_places(100, 7)
     rows = read(ShardReader(shards), places, 7)
     assert (rows.dtype, rows.tolist()) == (np.uint32, expected(places, 7))
     assert read(ShardReader(shards), [], 7).shape == (0, 7)
 
 
-def test_few_descriptors_are_open_and_all_are_closed(
-    shards: list[Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_descriptors_are_open_and_all_are_closed(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "MAX_OPEN", 5)
     reader = ShardReader(shards)
     for seed in range(20):
@@ -92,7 +90,7 @@ def test_few_descriptors_are_open_and_all_are_closed(
     assert open_descriptors(tmp_path) == 0
 
 
-def test_a_shard_that_is_open_is_not_opened_again(shards: list[Shard], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_that_is_open_is_not_opened_again(shards, monkeypatch):
     monkeypatch.setattr(shards_module, "MAX_OPEN", 4)
     opened: list[str] = []
     real = shards_module.open_file
@@ -104,11 +102,11 @@ def test_a_shard_that_is_open_is_not_opened_again(shards: list[Shard], monkeypat
     assert len(opened) == 12  # four were open, whatever the order in which they are asked for
 
 
-def test_several_threads_may_read(shards: list[Shard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_threads_may_read(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "MAX_OPEN", 3)
     reader, wrong = ShardReader(shards), []
 
-    def run(seed: int) -> None:
+    def run(seed):
         for turn in range(100):
             places = random_places(20, 9, 1000 * seed + turn)
             if read(reader, places, 9).tolist() != expected(places, 9):
@@ -122,13 +120,13 @@ def test_several_threads_may_read(shards: list[Shard], tmp_path: Path, monkeypat
     assert (wrong, open_descriptors(tmp_path)) == ([], 3)
 
 
-def test_windows_are_prefetched_before_the_first_is_read(shards: list[Shard], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_are_prefetched_before_the_first_is_read(shards, monkeypatch):
     """So that the disk fetches them at the same time."""
     calls: list[tuple[str, int, int]] = []
     pread, advise = os.pread, os.posix_fadvise
     monkeypatch.setattr(os, "pread", lambda fd, size, at: calls.append(("pread", at, size)) or pread(fd, size, at))
 
-    def ask(fd: int, at: int, size: int, advice: int) -> None:
+    def ask(fd, at, size, advice):
         assert advice == os.POSIX_FADV_WILLNEED
         calls.append(("ask", at, size))
         advise(fd, at, size, advice)
@@ -140,7 +138,7 @@ def test_windows_are_prefetched_before_the_first_is_read(shards: list[Shard], mo
     assert sorted(where for _, *where in calls[:30]) == sorted(where for _, *where in calls[30:])
 
 
-def test_reader_works_without_posix_fadvise(shards: list[Shard], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reader_works_without_posix_fadvise(shards, monkeypatch):
     monkeypatch.setattr(shards_module, "HAS_FADVISE", False)
     monkeypatch.delattr(os, "posix_fadvise")
     places = random_places(100, 7)
@@ -160,7 +158,7 @@ def drop_cache(paths: list[Path]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def test_cold_batch_reads_only_the_pages_of_its_windows(tmp_path: Path) -> None:
+def test_cold_batch_reads_only_the_pages_of_its_windows(tmp_path):
     """A system that reads ahead fetches 128 KiB or more for each window."""
     ids = np.random.default_rng(0).integers(256, size=8 * 2**20).astype(np.uint16)
     paths = [tmp_path / f"train_{number}.bin" for number in range(4)]
@@ -198,7 +196,7 @@ def with_hash(shard: Shard, known: bool) -> Shard:
 @pytest.mark.faults
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("in_place", [True, False])
-def test_x1_identical_replacement_of_a_shard_is_accepted(shards: list[Shard], known: bool, in_place: bool) -> None:
+def test_x1_identical_replacement_of_a_shard_is_accepted(shards, known, in_place):
     shards[4] = with_hash(shards[4], known)
     reader = ShardReader(shards)
     read(reader, [(4, 10)], 2)
@@ -211,7 +209,7 @@ def test_x1_identical_replacement_of_a_shard_is_accepted(shards: list[Shard], kn
 @pytest.mark.faults
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("in_place", [True, False])
-def test_x1_changed_replacement_of_a_shard_is_refused(shards: list[Shard], known: bool, in_place: bool) -> None:
+def test_x1_changed_replacement_of_a_shard_is_refused(shards, known, in_place):
     shards[4] = with_hash(shards[4], known)
     reader = ShardReader(shards)
     read(reader, [(4, 10)], 2)
@@ -226,7 +224,7 @@ def test_x1_changed_replacement_of_a_shard_is_refused(shards: list[Shard], known
 
 
 @pytest.mark.faults
-def test_x1_change_in_the_middle_is_found_by_hash(shards: list[Shard]) -> None:
+def test_x1_change_in_the_middle_is_found_by_hash(shards):
     replace(shards[4], 1, at=1024 + 500)
     replace(shards[5], 1, at=1024 + 500)
     reader = ShardReader([*shards[:5], with_hash(shards[5], True), *shards[6:]])
@@ -237,7 +235,7 @@ def test_x1_change_in_the_middle_is_found_by_hash(shards: list[Shard]) -> None:
         read(ShardReader(shards), [(7, 10)], 2)
 
 
-def test_changed_inode_does_not_rehash_the_complete_file(shards: list[Shard], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_inode_does_not_rehash_the_complete_file(shards, monkeypatch):
     """As on some network file systems, where a whole hash at each opening would take seconds."""
     known = [with_hash(shard, True) for shard in shards]
     identify, inodes = shards_module.identify, itertools.count()
@@ -250,10 +248,8 @@ def test_changed_inode_does_not_rehash_the_complete_file(shards: list[Shard], mo
 
 @pytest.mark.faults
 @pytest.mark.parametrize("call", ["fstat", "posix_fadvise", "close"])
-def test_x1_failing_system_call_is_reported_or_harmless(
-    shards: list[Shard], monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    def fail(*_: object) -> None:
+def test_x1_failing_system_call_is_reported_or_harmless(shards, monkeypatch, call):
+    def fail(*_):
         raise OSError(116, "Stale file handle")
 
     reader = ShardReader(shards)
@@ -268,7 +264,7 @@ def test_x1_failing_system_call_is_reported_or_harmless(
 
 
 @pytest.mark.faults
-def test_x1_open_shard_is_checked_once_a_second(shards: list[Shard], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_x1_open_shard_is_checked_once_a_second(shards, monkeypatch):
     now, asked = [100.0], []
     identify = shards_module.identify
     monkeypatch.setattr(shards_module, "RECHECK_SECONDS", 1.0)
@@ -284,7 +280,7 @@ def test_x1_open_shard_is_checked_once_a_second(shards: list[Shard], monkeypatch
 
 
 @pytest.mark.faults
-def test_x1_a_longer_shard_is_named(shards: list[Shard]) -> None:
+def test_x1_a_longer_shard_is_named(shards):
     with open(shards[4].path, "ab") as file:
         file.write(b"more")
     with raises(DataError, shards[4].path, remedy="put the old file back"):
@@ -292,7 +288,7 @@ def test_x1_a_longer_shard_is_named(shards: list[Shard]) -> None:
 
 
 @pytest.mark.faults
-def test_x1_a_shard_that_vanished_is_named(shards: list[Shard]) -> None:
+def test_x1_a_shard_that_vanished_is_named(shards):
     os.remove(shards[4].path)
     with raises(DataError, shards[4].path, match="No such file"):
         read(ShardReader(shards), [(2, 0), (4, 10)], 2)
@@ -302,7 +298,7 @@ def test_x1_a_shard_that_vanished_is_named(shards: list[Shard]) -> None:
 
 
 @pytest.mark.faults
-def test_x1_shard_truncated_while_open_is_named(shards: list[Shard]) -> None:
+def test_x1_shard_truncated_while_open_is_named(shards):
     reader = ShardReader(shards)
     read(reader, [(4, 400)], 50)
     os.truncate(shards[4].path, 1024 + 2 * 420)
@@ -313,8 +309,8 @@ def test_x1_shard_truncated_while_open_is_named(shards: list[Shard]) -> None:
 
 
 @pytest.mark.faults
-def test_x1_read_error_names_the_shard(shards: list[Shard], monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> bytes:
+def test_x1_read_error_names_the_shard(shards, monkeypatch):
+    def fail(*_):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "pread", fail)
@@ -325,7 +321,7 @@ def test_x1_read_error_names_the_shard(shards: list[Shard], monkeypatch: pytest.
 
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", ["pipe", "directory", "device", "dangling link"])
-def test_x1_shard_that_is_not_a_file_is_refused(shards: list[Shard], kind: str) -> None:
+def test_x1_shard_that_is_not_a_file_is_refused(shards, kind):
     """To open a pipe would wait for a writer, for ever; and a device has no size."""
     os.remove(shards[4].path)
     if kind == "pipe":
@@ -340,7 +336,7 @@ def test_x1_shard_that_is_not_a_file_is_refused(shards: list[Shard], kind: str) 
 
 
 @pytest.mark.faults
-def test_x1_more_shards_than_descriptors_can_be_read(tmp_path: Path) -> None:
+def test_x1_more_shards_than_descriptors_can_be_read(tmp_path):
     """In a process of its own, which may open 64 files."""
     for number in range(200):
         write(tmp_path / f"train_{number:03d}.bin", 0)

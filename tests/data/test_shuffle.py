@@ -16,7 +16,7 @@ SEEDS = (0, 1, 20190214, 2**31, 2**32 - 1)
         2**31, 2**31 + 1, 2**32 - 1,
     ],
 )  # fmt: skip
-def test_order_equals_that_of_grain(count: int) -> None:
+def test_order_equals_that_of_grain(count):
     few = 3 if count < 1_000 else 50  # Grain takes milliseconds for a number where there are few
     for seed in SEEDS:
         positions = np.unique(np.r_[0, count - 1, np.random.default_rng(seed).integers(0, count, few)])
@@ -25,7 +25,7 @@ def test_order_equals_that_of_grain(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 77, 4_096, 2**16, 2**16 + 1, 2**16 + 2, 100_000, 2**18 + 1])
-def test_shuffle_is_a_permutation(count: int) -> None:
+def test_shuffle_is_a_permutation(count):
     """Grain's order has 0 twice and never the last of 2**16 + 1 and of 2**18 + 1."""
     for seed in SEEDS:
         found = shuffle(np.arange(count), count, seed)
@@ -33,7 +33,7 @@ def test_shuffle_is_a_permutation(count: int) -> None:
         assert np.array_equal(np.sort(found), np.arange(count)), seed
 
 
-def test_shuffle_does_not_modify_its_argument() -> None:
+def test_shuffle_does_not_modify_its_argument():
     positions = np.array([5, 0, 5])
     for count in (10, 100_000):
         first = shuffle(positions, count, 7)

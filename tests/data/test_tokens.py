@@ -9,7 +9,6 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +59,7 @@ def open_train(directory: Path, **options: str) -> Split:
 @pytest.mark.parametrize(
     ("vocab_size", "magic", "version", "width"), [(50257, 20240520, 1, 2), (70000, 20240801, 7, 4)]
 )
-def test_a_shard_is_read_as_written(vocab_size: int, magic: int, version: int, width: int, tmp_path: Path) -> None:
+def test_a_shard_is_read_as_written(vocab_size, magic, version, width, tmp_path):
     path, ids = tmp_path / "shard.bin", random_ids(5000, vocab_size=vocab_size)
     write_shard(path, ids, vocab_size)
     content = path.read_bytes()
@@ -70,18 +69,18 @@ def test_a_shard_is_read_as_written(vocab_size: int, magic: int, version: int, w
     assert np.array_equal(open_shard(str(path), vocab_size).read(), ids)
 
 
-def test_a_nanogpt_file_is_read(tmp_path: Path) -> None:
+def test_a_nanogpt_file_is_read(tmp_path):
     ids = random_ids(5000, vocab_size=50257)
     ids.astype(np.uint16).tofile(tmp_path / "train.bin")
     assert np.array_equal(open_shard(str(tmp_path / "train.bin"), 50257).read(), ids)
 
 
-def test_a_tiny_nanogpt_file_is_read(tmp_path: Path) -> None:
+def test_a_tiny_nanogpt_file_is_read(tmp_path):
     np.array([1, 2, 3], np.uint16).tofile(tmp_path / "train.bin")
     assert open_shard(str(tmp_path / "train.bin"), 50257).read().tolist() == [1, 2, 3]
 
 
-def test_prepared_split_has_its_shards_tokens_and_bytes(prepared: Path) -> None:
+def test_prepared_split_has_its_shards_tokens_and_bytes(prepared):
     split = open_train(prepared)
     assert [len(shard) for shard in split.shards] == [3000, 1700]
     assert np.array_equal(split.shards[1].read(), random_ids(1700, seed=1))
@@ -90,7 +89,7 @@ def test_prepared_split_has_its_shards_tokens_and_bytes(prepared: Path) -> None:
     assert open_train(prepared, eot_position="first").eot.position == "first"
 
 
-def test_fingerprint_depends_on_split_and_content(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_fingerprint_depends_on_split_and_content(prepared, tmp_path_factory):
     first = open_train(prepared).fingerprint
     assert first == open_train(prepared).fingerprint
     assert first != open_split(str(prepared), "validation", tokenizer=TOKENIZER).fingerprint
@@ -143,7 +142,7 @@ DAMAGES = {
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", DAMAGES)
-def test_x1_damage_is_named(prepared: Path, name: str) -> None:
+def test_x1_damage_is_named(prepared, name):
     damage, problem = DAMAGES[name]
     path = prepared / "train_000000.bin"
     damage(path)
@@ -159,7 +158,7 @@ def test_x1_damage_is_named(prepared: Path, name: str) -> None:
 
 
 @pytest.mark.faults
-def test_x1_a_flipped_bit_is_found_by_its_hash(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_x1_a_flipped_bit_is_found_by_its_hash(prepared, monkeypatch):
     flip(prepared / "train_000000.bin")
     with raises(DataError, f"{prepared}/train_000000.bin", match="sha256"):
         open_train(prepared)
@@ -170,13 +169,13 @@ def test_x1_a_flipped_bit_is_found_by_its_hash(prepared: Path, monkeypatch: pyte
 
 
 @pytest.mark.faults
-def test_x1_headerless_file_in_place_of_a_shard_is_refused(prepared: Path) -> None:
+def test_x1_headerless_file_in_place_of_a_shard_is_refused(prepared):
     random_ids(3001, vocab_size=200).astype(np.uint16).tofile(prepared / "train_000000.bin")
     with raises(DataError, f"{prepared}/train_000000.bin", match="counts 3000"):
         open_train(prepared)
 
 
-def test_verify_names_every_damaged_shard(prepared: Path) -> None:
+def test_verify_names_every_damaged_shard(prepared):
     tokens.verify(str(prepared))
     flip(prepared / "train_000001.bin")
     cut(prepared / "val_000000.bin")
@@ -186,7 +185,7 @@ def test_verify_names_every_damaged_shard(prepared: Path) -> None:
     assert [error.field for error in caught.value.errors] == damaged
 
 
-def test_bad_id_inside_a_large_shard_is_found_by_verify(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_id_inside_a_large_shard_is_found_by_verify(prepared, monkeypatch):
     (prepared / "meta.json").unlink()
     put(1024 + 2 * 1500, 300, "<H")(prepared / "train_000000.bin")
     monkeypatch.setattr(tokens, "EDGE_TOKENS", 100)
@@ -199,7 +198,7 @@ def test_bad_id_inside_a_large_shard_is_found_by_verify(prepared: Path, monkeypa
 
 
 @pytest.mark.parametrize("at", [0, 99, 2900, 2999])
-def test_opening_checks_both_ends(prepared: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+def test_opening_checks_both_ends(prepared, monkeypatch, at):
     monkeypatch.setattr(tokens, "EDGE_TOKENS", 100)
     path = prepared / "train_000000.bin"
     put(1024 + 2 * at, 300, "<H")(path)
@@ -207,7 +206,7 @@ def test_opening_checks_both_ends(prepared: Path, monkeypatch: pytest.MonkeyPatc
         open_shard(str(path), TOKENIZER.vocab_size)
 
 
-def test_ids_are_checked_in_chunks(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_are_checked_in_chunks(prepared, monkeypatch):
     monkeypatch.setattr(tokens, "CHUNK_BYTES", 20)
     shard = open_shard(str(prepared / "train_000000.bin"), TOKENIZER.vocab_size)
     tokens.check_all_ids(shard, TOKENIZER.vocab_size)
@@ -216,7 +215,7 @@ def test_ids_are_checked_in_chunks(prepared: Path, monkeypatch: pytest.MonkeyPat
         tokens.check_all_ids(shard, TOKENIZER.vocab_size)
 
 
-def test_bad_id_position_counts_from_the_shard_start() -> None:
+def test_bad_id_position_counts_from_the_shard_start():
     ids = np.arange(100, dtype=np.uint16)
     tokens.check_ids("shard", ids, 100)
     with raises(DataError, "shard", match="token 1093 is"):
@@ -225,9 +224,7 @@ def test_bad_id_position_counts_from_the_shard_start() -> None:
 
 @settings(max_examples=300)
 @given(head=st.binary(max_size=1100), magic=st.sampled_from([b"", struct.pack("<2i", 20240520, 1)]))
-def test_any_header_gives_ids_or_a_data_error(
-    head: bytes, magic: bytes, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_any_header_gives_ids_or_a_data_error(head, magic, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "fuzzed.bin"
     path.write_bytes(magic + head)
     with contextlib.suppress(DataError):
@@ -240,9 +237,7 @@ def foreign(directory: Path, *names: str, first: int = 7) -> Path:
     return directory
 
 
-def test_llmc_directory_is_opened_without_meta(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_llmc_directory_is_opened_without_meta(tmp_path, caplog, monkeypatch):
     find = os.listdir
     monkeypatch.setattr(tokens.os, "listdir", lambda path: sorted(find(path), reverse=True))
     names = ["fineweb_train_000002.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin"]
@@ -255,7 +250,7 @@ def test_llmc_directory_is_opened_without_meta(
     assert open_split(str(tmp_path), "validation", tokenizer=TOKENIZER).tokens == 101
 
 
-def test_nanogpt_directory_is_opened_without_meta(tmp_path: Path) -> None:
+def test_nanogpt_directory_is_opened_without_meta(tmp_path):
     for name in ("train.bin", "val.bin"):
         random_ids(50).astype(np.uint16).tofile(tmp_path / name)
     split = open_train(tmp_path)
@@ -263,27 +258,27 @@ def test_nanogpt_directory_is_opened_without_meta(tmp_path: Path) -> None:
     assert open_train(tmp_path, eot_position="first").eot.position == "first"
 
 
-def test_directory_without_shards_is_refused(tmp_path: Path) -> None:
+def test_directory_without_shards_is_refused(tmp_path):
     for directory in (tmp_path, tmp_path / "nowhere"):
         with raises(DataError, str(directory)):
             open_train(directory)
 
 
-def test_another_tokenizer_is_refused(prepared: Path) -> None:
+def test_another_tokenizer_is_refused(prepared):
     with raises(ConfigError, "data.tokenizer", value="gpt2", remedy="set data.tokenizer", match="'bytes'"):
         open_split(str(prepared), "train", tokenizer=load_tokenizer("gpt2"))
     with raises(ConfigError, "data.tokenizer", value="bytes", match="another tokenizer"):
         open_split(str(prepared), "train", tokenizer=dataclasses.replace(load_tokenizer("gpt2"), name="bytes"))
 
 
-def test_the_same_tokenizer_under_another_name_is_accepted(prepared: Path) -> None:
+def test_the_same_tokenizer_under_another_name_is_accepted(prepared):
     """Hugging Face's tokenizers are named after their directories."""
     renamed = dataclasses.replace(load_tokenizer("bytes"), name="copy")
     opened = open_split(str(prepared), "train", tokenizer=renamed)
     assert opened.fingerprint == open_train(prepared).fingerprint
 
 
-def test_meta_is_read_as_written(prepared: Path) -> None:
+def test_meta_is_read_as_written(prepared):
     meta = read_meta(str(prepared))
     assert meta is not None
     assert meta.splits["train"].shards[1] == ShardMeta("train_000001.bin", 1700, meta.splits["train"].shards[1].sha256)
@@ -304,31 +299,31 @@ def test_meta_is_read_as_written(prepared: Path) -> None:
         ("splits", {"train": {"tokens": 1, "bytes": 1, "documents": 1, "shards": [{"file": "../x"}]}}),
     ],
 )
-def test_a_damaged_meta_is_named(prepared: Path, key: str, value: object) -> None:
+def test_a_damaged_meta_is_named(prepared, key, value):
     path = prepared / "meta.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with raises(DataError, str(path)):
         open_train(prepared)
 
 
-def test_shards_that_contradict_their_split_are_refused(prepared: Path) -> None:
+def test_shards_that_contradict_their_split_are_refused(prepared):
     """A wrong sum would change the windows of an epoch, and a shard that is listed twice its data."""
     path = prepared / "meta.json"
     original = json.loads(path.read_text())
     assert read_meta(str(prepared)) is not None
 
-    def refused(change: Callable[[Any], None], match: str) -> None:
+    def refused(change, match):
         values = json.loads(json.dumps(original))
         change(values["splits"])
         path.write_text(json.dumps(values))
         with raises(DataError, str(path), match=match):
             open_train(prepared)
 
-    def listed_twice(splits: Any) -> None:
+    def listed_twice(splits):
         splits["train"]["shards"].append(splits["train"]["shards"][0])
         splits["train"]["tokens"] += 3000
 
-    def in_both(splits: Any) -> None:
+    def in_both(splits):
         splits["validation"] = splits["train"]
 
     refused(
@@ -339,14 +334,14 @@ def test_shards_that_contradict_their_split_are_refused(prepared: Path) -> None:
     refused(in_both, "split 'validation' lists 'train_000000.bin', which is listed before")
 
 
-def test_a_shard_outside_the_directory_is_refused(prepared: Path) -> None:
+def test_a_shard_outside_the_directory_is_refused(prepared):
     path = prepared / "meta.json"
     path.write_text(path.read_text().replace("train_000001.bin", "../train_000001.bin"))
     with raises(DataError, str(path), match="plain file names"):
         open_train(prepared)
 
 
-def test_a_missing_split_is_named(prepared: Path) -> None:
+def test_a_missing_split_is_named(prepared):
     with raises(DataError, str(prepared), match="split 'test'"):
         open_split(str(prepared), "test", tokenizer=TOKENIZER)
 
@@ -357,14 +352,14 @@ def hash_ends(path: Path, size: int) -> list[str]:
 
 
 @pytest.mark.parametrize(("count", "edge"), [(3, 2**20), (65, 2**12)])
-def test_fingerprint_without_meta_covers_names_sizes_and_ends(count: int, edge: int, tmp_path: Path) -> None:
+def test_fingerprint_without_meta_covers_names_sizes_and_ends(count, edge, tmp_path):
     """Another one would stop each run that trains on such data; of many shards, the old one is still known."""
     names = [f"train_{number:03d}.bin" for number in range(count)]
     for number, name in enumerate(names):
         write_shard(tmp_path / name, random_ids(10_000, seed=number))
     split = open_train(tmp_path)
 
-    def fingerprint(size: int) -> str:
+    def fingerprint(size):
         known = [(n, (tmp_path / n).stat().st_size, *hash_ends(tmp_path / n, size)) for n in names]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
@@ -376,7 +371,7 @@ def test_fingerprint_without_meta_covers_names_sizes_and_ends(count: int, edge: 
     assert open_train(tmp_path).fingerprint != split.fingerprint
 
 
-def test_the_ends_of_many_shards_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ends_of_many_shards_are_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(tokens, "SMALL_BYTES", 0)
     monkeypatch.setattr(tokens, "EDGE_TOKENS_OF_ALL", 5000)
     for number in range(5):
@@ -402,7 +397,7 @@ def write_split(folder: Path, name: str, ids: np.ndarray) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
-def test_numpy_shards_are_a_format(tmp_path: Path, dtype: type) -> None:
+def test_numpy_shards_are_a_format(tmp_path, dtype):
     ids = random_ids(3000, vocab_size=200)
     write_split(tmp_path, "edufineweb_train_000001.npy", ids.astype(dtype))
     write_split(tmp_path, "edufineweb_val_000000.npy", ids.astype(dtype)[:500])
@@ -421,21 +416,21 @@ def test_numpy_shards_are_a_format(tmp_path: Path, dtype: type) -> None:
         (np.zeros(0, np.uint16), "counts 0 ids"),
     ],
 )
-def test_numpy_array_of_another_kind_is_refused(tmp_path: Path, ids: np.ndarray, problem: str) -> None:
+def test_numpy_array_of_another_kind_is_refused(tmp_path, ids, problem):
     path = write_split(tmp_path, "train.npy", ids)
     with raises(DataError, str(path), match=problem):
         open_shard(str(path), TOKENIZER.vocab_size)
 
 
 @pytest.mark.parametrize("size", [7, 9, 60, 127, 200])
-def test_cut_numpy_file_is_refused(tmp_path: Path, size: int) -> None:
+def test_cut_numpy_file_is_refused(tmp_path, size):
     path = write_split(tmp_path, "train.npy", random_ids(300).astype(np.uint16))
     path.write_bytes(path.read_bytes()[:size])
     with raises(DataError, str(path)):
         open_shard(str(path), TOKENIZER.vocab_size)
 
 
-def test_numpy_file_under_another_name_is_named(tmp_path: Path) -> None:
+def test_numpy_file_under_another_name_is_named(tmp_path):
     path = write_split(tmp_path, "train.npy", random_ids(300).astype(np.uint16)).rename(tmp_path / "train.bin")
     with raises(DataError, str(path), remedy="end in .npy", match="is a NumPy array"):
         open_shard(str(path), TOKENIZER.vocab_size)
@@ -446,7 +441,7 @@ def test_numpy_file_under_another_name_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [np.uint32, np.int32, np.int64, np.uint64])
 @pytest.mark.parametrize("vocab_size", [65, 257, 50_257, 128_000])
-def test_wider_ids_without_a_header_are_recognised(tmp_path: Path, dtype: type, vocab_size: int) -> None:
+def test_wider_ids_without_a_header_are_recognised(tmp_path, dtype, vocab_size):
     path = write_split(tmp_path, "train.bin", np.random.default_rng(0).integers(0, vocab_size, 5000).astype(dtype))
     bits = 8 * np.dtype(dtype).itemsize
     with raises(DataError, str(path), remedy="numpy.save", match=f"looks like ids of {bits} bits"):
@@ -455,7 +450,7 @@ def test_wider_ids_without_a_header_are_recognised(tmp_path: Path, dtype: type, 
 
 @pytest.mark.parametrize("vocab_size", [2, 8, 65, 257, 50_257])
 @pytest.mark.parametrize("seed", range(5))
-def test_uint16_ids_of_any_vocabulary_are_taken(tmp_path: Path, vocab_size: int, seed: int) -> None:
+def test_uint16_ids_of_any_vocabulary_are_taken(tmp_path, vocab_size, seed):
     ids = np.random.default_rng(seed).integers(0, vocab_size, 5000).astype(np.uint16)
     path = write_split(tmp_path, "train.bin", ids)
     assert np.array_equal(open_shard(str(path), vocab_size).read(), ids)
@@ -469,7 +464,7 @@ def test_uint16_ids_of_any_vocabulary_are_taken(tmp_path: Path, vocab_size: int,
         ("constrained_val.bin", "validation"),
     ],
 )  # fmt: skip
-def test_splits_are_whole_words_of_a_name(tmp_path: Path, name: str, split: str) -> None:
+def test_splits_are_whole_words_of_a_name(tmp_path, name, split):
     write_split(tmp_path, name, random_ids(300).astype(np.uint16))
     for asked in ("train", "validation"):
         if asked == split:
@@ -479,13 +474,13 @@ def test_splits_are_whole_words_of_a_name(tmp_path: Path, name: str, split: str)
                 open_split(str(tmp_path), asked, tokenizer=TOKENIZER)
 
 
-def test_file_of_both_splits_is_refused(tmp_path: Path) -> None:
+def test_file_of_both_splits_is_refused(tmp_path):
     path = write_split(tmp_path, "train_val.bin", random_ids(300).astype(np.uint16))
     with raises(DataError, str(path), match="says both train and validation"):
         open_split(str(tmp_path), "train", tokenizer=TOKENIZER)
 
 
-def test_ids_far_below_the_vocabulary_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ids_far_below_the_vocabulary_are_reported(tmp_path, caplog):
     gpt2 = load_tokenizer("gpt2")
     write_split(tmp_path, "train.bin", random_ids(20_000, vocab_size=256).astype(np.uint16))
     write_split(tmp_path, "val.bin", random_ids(20_000, vocab_size=50_000).astype(np.uint16))

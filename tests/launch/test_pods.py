@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import types
-from collections.abc import Callable
 
 import pytest
 
@@ -131,7 +130,7 @@ def out_of_memory_error() -> None:
 @pytest.mark.parametrize(
     "trouble", [wrong_mesh, wrong_batch, missing_data, locked, other_model, other_data, not_finite, out_of_memory_error]
 )
-def test_reproducible_errors_print_exactly_the_quoted_messages(trouble: Callable[[], None], tmp_path, monkeypatch):
+def test_reproducible_errors_print_exactly_the_quoted_messages(trouble, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(errors.UserError) as caught:
         trouble()
