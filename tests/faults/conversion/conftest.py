@@ -51,3 +51,10 @@ def accept(tmp_path):
 @pytest.fixture
 def model(tmp_path):
     return tmp_path / "model"
+
+
+@pytest.fixture
+def hf(model):
+    """The directory of a model as Hugging Face saves it, for the test to damage."""
+    models.write_hf(model)
+    return model

@@ -38,6 +38,16 @@ def spoil_bits(tensor):
     return tensor
 
 
+def putting(value, at):
+    """Returns a change of a tensor: `value` at this position."""
+
+    def change(tensor):
+        tensor[at] = value
+        return tensor
+
+    return change
+
+
 def set_header(path, **fields):
     """Overwrites header fields, named by their position: at0=magic, at1=version ..."""
     whole = bytearray(path.read_bytes())

@@ -8,31 +8,21 @@ import pytest
 
 from gptjax.convert import torch_file
 from gptjax.errors import UnavailableError
-from tests.convert import models
 
 pytestmark = pytest.mark.faults
 
 
 @pytest.mark.parametrize("form", ["nanogpt", "hf"])
-def test_v_missing_torch_error_states_the_extra_to_install(form, model, refuse, monkeypatch):
+def test_v_missing_torch_error_states_the_extra_to_install(form, hf, refuse, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    models.write_hf(model)
-    file = model / "pytorch_model.bin"
-    (model / "model.safetensors").rename(file)
-    source = f"{form}:{model if form == 'hf' else file}"
-    refuse(source, kind=UnavailableError, field=file, remedy="pip install 'gptjax[torch]'")
-
-
-def test_v_export_to_nanogpt_without_torch_is_refused(model, refuse, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    models.write_hf(model)
-    remedy = "pip install 'gptjax[torch]'"
-    out = model.parent / "ckpt.pt"
-    refuse(f"hf:{model}", to=f"nanogpt:{out}", kind=UnavailableError, field=out, remedy=remedy)
+    parts = {"kind": UnavailableError, "remedy": "pip install 'gptjax[torch]'"}
+    refuse(f"hf:{hf}", to=f"nanogpt:{hf}.pt", field=f"{hf}.pt", **parts)
+    file = (hf / "model.safetensors").rename(hf / "pytorch_model.bin")
+    refuse(f"{form}:{hf if form == 'hf' else file}", field=file, **parts)
 
 
 @pytest.mark.parametrize("version", ["2.9.1", "2.5.0+cu124", "1.13.1"])
-def test_v_an_old_torch_is_not_trusted(version, model, refuse, monkeypatch):
+def test_v_an_old_torch_is_not_trusted(version, hf, refuse, monkeypatch):
     class OldTorch:
         __version__ = version
 
@@ -40,9 +30,8 @@ def test_v_an_old_torch_is_not_trusted(version, model, refuse, monkeypatch):
             raise AssertionError("was trusted")
 
     monkeypatch.setitem(sys.modules, "torch", OldTorch())
-    models.write_hf(model)
-    file = (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    refuse(f"hf:{model}", kind=UnavailableError, field=file, match=rf"{re.escape(version)} .* 2\.10")
+    file = (hf / "model.safetensors").rename(hf / "pytorch_model.bin")
+    refuse(f"hf:{hf}", kind=UnavailableError, field=file, match=rf"{re.escape(version)} .* 2\.10")
 
 
 @pytest.mark.parametrize("version", ["2.10.0", "2.11.0a0+git1234", "3.0.1+cpu"])

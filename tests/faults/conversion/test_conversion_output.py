@@ -16,23 +16,23 @@ pytestmark = pytest.mark.faults
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"),
+    "flag",
     [
-        ("--from", "pt:model"),
-        ("--from", "model"),
-        ("--from", "hf:"),
-        ("--from", ""),
-        ("--to", "msgpack:out"),
-        ("--to", "onnx:out"),
-        ("--to", "out"),
-        ("--to", "llmc:"),
+        "--from=pt:model",
+        "--from=model",
+        "--from=hf:",
+        "--from=",
+        "--to=msgpack:out",
+        "--to=onnx:out",
+        "--to=out",
+        "--to=llmc:",
     ],
 )
-def test_v_unknown_format_is_refused(flag, value, refuse, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    models.write_hf(tmp_path / "model")
-    places = {"--from": "hf:model", "--to": "hf:out"} | {flag: value}
-    refuse(places["--from"], f"--to={places['--to']}", kind=ConfigError, field=flag, value=value)
+def test_v_unknown_format_is_refused(flag, refuse, hf, monkeypatch):
+    monkeypatch.chdir(hf.parent)
+    name, _, value = flag.partition("=")
+    places = {"--from": "hf:model", "--to": "hf:out"} | {name: value}
+    refuse(places["--from"], f"--to={places['--to']}", kind=ConfigError, field=name, value=value)
 
 
 @pytest.mark.parametrize(
@@ -45,27 +45,16 @@ def test_v_unknown_format_is_refused(flag, value, refuse, tmp_path, monkeypatch)
         ("--push=a/b", {"field": "--push"}),
     ],
 )
-def test_v_bad_flag_is_refused(flag, parts, refuse, tmp_path):
-    models.write_hf(tmp_path / "model")
-    refuse(f"hf:{tmp_path}/model", flag, to=f"llmc:{tmp_path}/out", kind=ConfigError, **parts)
+def test_v_bad_flag_is_refused(flag, parts, refuse, hf):
+    refuse(f"hf:{hf}", flag, to=f"llmc:{hf.parent}/out", kind=ConfigError, **parts)
 
 
 @pytest.mark.parametrize("form", ["gptjax", "hf", "llmc", "msgpack"])
-def test_v_missing_source_is_refused(form, refuse, tmp_path):
-    path = tmp_path / "none" / "such" / "model"
-    refuse(f"{form}:{path}", field=path)
-
-
-def test_v_empty_source_directory_is_refused(refuse, tmp_path):
+@pytest.mark.parametrize("name", ["none/such/model", "empty", "file"])
+def test_v_source_that_is_no_model_is_refused(name, form, refuse, tmp_path):
     (tmp_path / "empty").mkdir()
-    for form in ("gptjax", "hf", "llmc", "msgpack"):
-        refuse(f"{form}:{tmp_path}/empty", field=tmp_path / "empty")
-
-
-def test_v_file_in_place_of_a_directory_is_refused(refuse, tmp_path):
     (tmp_path / "file").write_text("x")
-    for form in ("gptjax", "hf", "msgpack"):
-        refuse(f"{form}:{tmp_path}/file", field=tmp_path / "file")
+    refuse(f"{form}:{tmp_path}/{name}", field=tmp_path / name)
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "dangling link"])
@@ -147,10 +136,9 @@ def test_v_failed_conversion_removes_the_directories_it_created(model, refuse, t
     refuse(f"hf:{model}", to=f"hf:{tmp_path}/some/where/out", remedy="--allow_nonfinite")
 
 
-def test_v_file_in_the_output_path_is_refused(model, refuse, tmp_path):
-    models.write_hf(model)
+def test_v_file_in_the_output_path_is_refused(hf, refuse, tmp_path):
     (tmp_path / "file").write_text("x")
-    refuse(f"hf:{model}", to=f"hf:{tmp_path}/file/out", kind=WorkdirError, field=tmp_path / "file" / "out")
+    refuse(f"hf:{hf}", to=f"hf:{tmp_path}/file/out", kind=WorkdirError, field=tmp_path / "file" / "out")
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and not os.path.isdir("/sys/kernel"), reason="root may write anywhere")

@@ -31,9 +31,8 @@ def test_v_index_with_an_outside_file_name_is_refused(name, model, refuse, tmp_p
     models.write_hf(tmp_path / "other")
     tensors = models.write_hf(model)
     (model / "model.safetensors").unlink()
-    places = dict.fromkeys(models.PREFIX + n for n in tensors) | {}
     shard = name.replace("OTHER", f"{tmp_path}/other")
-    index = {"weight_map": dict.fromkeys(places, shard)}
+    index = {"weight_map": {models.PREFIX + tensor: shard for tensor in tensors}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     refuse(f"hf:{model}", field=model, match=re.escape(repr(shard)))
 
@@ -41,11 +40,10 @@ def test_v_index_with_an_outside_file_name_is_refused(name, model, refuse, tmp_p
 @pytest.mark.parametrize(
     "index", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3}}', '{"weight_map": ["a"]}']
 )
-def test_v_invalid_index_is_refused(index, model, refuse):
-    models.write_hf(model)
-    (model / "model.safetensors").unlink()
-    (model / "model.safetensors.index.json").write_text(index)
-    refuse(f"hf:{model}", field=model / "model.safetensors.index.json")
+def test_v_invalid_index_is_refused(index, hf, refuse):
+    (hf / "model.safetensors").unlink()
+    (hf / "model.safetensors.index.json").write_text(index)
+    refuse(f"hf:{hf}", field=hf / "model.safetensors.index.json")
 
 
 @pytest.mark.parametrize("kind", ["absolute", "relative", "directory", "chain"])
@@ -90,8 +88,7 @@ def test_v_a_snapshot_of_the_hub_cache_is_accepted(num_shards, accept, tmp_path)
     assert_equal_bits(accept(f"hf:{snapshot}"), tensors)
 
 
-def test_v_pipe_in_place_of_a_file_is_refused(model, refuse):
-    models.write_hf(model)
-    (model / "model.safetensors").unlink()
-    os.mkfifo(model / "model.safetensors")
-    refuse(f"hf:{model}", field=model, match="'model.safetensors'")
+def test_v_pipe_in_place_of_a_file_is_refused(hf, refuse):
+    (hf / "model.safetensors").unlink()
+    os.mkfifo(hf / "model.safetensors")
+    refuse(f"hf:{hf}", field=hf, match="'model.safetensors'")

@@ -6,7 +6,7 @@ import pytest
 from gptjax.convert import __main__ as convert
 from gptjax.errors import ConfigError
 from tests.convert import models
-from tests.faults.conversion.shared import FC, QKV, WRITERS, LittleMemory, assert_equal_bits, spoil_bits
+from tests.faults.conversion.shared import FC, QKV, WRITERS, LittleMemory, assert_equal_bits, putting, spoil_bits
 
 pytestmark = pytest.mark.faults
 
@@ -61,19 +61,14 @@ def test_v_enormous_size_is_refused_without_allocation(form, name, model, refuse
 @pytest.mark.parametrize("form", WRITERS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_v_nonfinite_weight_is_refused_with_its_position(form, bad, model, refuse):
-    def spoil(tensor):
-        tensor[5, 7] = bad
-        return tensor
-
-    WRITERS[form](model, changes={QKV: spoil})
+    WRITERS[form](model, changes={QKV: putting(bad, (5, 7))})
     for to in (f"hf:{model.parent}/out", f"llmc:{model.parent}/out.bin"):
         refuse(f"{form}:{model}", to=to, remedy="--allow_nonfinite", match=r"attn.* 1 values .*\[5, 7\]")
 
 
 def test_v_hundreds_of_missing_tensors_are_summarized(model, refuse):
     """A prefix that is not GPT-2's makes every name both missing and left over."""
-    config = models.CONFIG | {"n_layer": 48}
-    models.write_hf(model, config=config, prefix="base_model.")
+    models.write_hf(model, config=models.CONFIG | {"n_layer": 48}, prefix="base_model.")
     refuse(f"hf:{model}", match=r"wte.weight .* more\)")
 
 
@@ -95,11 +90,7 @@ def test_v_nonfinite_weights_in_a_gptjax_checkpoint_are_refused(model, refuse, t
 
 
 def test_v_a_float16_infinity_is_found(model, refuse):
-    def spoil(tensor):
-        tensor[3] = np.inf
-        return tensor
-
-    models.write_hf(model, dtype="float16", changes={"ln_f.bias": spoil})
+    models.write_hf(model, dtype="float16", changes={"ln_f.bias": putting(np.inf, 3)})
     refuse(f"hf:{model}", remedy="--allow_nonfinite", match=r"ln_f.bias: 1 values .*\[3\]")
 
 
