@@ -34,14 +34,9 @@ SMALL = {
     "merges.txt": b"merges",
     "tokenizer_config.json": b"tokenizer config",
 }
-OTHER = {
-    ".gitattributes": b"x",
-    "README.md": b"x",
-    "64.tflite": b"x",
-    "onnx/config.json": b"x",
-    "rust_model.ot": b"x",
-    "tf_model.h5": b"x",
-}
+OTHER = dict.fromkeys(
+    [".gitattributes", "README.md", "64.tflite", "onnx/config.json", "rust_model.ot", "tf_model.h5"], b"x"
+)
 HALF = {"model.safetensors.index.json": b"{}", "model-00001-of-00002.safetensors": b""}
 FORMATS = {"model.safetensors": b"safe", "pytorch_model.bin": b"bin", "flax_model.msgpack": b"flax"}
 
@@ -271,32 +266,33 @@ def test_download_restarts_if_the_server_ignores_ranges(hub, client):
     assert (directory / "model.safetensors").read_bytes() == WEIGHTS
 
 
-@pytest.mark.parametrize("size", [len(WEIGHTS) - 1, len(WEIGHTS) + 1])
-def test_file_of_the_wrong_size_is_refused_and_redownloaded(hub, client, size):
-    hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
-    hub.announced["model.safetensors"] = size
-    line = client.fail(expect=65)
-    less = f"model.safetensors has {len(WEIGHTS)} bytes, not the {size} announced"
-    more = f"model.safetensors: the server sends more than the {size:,} bytes that are expected"
-    assert (less if size > len(WEIGHTS) else more) in line
-    assert not list(client.home.rglob("model.safetensors"))
-    hub.announced.clear()
-    assert contents(client.download()[0])["model.safetensors"] == WEIGHTS
+def announce(size):
+    return lambda hub: hub.announced.update({"model.safetensors": size})
 
 
-def test_unsatisfiable_range_is_refused_and_the_file_redownloaded(hub, client):
-    hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
+def refuse_the_range(hub):
     hub.cuts["model.safetensors"] = iter([CUT])
     hub.statuses["/resolve/.*safetensors"] = iter([0, 416])
-    assert f"has {CUT} bytes, not the {len(WEIGHTS)} announced" in client.fail(expect=65)
-    assert contents(client.download()[0])["model.safetensors"] == WEIGHTS
-    assert ranges(hub)[-1] == ("", len(WEIGHTS))
 
 
-def test_damaged_weights_are_refused_and_redownloaded(hub, client):
+SIZE = len(WEIGHTS)
+WRONG_FILES = {  # the message, and what makes the server send something else
+    f"has {SIZE} bytes, not the {SIZE + 1} announced": announce(SIZE + 1),
+    f"the server sends more than the {SIZE - 1:,} bytes that are expected": announce(SIZE - 1),
+    f"has {CUT} bytes, not the {SIZE} announced": refuse_the_range,
+    "is damaged: its SHA-256 differs": lambda hub: hub.damaged.add("model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_FILES)
+def test_wrong_file_is_refused_and_redownloaded(hub, client, message):
     hub.add(REPO, SMALL | {"model.safetensors": WEIGHTS})
-    hub.damaged.add("model.safetensors")
-    assert "model.safetensors is damaged: its SHA-256 differs" in client.fail(expect=65)
+    WRONG_FILES[message](hub)
+    line = client.fail(expect=65)
+    assert "model.safetensors" in line
+    assert message in line
+    assert not list(client.home.rglob("model.safetensors"))
+    hub.announced.clear()
     hub.damaged.clear()
     assert contents(client.download()[0])["model.safetensors"] == WEIGHTS
     assert ranges(hub)[-1] == ("", len(WEIGHTS))
@@ -391,16 +387,14 @@ def test_only_the_environment_token_is_sent_and_never_printed(hub, client):
         assert "HF_TOKEN" in done.stderr or done is failed
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "a b", "../x", "a--b/c", ""])
-def test_invalid_repository_name_is_refused(name):
-    with raises(ConfigError, f"{name}@main", match="repository"):
-        download(name)
+NAMES = [(name, "main", "repository") for name in ("a/b/c", "a b", "../x", "a--b/c", "")]
+REVISIONS = [(REPO, name, "revision") for name in ("../../x", "/x", "a..b")]
 
 
-@pytest.mark.parametrize("name", ["../../x", "/x", "a..b"])
-def test_invalid_revision_name_is_refused(name):
-    with raises(ConfigError, f"{REPO}@{name}", match="revision"):
-        download(REPO, name)
+@pytest.mark.parametrize(("repository", "revision", "named"), NAMES + REVISIONS)
+def test_invalid_repository_or_revision_name_is_refused(repository, revision, named):
+    with raises(ConfigError, f"{repository}@{revision}", match=named):
+        download(repository, revision)
 
 
 def test_unwritable_cache_is_named_in_the_error(client, hub, tmp_path):

@@ -78,11 +78,13 @@ def test_v_an_existing_output_is_left_alone(form, kind, model, refuse):
 def test_v_force_replaces_the_output_only_after_success(model, refuse, accept, tmp_path):
     old = models.write_hf(model)
     assert_equal_bits(accept(f"hf:{model}"), old)
+    (tmp_path / "accepted" / "mine").touch()
     models.write_hf(model, changes={QKV: spoil_bits})
     refuse(f"hf:{model}", "--force", to=f"hf:{tmp_path}/accepted", remedy="--allow_nonfinite")
     new = models.write_hf(model, seed=1)
     assert_equal_bits(accept(f"hf:{model}", "--force"), new)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "accepted"}
+    assert not (tmp_path / "accepted" / "mine").exists()
 
 
 @pytest.mark.parametrize("failing", ["rename", "read back", "write"])
