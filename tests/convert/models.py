@@ -134,6 +134,21 @@ def write_llmc(
     return tensors
 
 
+def read_llmc_tokenizer(content: bytes) -> tuple[list[bytes], int]:
+    """Returns (tokens, id of end-of-text) of a gpt2_tokenizer.bin, as tokenizer.h of llm.c reads them."""
+    header = np.frombuffer(content[:1024], "<u4").tolist()
+    assert header[:2] == [20240328, 2]
+    assert set(header[4:]) == {0}
+    tokens, at = [], 1024
+    for _ in range(header[2]):
+        length = content[at]
+        assert length > 0
+        tokens.append(content[at + 1 : at + 1 + length])
+        at += 1 + length
+    assert at == len(content)
+    return tokens, header[3]
+
+
 def write_msgpack(
     directory: pathlib.Path,
     *,

@@ -3,12 +3,12 @@
 import dataclasses
 import pickle
 
-import numpy as np
 import pytest
 
 from gptjax.convert.beside import make_side_file
 from gptjax.data.patterns import BYTES_PATTERN, GPT2_PATTERN
 from gptjax.data.tokenizer import load_tokenizer, make_tokenizer
+from tests.convert.models import read_llmc_tokenizer
 
 SPECIALS = {"<s>": 0, "<pad>": 1, "</s>": 2}
 
@@ -20,23 +20,10 @@ def specials_first(merged=(), **options):
     return make_tokenizer("mine", pattern, ranks, specials=SPECIALS, eot="</s>", **options)
 
 
-def read_gpt2_tokenizer(content):
-    """As llm.c's tokenizer.h does: returns (end-of-text's id, the bytes of each id)."""
-    header = np.frombuffer(content[:1024], "<u4")
-    assert list(header[:2]) == [20240328, 2]
-    tokens, at = [], 1024
-    for _ in range(header[2]):
-        length = content[at]
-        tokens.append(content[at + 1 : at + 1 + length])
-        at += 1 + length
-    assert at == len(content)
-    return header[3], tokens
-
-
 def test_llmc_decodes_ids_behind_special_tokens():
     tokenizer = specials_first([b"th", b"the", b" the"])
     file, _ = make_side_file(tokenizer, "llmc", vocab_size=tokenizer.vocab_size)
-    eot, tokens = read_gpt2_tokenizer(file.content)
+    tokens, eot = read_llmc_tokenizer(file.content)
     assert eot == 2
     text = "the house, the  tree ü"
     assert b"".join(tokens[number] for number in tokenizer.encode(text)).decode() == text

@@ -18,17 +18,31 @@ def model(tmp_path: Path) -> Path:
     (folder / "sub").mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "sub" / "weights").write_text("w")
+    (folder / "inside").symlink_to("sub/weights")
+    (tmp_path / "other").symlink_to(folder)
     return folder
 
 
-@pytest.mark.parametrize("name", ["config.json", "sub/weights"])
-def test_file_inside_the_model_directory_is_resolved(model, name):
-    assert resolve_inside(str(model), name) == os.path.realpath(model / name)
+SNAPSHOT = "models--a--b/snapshots/0123"
 
 
-def test_model_directory_may_be_relative(model, monkeypatch):
-    monkeypatch.chdir(model)
-    assert resolve_inside(".", "config.json") == os.path.realpath(model / "config.json")
+@pytest.mark.usefixtures("model", "snapshot")
+@pytest.mark.parametrize("is_relative", [True, False])
+@pytest.mark.parametrize(
+    ("directory", "name", "file"),
+    [
+        ("model", "config.json", "model/config.json"),
+        ("model", "sub/weights", "model/sub/weights"),
+        ("model", "inside", "model/sub/weights"),
+        ("other", "config.json", "model/config.json"),
+        (SNAPSHOT, "config.json", "models--a--b/blobs/abcd"),
+    ],
+)
+def test_file_inside_the_model_directory_is_resolved(directory, name, file, is_relative, tmp_path, monkeypatch):
+    """Links are followed within the directory and to it, and from a snapshot to its blobs."""
+    monkeypatch.chdir(tmp_path)
+    found = resolve_inside(directory if is_relative else str(tmp_path / directory), name)
+    assert found == os.path.realpath(tmp_path / file)
 
 
 @pytest.mark.parametrize(
@@ -59,11 +73,6 @@ def test_missing_file_raises_file_not_found(model):
         resolve_inside(str(model / "none"), "none")
 
 
-def test_a_link_inside_is_followed(model):
-    (model / "link").symlink_to("sub/weights")
-    assert resolve_inside(str(model), "link") == os.path.realpath(model / "sub" / "weights")
-
-
 @pytest.mark.parametrize("target", ["../secret", "../nothing", "/etc/hosts", "sub/out/secret", "../model2/config.json"])
 def test_link_out_of_the_directory_is_refused(model, target):
     (model.parent / "model2").mkdir()
@@ -72,11 +81,6 @@ def test_link_out_of_the_directory_is_refused(model, target):
     (model / "link").symlink_to(target)
     with raises(DataError, str(model), match="leads out"):
         resolve_inside(str(model), "link")
-
-
-def test_linked_model_directory_is_followed(model):
-    (model.parent / "other").symlink_to(model)
-    assert resolve_inside(str(model.parent / "other"), "config.json") == os.path.realpath(model / "config.json")
 
 
 @pytest.mark.parametrize("kind", ["directory", "pipe"])
@@ -89,7 +93,7 @@ def test_directory_or_pipe_in_place_of_a_file_is_refused(model, kind):
 @pytest.fixture
 def snapshot(tmp_path: Path) -> Path:
     """A directory in a Hugging Face cache."""
-    folder = tmp_path / "models--a--b" / "snapshots" / "0123"
+    folder = tmp_path / SNAPSHOT
     folder.mkdir(parents=True)
     blobs = tmp_path / "models--a--b" / "blobs"
     blobs.mkdir()
@@ -97,10 +101,6 @@ def snapshot(tmp_path: Path) -> Path:
     (tmp_path / "secret").write_text("secret")
     (folder / "config.json").symlink_to("../../blobs/abcd")
     return folder
-
-
-def test_a_snapshot_may_link_to_its_blobs(snapshot):
-    assert resolve_inside(str(snapshot), "config.json") == os.path.realpath(snapshot.parent.parent / "blobs" / "abcd")
 
 
 def test_only_a_snapshot_may_link_to_blobs(snapshot):

@@ -1,6 +1,3 @@
-import struct
-
-import numpy as np
 import pytest
 
 from gptjax.config import GPTConfig
@@ -10,7 +7,7 @@ from gptjax.convert.weights import read_tensors
 from gptjax.data.patterns import GPT2_PATTERN
 from gptjax.data.tokenizer import load_tokenizer, make_tokenizer
 from gptjax.errors import ConfigError
-from tests.convert.models import CONFIG, write_hf, write_llmc
+from tests.convert.models import CONFIG, read_llmc_tokenizer, write_hf, write_llmc
 from tests.helpers import raises
 
 
@@ -27,41 +24,11 @@ def test_llmc_file_is_read_with_its_dtype_and_padding(tmp_path, dtype, padded):
     assert llmc.read(str(tmp_path / "m.bin"), origin="", dropout=0.2).config.dropout == 0.2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_written_file_is_byte_equal_to_the_original(tmp_path, dtype):
-    write_llmc(tmp_path / "a.bin", dtype=dtype)
-    weights = llmc.read(str(tmp_path / "a.bin"), origin="")
-    llmc.write(str(tmp_path / "b.bin"), weights, read_tensors(weights), dtype=dtype)
-    assert (tmp_path / "b.bin").read_bytes() == (tmp_path / "a.bin").read_bytes()
-
-
-def test_header_gives_config_padding_and_dtype(tmp_path):
-    write_llmc(tmp_path / "m.bin")
-    config, padded, dtype = llmc.read_header(str(tmp_path / "m.bin"))
-    assert (config.vocab_size, padded, dtype) == (50, 128, np.dtype("float32"))
-
-
-def read_tokenizer(path):
-    """Returns (tokens, id of end-of-text) as tokenizer.h of llm.c reads them."""
-    whole = path.read_bytes()
-    header = struct.unpack("<256I", whole[:1024])
-    assert header[:2] == (20240328, 2)
-    assert set(header[4:]) == {0}
-    tokens, at = [], 1024
-    for _ in range(header[2]):
-        length = whole[at]
-        assert length > 0
-        tokens.append(whole[at + 1 : at + 1 + length])
-        at += 1 + length
-    assert at == len(whole)
-    return tokens, header[3]
-
-
 @pytest.mark.parametrize(("name", "vocab_size"), [("bytes", 257), ("bytes", 300), ("gpt2", 50257)])
 def test_tokenizer_beside_a_model_is_decoded_as_by_llm_c(tmp_path, said, name, vocab_size):
     write_hf(tmp_path / "a", config=CONFIG | {"vocab_size": vocab_size})
     command.main([f"--from=hf:{tmp_path}/a", f"--to=llmc:{tmp_path}/out/model.bin", f"--tokenizer={name}"])
-    tokens, eot = read_tokenizer(tmp_path / "out" / "gpt2_tokenizer.bin")
+    tokens, eot = read_llmc_tokenizer((tmp_path / "out" / "gpt2_tokenizer.bin").read_bytes())
     tokenizer = load_tokenizer(name)
     text = "Hello, wörld!\n\0 1234"
     assert b"".join(tokens[number] for number in tokenizer.encode(text)) == text.encode()

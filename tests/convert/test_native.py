@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -61,11 +62,10 @@ def test_workdir_and_checkpoint_paths_give_the_same_weights(imported):
 
 def test_at_sign_in_a_directory_name_is_not_a_step(imported):
     workdir, _ = imported
-    twin = workdir.rename(workdir.with_name("me@home"))
-    assert read(twin).origin == f"gptjax:{twin}@0"
-    twin = twin.rename(twin.with_name("run@5"))
-    assert read(twin).origin == f"gptjax:{twin}@0"
-    assert read(f"{twin}@0").origin == f"gptjax:{twin}@0"
+    for name in ("me@home", "run@5"):
+        workdir = workdir.rename(workdir.with_name(name))
+        assert read(workdir).origin == f"gptjax:{workdir}@0"
+    assert read(f"{workdir}@0").origin == f"gptjax:{workdir}@0"
 
 
 def test_missing_checkpoint_or_directory_is_reported(imported, tmp_path):
@@ -104,32 +104,28 @@ def rewrite_record(workdir, **model):
     save_leaves(str(workdir), params, config=types.SimpleNamespace(to_dict=lambda: config), history={})
 
 
+def rewrite_history(workdir, history):
+    weights = read(workdir)
+    leaves = [("params", *leaf) for leaf in read_leaves(weights, read_tensors(weights))]
+    config = from_dict(Checkpointer(str(workdir)).read_record(0).config)
+    shutil.rmtree(workdir / "checkpoints" / "0")
+    save_leaves(str(workdir), leaves, config=config, history=history)
+
+
 @pytest.mark.parametrize(
     "said",
     [[1], {"dtype": "int8", "history": 3}, {"dtype": ["x"], "history": {"step": "x", "loss": float("nan"), "data": 1}}],
 )
 def test_invalid_import_history_is_ignored(imported, said):
     workdir, _ = imported
-    weights = read(workdir)
-    leaves, config = (
-        [("params", *leaf) for leaf in read_leaves(weights, read_tensors(weights))],
-        Checkpointer(str(workdir)).read_record(0).config,
-    )
-    shutil.rmtree(workdir / "checkpoints" / "0")
-    save_leaves(str(workdir), leaves, config=from_dict(config), history={"imported": said})
+    rewrite_history(workdir, {"imported": said})
     weights = read(workdir)
     assert (weights.dtype, weights.history) == ("float32", {})
 
 
 def test_record_with_an_invalid_history_is_damaged(imported):
     workdir, _ = imported
-    weights = read(workdir)
-    leaves, config = (
-        [("params", *leaf) for leaf in read_leaves(weights, read_tensors(weights))],
-        Checkpointer(str(workdir)).read_record(0).config,
-    )
-    shutil.rmtree(workdir / "checkpoints" / "0")
-    save_leaves(str(workdir), leaves, config=from_dict(config), history=[1])
+    rewrite_history(workdir, [1])
     with raises(DataError, f"{workdir}/checkpoints/0", match="record unreadable"):
         read(workdir)
 
@@ -189,17 +185,15 @@ def test_trained_run_has_its_history_losses_and_tokenizer(twin):
 
 def test_custom_tokenizer_is_saved_in_the_work_directory(tmp_path):
     write_hf(tmp_path / "hf", config=CONFIG | {"vocab_size": 258})
-    saved = json.loads(load_tokenizer_bytes(tmp_path))
-    saved["name"], saved["tokens"] = "mine", [*saved["tokens"], "YWI="]
-    (tmp_path / "mine.json").write_text(json.dumps(saved))
-    weights = huggingface.read(str(tmp_path / "hf"), origin="hf:x")
-    weights = type(weights)(**vars(weights) | {"tokenizer": load_tokenizer(str(tmp_path / "mine.json"))})
+    ranks = {token: rank for rank, token in enumerate([*(bytes([byte]) for byte in range(256)), b"ab"])}
+    mine = make_tokenizer("mine", "(?s).+", ranks)
+    weights = dataclasses.replace(huggingface.read(str(tmp_path / "hf"), origin="hf:x"), tokenizer=mine)
     (tmp_path / "new").mkdir()
     native.write(str(tmp_path / "new"), str(tmp_path / "run"), weights, tensors=read_tensors(weights))
     (tmp_path / "new").rename(tmp_path / "run")
     config, _, _ = load_params(str(tmp_path / "run"))
     assert config.data.tokenizer == str(tmp_path / "run" / "tokenizer.json")
-    assert load_tokenizer(config.data.tokenizer).sha256 == weights.tokenizer.sha256
+    assert load_tokenizer(config.data.tokenizer).sha256 == mine.sha256
 
 
 def test_custom_tokenizer_may_have_a_built_in_name():
@@ -207,8 +201,3 @@ def test_custom_tokenizer_may_have_a_built_in_name():
     assert native._tokenizer_name(mine, "run") == os.path.abspath("run/tokenizer.json")
     assert native._tokenizer_name(load_tokenizer("bytes"), "run") == "bytes"
     assert native._tokenizer_name(None, "run") == "gpt2"
-
-
-def load_tokenizer_bytes(folder):
-    load_tokenizer("bytes").save(str(folder / "bytes.json"))
-    return (folder / "bytes.json").read_text()

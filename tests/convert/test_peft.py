@@ -13,10 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 # Of the libraries among themselves.
-pytestmark = [
-    pytest.mark.torch,
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
-]
+pytestmark = [pytest.mark.torch, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
 
 
 @pytest.fixture(scope="module", params=["gelu_new", "gelu"])
@@ -72,11 +69,9 @@ def test_state_of_a_wrapped_model_is_read(exported, tmp_path, wrapper):
     """As DataParallel, torch.compile and Lightning save it, beside the export's config.json."""
     model = transformers.GPT2LMHeadModel.from_pretrained(exported)
     wrapped = {"module.": torch.nn.DataParallel(model), "_orig_mod.": torch.compile(model)}.get(wrapper)
-    state = (
-        wrapped.state_dict()
-        if wrapped is not None
-        else {wrapper + name: value for name, value in model.state_dict().items()}
-    )
+    state = {wrapper + name: value for name, value in model.state_dict().items()}
+    if wrapped is not None:
+        state = wrapped.state_dict()
     assert all(name.startswith(wrapper) for name in state)
     (tmp_path / "config.json").write_bytes((exported / "config.json").read_bytes())
     torch.save(state, tmp_path / "pytorch_model.bin")
