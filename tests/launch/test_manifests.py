@@ -31,6 +31,9 @@ TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
 EXIT_CODES = closed(
     ["operator", "values"], containerName=TEXT, operator={"enum": ["In", "NotIn"]}, values=listed({"minimum": 1})
 )
+EXIT_RULE = closed(
+    ["action", "onExitCodes"], action={"enum": ["FailJob", "FailIndex", "Ignore", "Count"]}, onExitCodes=EXIT_CODES
+)
 CONTAINER = closed(
     ["name", "image", "args", "resources"],
     name=TEXT,
@@ -59,18 +62,10 @@ JOB = closed(
     parallelism=COUNT,
     completions=COUNT,
     backoffLimit=COUNT,
-    podFailurePolicy=closed(
-        ["rules"],
-        rules=listed(
-            closed(
-                ["action", "onExitCodes"],
-                action={"enum": ["FailJob", "FailIndex", "Ignore", "Count"]},
-                onExitCodes=EXIT_CODES,
-            )
-        ),
-    ),
+    podFailurePolicy=closed(["rules"], rules=listed(EXIT_RULE)),
     template=closed(["spec"], metadata=closed([], annotations=TEXTS), spec=POD),
 )
+REASONS = ["BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded", "PodFailurePolicy"]
 JOBSET = closed(
     ["apiVersion", "kind", "metadata", "spec"],
     apiVersion={"const": "jobset.x-k8s.io/v1alpha2"},
@@ -85,17 +80,7 @@ JOBSET = closed(
                 closed(
                     ["action"],
                     action={"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
-                    onJobFailureReasons=listed(
-                        {
-                            "enum": [
-                                "BackoffLimitExceeded",
-                                "DeadlineExceeded",
-                                "FailedIndexes",
-                                "MaxFailedIndexesExceeded",
-                                "PodFailurePolicy",
-                            ]
-                        }
-                    ),
+                    onJobFailureReasons=listed({"enum": REASONS}),
                 )
             ),
         ),

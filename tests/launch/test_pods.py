@@ -7,6 +7,7 @@ import re
 import subprocess
 import types
 
+import jax
 import pytest
 
 from gptjax import config, divergence, errors, resume, setup, workdir
@@ -82,20 +83,10 @@ def test_message_missing_from_the_source_is_detected(message):
     assert quoted_share(message) < 0.4
 
 
-def wrong_mesh() -> None:
-    import jax
-
-    make_mesh(MeshConfig(fsdp=6), jax.devices() * 2)
-
-
 def wrong_batch() -> None:
     settings = config.from_dict({"data": {"global_batch_size": 500}})
     mesh = types.SimpleNamespace(shape={"data": 16, "fsdp": 1, "tensor": 1})
     setup.choose_num_microbatches(settings, None, mesh, state_bytes=0)
-
-
-def missing_data() -> None:
-    ensure_prepared(config.DataConfig(path="data/mine"), load_tokenizer("bytes"))
 
 
 def locked() -> None:
@@ -109,26 +100,29 @@ def locked() -> None:
             pass
 
 
-def other_model() -> None:
-    resume.compare_configs(Config().to_dict(), Config(model=GPTConfig(n_layer=24)))
-
-
-def other_data() -> None:
-    resume.compare_data({"data.seed": 0}, {"data.seed": 5}, allowed=False)
-
-
 def not_finite() -> None:
     nan = float("nan")
     verdict = divergence.judge(History(), {"loss": nan, "grad_norm": nan}, Config().train, finite=False)
     raise divergence.divergence_error(verdict, step=1200, windows=[7, 3], last_saved=1000, workdir=BUCKET)
 
 
-def out_of_memory_error() -> None:
+def out_of_memory() -> None:
     raise aot.out_of_memory_error("configs/gpt2_xl.py on v5e:4x4: does not fit", 42.39 * GIB, 15.75 * GIB)
 
 
 @pytest.mark.parametrize(
-    "trouble", [wrong_mesh, wrong_batch, missing_data, locked, other_model, other_data, not_finite, out_of_memory_error]
+    "trouble",
+    [
+        lambda: make_mesh(MeshConfig(fsdp=6), jax.devices() * 2),
+        wrong_batch,
+        lambda: ensure_prepared(config.DataConfig(path="data/mine"), load_tokenizer("bytes")),
+        locked,
+        lambda: resume.compare_configs(Config().to_dict(), Config(model=GPTConfig(n_layer=24))),
+        lambda: resume.compare_data({"data.seed": 0}, {"data.seed": 5}, allowed=False),
+        not_finite,
+        out_of_memory,
+    ],
+    ids=["mesh", "batch", "data", "locked", "model", "other data", "not finite", "memory"],
 )
 def test_reproducible_errors_print_exactly_the_quoted_messages(trouble, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -98,24 +98,24 @@ def job(tmp_path: pathlib.Path) -> Iterator[Job]:
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_job_starts_one_process_per_gpu(job):
-    assert job.run() == 0
+PER_NODE = {"--ntasks-per-node=1", "--ntasks=2", "--cpus-per-task=96"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "flags", "devices"),
+    [
+        ({}, {"--ntasks-per-node=8", "--ntasks=16", "--cpus-per-task=12"}, ""),
+        ({"PROCESS_PER": "node"}, PER_NODE, "0,1,2,3,4,5,6,7"),
+        ({"SLURM_GPUS_ON_NODE": "0"}, PER_NODE, ""),
+    ],
+)
+def test_job_starts_a_process_per_gpu_or_node(job, variables, flags, devices):
+    assert job.run(**variables) == 0
     arguments = job.read("srun")
-    assert {"--ntasks-per-node=8", "--ntasks=16", "--cpus-per-task=12"} <= set(arguments)
-    command = ["python", "-m", "gptjax.main", "--config=c.py", "--config.train.sample_prompt=a b"]
-    assert arguments[-5:] == command
-    assert job.read("devices") == [""]
-
-
-def test_one_process_per_node_sees_all_gpus_of_its_node(job):
-    assert job.run(PROCESS_PER="node") == 0
-    assert {"--ntasks-per-node=1", "--ntasks=2", "--cpus-per-task=96"} <= set(job.read("srun"))
-    assert job.read("devices") == ["0,1,2,3,4,5,6,7"]
-
-
-def test_nodes_without_gpus_run_one_process_each(job):
-    assert job.run(SLURM_GPUS_ON_NODE="0") == 0
-    assert {"--ntasks-per-node=1", "--ntasks=2"} <= set(job.read("srun"))
+    assert flags <= set(arguments)
+    assert arguments[-5:] == ["python", "-m", "gptjax.main", "--config=c.py", "--config.train.sample_prompt=a b"]
+    assert job.read("devices") == [devices]
+    assert {"--kill-on-bad-exit=0", "--wait=300"} <= set(arguments), "as long as the signal precedes the limit"
 
 
 def test_unknown_process_per_value_is_refused(job):
@@ -123,16 +123,10 @@ def test_unknown_process_per_value_is_refused(job):
     assert job.read("srun") == []
 
 
-@pytest.mark.parametrize("code", [0, 2, 65, 69, 70, 137])
-def test_run_that_was_not_preempted_is_not_requeued(job, code):
-    assert job.run(code) == code
-    assert job.read("scontrol") == []
-
-
-@pytest.mark.parametrize("code", [75, "75,0"])
-def test_preempted_run_is_requeued(job, code):
-    assert job.run(code) == 75
-    assert job.read("scontrol") == ["requeue 77"]
+@pytest.mark.parametrize("code", [0, 2, 65, 69, 70, 75, 137, "75,0"])
+def test_only_a_preempted_run_is_requeued(job, code):
+    assert job.run(code) == (75 if code == "75,0" else code)
+    assert job.read("scontrol") == (["requeue 77"] if code in (75, "75,0") else [])
 
 
 def test_time_limit_signal_reaches_each_process_once_before_requeue(job):
@@ -158,8 +152,3 @@ def test_options_request_an_early_signal_and_allow_requeue():
     assert "--signal=TERM@300" in OPTIONS
     assert "--requeue" in OPTIONS
     assert "--open-mode=append" in OPTIONS  # or the log of the time before would be lost
-
-
-def test_srun_waits_as_long_as_the_signal_precedes_the_limit(job):
-    assert job.run() == 0
-    assert {"--kill-on-bad-exit=0", "--wait=300"} <= set(job.read("srun"))

@@ -47,6 +47,11 @@ class Cloud:
         assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}"
         return done.stdout
 
+    def start(self, *ends: int | str) -> str:
+        """Starts COMMAND; `ends` says what becomes of this start, and of each after it."""
+        self.set(ends=list(ends))
+        return self.pod("start", *COMMAND)
+
     def watch_until(self, line: str) -> str:
         """Returns what `watch` says up to the second time that it says `line`, and ends it there."""
         said = ""
@@ -115,22 +120,15 @@ def test_create_keeps_an_existing_slice(cloud):
     assert cloud.requests("delete") == []
 
 
-def test_create_recreates_a_suspended_slice(cloud):
-    cloud.pod("create")
-    cloud.set(request=["SUSPENDED"])
-    cloud.pod("create")
-    assert len(cloud.requests("delete")) == 1
-    assert len(cloud.requests("create")) == 2
-
-
-def test_create_replaces_a_failed_request_the_next_time(cloud):
-    cloud.set(states=["FAILED"])
-    assert "gptjax: FAILED: see gcloud" in cloud.pod("create", expect=1)
+@pytest.mark.parametrize(("state", "code"), [("SUSPENDED", 0), ("FAILED", 1)])
+def test_create_replaces_a_suspended_or_failed_slice(cloud, state, code):
+    if state == "FAILED":
+        cloud.set(states=["FAILED"])
+    assert ("gptjax: FAILED: see gcloud" in cloud.pod("create", expect=code)) == (state == "FAILED")
     assert len(cloud.requests("create")) == 1
-    cloud.set(states=["ACTIVE"])
+    cloud.set(request=[state], states=["ACTIVE"])
     cloud.pod("create")
-    assert len(cloud.requests("delete")) == 1
-    assert len(cloud.requests("create")) == 2
+    assert (len(cloud.requests("delete")), len(cloud.requests("create"))) == (1, 2)
 
 
 def test_create_without_spot_requests_on_demand(cloud):
@@ -215,15 +213,10 @@ def test_start_runs_one_command_on_all_workers_with_one_coordinator(pod, endpoin
 
 
 def test_start_keeps_running_workers(pod):
-    pod.set(ends=["running"])
-    pod.pod("start", *COMMAND)
+    pod.start("running")
     (pod.root / "worker1/alive").unlink()  # one of them is not there any more
-    assert pod.pod("start", *COMMAND).splitlines() == [
-        "worker 0: running already",
-        "worker 1: started",
-        "worker 2: running already",
-        "worker 3: running already",
-    ]
+    said = pod.pod("start", *COMMAND).splitlines()
+    assert said == [f"worker {i}: {'started' if i == 1 else 'running already'}" for i in range(4)]
 
 
 def test_start_without_a_command_is_refused(pod):
@@ -245,8 +238,7 @@ def test_status_reports_a_missing_or_pending_slice(cloud):
 
 def test_status_and_logs_report_each_worker(pod):
     assert "worker 3: not started: " in pod.pod("status")
-    pod.set(ends=[0])
-    pod.pod("start", *COMMAND)
+    pod.start(0)
     said = pod.pod("status").splitlines()
     assert said == ["gptjax: READY", *(f"worker {i}: ended 0: this start ends with 0" for i in range(4))]
     assert pod.pod("logs", "2") == "[2] this start ends with 0\n"
@@ -255,8 +247,7 @@ def test_status_and_logs_report_each_worker(pod):
 
 @pytest.mark.parametrize(("end", "state"), [("preempted", "SUSPENDED"), ("vanished", "GONE")])
 def test_watch_recreates_a_preempted_slice_and_restarts_the_command(pod, end, state):
-    pod.set(ends=[end, 75, 69, 0])
-    pod.pod("start", *COMMAND)
+    pod.start(end, 75, 69, 0)
     said = pod.pod("watch")
     assert f"gptjax: {state}: making it anew" in said
     assert said.endswith("gptjax: the run is finished\n")
@@ -268,8 +259,7 @@ def test_watch_recreates_a_preempted_slice_and_restarts_the_command(pod, end, st
 
 
 def test_watch_retries_while_no_chips_are_available(pod):
-    pod.set(ends=["preempted", 0])
-    pod.pod("start", *COMMAND)
+    pod.start("preempted", 0)
     gcloud = pod.root / "bin/gcloud"
     real = gcloud.read_text()
     counter = pod.root / "refused"
@@ -280,8 +270,7 @@ def test_watch_retries_while_no_chips_are_available(pod):
 
 
 def test_watch_restarts_the_run_after_workers_were_lost(pod):
-    pod.set(ends=["running", 0])
-    pod.pod("start", *COMMAND)
+    pod.start("running", 0)
     for worker, code in enumerate((69, 134, 75, 143)):
         (pod.root / f"worker{worker}/alive").unlink()
         (pod.root / f"worker{worker}/gptjax/ended").write_text(f"{code}\n")
@@ -290,8 +279,7 @@ def test_watch_restarts_the_run_after_workers_were_lost(pod):
 
 
 def test_watch_waits_and_reports_the_first_running_worker(pod):
-    pod.set(ends=["running"])
-    pod.pod("start", *COMMAND)
+    pod.start("running")
     (pod.root / "worker0/alive").unlink()
     (pod.root / "worker0/gptjax/ended").write_text("2\n")
     said = pod.watch_until("worker 1: running: step 10/100  loss 5.0")
@@ -304,31 +292,24 @@ def test_watch_waits_and_reports_the_first_running_worker(pod):
     ("trouble", "said"), [({"deaf": [3]}, "a worker does not answer"), ({"down": True}, "gcloud failed")]
 )
 def test_watch_survives_unreachable_workers_and_gcloud_failures(pod, trouble, said):
-    pod.set(ends=["running"])
-    pod.pod("start", *COMMAND)
+    pod.start("running")
     pod.set(**trouble)
     assert "making it anew" not in pod.watch_until(f"gptjax: {said}")
     assert len(pod.requests("create")) == 1
 
 
-@pytest.mark.parametrize("code", [1, 2, 70])
-def test_watch_ends_with_a_permanent_failure(pod, code):
-    pod.set(ends=[code])
-    pod.pod("start", *COMMAND)
-    assert f"it failed with {code}" in pod.pod("watch", expect=code)
-    assert pod.get("starts") == 1
-
-
-def test_watch_gives_up_a_run_that_never_gets_further(pod):
-    pod.set(ends=[69] * 9)
-    pod.pod("start", *COMMAND)
-    assert "ended 3 times" in pod.pod("watch", expect=75, MAX_RESTARTS="2")
-    assert pod.get("starts") == 3
+@pytest.mark.parametrize(
+    ("ends", "said", "code", "starts"),
+    [*(([code], f"it failed with {code}", code, 1) for code in (1, 2, 70)), ([69] * 9, "ended 3 times", 75, 3)],
+)
+def test_watch_ends_with_a_permanent_failure_or_without_progress(pod, ends, said, code, starts):
+    pod.start(*ends)
+    assert said in pod.pod("watch", expect=code, MAX_RESTARTS="2")
+    assert pod.get("starts") == starts
 
 
 def test_watch_does_not_recreate_a_deleted_slice(pod):
-    pod.set(ends=["running"])
-    pod.pod("start", *COMMAND)
+    pod.start("running")
     pod.set(request=None)
     assert "somebody has deleted it" in pod.pod("watch", expect=1)
     assert len(pod.requests("create")) == 1

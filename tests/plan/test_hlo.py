@@ -201,9 +201,6 @@ ENTRY %main (x: f32[]) -> f32[] {
 )
 def test_replica_groups_are_parsed_from_every_syntax(text, groups):
     assert read_groups(text, 8, "all-reduce") == groups
-
-
-def test_groups_of_an_unknown_form_are_an_error():
     with pytest.raises(ValueError, match="form that is not known"):
         read_groups("replica_groups=whatever", 8, "all-reduce")
 

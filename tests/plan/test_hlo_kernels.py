@@ -82,14 +82,11 @@ STACK = ["%x = f32[12,64,32]{2,1,0} parameter(0)", "%i = s32[] parameter(1)", "%
 
 
 def test_fusion_counts_only_the_slice_of_a_sliced_operand():
-    text = program(*STACK, "%y = f32[64,32]{1,0} fusion(%x, %i, %u), kind=kLoop, calls=%fused", computations=SLICED)
-    assert only(text).bytes == 3 * 64 * 32 * 4 + 4
-
-
-def test_fusion_counts_an_operand_fully_if_also_used_unsliced():
+    """Unless the whole operand is used as well."""
+    call = "%y = f32[64,32]{1,0} fusion(%x, %i, %u), kind=kLoop, calls=%fused"
+    assert only(program(*STACK, call, computations=SLICED)).bytes == 3 * 64 * 32 * 4 + 4
     whole = SLICED.replace("%wide = f32[64,32]{1,0} convert(%b)", "%wide = f32[64,32]{1,0} reduce(%p0, %zero)")
-    text = program(*STACK, "%y = f32[64,32]{1,0} fusion(%x, %i, %u), kind=kLoop, calls=%fused", computations=whole)
-    assert only(text).bytes == (12 + 2) * 64 * 32 * 4 + 4
+    assert only(program(*STACK, call, computations=whole)).bytes == (12 + 2) * 64 * 32 * 4 + 4
 
 
 def test_fusion_with_an_in_place_update_counts_only_the_update():
