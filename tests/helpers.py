@@ -2,9 +2,10 @@
 
 import contextlib
 import functools
+import os
 import pathlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -81,6 +82,19 @@ def snapshot(root: pathlib.Path) -> dict[str, Any]:
 def sweep(*values: Any) -> Any:
     """Returns the parameters of a case that runs only by `pytest -m sweep`."""
     return pytest.param(*values, marks=pytest.mark.sweep)
+
+
+def failing(error: BaseException) -> Callable[..., Any]:
+    """Returns a function that raises `error`, whatever it is called with."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def os_error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
 
 
 @contextlib.contextmanager

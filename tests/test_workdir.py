@@ -1,7 +1,6 @@
 import contextlib
 import errno
 import functools
-import json
 import os
 import socket
 import stat
@@ -20,15 +19,12 @@ from gptjax.data.tokenizer import load_tokenizer
 from gptjax.errors import ConfigError, UnavailableError, WorkdirError
 from gptjax.stored import load_params
 from gptjax.train import train
-from tests.helpers import raises
+from tests.helpers import failing, os_error, raises
 
 
-def test_a_local_work_directory_holds_its_own_logs():
+def test_logs_are_in_a_local_directory_also_of_a_bucket():
     assert workdir.local_directory("runs/a") == "runs/a"
     assert workdir.local_directory("runs/a", process=2) == "runs/a/process-2"
-
-
-def test_bucket_run_keeps_its_logs_in_a_local_directory():
     assert workdir.local_directory("gs://bucket/my run") == "runs/gs-bucket-my-run"
     assert workdir.is_bucket("gs://bucket/run")
     assert not workdir.is_bucket("/runs/a b")
@@ -49,21 +45,9 @@ def test_a_bucket_with_a_run_is_not_new(tmp_path, monkeypatch):
     assert workdir.is_new("gs://bucket/run")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert not workdir.is_new("gs://bucket/run")
-
-    def fail(*_):
-        raise RuntimeError("403 Forbidden")
-
-    monkeypatch.setattr(type(real(tmp_path)), "exists", fail)
+    monkeypatch.setattr(type(real(tmp_path)), "exists", failing(RuntimeError("403 Forbidden")))
     with raises(WorkdirError, "--workdir", value="gs://bucket/run", match="403 Forbidden"):
         workdir.is_new("gs://bucket/run")
-
-
-def test_failed_json_write_keeps_the_old_file(tmp_path):
-    path = tmp_path / "a.json"
-    workdir.write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        workdir.write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
 
 
 def test_replace_file_is_atomic_and_synced(tmp_path, monkeypatch):
@@ -73,13 +57,11 @@ def test_replace_file_is_atomic_and_synced(tmp_path, monkeypatch):
     workdir.replace_file(path, b"one")
     workdir.replace_file(str(path), b"two")
     assert (path.read_bytes(), len(synced)) == (b"two", 4), "each time the file and its directory"
-
-    def fail(*of):
-        raise OSError(errno.ENOSPC, "full")
-
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os, "replace", failing(os_error(errno.ENOSPC)))
     with pytest.raises(OSError, match=f"Errno {errno.ENOSPC}"):
         workdir.replace_file(path, b"three")
+    with pytest.raises(TypeError):
+        workdir.write_json(path, {"a": object()})
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"two")]
 
 
@@ -247,11 +229,8 @@ def test_l2_oversized_file_is_not_read(tmp_path):
     ],
 )
 def test_c6_a_bucket_that_cannot_be_reached_is_named(bucket, error, kind, parts, monkeypatch, tmp_path):
-    def exists(path):
-        raise error
-
     if error is not None:
-        monkeypatch.setattr(type(workdir.epath.Path(bucket)), "exists", exists)
+        monkeypatch.setattr(type(workdir.epath.Path(bucket)), "exists", failing(error))
     monkeypatch.chdir(tmp_path)
     new = Config(checkpoint=CheckpointConfig(resume="never"))
     trained = (functools.partial(train, config) for config in (Config(), new))
@@ -264,12 +243,9 @@ def test_c6_a_bucket_that_cannot_be_reached_is_named(bucket, error, kind, parts,
 
 @pytest.mark.faults
 def test_c6_unlistable_directory_of_data_or_results_is_named(monkeypatch, tmp_path):
-    def fail(*_):
-        raise OSError(errno.EACCES, "Permission denied")
-
     path = str(tmp_path)
     assert workdir.is_empty(path)
-    monkeypatch.setattr(os, "listdir", fail)
+    monkeypatch.setattr(os, "listdir", failing(os_error(errno.EACCES)))
     for call in (
         lambda: workdir.is_empty(path),
         lambda: prepare.ensure_prepared(DataConfig(path=path), load_tokenizer("bytes")),

@@ -18,13 +18,10 @@ from gptjax.model import GPT
 from gptjax.optim import make_optimizer
 from gptjax.sharding import make_mesh
 from gptjax.state import make_init
-from tests.helpers import raises, snapshot
+from tests.helpers import failing, os_error, raises, snapshot
 from tests.runs import checkpoint_steps, state_bytes, temporary_directories
 
-pytestmark = [
-    pytest.mark.faults,
-    pytest.mark.usefixtures("quick_compiler"),
-]
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("quick_compiler")]
 MODEL = GPTConfig(block_size=8, vocab_size=100, n_layer=1, n_head=1, n_embd=16)
 
 
@@ -82,9 +79,7 @@ def files_of(workdir, step=2):
 def restore(workdir):
     """Returns the step that restore_latest gives, whose bits must be those that were saved."""
     abstract, saved = states()
-    restored = Checkpointer(str(workdir)).restore_latest(abstract)
-    assert restored is not None
-    state, record = restored
+    state, record = Checkpointer(str(workdir)).restore_latest(abstract)
     assert int(state.step) == record.step
     assert record.history == {"n": record.step}
     assert state_bytes(state) == state_bytes(saved[record.step]), "wrong bits"
@@ -126,10 +121,8 @@ def test_c1_damage_in_any_file_falls_back_or_is_harmless(damage, healthy, said, 
     for number, name in enumerate(names):
         workdir = tmp_path / str(number)
         shutil.copytree(healthy, workdir)
-        if change is None:
-            (workdir / name).unlink()
-        else:
-            (workdir / name).write_bytes(change((workdir / name).read_bytes()))
+        data = (workdir / name).read_bytes()
+        (workdir / name).unlink() if change is None else (workdir / name).write_bytes(change(data))
         noticed[str(name)] = assert_falls_back_or_loads_equal_bits(workdir, said, f"{damage} {name}")
         shutil.rmtree(workdir)
     arrays = [name for name in noticed if "/c/" in name]
@@ -210,22 +203,15 @@ def test_c4_foreign_files_beside_checkpoints_are_ignored(workdir, said):
 
 @pytest.mark.parametrize("damage", ["an empty record", "an empty directory"])
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EROFS])
-def test_c4_damaged_step_that_cannot_be_renamed_ends_the_run(damage, number, healthy, said, monkeypatch, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(healthy, workdir)
-    step = 2
-    if damage == "an empty directory":
-        step = 9
+def test_c4_damaged_step_that_cannot_be_renamed_ends_the_run(damage, number, workdir, said, monkeypatch):
+    step = 9 if damage == "an empty directory" else 2
+    if step == 9:
         (workdir / "checkpoints" / "9").mkdir()
     else:
         (workdir / "checkpoints" / "2" / "_CHECKPOINT_METADATA").write_text("")
     before = snapshot(workdir)
-
-    def fail(*_):
-        raise OSError(number, os.strerror(number))
-
     checkpointer = Checkpointer(str(workdir))
-    monkeypatch.setattr(type(checkpointer.directory), "rename", fail)
+    monkeypatch.setattr(type(checkpointer.directory), "rename", failing(os_error(number)))
     problem = f"damaged .record unreadable .* and cannot be renamed: {os.strerror(number)}; nothing was changed"
     with raises(WorkdirError, f"{workdir}/checkpoints/{step}", remedy="rename it", match=problem):
         checkpointer.restore_latest(states()[0])
@@ -233,9 +219,7 @@ def test_c4_damaged_step_that_cannot_be_renamed_ends_the_run(damage, number, hea
     assert snapshot(workdir) == before
 
 
-def test_c4_step_that_another_process_has_renamed_is_left_out(healthy, monkeypatch, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(healthy, workdir)
+def test_c4_step_that_another_process_has_renamed_is_left_out(workdir, monkeypatch):
     (workdir / "checkpoints" / "2" / "_CHECKPOINT_METADATA").write_text("")
     rename = type(Checkpointer(str(workdir)).directory).rename
 
@@ -278,9 +262,7 @@ def test_c1_swapped_checkpoint_files_are_detected(workdir, said):
 
 
 def test_b2_refused_check_leaves_the_checkpoints_unchanged(workdir):
-    def refuse(record):
-        raise ConfigError(field="refused", value=record.step)
-
+    refuse = failing(ConfigError(field="refused", value=2))
     with raises(ConfigError, "refused", value=2):
         Checkpointer(str(workdir)).restore_latest(states()[0], check=refuse)
     assert checkpoint_steps(workdir) == [1, 2]

@@ -15,7 +15,7 @@ from gptjax.record import Record, seal, unseal
 from gptjax.replay.update import read_records
 from gptjax.stored import load_params
 from tests import runs
-from tests.helpers import raises
+from tests.helpers import failing, raises
 
 pytestmark = pytest.mark.faults
 OTHER = "f" * 32
@@ -132,10 +132,7 @@ def test_o4_missing_run_id_is_taken_from_the_newest_checkpoint(content, twin, tr
 
 
 def test_o4_unreadable_bucket_is_reported(said, monkeypatch):
-    def fail(*of):
-        raise RuntimeError("the bucket is away")
-
-    monkeypatch.setattr("gptjax.workdir.epath.Path", fail)
+    monkeypatch.setattr("gptjax.workdir.epath.Path", failing(RuntimeError("the bucket is away")))
     assert read_identity("gs://bucket/run") == Identity()
     (line,) = said
     assert line.startswith("gs://bucket/run/config.json: ")

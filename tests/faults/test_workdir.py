@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import pathlib
 import resource
 import shutil
 import signal
@@ -23,7 +24,7 @@ from gptjax.data.partial import hold
 from gptjax.errors import WorkdirError
 from gptjax.logs import RunLog
 from gptjax.workdir import lock_workdir
-from tests.helpers import raises
+from tests.helpers import failing, os_error, raises
 from tests.runs import (
     checkpoint_steps,
     kill,
@@ -74,16 +75,9 @@ def test_l1_lock_is_released_on_exit(tmp_path):
         pass
 
 
-def refuse_locks(number):
-    def flock(*_):
-        raise OSError(number, os.strerror(number))
-
-    return flock
-
-
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EIO])
 def test_l1_file_system_without_locks_gives_only_a_warning(number, said, tmp_path, monkeypatch):
-    monkeypatch.setattr(fcntl, "flock", refuse_locks(number))
+    monkeypatch.setattr(fcntl, "flock", failing(os_error(number)))
     with lock_workdir(str(tmp_path)):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     [line] = said
@@ -93,7 +87,7 @@ def test_l1_file_system_without_locks_gives_only_a_warning(number, said, tmp_pat
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
 def test_l1_preparation_without_locks_gives_only_a_warning(number, said, tmp_path, monkeypatch):
-    monkeypatch.setattr(fcntl, "flock", refuse_locks(number))
+    monkeypatch.setattr(fcntl, "flock", failing(os_error(number)))
     with hold(str(tmp_path), "out", pytest.fail):
         pass
     [line] = said
@@ -103,21 +97,14 @@ def test_l1_preparation_without_locks_gives_only_a_warning(number, said, tmp_pat
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
 def test_l1_download_without_locks_gives_only_a_warning(number, said, tmp_path, monkeypatch):
     content = b"weights"
-    file = File(
-        name="model.bin",
-        size=len(content),
-        etag=hashlib.sha256(content).hexdigest(),
-        blob=str(tmp_path / "blobs" / "one"),
-        path=str(tmp_path / "snapshot" / "model.bin"),
-    )
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "snapshot").mkdir()
-    with open(file.partial, "wb") as partial:  # received already, so that no server is needed
-        partial.write(content)
-    monkeypatch.setattr(fcntl, "flock", refuse_locks(number))
+    etag, blob, path = hashlib.sha256(content).hexdigest(), tmp_path / "blobs" / "one", tmp_path / "snapshot" / "m.bin"
+    file = File(name="model.bin", size=len(content), etag=etag, blob=str(blob), path=str(path))
+    blob.parent.mkdir()
+    path.parent.mkdir()
+    pathlib.Path(file.partial).write_bytes(content)  # received already, so that no server is needed
+    monkeypatch.setattr(fcntl, "flock", failing(os_error(number)))
     fetch(file, "owner/name", "0" * 40, token="")
-    with open(file.path, "rb") as fetched:
-        assert fetched.read() == content
+    assert path.read_bytes() == content
     [line] = said
     assert line.startswith(f"{file.partial}: its file system has no locks ({os.strerror(number)}): ")
 
@@ -140,13 +127,10 @@ def test_d4_removed_lock_is_retaken_unless_another_holds_it(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
 def test_d4_failed_lock_renewal_is_reported_and_retried(number, said, monkeypatch, tmp_path):
-    def fail(*_):
-        raise OSError(number, os.strerror(number))
-
     with lock_workdir(str(tmp_path)) as lock:
         (tmp_path / ".lock").unlink()
         with monkeypatch.context() as patch:
-            patch.setattr("gptjax.workdir.open_file", fail)
+            patch.setattr("gptjax.workdir.open_file", failing(os_error(number)))
             assert lock.renew()
         assert lock.renew()
         assert not lock.renew()
