@@ -132,9 +132,9 @@ def resume(args: argparse.Namespace, directory: pathlib.Path) -> dict[str, Any]:
     if args.data:
         often["data.path"] = pathlib.Path(args.data).resolve()
     flags = ["--config=configs/quickstart.py", *overrides(often)]
-    twin, killed = directory / "twin", directory / "killed"
-    with started(twin, flags) as process:
-        finish(process, twin)
+    reference, killed = directory / "reference", directory / "killed"
+    with started(reference, flags) as process:
+        finish(process, reference)
     with started(killed, flags, fault=f"step:{args.steps // 2}:kill") as process:
         was_killed = process.wait(LIMIT_SECONDS) == -signal.SIGKILL
     before, start, resumed, first = len(rows_of(killed)), time.perf_counter(), 0, 0.0
@@ -146,7 +146,7 @@ def resume(args: argparse.Namespace, directory: pathlib.Path) -> dict[str, Any]:
                 first = time.perf_counter() - start
             time.sleep(0.01)
         finish(process, killed)
-    losses = [[row["loss"] for row in rows_of(workdir)] for workdir in (twin, killed)]
+    losses = [[row["loss"] for row in rows_of(workdir)] for workdir in (reference, killed)]
     log = pathlib.Path(f"{killed}.log").read_text()
     interrupted = bool(was_killed and resumed)
     return {

@@ -74,9 +74,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> runs.Lab:
 
 
 @pytest.fixture(scope="session")
-def twin(lab: runs.Lab) -> pathlib.Path:
+def reference(lab: runs.Lab) -> pathlib.Path:
     """The work directory of a finished run that nothing has disturbed."""
-    return runs.make_twin(lab)
+    return runs.make_reference(lab)
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,7 @@ class Lab:
         return line.removeprefix("error: ")
 
     def is_shared(self, workdir: pathlib.Path | str) -> bool:
-        """Returns whether this is a finished run of make_twin, which tests read at the same time."""
+        """Returns whether this is a finished run of make_reference, which tests read at the same time."""
         workdir = pathlib.Path(workdir)
         return workdir.parent == self.root and (self.root / f"{workdir.name}-done").exists()
 
@@ -153,16 +153,16 @@ def make_lab(root: pathlib.Path) -> Lab:
     return lab
 
 
-def make_twin(lab: Lab, name: str = "twin", *overrides: str) -> pathlib.Path:
+def make_reference(lab: Lab, name: str = "reference", *overrides: str) -> pathlib.Path:
     """Returns the work directory of a run that nothing has disturbed, made by the first process that asks for it."""
-    twin = lab.root / name
+    reference = lab.root / name
     with open(lab.root / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (lab.root / f"{name}-done").exists():
-            shutil.rmtree(twin, ignore_errors=True)
-            lab.train(twin, "checkpoint.keep=8", *overrides)
+            shutil.rmtree(reference, ignore_errors=True)
+            lab.train(reference, "checkpoint.keep=8", *overrides)
             (lab.root / f"{name}-done").touch()
-    return twin
+    return reference
 
 
 def copy_until(source: pathlib.Path, target: pathlib.Path, last: int, *, cut: bool = True) -> pathlib.Path:

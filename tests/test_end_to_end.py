@@ -14,7 +14,7 @@ STEP_KEYS = {"step", "loss", "lr", "grad_norm", "tokens_per_second", "mfu"}
 VALIDATION_KEYS = {"step", "val_loss", "val_perplexity", "val_bits_per_byte"}
 
 
-def test_resumed_run_is_bit_equal_to_an_uninterrupted_run(lab, twin, tiny_run, tmp_path):
+def test_resumed_run_is_bit_equal_to_an_uninterrupted_run(lab, reference, tiny_run, tmp_path):
     """In two processes, with dropout and accumulation; being traced changes nothing either."""
     workdir = tmp_path / "run"
     first = lab.train(workdir, "train.num_steps=8", "train.profile_step=5")
@@ -29,10 +29,10 @@ def test_resumed_run_is_bit_equal_to_an_uninterrupted_run(lab, twin, tiny_run, t
     assert "goodput" in second.stdout
     assert ["h/mlp/c_fc/kernel " in said for said in (first.stdout, second.stdout)] == [False, True], "as with goodput"
     assert list(losses(workdir)) == list(range(1, 17))
-    assert losses(workdir) == losses(twin)
-    assert validations(workdir) == validations(twin)
-    assert restored_bytes(workdir, tiny_run.abstract_state) == restored_bytes(twin, tiny_run.abstract_state)
-    assert len({row["lr"] for row in rows(twin) if "lr" in row}) > 8, "a learning rate that cannot go wrong"
+    assert losses(workdir) == losses(reference)
+    assert validations(workdir) == validations(reference)
+    assert restored_bytes(workdir, tiny_run.abstract_state) == restored_bytes(reference, tiny_run.abstract_state)
+    assert len({row["lr"] for row in rows(reference) if "lr" in row}) > 8, "a learning rate that cannot go wrong"
     assert "2 accumulation steps" in second.stdout
 
 
@@ -58,9 +58,9 @@ def test_verbose_run_shows_parameters_and_goodput(lab, tmp_path):
         assert text in done
 
 
-def test_metrics_have_the_documented_keys(twin):
-    steps = [row for row in rows(twin) if "loss" in row]
-    evaluations = [row for row in rows(twin) if "val_loss" in row]
+def test_metrics_have_the_documented_keys(reference):
+    steps = [row for row in rows(reference) if "loss" in row]
+    evaluations = [row for row in rows(reference) if "val_loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 17))
     assert [row["step"] for row in evaluations] == [8, 16]
     assert all(row.keys() >= STEP_KEYS for row in steps)
@@ -71,29 +71,29 @@ def test_metrics_have_the_documented_keys(twin):
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.1, "nothing was learnt"
 
 
-def test_work_directory_holds_config_tokenizer_events_and_checkpoints(lab, twin):
-    config = json.loads((twin / "config.json").read_text())
+def test_work_directory_holds_config_tokenizer_events_and_checkpoints(lab, reference):
+    config = json.loads((reference / "config.json").read_text())
     assert config["model"] == lab.config().to_dict()["model"]
     assert config["checkpoint"]["keep"] == 8
-    parameters = {row["parameter"] for row in json.loads((twin / "parameters.json").read_text())}
+    parameters = {row["parameter"] for row in json.loads((reference / "parameters.json").read_text())}
     assert {"wte/embedding", "h/mlp/c_fc/kernel", "ln_f/scale"} <= parameters
-    assert (twin / "tokenizer.json").stat().st_size > 0
-    assert list((twin / "tensorboard").glob("events*"))
-    assert checkpoint_steps(twin) == [4, 8, 12, 16]
+    assert (reference / "tokenizer.json").stat().st_size > 0
+    assert list((reference / "tensorboard").glob("events*"))
+    assert checkpoint_steps(reference) == [4, 8, 12, 16]
 
 
-def test_finished_run_reports_it_and_changes_nothing(lab, twin, tmp_path):
-    workdir = shutil.copytree(twin, tmp_path / "run")
+def test_finished_run_reports_it_and_changes_nothing(lab, reference, tmp_path):
+    workdir = shutil.copytree(reference, tmp_path / "run")
     before = (workdir / "metrics.jsonl").read_bytes()
     again = lab.train(workdir, "checkpoint.keep=8", "checkpoint.resume=require")
     assert again.stdout.splitlines()[-1] == f"{workdir}: finished at step 16 of 16; nothing to do"
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
-def test_evaluate_command_gives_the_loss_of_the_run(lab, twin):
-    command = [*lab.command(twin)[:2], "gptjax.evaluate", f"--workdir={twin}", "--batches=2"]
+def test_evaluate_command_gives_the_loss_of_the_run(lab, reference):
+    command = [*lab.command(reference)[:2], "gptjax.evaluate", f"--workdir={reference}", "--batches=2"]
     said = lab.call(command).stdout
-    last = rows(twin)[-1]
+    last = rows(reference)[-1]
     found = re.search(r"step 16: validation loss ([\d.]+), perplexity ([\d.]+), ([\d.]+) bits per byte", said)
     assert found is not None, said
     assert found.groups() == (
@@ -107,8 +107,8 @@ def test_evaluate_command_gives_the_loss_of_the_run(lab, twin):
     assert "(16 sequences)" in earlier
     assert "gzip" not in earlier, "it would be of the whole text, not of these sequences"
     assert "gzip -9 needs" in lab.call(command[:-1]).stdout
-    named = lab.call([*command[:3], f"--model=gptjax:{twin}@8", "--batches=1"]).stdout
-    assert named.startswith(f"gptjax:{twin}@8: validation loss"), "on the run's own data"
+    named = lab.call([*command[:3], f"--model=gptjax:{reference}@8", "--batches=1"]).stdout
+    assert named.startswith(f"gptjax:{reference}@8: validation loss"), "on the run's own data"
 
 
 @pytest.mark.parametrize(
@@ -130,38 +130,38 @@ def test_resume_modes_refuse_unsuitable_work_directories(lab, tmp_path, resume, 
     assert left == (["run", "run/notes.txt"] if exists else [])
 
 
-def test_steps_per_dispatch_changes_speed_only(lab, twin, tmp_path):
+def test_steps_per_dispatch_changes_speed_only(lab, reference, tmp_path):
     workdir = tmp_path / "four"
     lab.train(workdir, "train.steps_per_dispatch=4", "train.log_every=4", "train.profile_step=5")
     assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 1, "of the dispatch that has step 5"
     together = [row for row in rows(workdir) if "loss" in row]
-    alone = [row for row in rows(twin) if "loss" in row and row["step"] % 4 == 0]
+    alone = [row for row in rows(reference) if "loss" in row and row["step"] % 4 == 0]
     assert [row["step"] for row in together] == [4, 8, 12, 16]
     for key in ("loss", "grad_norm", "lr"):
         assert [row[key] for row in together] == pytest.approx([row[key] for row in alone], rel=1e-5)
 
 
-def test_init_from_takes_the_parameters_and_nothing_else(lab, twin, tmp_path):
+def test_init_from_takes_the_parameters_and_nothing_else(lab, reference, tmp_path):
     workdir = tmp_path / "tuned"
-    first = lab.train(workdir, f"init_from={twin}", "train.num_steps=4", "train.eval_every=0")
-    assert f"parameters from gptjax:{twin}@16" in first.stdout
-    tuned, fresh = rows(workdir), rows(twin)
+    first = lab.train(workdir, f"init_from={reference}", "train.num_steps=4", "train.eval_every=0")
+    assert f"parameters from gptjax:{reference}@16" in first.stdout
+    tuned, fresh = rows(workdir), rows(reference)
     assert tuned[0]["step"] == 1
     assert tuned[0]["lr"] == pytest.approx(fresh[0]["lr"]), "the schedule starts again"
     assert tuned[0]["loss"] < fresh[0]["loss"] - 0.1, "the parameters are the trained ones"
 
 
-def test_init_from_another_model_is_refused(lab, twin, tmp_path):
-    refused = lab.train(tmp_path / "run", f"init_from={twin}", "model.n_layer=3", expect=2)
+def test_init_from_another_model_is_refused(lab, reference, tmp_path):
+    refused = lab.train(tmp_path / "run", f"init_from={reference}", "model.n_layer=3", expect=2)
     cause, remedy = refused.stderr.splitlines()
-    assert re.fullmatch(f"error: init_from={twin}: .* n_layer=2, .* model.n_layer=3", cause)
+    assert re.fullmatch(f"error: init_from={reference}: .* n_layer=2, .* model.n_layer=3", cause)
     assert remedy.endswith(" --config.model.n_layer=2")
 
 
-def test_newest_and_best_checkpoints_are_kept(lab, twin, tmp_path):
+def test_newest_and_best_checkpoints_are_kept(lab, reference, tmp_path):
     """From a copy that ends at step 16, on with a learning rate that ruins the model: step 16 stays the best."""
     workdir = tmp_path / "run"
-    shutil.copytree(twin, workdir)
+    shutil.copytree(reference, workdir)
     lab.train(
         workdir,
         "checkpoint.keep=2",
@@ -177,12 +177,12 @@ def test_newest_and_best_checkpoints_are_kept(lab, twin, tmp_path):
     assert checkpoint_steps(workdir) == [16, 22, 24]
 
 
-def test_four_processes_resume_a_run_of_one(lab, twin, tmp_path):
-    workdir = copy_until(twin, tmp_path / "run", 12)
+def test_four_processes_resume_a_run_of_one(lab, reference, tmp_path):
+    workdir = copy_until(reference, tmp_path / "run", 12)
     compiling = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # each compiles what no other test needs
     [first, *_] = processes.train(lab, workdir, 4, **compiling)
     assert "resumed from step 12" in first
-    found, expected = losses(workdir), losses(twin)
+    found, expected = losses(workdir), losses(reference)
     assert list(found) == list(range(1, 17))
     for step in range(13, 17):
         assert float.fromhex(found[step]) == pytest.approx(float.fromhex(expected[step]), rel=1e-6), step

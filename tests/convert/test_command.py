@@ -334,10 +334,10 @@ def test_only_the_command_line_sets_jax_platforms_to_cpu(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
 
 
-def test_model_card_states_the_known_training_history(tmp_path, twin):
-    convert(f"gptjax:{twin}@8", f"hf:{tmp_path}/a")
+def test_model_card_states_the_known_training_history(tmp_path, reference):
+    convert(f"gptjax:{reference}@8", f"hf:{tmp_path}/a")
     card = (tmp_path / "a" / "README.md").read_text()
-    logged = [json.loads(line) for line in (twin / "metrics.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
     at_8 = {name: value for row in logged if row["step"] == 8 for name, value in row.items()}
     assert at_8["loss"] != at_8["val_loss"]
     assert card.startswith("---\nlibrary_name: transformers\n")

@@ -161,8 +161,8 @@ def test_one_flipped_bit_in_any_data_file_is_found(imported):
     assert len(dict(read_tensors(read(workdir)))) == len(tensors)
 
 
-def test_a_damaged_record_names_the_other_checkpoints(twin, tmp_path):
-    shutil.copytree(twin, tmp_path / "run")
+def test_a_damaged_record_names_the_other_checkpoints(reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "run")
     steps = Checkpointer(str(tmp_path / "run")).steps()
     newest = tmp_path / "run" / "checkpoints" / str(steps[-1])
     (newest / "_CHECKPOINT_METADATA").write_text("{}")
@@ -171,10 +171,10 @@ def test_a_damaged_record_names_the_other_checkpoints(twin, tmp_path):
     assert read(f"{tmp_path}/run@8").origin.endswith("run@8")
 
 
-def test_trained_run_has_its_history_losses_and_tokenizer(twin):
-    weights = read(f"{twin}@8")
+def test_trained_run_has_its_history_losses_and_tokenizer(reference):
+    weights = read(f"{reference}@8")
     history = weights.history
-    rows = [json.loads(line) for line in (twin / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (reference / "metrics.jsonl").read_text().splitlines()]
     expected = next(row["val_loss"] for row in rows if row["step"] == 8 and "val_loss" in row)
     assert history["val_loss"] == expected
     assert history["loss"] == next(row["loss"] for row in rows if row["step"] == 8 and "loss" in row)

@@ -24,6 +24,6 @@ def _shared_compile_cache(lab: runs.Lab) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def long_twin(lab: runs.Lab) -> pathlib.Path:
+def long_reference(lab: runs.Lab) -> pathlib.Path:
     """The work directory of a finished run of 48 steps that nothing has disturbed."""
-    return runs.make_twin(lab, "long-twin", "train.num_steps=48", "checkpoint.save_every=24")
+    return runs.make_reference(lab, "long-reference", "train.num_steps=48", "checkpoint.save_every=24")

@@ -3,7 +3,7 @@
     python -m tests.faults.soak [--only=K1,C2] [--kills=200] [--flips=2000] [--fuzz=2000] [--json=runs/soak.json]
 
 It may be stopped at any time, and shows what it has: the same command goes on from its JSON and does only what is
-missing. Every run is compared, loss by loss and bit by bit, with a twin that nothing has disturbed.
+missing. Every run is compared, loss by loss and bit by bit, with a reference run.
 """
 
 import argparse
@@ -64,8 +64,8 @@ class Soak:
     root: pathlib.Path  # for work directories
     token: str  # in the environment of each process that is started, by which those that were left are found
 
-    def twin(self) -> pathlib.Path:
-        return runs.make_twin(self.lab, "long-twin", "train.num_steps=48", "checkpoint.save_every=24")
+    def reference(self) -> pathlib.Path:
+        return runs.make_reference(self.lab, "long-reference", "train.num_steps=48", "checkpoint.save_every=24")
 
     def orphans(self) -> int:
         """Returns how many processes of this soak are still there, and ends them."""
@@ -80,9 +80,13 @@ class Soak:
                 continue
         return found
 
-    def equals_twin(self, workdir: pathlib.Path, twin: pathlib.Path) -> bool:
-        state, expected = restored_bytes(workdir, self.abstract), self.twin_state
-        return losses(workdir) == losses(twin) and validations(workdir) == validations(twin) and state == expected
+    def equals_reference(self, workdir: pathlib.Path, reference: pathlib.Path) -> bool:
+        state, expected = restored_bytes(workdir, self.abstract), self.reference_state
+        return (
+            losses(workdir) == losses(reference)
+            and validations(workdir) == validations(reference)
+            and state == expected
+        )
 
     def keep(self, workdir: pathlib.Path) -> pathlib.Path:
         """Returns a copy of a work directory, to look at when the soak is over."""
@@ -93,8 +97,8 @@ class Soak:
         return runs.make_run_on(self.lab.config()).abstract_state
 
     @functools.cached_property
-    def twin_state(self) -> Any:
-        return restored_bytes(self.twin(), self.abstract)
+    def reference_state(self) -> Any:
+        return restored_bytes(self.reference(), self.abstract)
 
 
 # Each fault does one injection at a time and yields, so that the count can be shown, kept and stopped.
@@ -102,7 +106,7 @@ class Soak:
 
 def kills(soak: Soak, tally: Tally, count: int) -> Iterator[None]:
     """K1: SIGKILL at a random moment of a process's life, or of a save; after some the run is finished and compared."""
-    twin = soak.twin()
+    reference = soak.reference()
     began = time.monotonic()
     soak.lab.train(soak.root / "first", *LONG, GPTJAX_SOAK=soak.token)
     life = time.monotonic() - began  # of an undisturbed run
@@ -121,7 +125,7 @@ def kills(soak: Soak, tally: Tally, count: int) -> Iterator[None]:
         made = len(found) - found.count(None)
         tally.injected += made  # now that what came of them is known
         tally.survived += made - min(made, len(broken))
-        tally.lost_bits += not soak.equals_twin(workdir, twin)
+        tally.lost_bits += not soak.equals_reference(workdir, reference)
         if broken:
             tally.note = "; ".join([*filter(None, [tally.note]), *broken])
             print(f"K1 after {number}: {broken}: see {soak.keep(workdir)}", flush=True)
@@ -160,9 +164,9 @@ def pause(process: "subprocess.Popen[str]", seconds: float) -> None:
 
 def signals_to_one_of_two(soak: Soak, tally: Tally, count: int) -> Iterator[None]:
     """T3: both leave with 75 and the same checkpoint, and go on to the bits of two that were never disturbed."""
-    twin = soak.lab.root / "two"
-    if not (twin / "metrics.jsonl").exists():
-        processes.train(soak.lab, twin, 2)
+    reference = soak.lab.root / "two"
+    if not (reference / "metrics.jsonl").exists():
+        processes.train(soak.lab, reference, 2)
     while tally.injected < count:
         victim, step = tally.injected % 2, 2 + tally.injected % 11
         workdir = soak.root / f"t3-{tally.injected}"
@@ -179,13 +183,13 @@ def signals_to_one_of_two(soak: Soak, tally: Tally, count: int) -> Iterator[None
         tally.survived += codes == [runs.PREEMPTED] * 2 and len(runs.checkpoint_steps(workdir)) == 1
         tally.orphans += soak.orphans()
         processes.train(soak.lab, workdir, 2)
-        tally.lost_bits += losses(workdir) != losses(twin)
+        tally.lost_bits += losses(workdir) != losses(reference)
         yield
 
 
 def second_signals(soak: Soak, tally: Tally, count: int) -> Iterator[None]:
     """T4: SIGINT saves; a second signal leaves at once, even from a step that hangs, and the checkpoints stand."""
-    twin = soak.twin()
+    reference = soak.reference()
     while tally.injected < count:
         workdir, twice = soak.root / f"t4-{tally.injected}", tally.injected % 2
         fault = "step:11:hang" if twice else "step:11:stop"
@@ -206,7 +210,7 @@ def second_signals(soak: Soak, tally: Tally, count: int) -> Iterator[None]:
         tally.survived += code == runs.PREEMPTED and (kept if twice else runs.checkpoint_steps(workdir)[-1] >= 11)
         tally.orphans += soak.orphans()
         soak.lab.train(workdir, *LONG)
-        tally.lost_bits += not soak.equals_twin(workdir, twin)
+        tally.lost_bits += not soak.equals_reference(workdir, reference)
         yield
 
 
@@ -254,7 +258,7 @@ def fuzz(soak: Soak, tally: Tally, count: int) -> Iterator[None]:
 
 def hangs(soak: Soak, tally: Tally, count: int) -> Iterator[None]:
     """H1: a step that never ends is ended by the watchdog, with 69 and the stacks of all threads."""
-    twin = soak.twin()
+    reference = soak.reference()
     while tally.injected < count:
         workdir = soak.root / f"h1-{tally.injected}"
         fault = {"GPTJAX_FAULT": "step:7:hang", "GPTJAX_SOAK": soak.token}
@@ -263,7 +267,7 @@ def hangs(soak: Soak, tally: Tally, count: int) -> Iterator[None]:
         tally.survived += "in fault_point" in done.stderr and done.stderr.count("Thread 0x") > 1
         tally.orphans += soak.orphans()
         soak.lab.train(workdir, *LONG)
-        tally.lost_bits += not soak.equals_twin(workdir, twin)
+        tally.lost_bits += not soak.equals_reference(workdir, reference)
         yield
 
 

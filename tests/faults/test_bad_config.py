@@ -98,8 +98,8 @@ def test_m3_command_refuses_a_micro_batch_that_does_not_divide(lab, tmp_path):
 
 
 @pytest.fixture
-def workdir(twin, tmp_path):
-    return shutil.copytree(twin, tmp_path / "run")
+def workdir(reference, tmp_path):
+    return shutil.copytree(reference, tmp_path / "run")
 
 
 @contextlib.contextmanager

@@ -172,8 +172,8 @@ def test_c3_resume_fails_if_every_checkpoint_is_damaged(workdir, said):
     assert len(said) == 2
 
 
-def test_c3_command_exits_65_if_every_checkpoint_is_damaged(lab, twin, tmp_path):
-    workdir = shutil.copytree(twin, tmp_path / "run")
+def test_c3_command_exits_65_if_every_checkpoint_is_damaged(lab, reference, tmp_path):
+    workdir = shutil.copytree(reference, tmp_path / "run")
     steps = checkpoint_steps(workdir)
     for step in steps:
         flip_a_bit_of_an_array(workdir, step)
@@ -181,7 +181,7 @@ def test_c3_command_exits_65_if_every_checkpoint_is_damaged(lab, twin, tmp_path)
         line = lab.refusal(workdir, expect=65)
         assert all(f"step {step}: " in line or f"{step}.corrupt-" in line for step in steps)
     metrics = (workdir / "metrics.jsonl").read_bytes()
-    assert metrics == (twin / "metrics.jsonl").read_bytes(), "a run that cannot start leaves the logs alone"
+    assert metrics == (reference / "metrics.jsonl").read_bytes(), "a run that cannot start leaves the logs alone"
 
 
 def test_c4_foreign_files_beside_checkpoints_are_ignored(workdir, said):

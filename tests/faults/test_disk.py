@@ -79,12 +79,12 @@ class SmallFiles:
 
 
 @pytest.mark.parametrize("kind", [sweep(SmallDisk), SmallFiles])
-def test_d1_full_disk_ends_the_run_after_three_failed_saves(kind, lab, twin, long_twin, tiny_run, tmp_path):
+def test_d1_full_disk_ends_the_run_after_three_failed_saves(kind, lab, reference, long_reference, tiny_run, tmp_path):
     """The disk is full before a save begins: one that has begun may end in time."""
     with contextlib.ExitStack() as stack:
         disk = kind(tmp_path, stack)
         workdir = disk.workdir
-        shutil.copytree(copy_until(twin, tmp_path / "at-4", 4), workdir, dirs_exist_ok=True)
+        shutil.copytree(copy_until(reference, tmp_path / "at-4", 4), workdir, dirs_exist_ok=True)
 
         # It stays full: three saves fail, and then the run ends.
         with lab.start(workdir, *LONG, GPTJAX_FAULT="step:1:stop") as process:
@@ -112,10 +112,12 @@ def test_d1_full_disk_ends_the_run_after_three_failed_saves(kind, lab, twin, lon
         said = runs.said(workdir)
         assert "resumed from step 4" in said
         assert 1 <= said.count("checkpoint save failed, training continues: ") <= 2
-        assert losses(workdir) == losses(long_twin)
-        assert event_steps(workdir, "train/loss") == list(losses(long_twin))
+        assert losses(workdir) == losses(long_reference)
+        assert event_steps(workdir, "train/loss") == list(losses(long_reference))
         assert temporary_directories(workdir) == []
-        assert restored_bytes(workdir, tiny_run.abstract_state) == restored_bytes(long_twin, tiny_run.abstract_state)
+        assert restored_bytes(workdir, tiny_run.abstract_state) == restored_bytes(
+            long_reference, tiny_run.abstract_state
+        )
 
 
 def test_d1_too_little_disk_space_is_reported_before_training(lab, tmp_path):
@@ -136,9 +138,9 @@ def test_d3_unwritable_description_file_ends_the_run(name, tiny_run, tmp_path):
         write_description(tiny_run, str(tmp_path), Identity(), has_roles=False)
 
 
-def test_d2_read_only_disk_is_refused(lab, twin, tmp_path):
+def test_d2_read_only_disk_is_refused(lab, reference, tmp_path):
     with mounted(tmp_path / "disk", "size=12m"):
-        shutil.copytree(twin, tmp_path / "disk" / "run")
+        shutil.copytree(reference, tmp_path / "disk" / "run")
         subprocess.run(["mount", "-o", "remount,ro", tmp_path / "disk"], check=True)
         for workdir in (tmp_path / "disk" / "run", tmp_path / "disk" / "new"):
             assert re.fullmatch(f"--workdir={workdir}: .* Read-only file system; .*", lab.refusal(workdir, expect=73))

@@ -12,14 +12,14 @@ pytestmark = pytest.mark.faults
 
 
 @pytest.mark.long
-def test_h1_a_step_that_hangs_ends_with_all_stacks(lab, twin, tmp_path):
+def test_h1_a_step_that_hangs_ends_with_all_stacks(lab, reference, tmp_path):
     workdir = tmp_path / "run"
     done = lab.train(workdir, "train.watchdog_timeout_seconds=15", expect=UNAVAILABLE, GPTJAX_FAULT="step:3:hang")
     assert "error: no step finished in train.watchdog_timeout_seconds=15; " in done.stderr
     assert "in fault_point" in done.stderr, "the thread that hangs"
     assert done.stderr.count("Thread 0x") > 1
     lab.train(workdir)
-    assert runs.losses(workdir) == runs.losses(twin)
+    assert runs.losses(workdir) == runs.losses(reference)
 
 
 SILENT = """

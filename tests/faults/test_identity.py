@@ -42,14 +42,14 @@ def edit_config(workdir: pathlib.Path, **changes: object) -> None:
 
 
 @pytest.fixture
-def foreign(twin, tmp_path):
+def foreign(reference, tmp_path):
     """A copy of a run in which the newest checkpoint, of step 8, is another run's."""
-    workdir = runs.copy_until(twin, tmp_path / "a", 8)
+    workdir = runs.copy_until(reference, tmp_path / "a", 8)
     edit_history(workdir, 8, run_id=OTHER)
     return workdir
 
 
-def test_o4_each_run_has_its_own_id_kept_by_copies(train_here, twin, tmp_path, said):
+def test_o4_each_run_has_its_own_id_kept_by_copies(train_here, reference, tmp_path, said):
     short = {"train": {"num_steps": 4}}
     train_here(tmp_path / "a", **short)
     train_here(tmp_path / "b", **short)
@@ -61,13 +61,13 @@ def test_o4_each_run_has_its_own_id_kept_by_copies(train_here, twin, tmp_path, s
     train_here(tmp_path / "copy", train={"num_steps": 8})
     assert {record.history["run_id"] for record in records(tmp_path / "copy").values()} == {ids[0]}
     assert read_identity(str(tmp_path / "copy")) == Identity(ids[0])
-    assert runs.losses(tmp_path / "copy") == {step: loss for step, loss in runs.losses(twin).items() if step <= 8}
+    assert runs.losses(tmp_path / "copy") == {step: loss for step, loss in runs.losses(reference).items() if step <= 8}
     assert not [line for line in said if "run id" in line or "is of run" in line]
     # The config.json of a run is a config file. The id is no setting in it.
     assert config.load(str(tmp_path / "copy" / "config.json"), {}).train.num_steps == 8
 
 
-def test_o4_foreign_checkpoint_is_refused_unless_allowed(foreign, train_here, twin, said):
+def test_o4_foreign_checkpoint_is_refused_unless_allowed(foreign, train_here, reference, said):
     own = read_identity(str(foreign)).run_id
     before = (foreign / "config.json").read_bytes()
     allow = "--config.checkpoint.allow_foreign=True"
@@ -79,7 +79,7 @@ def test_o4_foreign_checkpoint_is_refused_unless_allowed(foreign, train_here, tw
     assert f"note: {caught.value.errors[0]}" in said
     found = {step: record.history["run_id"] for step, record in records(foreign).items()}
     assert found == {4: own, 8: OTHER, 12: own, 16: own}
-    assert runs.losses(foreign) == runs.losses(twin)
+    assert runs.losses(foreign) == runs.losses(reference)
     assert train_here(foreign, train={"num_steps": 20}) == 0, "from then on it is asked no more"
 
 
@@ -96,9 +96,9 @@ def test_o4_readers_accept_a_foreign_checkpoint_by_explicit_step(foreign, said):
     assert load_params(str(foreign))[2] == 4
 
 
-def test_o4_checkpoints_without_an_id_are_adopted_once(train_here, twin, tmp_path, said):
+def test_o4_checkpoints_without_an_id_are_adopted_once(train_here, reference, tmp_path, said):
     """As an earlier version left them; another one without an id, that comes later, is another run's."""
-    workdir = runs.copy_until(twin, tmp_path / "a", 8)
+    workdir = runs.copy_until(reference, tmp_path / "a", 8)
     for step in (4, 8):
         edit_history(workdir, step, run_id=None)
     edit_config(workdir, run_id=None)
@@ -112,15 +112,15 @@ def test_o4_checkpoints_without_an_id_are_adopted_once(train_here, twin, tmp_pat
     assert train_here(workdir, checkpoint={"keep": 8}) == 0
     assert len([line for line in said if "no run id yet" in line]) == 1
     assert read_identity(str(workdir)) == found
-    assert runs.losses(workdir) == runs.losses(twin)
+    assert runs.losses(workdir) == runs.losses(reference)
     edit_history(workdir, 16, run_id=None)
     with raises(ConfigError, f"{workdir}/checkpoints/16", remedy=" --config.checkpoint", match=f"run {found.run_id}\n"):
         train_here(workdir, train={"num_steps": 20})
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"run_id": 7}', '{"run_id": "../x"}'])
-def test_o4_missing_run_id_is_taken_from_the_newest_checkpoint(content, twin, train_here, tmp_path, said):
-    workdir = runs.copy_until(twin, tmp_path / "a", 4)
+def test_o4_missing_run_id_is_taken_from_the_newest_checkpoint(content, reference, train_here, tmp_path, said):
+    workdir = runs.copy_until(reference, tmp_path / "a", 4)
     own = read_identity(str(workdir)).run_id
     (workdir / "config.json").unlink()
     if content is not None:

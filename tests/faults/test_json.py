@@ -123,7 +123,7 @@ def test_j1_damaged_json_of_gptjax_is_refused_or_ignored(tmp_path, content):
 
 
 @pytest.mark.parametrize("kind", ["a pipe", "a device", "a directory"])
-def test_j1_tokenizer_that_is_no_file_is_named(kind, twin, tmp_path):
+def test_j1_tokenizer_that_is_no_file_is_named(kind, reference, tmp_path):
     path = tmp_path / "tokenizer.json"
     if kind == "a pipe":
         os.mkfifo(path)
@@ -138,8 +138,8 @@ def test_j1_tokenizer_that_is_no_file_is_named(kind, twin, tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
 @pytest.mark.parametrize("call", ["stat", "open"])
-def test_c6_unreadable_tokenizer_is_not_damage(call, number, twin, monkeypatch):
-    path = f"{twin}/tokenizer.json"
+def test_c6_unreadable_tokenizer_is_not_damage(call, number, reference, monkeypatch):
+    path = f"{reference}/tokenizer.json"
     real = getattr(os, call)
 
     def fail(name, *args, **kwargs):

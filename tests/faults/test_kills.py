@@ -29,16 +29,16 @@ OFTEN = 0.0002  # seconds between two looks at a directory that changes within m
 LONG = (f"train.num_steps={STEPS}", f"checkpoint.save_every={SAVE_EVERY}")
 
 
-def assert_equals_twin(workdir, twin, tiny_run):
-    assert list(losses(workdir)) == list(range(1, max(losses(twin)) + 1))
-    assert losses(workdir) == losses(twin)
-    assert validations(workdir) == validations(twin)
-    assert len(rows(workdir)) == len(losses(twin)) + len(validations(twin)), "there are other lines"
-    assert event_steps(workdir, "train/loss") == list(losses(twin))
-    assert event_steps(workdir, "eval/loss") == list(validations(twin))
+def assert_equals_reference(workdir, reference, tiny_run):
+    assert list(losses(workdir)) == list(range(1, max(losses(reference)) + 1))
+    assert losses(workdir) == losses(reference)
+    assert validations(workdir) == validations(reference)
+    assert len(rows(workdir)) == len(losses(reference)) + len(validations(reference)), "there are other lines"
+    assert event_steps(workdir, "train/loss") == list(losses(reference))
+    assert event_steps(workdir, "eval/loss") == list(validations(reference))
     assert temporary_directories(workdir) == []
     abstract = tiny_run.abstract_state
-    assert restored_bytes(workdir, abstract) == restored_bytes(twin, abstract)
+    assert restored_bytes(workdir, abstract) == restored_bytes(reference, abstract)
 
 
 def start_and_kill(lab, workdir, when):
@@ -71,7 +71,7 @@ def finish(lab, workdir):
 
 
 @pytest.mark.long
-def test_k1_run_killed_at_random_moments_ends_bit_equal(lab, long_twin, tiny_run, tmp_path):
+def test_k1_run_killed_at_random_moments_ends_bit_equal(lab, long_reference, tiny_run, tmp_path):
     """Every other time a save is waited for first, so that the run gets on however slow the disk is."""
     workdir, moment = tmp_path / "run", random.Random(1)
     resumed = []
@@ -90,7 +90,7 @@ def test_k1_run_killed_at_random_moments_ends_bit_equal(lab, long_twin, tiny_run
     resumed.append(finish(lab, workdir))
     assert resumed == sorted(resumed)
     assert len(set(resumed)) > 2, f"it was killed again and again at the same place: {resumed}"
-    assert_equals_twin(workdir, long_twin, tiny_run)
+    assert_equals_reference(workdir, long_reference, tiny_run)
 
 
 def names(workdir):
@@ -108,7 +108,7 @@ def a_save_was_renamed(workdir):
 
 
 @pytest.mark.long
-def test_k2_run_killed_around_saves_ends_bit_equal(lab, long_twin, tiny_run, tmp_path):
+def test_k2_run_killed_around_saves_ends_bit_equal(lab, long_reference, tiny_run, tmp_path):
     """A save's temporary directory appears; it is renamed; an old step is being removed."""
     workdir, half_removed = tmp_path / "run", []
 
@@ -139,10 +139,10 @@ def test_k2_run_killed_around_saves_ends_bit_equal(lab, long_twin, tiny_run, tmp
         start_and_kill(lab, workdir, is_being_removed)
     assert any(half_removed), "no kill has met a half-removed step: the moment was missed"
     finish(lab, workdir)
-    assert_equals_twin(workdir, long_twin, tiny_run)
+    assert_equals_reference(workdir, long_reference, tiny_run)
 
 
-def test_k3_run_killed_in_the_first_compilation_ends_bit_equal(lab, twin, tiny_run, tmp_path):
+def test_k3_run_killed_in_the_first_compilation_ends_bit_equal(lab, reference, tiny_run, tmp_path):
     workdir, cold = tmp_path / "run", str(tmp_path / "cold")
     with lab.start(workdir, JAX_COMPILATION_CACHE_DIR=cold, JAX_LOG_COMPILES="1") as process:
         wait_for(lambda: is_compiling(workdir), process)
@@ -150,10 +150,10 @@ def test_k3_run_killed_in_the_first_compilation_ends_bit_equal(lab, twin, tiny_r
     assert last_step(workdir) == 0
     assert checkpoint_steps(workdir) == []
     assert "resumed from" not in lab.train(workdir).stdout
-    assert_equals_twin(workdir, twin, tiny_run)
+    assert_equals_reference(workdir, reference, tiny_run)
 
 
-def test_w1_run_killed_between_evaluation_and_save_ends_bit_equal(lab, twin, tiny_run, tmp_path):
+def test_w1_run_killed_between_evaluation_and_save_ends_bit_equal(lab, reference, tiny_run, tmp_path):
     """The log then knows more than the newest checkpoint; a torn line, as a power cut leaves it, is added by hand."""
     workdir = tmp_path / "run"
     lab.train(workdir, GPTJAX_FAULT="evaluation:1:kill", expect=-9)
@@ -163,20 +163,20 @@ def test_w1_run_killed_between_evaluation_and_save_ends_bit_equal(lab, twin, tin
         file.write('{"step": 3, "lo')
     assert list(validations(workdir)) == [8]
     lab.train(workdir)
-    assert_equals_twin(workdir, twin, tiny_run)
+    assert_equals_reference(workdir, reference, tiny_run)
 
 
-def test_w1_logs_ahead_of_the_checkpoint_are_cut(lab, twin, tiny_run, tmp_path):
-    workdir = copy_until(twin, tmp_path / "run", 4, cut=False)
+def test_w1_logs_ahead_of_the_checkpoint_are_cut(lab, reference, tiny_run, tmp_path):
+    workdir = copy_until(reference, tmp_path / "run", 4, cut=False)
     with open(workdir / "metrics.jsonl", "a") as file:
         file.write("\0\0\0\n[1]\n{}\n" + json.dumps({"step": 17, "loss": 1.0}) + '\n{"step"')
     lab.train(workdir)
-    assert_equals_twin(workdir, twin, tiny_run)
+    assert_equals_reference(workdir, reference, tiny_run)
 
 
-def test_c4_a_dead_runs_temporary_directory_is_removed(lab, twin, tiny_run, tmp_path):
+def test_c4_a_dead_runs_temporary_directory_is_removed(lab, reference, tiny_run, tmp_path):
     """C4, through the command line: of a step that is not saved again. What else may lie there is in test_damage.py."""
-    workdir = copy_until(twin, tmp_path / "run", 4)
+    workdir = copy_until(reference, tmp_path / "run", 4)
     shutil.copytree(workdir / "checkpoints/4", workdir / "checkpoints/6.orbax-checkpoint-tmp")
     lab.train(workdir)
-    assert_equals_twin(workdir, twin, tiny_run)
+    assert_equals_reference(workdir, reference, tiny_run)

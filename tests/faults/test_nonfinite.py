@@ -72,30 +72,30 @@ def assert_finite_checkpoints(workdir, abstract):
 
 
 def test_g1_skip_policy_equals_a_run_without_the_step(train_here, tiny_run, breaking_at, said, tmp_path):
-    plain, skipping, twin = tmp_path / "plain", tmp_path / "skipping", tmp_path / "twin"
+    plain, skipping, reference = tmp_path / "plain", tmp_path / "skipping", tmp_path / "reference"
     policy = SHORT | {"nan_policy": "skip"}
     train_here(plain, train=policy)
     assert train_here(skipping, train=policy, parts=breaking_at(5)) == 0
     (told,) = [line for line in said if "update skipped" in line]
     assert re.fullmatch(r"step 5: loss nan, .* nan: .*\(1 .*\)", told)
-    train_here(twin, train=policy, parts=leaving_out(tiny_run, 5))
+    train_here(reference, train=policy, parts=leaving_out(tiny_run, 5))
 
     found = {row["step"]: row for row in rows(skipping) if "loss" in row}
     assert list(found) == list(range(1, 9)), "the data and the steps go on"
     assert found[5]["loss"] is None
     assert [found[step].get("skipped_steps", 0) for step in range(1, 9)] == [0] * 4 + [1] * 4
-    expected, undisturbed = losses(twin), losses(plain)
+    expected, undisturbed = losses(reference), losses(plain)
     assert {step: row["loss"].hex() for step, row in found.items() if step != 5} == {
         step: loss for step, loss in expected.items() if step != 5
     }
     assert expected[6] != undisturbed[6], "a step that changes nothing when left out tests nothing"
     abstract = tiny_run.abstract_state
-    assert restored_bytes(skipping, abstract) == restored_bytes(twin, abstract)
+    assert restored_bytes(skipping, abstract) == restored_bytes(reference, abstract)
     assert_finite_checkpoints(skipping, abstract)
 
 
 def test_g2_stop_error_names_step_rows_and_resume_command(train_here, tiny_run, breaking_at, tmp_path):
-    workdir, twin = tmp_path / "run", tmp_path / "twin"
+    workdir, reference = tmp_path / "run", tmp_path / "reference"
     with raises(DivergedError, "step 6", match="nan, .* nan: .*'stop'") as caught:
         train_here(workdir, train=SHORT, parts=breaking_at(6))
     cause, restart, inspect = caught.value.errors
@@ -105,8 +105,8 @@ def test_g2_stop_error_names_step_rows_and_resume_command(train_here, tiny_run, 
     assert checkpoint_steps(workdir) == [4]
     assert_finite_checkpoints(workdir, tiny_run.abstract_state)
     assert train_here(workdir, train=SHORT) == 0
-    train_here(twin, train=SHORT)
-    assert losses(workdir) == losses(twin)
+    train_here(reference, train=SHORT)
+    assert losses(workdir) == losses(reference)
 
 
 def test_g2_divergence_before_any_checkpoint_is_reported(train_here, breaking_at, tmp_path):

@@ -46,7 +46,7 @@ def preempt(lab, workdir, when, *, number=signal.SIGTERM, **environment):
 
 
 @pytest.mark.long
-def test_t1_signal_in_any_phase_saves_the_current_step(lab, twin, tiny_run, tmp_path):
+def test_t1_signal_in_any_phase_saves_the_current_step(lab, reference, tiny_run, tmp_path):
     workdir = tmp_path / "run"
 
     def step_is(step):
@@ -73,16 +73,16 @@ def test_t1_signal_in_any_phase_saves_the_current_step(lab, twin, tiny_run, tmp_
     assert (workdir / "samples.txt").read_text().startswith("--- step 12")
 
     lab.train(workdir, *CALM)
-    assert losses(workdir) == losses(twin)
+    assert losses(workdir) == losses(reference)
     assert list(validations(workdir)) == [8, 16]
     abstract = tiny_run.abstract_state
-    assert restored_bytes(workdir, abstract) == restored_bytes(twin, abstract)
+    assert restored_bytes(workdir, abstract) == restored_bytes(reference, abstract)
     assert max(checkpoint_steps(workdir)) == 16
 
 
-def test_t1_signal_in_the_last_evaluation_defers_it_to_restart(lab, twin, tmp_path):
+def test_t1_signal_in_the_last_evaluation_defers_it_to_restart(lab, reference, tmp_path):
     """All steps are taken, but the run is not done: the next start evaluates."""
-    workdir = copy_until(twin, tmp_path / "run", 12)
+    workdir = copy_until(reference, tmp_path / "run", 12)
     with lab.start(workdir, "train.eval_batches=0", "train.eval_every=0") as process:
         wait_for(lambda: last_step(workdir) == 12, process)  # the log is cut first
         wait_for(lambda: last_step(workdir) == 16, process)
@@ -90,8 +90,8 @@ def test_t1_signal_in_the_last_evaluation_defers_it_to_restart(lab, twin, tmp_pa
         assert process.wait(timeout=120) == PREEMPTED
     assert 16 not in validations(workdir)
     assert "done: 16 steps" in lab.train(workdir, "train.eval_every=0").stdout
-    assert validations(workdir)[16] == validations(twin)[16]
-    assert losses(workdir) == losses(twin)
+    assert validations(workdir)[16] == validations(reference)[16]
+    assert losses(workdir) == losses(reference)
 
 
 def test_t1_preempted_twice_before_the_first_step_saves_once(train_here, tmp_path, monkeypatch, said):
@@ -143,10 +143,10 @@ def test_t1_signal_before_training_exits_at_once(when, code, line, lab):
     assert time.monotonic() - begin < 30
 
 
-def test_t4_second_signal_exits_at_once(lab, twin, tiny_run, tmp_path):
+def test_t4_second_signal_exits_at_once(lab, reference, tiny_run, tmp_path):
     """Even in the middle of a compilation; the checkpoint before it stands."""
     workdir = tmp_path / "run"
-    shutil.copytree(twin, workdir)
+    shutil.copytree(reference, workdir)
     before = rows(workdir)
     (workdir / "metrics.jsonl").touch()
     cold = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cold"), "JAX_LOG_COMPILES": "1"}
@@ -161,4 +161,4 @@ def test_t4_second_signal_exits_at_once(lab, twin, tiny_run, tmp_path):
         assert time.monotonic() - begin < 2
     assert rows(workdir) == before
     abstract = tiny_run.abstract_state
-    assert restored_bytes(workdir, abstract) == restored_bytes(twin, abstract)
+    assert restored_bytes(workdir, abstract) == restored_bytes(reference, abstract)

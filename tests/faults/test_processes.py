@@ -26,9 +26,9 @@ from tests.processes import SECONDS, Group, group, one_micro_batch_each, train
 pytestmark = pytest.mark.faults
 
 
-def assert_near(workdir, twin, steps):
-    """Asserts that the losses of these steps are there once each, and near the twin's."""
-    found, expected = runs.losses(workdir), runs.losses(twin)
+def assert_near(workdir, reference, steps):
+    """Asserts that the losses of these steps are there once each, and near the reference run's."""
+    found, expected = runs.losses(workdir), runs.losses(reference)
     assert list(found) == list(steps)
     for step in steps:
         assert float.fromhex(found[step]) == pytest.approx(float.fromhex(expected[step]), rel=1e-6), step
@@ -46,9 +46,9 @@ def two(lab):
     return workdir
 
 
-def test_o1_two_processes_match_one_and_only_first_writes(twin, two):
+def test_o1_two_processes_match_one_and_only_first_writes(reference, two):
     first, second = (two.with_name(f"two-{number}.out").read_text() for number in range(2))
-    assert_near(two, twin, range(1, 17))
+    assert_near(two, reference, range(1, 17))
     assert "2 processes" in first
     assert "step 16/16" in first
     assert [line for line in second.splitlines() if "[Gloo]" not in line] == [second.splitlines()[0]]
@@ -58,14 +58,14 @@ def test_o1_two_processes_match_one_and_only_first_writes(twin, two):
     assert identities == [Identity(read_record(epath.Path(two / "checkpoints" / "16"), 16).history["run_id"])] * 2
 
 
-def test_o1_run_resumes_with_more_or_fewer_processes(lab, twin, two, tmp_path):
+def test_o1_run_resumes_with_more_or_fewer_processes(lab, reference, two, tmp_path):
     fewer = runs.copy_until(two, tmp_path / "fewer", 8)
     assert "resumed from step 8" in lab.train(fewer).stdout
-    assert_near(fewer, twin, range(1, 17))
-    more = runs.copy_until(twin, tmp_path / "more", 12)
+    assert_near(fewer, reference, range(1, 17))
+    more = runs.copy_until(reference, tmp_path / "more", 12)
     [first, _] = train(lab, more, 2)
     assert "resumed from step 12" in first
-    assert_near(more, twin, range(1, 17))
+    assert_near(more, reference, range(1, 17))
 
 
 @pytest.mark.parametrize("victim", [sweep(0), 1])
@@ -152,9 +152,9 @@ def test_p1_survivor_names_a_process_killed_at_any_point(lab, tmp_path, victim, 
     assert_names(victim, made.said(1 - victim))
 
 
-def test_p5_processes_agree_on_checkpoints_and_restored_step(train_here, twin, tmp_path, monkeypatch):
+def test_p5_processes_agree_on_checkpoints_and_restored_step(train_here, reference, tmp_path, monkeypatch):
     """Else two hosts with other disks, or with old lists of one, would train from two states."""
-    workdir, events = runs.copy_until(twin, tmp_path / "run", 12), []
+    workdir, events = runs.copy_until(reference, tmp_path / "run", 12), []
     steps, start_state = runs.checkpoint_steps(workdir), train_module.start_state
 
     def record_start(*arguments):

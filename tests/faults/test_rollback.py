@@ -30,7 +30,7 @@ from tests.runs import (
     event_steps,
     kill,
     losses,
-    make_twin,
+    make_reference,
     restored_bytes,
     rows,
     state_bytes,
@@ -332,18 +332,18 @@ def overwrite_batch(config, source, target, index):
 @pytest.fixture(scope="session")
 def rolled(lab, spiky_data):
     """The work directory of a finished run that has rolled back once."""
-    return make_twin(lab, "rolled", *REAL, f"data.path={spiky_data}")
+    return make_reference(lab, "rolled", *REAL, f"data.path={spiky_data}")
 
 
-def assert_equal(workdir, twin, abstract):
-    assert losses(workdir) == losses(twin)
-    assert validations(workdir) == validations(twin)
+def assert_equal(workdir, reference, abstract):
+    assert losses(workdir) == losses(reference)
+    assert validations(workdir) == validations(reference)
     assert list(losses(workdir)) == list(range(1, 121))
-    assert [row.get("rollbacks") for row in rows(workdir)] == [row.get("rollbacks") for row in rows(twin)]
+    assert [row.get("rollbacks") for row in rows(workdir)] == [row.get("rollbacks") for row in rows(reference)]
     assert event_steps(workdir, "train/loss") == list(range(1, 121))
-    assert restored_bytes(workdir, abstract) == restored_bytes(twin, abstract)
-    assert ranges_of(workdir, 120) == ranges_of(twin, 120) == [(1, 80, 11, 91)]
-    assert history_of(workdir, 120)["recent"] == history_of(twin, 120)["recent"]
+    assert restored_bytes(workdir, abstract) == restored_bytes(reference, abstract)
+    assert ranges_of(workdir, 120) == ranges_of(reference, 120) == [(1, 80, 11, 91)]
+    assert history_of(workdir, 120)["recent"] == history_of(reference, 120)["recent"]
 
 
 def test_g3_repeated_run_rolls_back_identically(lab, rolled, spiky_data, tiny_run, tmp_path):

@@ -66,7 +66,7 @@ def test_i1_closed_or_full_stream_gives_the_documented_code(streams, kind, lab):
     assert re.fullmatch(told, done.stderr), done.stderr
 
 
-def test_i1_run_survives_the_loss_of_its_terminal(lab, twin, tmp_path):
+def test_i1_run_survives_the_loss_of_its_terminal(lab, reference, tmp_path):
     command = lab.command(tmp_path / "run", "train.num_steps=8", "train.sample_every=8")
     master, slave = os.openpty()
     process = subprocess.Popen(
@@ -79,7 +79,7 @@ def test_i1_run_survives_the_loss_of_its_terminal(lab, twin, tmp_path):
     os.close(master)
     assert process.wait(timeout=120) == 0
     assert checkpoint_steps(tmp_path / "run") == [4, 8]
-    assert losses(tmp_path / "run") == {step: loss for step, loss in losses(twin).items() if step <= 8}
+    assert losses(tmp_path / "run") == {step: loss for step, loss in losses(reference).items() if step <= 8}
 
 
 def test_i1_write_to_a_lost_terminal_raises_only_if_required():

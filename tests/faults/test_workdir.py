@@ -41,7 +41,7 @@ from tests.runs import (
 pytestmark = pytest.mark.faults
 
 
-def test_l1_second_trainer_is_refused_while_the_first_lives(lab, twin, tmp_path):
+def test_l1_second_trainer_is_refused_while_the_first_lives(lab, reference, tmp_path):
     workdir = tmp_path / "run"
     with lab.start(workdir) as first:
         wait_for(lambda: last_step(workdir) >= 2, first)
@@ -58,8 +58,8 @@ def test_l1_second_trainer_is_refused_while_the_first_lives(lab, twin, tmp_path)
         wait_for(lambda: last_step(workdir) >= min(stopped_at + 2, 16), first)
         kill(first)
     lab.train(workdir)
-    assert losses(workdir) == losses(twin)
-    assert validations(workdir) == validations(twin)
+    assert losses(workdir) == losses(reference)
+    assert validations(workdir) == validations(reference)
 
 
 def in_use(workdir):
@@ -149,7 +149,7 @@ def test_d4_stale_lock_is_renewed(tmp_path):
         assert not lock.renew()
 
 
-def test_d4_removed_work_directory_is_recreated(lab, twin, tiny_run, tmp_path):
+def test_d4_removed_work_directory_is_recreated(lab, reference, tiny_run, tmp_path):
     workdir = tmp_path / "run"
     with lab.start(workdir, GPTJAX_FAULT="save:1:stop") as process:
         wait_until_stopped(process)
@@ -158,12 +158,12 @@ def test_d4_removed_work_directory_is_recreated(lab, twin, tiny_run, tmp_path):
         assert process.wait(timeout=120) == 0, said(workdir)
     assert said(workdir).count("removed during the run") == 1
     for name in ("config.json", "tokenizer.json", "parameters.json", ".lock"):
-        assert (workdir / name).read_bytes()[:1] == (twin / name).read_bytes()[:1], name
-    assert list(losses(workdir)) == [step for step in losses(twin) if step > 8], "told at the save of step 8"
-    assert restored_bytes(workdir, tiny_run.abstract_state) == restored_bytes(twin, tiny_run.abstract_state)
+        assert (workdir / name).read_bytes()[:1] == (reference / name).read_bytes()[:1], name
+    assert list(losses(workdir)) == [step for step in losses(reference) if step > 8], "told at the save of step 8"
+    assert restored_bytes(workdir, tiny_run.abstract_state) == restored_bytes(reference, tiny_run.abstract_state)
 
 
-def test_d4_files_removed_without_the_lock_are_written_again(train_here, said, twin, monkeypatch, tmp_path):
+def test_d4_files_removed_without_the_lock_are_written_again(train_here, said, reference, monkeypatch, tmp_path):
     """As by `rm -rf RUN/*`."""
     workdir, before, saves = tmp_path / "run", {}, []
 
@@ -181,7 +181,7 @@ def test_d4_files_removed_without_the_lock_are_written_again(train_here, said, t
     names = ["config.json", "parameters.json", "tokenizer.json"]
     assert [(workdir / name).read_bytes() for name in names] == [before[name] for name in names]
     assert "run_id" in (workdir / "config.json").read_text()
-    assert list(losses(workdir)) == [step for step in losses(twin) if step > 8], "noticed at the save of step 8"
+    assert list(losses(workdir)) == [step for step in losses(reference) if step > 8], "noticed at the save of step 8"
     [line] = [line for line in said if "removed during the run" in line]
     assert line == f"{workdir}: removed during the run: {', '.join(names)}; re-creating the files"
 
@@ -193,13 +193,13 @@ def test_d2_file_in_place_of_the_workdir_is_refused(lab, tmp_path):
     assert workdir.read_text() == "not a directory"
 
 
-def test_d2_s2_unicode_workdir_works_and_holds_no_secrets(lab, twin, tmp_path):
+def test_d2_s2_unicode_workdir_works_and_holds_no_secrets(lab, reference, tmp_path):
     workdir = tmp_path / "mein Lauf № 1 ✓ 走る"
     secrets = {"HF_TOKEN": "hf_SeCrEtHuggingFace", "WANDB_API_KEY": "5ecre7weightsandbiases"}
     first = lab.train(workdir, "train.num_steps=4", "log.wandb_project=x", **secrets)
     second = lab.train(workdir, "train.num_steps=8", "train.sample_every=8", **secrets)
     assert checkpoint_steps(workdir) == [4, 8]
-    assert losses(workdir) == {step: loss for step, loss in losses(twin).items() if step <= 8}
+    assert losses(workdir) == {step: loss for step, loss in losses(reference).items() if step <= 8}
     assert "log.wandb_project='x': wandb is off: wandb is not installed; pip install 'gptjax[wandb]'" in first.stdout
     texts = [first.stdout + first.stderr + second.stdout + second.stderr]
     texts += [path.read_bytes().decode(errors="replace") for path in workdir.rglob("*") if path.is_file()]

@@ -16,7 +16,7 @@ from gptjax.record import Record
 from gptjax.replay import __main__ as command
 from gptjax.replay import update
 from tests.helpers import raises
-from tests.runs import losses, make_twin, rows
+from tests.runs import losses, make_reference, rows
 
 COMPARED = ("loss", "grad_norm", "update_norm", "lr")
 
@@ -46,9 +46,9 @@ def shown_loss(said):
         (9, "replayed 0 steps from the checkpoint of step 8"),
     ],
 )
-def test_replayed_step_is_bit_equal_and_changes_no_file(lab, twin, step, origin, tmp_path):
+def test_replayed_step_is_bit_equal_and_changes_no_file(lab, reference, step, origin, tmp_path):
     """With dropout, two micro-batches; while another process holds the work directory."""
-    workdir, out = shutil.copytree(twin, tmp_path / "run"), tmp_path / "page.html"
+    workdir, out = shutil.copytree(reference, tmp_path / "run"), tmp_path / "page.html"
     before = contents(workdir)
     with open(workdir / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -59,7 +59,7 @@ def test_replayed_step_is_bit_equal_and_changes_no_file(lab, twin, step, origin,
     assert origin in said
     assert "equal to metrics.jsonl, bit for bit" in said
     assert "last bits may differ" not in said
-    logged = next(row for row in rows(twin) if row["step"] == step and "loss" in row)
+    logged = next(row for row in rows(reference) if row["step"] == step and "loss" in row)
     assert shown_loss(said) == pytest.approx(logged["loss"], rel=1e-5)
 
     page = out.read_text()
@@ -74,9 +74,9 @@ def test_replayed_step_is_bit_equal_and_changes_no_file(lab, twin, step, origin,
     assert sorted(int(row) for row, *_ in shards) == list(range(8))
 
 
-def test_replay_lists_the_rows_of_the_batch(lab, twin, tiny_run, tmp_path):
+def test_replay_lists_the_rows_of_the_batch(lab, reference, tiny_run, tmp_path):
     data, out = tiny_run.train_data, tmp_path / "page.html"
-    said = look(lab, twin, 9, f"--out={out}").stdout
+    said = look(lab, reference, 9, f"--out={out}").stdout
     found = {
         int(n): (int(w), s, int(t)) for n, w, s, t in re.findall(r"^ +(\d) +(\d+)  (\S+\.bin) +(\d+) ", said, re.M)
     }
@@ -88,16 +88,16 @@ def test_replay_lists_the_rows_of_the_batch(lab, twin, tiny_run, tmp_path):
         assert [int(i) for i in re.findall(r'id (\d+)"', about)] == ids
 
 
-def test_replay_reports_a_difference_from_the_log(lab, twin, tmp_path):
-    workdir = shutil.copytree(twin, tmp_path / "run")
+def test_replay_reports_a_difference_from_the_log(lab, reference, tmp_path):
+    workdir = shutil.copytree(reference, tmp_path / "run")
     changed = [row | ({"grad_norm": 1.5} if row["step"] == 9 else {}) for row in rows(workdir)]
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed) + '{"step": 9, "lo')
     assert "DIFFERENT from metrics.jsonl, which has grad_norm 1.5\n" in look(lab, workdir, 9).stdout
     assert (workdir / "replay-9.html").read_text().endswith("</html>\n")
 
 
-def test_replay_skips_damaged_checkpoints_without_renaming_them(lab, twin, tmp_path):
-    workdir = shutil.copytree(twin, tmp_path / "run")
+def test_replay_skips_damaged_checkpoints_without_renaming_them(lab, reference, tmp_path):
+    workdir = shutil.copytree(reference, tmp_path / "run")
     arrays = (path for path in (workdir / "checkpoints" / "8" / "params").rglob("c/**/*") if path.is_file())
     largest = max(arrays, key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
@@ -113,10 +113,10 @@ def test_replay_skips_damaged_checkpoints_without_renaming_them(lab, twin, tmp_p
     assert contents(workdir) == before
 
 
-def test_replay_on_other_devices_warns_of_different_bits(lab, twin, tmp_path):
-    said = look(lab, twin, 9, f"--out={tmp_path}/p.html", devices=4).stdout
+def test_replay_on_other_devices_warns_of_different_bits(lab, reference, tmp_path):
+    said = look(lab, reference, 9, f"--out={tmp_path}/p.html", devices=4).stdout
     assert "the run was on 1 x cpu, this is 4 x cpu: last bits may differ" in said
-    logged = losses(twin)[9]
+    logged = losses(reference)[9]
     assert shown_loss(said) == pytest.approx(float.fromhex(logged), rel=1e-5), "with the same dropout"
 
 
@@ -129,15 +129,15 @@ def test_multi_device_run_is_replayed_on_one_device(lab, tmp_path):
     assert shown_loss(said) == pytest.approx(float.fromhex(losses(workdir)[6]), rel=1e-5), "with the same dropout"
 
 
-def test_step_within_a_dispatch_can_be_replayed(lab, twin, tmp_path):
-    workdir = make_twin(lab, "four", "train.steps_per_dispatch=4", "train.log_every=4")
+def test_step_within_a_dispatch_can_be_replayed(lab, reference, tmp_path):
+    workdir = make_reference(lab, "four", "train.steps_per_dispatch=4", "train.log_every=4")
     for step in (8, 7):
         said = look(lab, workdir, step, f"--out={tmp_path}/p.html").stdout
         assert "from the checkpoint of step 4" in said
         assert ("equal to metrics.jsonl, bit for bit" in said) == (step == 8)
         found = [float(loss) for loss in re.findall(r'title="loss ([\d.]+), ', (tmp_path / "p.html").read_text())]
         assert sum(found) / len(found) == pytest.approx(shown_loss(said), abs=1e-4), "of the state before that step"
-        assert shown_loss(said) == pytest.approx(float.fromhex(losses(twin)[step]), rel=1e-4)
+        assert shown_loss(said) == pytest.approx(float.fromhex(losses(reference)[step]), rel=1e-4)
 
 
 def test_diverged_step_is_replayed_by_the_printed_command(lab, tmp_path):
@@ -167,14 +167,14 @@ def test_wrong_flag_is_refused(flag, field, value, remedy):
         command.parse_flags(["--workdir=x", "--step=3", flag])
 
 
-def test_step_or_rollbacks_that_the_run_does_not_have_exit_with_code_2(lab, twin):
-    assert "--step=17: " in look(lab, twin, 17, expect=2).stderr
-    assert "--rollbacks=1: " in look(lab, twin, 3, "--rollbacks=1", expect=2).stderr
+def test_step_or_rollbacks_that_the_run_does_not_have_exit_with_code_2(lab, reference):
+    assert "--step=17: " in look(lab, reference, 17, expect=2).stderr
+    assert "--rollbacks=1: " in look(lab, reference, 3, "--rollbacks=1", expect=2).stderr
 
 
-def test_missing_run_or_unwritable_page_is_refused(lab, twin, tmp_path):
+def test_missing_run_or_unwritable_page_is_refused(lab, reference, tmp_path):
     assert f"--workdir={tmp_path}: " in look(lab, tmp_path, 3, expect=65).stderr
-    refused = look(lab, twin, 1, f"--out={tmp_path}/none/page.html", expect=73).stderr
+    refused = look(lab, reference, 1, f"--out={tmp_path}/none/page.html", expect=73).stderr
     assert f"{tmp_path}/none/page.html: " in refused
     assert "--out=FILE" in refused
 
