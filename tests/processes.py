@@ -44,7 +44,10 @@ class Group:
                 stderr=subprocess.STDOUT,
             )
 
-    def end(self) -> None:
+    def __enter__(self) -> "Group":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Kills what is left."""
         for process in self.processes.values():
             process.kill()
@@ -65,13 +68,10 @@ class Group:
 @contextlib.contextmanager
 def group(lab, workdir, count, *overrides, **environment):
     """Yields `count` running processes of the run in `workdir`; kills what is left of them."""
-    made = Group(lab, workdir, count)
-    try:
+    with Group(lab, workdir, count) as made:
         for number in range(count):
             made.start(number, one_micro_batch_each(count), *overrides, **environment)
         yield made
-    finally:
-        made.end()
 
 
 def train(lab, workdir, count, *overrides, **environment):

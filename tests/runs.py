@@ -153,16 +153,21 @@ def make_lab(root: pathlib.Path) -> Lab:
     return lab
 
 
-def make_reference(lab: Lab, name: str = "reference", *overrides: str) -> pathlib.Path:
-    """Returns the work directory of a run that nothing has disturbed, made by the first process that asks for it."""
-    reference = lab.root / name
-    with open(lab.root / "lock", "w") as lock:
+def make_once(lab: Lab, name: str, make: Callable[[pathlib.Path], Any]) -> pathlib.Path:
+    """Returns the lab's directory of this name, made by the first process that asks for it with make(directory)."""
+    directory = lab.root / name
+    with open(lab.root / f"{name}-lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (lab.root / f"{name}-done").exists():
-            shutil.rmtree(reference, ignore_errors=True)
-            lab.train(reference, "checkpoint.keep=8", *overrides)
+            shutil.rmtree(directory, ignore_errors=True)
+            make(directory)
             (lab.root / f"{name}-done").touch()
-    return reference
+    return directory
+
+
+def make_reference(lab: Lab, name: str = "reference", *overrides: str) -> pathlib.Path:
+    """Returns the work directory of a run that nothing has disturbed."""
+    return make_once(lab, name, lambda workdir: lab.train(workdir, "checkpoint.keep=8", *overrides))
 
 
 def copy_until(source: pathlib.Path, target: pathlib.Path, last: int, *, cut: bool = True) -> pathlib.Path:
@@ -200,6 +205,17 @@ def validations(workdir: pathlib.Path) -> dict[int, str]:
     steps = [step for step, _ in found]
     assert steps == sorted(set(steps)), f"validations are not strictly rising: {steps}"
     return dict(found)
+
+
+def assert_equals_reference(workdir: pathlib.Path, reference: pathlib.Path, abstract: Any) -> None:
+    """Asserts that a run has the losses, the logs and the newest state of the reference run, to the bit."""
+    assert list(losses(workdir)) == list(range(1, max(losses(reference)) + 1))
+    assert losses(workdir) == losses(reference)
+    assert validations(workdir) == validations(reference)
+    assert len(rows(workdir)) == len(losses(reference)) + len(validations(reference)), "there are other lines"
+    assert event_steps(workdir, "train/loss") == list(losses(reference))
+    assert event_steps(workdir, "eval/loss") == list(validations(reference))
+    assert restored_bytes(workdir, abstract) == restored_bytes(reference, abstract)
 
 
 def last_step(workdir: pathlib.Path) -> int:

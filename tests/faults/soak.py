@@ -164,21 +164,16 @@ def pause(process: "subprocess.Popen[str]", seconds: float) -> None:
 
 def signals_to_one_of_two(soak: Soak, tally: Tally, count: int) -> Iterator[None]:
     """T3: both leave with 75 and the same checkpoint, and go on to the bits of two that were never disturbed."""
-    reference = soak.lab.root / "two"
-    if not (reference / "metrics.jsonl").exists():
-        processes.train(soak.lab, reference, 2)
+    reference = runs.make_once(soak.lab, "two", lambda workdir: processes.train(soak.lab, workdir, 2))
     while tally.injected < count:
         victim, step = tally.injected % 2, 2 + tally.injected % 11
         workdir = soak.root / f"t3-{tally.injected}"
-        made = processes.Group(soak.lab, workdir, 2)
-        try:
+        with processes.Group(soak.lab, workdir, 2) as made:
             for number in range(2):
                 extra = {"GPTJAX_FAULT": f"step:{step}:term"} if number == victim else {}
                 override = processes.one_micro_batch_each(2)
                 made.start(number, override, "checkpoint.save_every=1000", GPTJAX_SOAK=soak.token, **extra)
             codes = made.wait()
-        finally:
-            made.end()
         tally.injected += 1
         tally.survived += codes == [runs.PREEMPTED] * 2 and len(runs.checkpoint_steps(workdir)) == 1
         tally.orphans += soak.orphans()

@@ -82,6 +82,7 @@ def test_b1_help_is_quick_and_does_not_import_jax(lab):
         (12, 0, 8, "data.global_batch_size", 8, "8, 16"),
         (24, 5, 2, "train.micro_batch_size", 12, "4, 6"),
         (3, 0, 8, "data.global_batch_size", 8, "8"),
+        (16, 16, 8, "train.micro_batch_size", 2, "1, 2"),
     ],
 )
 def test_m3_batch_that_does_not_divide_names_nearest_sizes(batch, micro_batch, devices, field, of, nearest, lab):

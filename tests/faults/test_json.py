@@ -20,7 +20,7 @@ from gptjax.record import Record
 from gptjax.replay import update
 from gptjax.strict_json import InvalidTextError
 from tests.convert.models import read_header, write_header, write_hf
-from tests.helpers import raises
+from tests.helpers import failing, os_error, raises
 
 pytestmark = pytest.mark.faults
 DEEP = b"[" * 900 + b"]" * 900  # which Python's parser takes
@@ -83,21 +83,14 @@ def test_j1_damaged_model_file_is_named(model, name, monkeypatch):
             (model / "away").rename(model / "model.safetensors")
 
 
-def test_j1_merges_file_that_is_not_utf8_is_refused(model):
-    good = (model / "merges.txt").read_bytes()
-    (model / "merges.txt").write_bytes(good + b"\xff \xfe\n")
-    with raises(DataError, str(model), match=r"merges\.txt: .*byte 14 is 0xff"):
-        huggingface.read(str(model), origin="hf:model")
-    (model / "merges.txt").write_bytes(good)
-
-
-def test_j1_byte_order_mark_is_ignored(model, tmp_path):
-    before = (model / "config.json").read_bytes()
-    (model / "config.json").write_bytes(b"\xef\xbb\xbf" + before)
-    try:
-        assert huggingface.read(str(model), origin="hf:model").config.n_layer == 2
-    finally:
-        (model / "config.json").write_bytes(before)
+def test_j1_text_files_are_utf8_with_or_without_a_mark(tmp_path):
+    write_hf(tmp_path)
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "config.json").read_bytes())
+    assert huggingface.read(str(tmp_path), origin="hf:model").config.n_layer == 2
+    (tmp_path / "merges.txt").write_bytes(b"#version: 0.2\n\xff \xfe\n")
+    with raises(DataError, str(tmp_path), match=r"merges\.txt: .*byte 14 is 0xff"):
+        huggingface.read(str(tmp_path), origin="hf:model")
 
 
 @pytest.mark.parametrize("field", [b"9" * 5000, b"1e999", b'{"a": 1, "a": 2}', b'"\\ud800"'])
@@ -186,25 +179,22 @@ def record(step):
     return Record(step, Config().to_dict(), {}, {}, {}, {})
 
 
-@pytest.mark.parametrize("content", (NOT_JSON | NAN).values(), ids=NOT_JSON | NAN)
+UNKNOWN = b'{"model": {"n_wheels": 3}}'
+
+
+@pytest.mark.parametrize("content", [*(NOT_JSON | NAN).values(), UNKNOWN], ids=[*NOT_JSON, *NAN, "unknown field"])
 def test_j1_damaged_run_config_falls_back_to_the_checkpoint(tmp_path, said, content):
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(InvalidTextError):
-        settings_in(content)
-    with raises(CheckpointError, "--workdir", value=str(tmp_path), match=r"config\.json: "):
+    if content != UNKNOWN:
+        with pytest.raises(InvalidTextError):
+            settings_in(content)
+    problem = r"config\.json: .*n_wheels" if content == UNKNOWN else r"config\.json: "
+    with raises(CheckpointError, "--workdir", value=str(tmp_path), match=problem):
         update.find_config(str(tmp_path), 9, records={}, overrides={})
     assert update.find_config(str(tmp_path), 9, records={3: record(3)}, overrides={}) == Config()
     (line,) = said
     assert line.startswith(f"{tmp_path}/config.json: ")
     assert line.endswith(" step 3")
-
-
-def test_j1_config_with_unknown_fields_falls_back_to_the_checkpoint(tmp_path, said):
-    (tmp_path / "config.json").write_text('{"model": {"n_wheels": 3}}')
-    with raises(CheckpointError, "--workdir", value=str(tmp_path), match=r"config\.json: .*n_wheels"):
-        update.find_config(str(tmp_path), 9, records={}, overrides={})
-    assert update.find_config(str(tmp_path), 9, records={3: record(3)}, overrides={}) == Config()
-    assert "n_wheels" in said[0]
 
 
 def test_j1_damaged_log_lines_are_skipped(tmp_path):
@@ -240,10 +230,7 @@ def unreadable_log(kind, directory, monkeypatch):
         os.truncate(path, 10**12)
         return "more than 1,048,576 bytes to be searched"
 
-    def fail(*_):
-        raise OSError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr("gptjax.log_reader.open_regular", fail)
+    monkeypatch.setattr("gptjax.log_reader.open_regular", failing(os_error(errno.EACCES)))
     return "Permission denied"
 
 
@@ -257,10 +244,7 @@ def test_j1_unreadable_log_is_left_out_and_named(kind, said, monkeypatch, tmp_pa
 
 
 def test_j1_unreachable_log_in_a_bucket_is_left_out(said, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("403 Forbidden")
-
-    monkeypatch.setattr("gptjax.log_reader.read_file", fail)
+    monkeypatch.setattr("gptjax.log_reader.read_file", failing(RuntimeError("403 Forbidden")))
     assert native._losses("gs://bucket/run", 9) == {}
     assert said == ["gs://bucket/run/metrics.jsonl: 403 Forbidden: converted without its losses"]
 

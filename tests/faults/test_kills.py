@@ -8,20 +8,8 @@ import time
 
 import pytest
 
-from tests.runs import (
-    checkpoint_steps,
-    copy_until,
-    event_steps,
-    is_compiling,
-    kill,
-    last_step,
-    losses,
-    restored_bytes,
-    rows,
-    temporary_directories,
-    validations,
-    wait_for,
-)
+from tests import runs
+from tests.runs import checkpoint_steps, copy_until, kill, last_step, temporary_directories, wait_for
 
 pytestmark = pytest.mark.faults
 STEPS, SAVE_EVERY = 48, 4
@@ -30,15 +18,8 @@ LONG = (f"train.num_steps={STEPS}", f"checkpoint.save_every={SAVE_EVERY}")
 
 
 def assert_equals_reference(workdir, reference, tiny_run):
-    assert list(losses(workdir)) == list(range(1, max(losses(reference)) + 1))
-    assert losses(workdir) == losses(reference)
-    assert validations(workdir) == validations(reference)
-    assert len(rows(workdir)) == len(losses(reference)) + len(validations(reference)), "there are other lines"
-    assert event_steps(workdir, "train/loss") == list(losses(reference))
-    assert event_steps(workdir, "eval/loss") == list(validations(reference))
+    runs.assert_equals_reference(workdir, reference, tiny_run.abstract_state)
     assert temporary_directories(workdir) == []
-    abstract = tiny_run.abstract_state
-    assert restored_bytes(workdir, abstract) == restored_bytes(reference, abstract)
 
 
 def start_and_kill(lab, workdir, when):
@@ -145,7 +126,7 @@ def test_k2_run_killed_around_saves_ends_bit_equal(lab, long_reference, tiny_run
 def test_k3_run_killed_in_the_first_compilation_ends_bit_equal(lab, reference, tiny_run, tmp_path):
     workdir, cold = tmp_path / "run", str(tmp_path / "cold")
     with lab.start(workdir, JAX_COMPILATION_CACHE_DIR=cold, JAX_LOG_COMPILES="1") as process:
-        wait_for(lambda: is_compiling(workdir), process)
+        wait_for(lambda: runs.is_compiling(workdir), process)
         kill(process)
     assert last_step(workdir) == 0
     assert checkpoint_steps(workdir) == []
@@ -161,7 +142,7 @@ def test_w1_run_killed_between_evaluation_and_save_ends_bit_equal(lab, reference
     assert checkpoint_steps(workdir)[-1:] in ([], [4])
     with open(workdir / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "lo')
-    assert list(validations(workdir)) == [8]
+    assert list(runs.validations(workdir)) == [8]
     lab.train(workdir)
     assert_equals_reference(workdir, reference, tiny_run)
 

@@ -13,7 +13,7 @@ from gptjax.optim import make_optimizer, make_schedule
 from gptjax.state import TrainState
 from gptjax.step import make_loss_fn, make_train_step
 from tests.helpers import raises
-from tests.runs import checkpoint_steps, losses, restored_bytes, rows, state_bytes
+from tests.runs import checkpoint_steps, losses, restored_bytes, rows
 
 pytestmark = pytest.mark.faults
 SHORT = {"num_steps": 8, "eval_every": 0}
@@ -85,9 +85,8 @@ def test_g1_skip_policy_equals_a_run_without_the_step(train_here, tiny_run, brea
     assert found[5]["loss"] is None
     assert [found[step].get("skipped_steps", 0) for step in range(1, 9)] == [0] * 4 + [1] * 4
     expected, undisturbed = losses(reference), losses(plain)
-    assert {step: row["loss"].hex() for step, row in found.items() if step != 5} == {
-        step: loss for step, loss in expected.items() if step != 5
-    }
+    others = [step for step in range(1, 9) if step != 5]
+    assert [found[step]["loss"].hex() for step in others] == [expected[step] for step in others]
     assert expected[6] != undisturbed[6], "a step that changes nothing when left out tests nothing"
     abstract = tiny_run.abstract_state
     assert restored_bytes(skipping, abstract) == restored_bytes(reference, abstract)
@@ -116,23 +115,16 @@ def test_g2_divergence_before_any_checkpoint_is_reported(train_here, breaking_at
     assert checkpoint_steps(tmp_path / "run") == []
 
 
-def test_g2_too_many_nonfinite_steps_in_a_row_stop_training(train_here, tiny_run, breaking_at, said, tmp_path):
-    workdir = tmp_path / "run"
-    policy = SHORT | {"nan_policy": "skip", "max_consecutive_nonfinite": 3}
-    with raises(DivergedError, "step 7", match="loss nan, .*: 3 "):
-        train_here(workdir, train=policy, parts=breaking_at(2, 3, 5, 6, 7))
-    assert sum("update skipped" in line for line in said) == 4
-    assert checkpoint_steps(workdir) == [4]
-    assert_finite_checkpoints(workdir, tiny_run.abstract_state)
-
-
-def test_g2_nonfinite_count_continues_after_a_restart(train_here, breaking_at, tmp_path):
+def test_g2_nonfinite_count_continues_after_a_restart(train_here, tiny_run, breaking_at, said, tmp_path):
     """Steps 3 and 4, a checkpoint, a restart, step 5: three in a row."""
     workdir = tmp_path / "run"
     policy = SHORT | {"nan_policy": "skip", "max_consecutive_nonfinite": 3}
     train_here(workdir, train=policy | {"num_steps": 4}, parts=breaking_at(3, 4))
-    with raises(DivergedError, "step 5", match=": 3 "):
+    with raises(DivergedError, "step 5", match="loss nan, .*: 3 "):
         train_here(workdir, train=policy, parts=breaking_at(5))
+    assert sum("update skipped" in line for line in said) == 2
+    assert checkpoint_steps(workdir) == [4]
+    assert_finite_checkpoints(workdir, tiny_run.abstract_state)
 
 
 def test_g2_poisoned_parameters_are_never_saved(train_here, tiny_run, tmp_path):
@@ -150,12 +142,3 @@ def test_g2_poisoned_parameters_are_never_saved(train_here, tiny_run, tmp_path):
     with raises(DivergedError, "params/ln_f/bias", match="step 4"):
         train_here(workdir, train=policy, parts={"train_step": train_step})
     assert checkpoint_steps(workdir) == []
-
-
-def test_nonfinite_train_step_keeps_the_state(tiny_run, broken_step):
-    state = tiny_run.init()
-    before = state_bytes(state)
-    after, metrics = broken_step(state, tiny_run.batch(0))
-    assert state_bytes(after) == before
-    assert int(after.step) == 1
-    assert float(metrics["finite"]) == 0

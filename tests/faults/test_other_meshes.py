@@ -1,6 +1,5 @@
 """M1: what eight devices saved goes on, to the bit and then to 1e-5, on any other mesh."""
 
-import fcntl
 import shutil
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from gptjax import train as train_module
 from gptjax.checkpoint import Checkpointer, fingerprints
 from tests.helpers import sweep
-from tests.runs import copy_until, make_run_on, rows, state_bytes
+from tests.runs import copy_until, make_once, make_run_on, rows, state_bytes
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("quick_compiler")]
 
@@ -44,14 +43,14 @@ def make_config(lab, mesh, **checkpoint):
 
 @pytest.fixture(scope="module")
 def saved(quick_compiler, lab):
-    """A run on eight devices, made by the first process that asks for it: as it was at step 4, and whole."""
-    root = lab.root / "mesh"
-    with open(lab.root / "mesh-lock", "w") as lock, pytest.MonkeyPatch.context() as monkeypatch:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (lab.root / "mesh-done").exists():
+    """A run on eight devices: as it was at step 4, and whole."""
+
+    def make(root):
+        with pytest.MonkeyPatch.context() as monkeypatch:
             train_on(lab, monkeypatch, root / "whole", 8, FSDP, save_every=4, keep=9)
-            copy_until(root / "whole", root / "at-4", 4)
-            (lab.root / "mesh-done").touch()
+        copy_until(root / "whole", root / "at-4", 4)
+
+    root = make_once(lab, "mesh", make)
     run = make_run_on(make_config(lab, FSDP), 8)
     state, record = Checkpointer(str(root / "at-4")).restore_latest(run.abstract_state)
     assert record.step == 4

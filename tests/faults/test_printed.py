@@ -14,7 +14,7 @@ from gptjax.errors import ConfigError
 from gptjax.logs import RunLog
 from gptjax.replay import report
 from tests.convert.models import CONFIG, write_hf
-from tests.helpers import raises
+from tests.helpers import failing, raises
 from tests.replay.test_report import make_row, replayed, words
 
 pytestmark = pytest.mark.faults
@@ -97,12 +97,8 @@ def test_e1_model_card_escapes_tokenizer_source_and_data_names(tmp_path):
     words = dataclasses.replace(load_tokenizer("bytes"), name="x |\n<script>")
     weights = dataclasses.replace(weights, tokenizer=words, origin="hf:<o>", history={"data": "<d>"})
     text = card.model_card(weights, "float32")
-    for row in (
-        "| tokenizer | x &#124; &#60;script&#62; |",
-        "| converted from | hf:&#60;o&#62; |",
-        "| data | &#60;d&#62; |",
-    ):
-        assert f"\n{row}\n" in text
+    for row in ("tokenizer | x &#124; &#60;script&#62;", "converted from | hf:&#60;o&#62;", "data | &#60;d&#62;"):
+        assert f"\n| {row} |\n" in text
 
 
 def test_e1_samples_are_preformatted_in_tensorboard(tmp_path):
@@ -184,10 +180,7 @@ def test_s2_multiline_secret_is_redacted_in_an_error(monkeypatch, capsys):
     monkeypatch.setattr(cli, "start_logging", lambda: None)
     monkeypatch.setattr(cli, "_exit", lambda code: None)
 
-    def main(arguments):
-        raise ConfigError(f"a: {PEM}\nb: \x1b")
-
-    cli.run_cli(main)
+    cli.run_cli(failing(ConfigError(f"a: {PEM}\nb: \x1b")))
     assert capsys.readouterr().err == "error: a: [SSH_PRIVATE_KEY]\nerror: b: \\x1b\n"
 
 

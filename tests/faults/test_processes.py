@@ -1,6 +1,5 @@
 """T3, P1, P3, O1: real processes of one run, joined by jax.distributed on loopback, and what if one of them is gone."""
 
-import fcntl
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ from tests.helpers import sweep
 from tests.processes import SECONDS, Group, group, one_micro_batch_each, train
 
 pytestmark = pytest.mark.faults
+HOST = socket.gethostname()
 
 
 def assert_near(workdir, reference, steps):
@@ -36,14 +36,9 @@ def assert_near(workdir, reference, steps):
 
 @pytest.fixture
 def two(lab):
-    """The work directory of a finished run of two processes that nothing has disturbed, made once for all tests."""
-    workdir = lab.root / "two"
-    with open(lab.root / "two-lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (lab.root / "two-done").exists():
-            train(lab, workdir, 2, "checkpoint.keep=8", JAX_SHARE_BINARY_BETWEEN_HOSTS="true")  # compiled once
-            (lab.root / "two-done").touch()
-    return workdir
+    """The work directory of a finished run of two processes that nothing has disturbed."""
+    once = {"JAX_SHARE_BINARY_BETWEEN_HOSTS": "true"}  # compiled once
+    return runs.make_once(lab, "two", lambda workdir: train(lab, workdir, 2, "checkpoint.keep=8", **once))
 
 
 def test_o1_two_processes_match_one_and_only_first_writes(reference, two):
@@ -72,8 +67,7 @@ def test_o1_run_resumes_with_more_or_fewer_processes(lab, reference, two, tmp_pa
 def test_t3_sigterm_to_one_process_saves_one_step_for_all(lab, two, tmp_path, victim):
     """The victim is stopped in a step, so that the signal finds it there, and the other in the next collective."""
     workdir = tmp_path / "run"
-    with group(lab, workdir, 0, "checkpoint.save_every=1000") as made:
-        made.count = 2
+    with Group(lab, workdir, 2) as made:
         for number in range(2):
             fault = {"GPTJAX_FAULT": "step:6:stop"} if number == victim else {}
             made.start(number, one_micro_batch_each(2), "checkpoint.save_every=1000", **fault)
@@ -122,7 +116,7 @@ def test_p1_killed_process_is_named_and_restart_is_bit_equal(lab, two, tmp_path,
 
 def assert_names(victim, said):
     """Asserts that one line names the process that was killed, beside what JAX's own C++ may print."""
-    line = f"error: process {victim} on host {socket.gethostname()} is lost; restart the command on every host"
+    line = f"error: process {victim} on host {HOST} is lost; restart the command on every host"
     assert [told for told in said.splitlines() if told.startswith("error:")] == [line], said
     assert "save failed" not in said, said
     assert "Traceback" not in said
@@ -130,23 +124,14 @@ def assert_names(victim, said):
 
 @pytest.mark.parametrize(
     ("victim", "point"),
-    [
-        (0, "save:1"),
-        sweep(1, "save:2"),
-        sweep(1, "evaluation:1"),
-        sweep(0, "restore:1"),
-        (1, "restore:1"),
-    ],
+    [(0, "save:1"), sweep(1, "save:2"), sweep(1, "evaluation:1"), sweep(0, "restore:1"), (1, "restore:1")],
 )
 def test_p1_survivor_names_a_process_killed_at_any_point(lab, tmp_path, victim, point):
-    made = Group(lab, tmp_path / "run", 2)
-    try:
+    with Group(lab, tmp_path / "run", 2) as made:
         for number in range(2):
             fault = {"GPTJAX_FAULT": f"{point}:kill"} if number == victim else {}
             made.start(number, one_micro_batch_each(2), "train.eval_every=6", **fault)
         codes = made.wait()
-    finally:
-        made.end()
     assert codes[victim] == -signal.SIGKILL, made.said(victim)
     assert codes[1 - victim] == errors.UNAVAILABLE, made.said(1 - victim)
     assert_names(victim, made.said(1 - victim))
@@ -178,12 +163,9 @@ def test_p5_processes_agree_on_checkpoints_and_restored_step(train_here, referen
     ],
 )
 def test_p3_process_alone_names_the_missing_one_and_exits(lab, tmp_path, number, message):
-    made = Group(lab, tmp_path / "run", 2)
-    made.start(number, join_seconds=4)
-    try:
+    with Group(lab, tmp_path / "run", 2) as made:
+        made.start(number, join_seconds=4)
         assert made.wait() == [errors.UNAVAILABLE]
-    finally:
-        made.end()
     assert f"process {number} of 2 on host" in made.said(number)
     assert f"error: process {number} of 2: {message}" in made.said(number)
 
@@ -191,20 +173,15 @@ def test_p3_process_alone_names_the_missing_one_and_exits(lab, tmp_path, number,
 @pytest.mark.parametrize("victim", [sweep(0), 1])
 def test_p3_process_without_data_exits_2_and_others_report_it(lab, tmp_path, victim):
     (tmp_path / "elsewhere").mkdir()
-    made = Group(lab, tmp_path / "run", 2)
-    for number in range(2):
-        folder = tmp_path / "elsewhere" if number == victim else lab.root
-        made.start(number, "data.path=data", folder=folder)
-    begin = time.monotonic()
-    try:
+    with Group(lab, tmp_path / "run", 2) as made:
+        for number in range(2):
+            made.start(number, "data.path=data", folder=tmp_path / "elsewhere" if number == victim else lab.root)
+        begin = time.monotonic()
         codes = made.wait()
-    finally:
-        made.end()
     assert codes[victim] == errors.BAD_CONFIG, made.said(victim)
     other, said = 1 - victim, made.said(1 - victim)
     assert codes[other] == errors.UNAVAILABLE, said
-    host = socket.gethostname()
-    assert f"error: data: waiting for process {victim} on host {host}; process {victim} has left: data.path=" in said
+    assert f"error: data: waiting for process {victim} on host {HOST}; process {victim} has left: data.path=" in said
     assert time.monotonic() - begin < 90, "at once, not at the end of a timeout"
 
 
@@ -232,81 +209,65 @@ cli.run_cli(main)
 @pytest.mark.parametrize(
     ("what", "code", "message"),
     [
-        (
-            "late",
-            errors.UNAVAILABLE,
-            "data: waiting for process 0 on host HOST; process 0 has left: the data is elsewhere",
-        ),
+        ("late", errors.UNAVAILABLE, f"data: waiting for process 0 on host {HOST}; process 0 has left: the data is "),
         ("gone after", errors.OK, "went on"),
     ],
 )
 def test_p1_late_process_reports_why_another_has_left(lab, tmp_path, what, code, message):
-    made = Group(lab, tmp_path / "run", 2)
-    for number in range(2):
-        with open(tmp_path / f"{number}.out", "w") as out:
-            command = [sys.executable, "-c", MEETING, f"127.0.0.1:{made.port}", str(number), what]
-            made.processes[number] = subprocess.Popen(
-                command, env=lab.environment(), cwd=tmp_path, stdout=out, stderr=subprocess.STDOUT
-            )
-    try:
+    with Group(lab, tmp_path / "run", 2) as made:
+        for number in range(2):
+            with open(tmp_path / f"{number}.out", "w") as out:
+                command = [sys.executable, "-c", MEETING, f"127.0.0.1:{made.port}", str(number), what]
+                streams = {"stdout": out, "stderr": subprocess.STDOUT}
+                made.processes[number] = subprocess.Popen(command, env=lab.environment(), cwd=tmp_path, **streams)
         second = made.processes[1].wait(timeout=SECONDS)
         said = (tmp_path / "1.out").read_text()
         assert second == code, said
-        assert message.replace("HOST", socket.gethostname()) in said
+        assert message in said
         if what == "late":
             assert made.processes[0].wait(timeout=SECONDS) == errors.BAD_CONFIG
-    finally:
-        made.end()
 
 
 @pytest.mark.long
 def test_p3_process_missing_at_a_save_is_named(lab, tmp_path):
-    with group(lab, tmp_path / "run", 0) as made:
-        made.count = 2
+    with Group(lab, tmp_path / "run", 2) as made:
         overrides = (one_micro_batch_each(2), "train.barrier_timeout_seconds=25", "train.eval_every=0")
         made.start(0, *overrides)
         made.start(1, *overrides, GPTJAX_FAULT="step:4:hang")
         assert made.processes[0].wait(timeout=SECONDS) == errors.UNAVAILABLE, made.said(0)
-    assert (
-        f"error: save of step 4: waiting for process 1 on host {socket.gethostname()}; start the missing"
-        in made.said(0)
-    )
+        assert f"error: save of step 4: waiting for process 1 on host {HOST}; start the missing" in made.said(0)
     assert runs.checkpoint_steps(tmp_path / "run") == []
 
 
 def refused(made, message):
     """Asserts that both processes end with code 69 and tell the difference."""
-    try:
-        assert made.wait() == [errors.UNAVAILABLE] * 2, made.said(0) + made.said(1)
-    finally:
-        made.end()
+    assert made.wait() == [errors.UNAVAILABLE] * 2, made.said(0) + made.said(1)
     for number in range(2):
         assert f"error: {message}" in made.said(number)
 
 
 def test_b1_hosts_with_different_configs_are_refused(lab, tmp_path):
-    made = Group(lab, tmp_path / "run", 2)
-    made.start(0)
-    made.start(1, "optim.peak_lr=0.5")
-    refused(made, "config: process 1 has optim.peak_lr=0.5, process 0 0.002")
+    with Group(lab, tmp_path / "run", 2) as made:
+        made.start(0)
+        made.start(1, "optim.peak_lr=0.5")
+        refused(made, "config: process 1 has optim.peak_lr=0.5, process 0 0.002")
     assert runs.checkpoint_steps(tmp_path / "run") == []
 
 
 @pytest.mark.parametrize("differs", ["source", "program"])
 def test_o3_hosts_with_different_code_are_refused(differs, lab, tmp_path):
     """Both say the same version; the second has one more line, or computes products otherwise."""
-    made = Group(lab, tmp_path / "run", 2)
-    made.start(0)
-    if differs == "source":
-        shutil.copytree(runs.REPOSITORY / "gptjax", tmp_path / "other" / "gptjax")
-        with open(tmp_path / "other" / "gptjax" / "optim.py", "a") as file:
-            file.write("# Another version.\n")
-        path = os.pathsep.join([str(tmp_path / "other"), lab.environment()["PYTHONPATH"]])
-        made.start(1, PYTHONPATH=path)
-        refused(made, "source: process 1 has sha256 of gptjax's files='")
-    else:
-        made.start(1, JAX_DEFAULT_MATMUL_PRECISION="highest")
-        refused(made, "program: process 1 has sha256 of the train step='")
+    with Group(lab, tmp_path / "run", 2) as made:
+        made.start(0)
+        if differs == "source":
+            shutil.copytree(runs.REPOSITORY / "gptjax", tmp_path / "other" / "gptjax")
+            with open(tmp_path / "other" / "gptjax" / "optim.py", "a") as file:
+                file.write("# Another version.\n")
+            made.start(1, PYTHONPATH=os.pathsep.join([str(tmp_path / "other"), lab.environment()["PYTHONPATH"]]))
+            refused(made, "source: process 1 has sha256 of gptjax's files='")
+        else:
+            made.start(1, JAX_DEFAULT_MATMUL_PRECISION="highest")
+            refused(made, "program: process 1 has sha256 of the train step='")
     assert runs.checkpoint_steps(tmp_path / "run") == []
 
 
@@ -316,7 +277,7 @@ def test_o2_hosts_with_different_data_are_refused(lab, tmp_path):
     (tmp_path / "text" / "b.txt").write_text("And one to validate on. " * 500)
     source, tokenizer = f"text:{tmp_path / 'text'}", load_tokenizer("bytes")
     prepare(source=source, tokenizer=tokenizer, out=str(tmp_path / "data"), log=lambda line: None, val_fraction=0.5)
-    made = Group(lab, tmp_path / "run", 2)
-    made.start(0, "data.path=data")
-    made.start(1, "data.path=data", folder=tmp_path)
-    refused(made, "data: process 1 has fingerprint=")
+    with Group(lab, tmp_path / "run", 2) as made:
+        made.start(0, "data.path=data")
+        made.start(1, "data.path=data", folder=tmp_path)
+        refused(made, "data: process 1 has fingerprint=")

@@ -20,7 +20,7 @@ from gptjax.data import prepare
 from gptjax.errors import ConfigError, OutputError
 from gptjax.plan import __main__ as plan
 from gptjax.replay import __main__ as replay
-from tests.helpers import raises
+from tests.helpers import failing, raises
 from tests.runs import checkpoint_steps, losses
 
 pytestmark = pytest.mark.faults
@@ -110,10 +110,7 @@ def test_i1_write_to_a_nonblocking_pipe_is_complete():
 
 
 def test_i1_report_file_is_written_despite_closed_stdout(monkeypatch, tmp_path):
-    def fail(text):
-        raise OutputError("standard output: it is closed")
-
-    monkeypatch.setattr(plan, "say", fail)
+    monkeypatch.setattr(plan, "say", failing(OutputError("standard output: it is closed")))
     monkeypatch.setattr("gptjax.plan.report.describe", lambda found: ["line"])
     monkeypatch.setattr("gptjax.plan.search.plan", lambda *_: {"chips": 8})
     arguments = [f"--config={pathlib.Path('configs/gpt2_small.py').absolute()}", "--topology=h100:8"]
@@ -175,11 +172,7 @@ def test_i2_missing_home_directory_disables_the_compile_cache(tmp_path, monkeypa
     assert distributed.compile_cache() == f"{tmp_path}/.cache/gptjax/compiled"
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     assert distributed.compile_cache() is None
-
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(pathlib.Path, "home", no_home)
+    monkeypatch.setattr(pathlib.Path, "home", failing(RuntimeError("Could not determine home directory.")))
     assert distributed.compile_cache() is None
     assert ["JAX_COMPILATION_CACHE_DIR" in line for line in said] == [True] * 2
 
@@ -262,18 +255,15 @@ def test_i2_directory_name_may_have_a_colon(tmp_path, monkeypatch):
 
 # Nothing is written
 
+WHOLE = {"data": {"path": "", "source": "TEXT"}, "train": {"micro_batch_size": 0}}
 REFUSED = {
     "mesh": {"mesh": {"tensor": 3}},
     "source": {"data": {"path": "", "source": "nowhere"}},
     "text": {"data": {"path": "", "source": "text:/nowhere"}},
     "vocabulary": {"model": {"vocab_size": 300}},
     "batch": {"data": {"path": "", "source": "TEXT", "global_batch_size": 12}},
-    "resume": {
-        "data": {"path": "", "source": "TEXT"},
-        "train": {"micro_batch_size": 0},
-        "checkpoint": {"resume": "require"},
-    },
-    "weights": {"data": {"path": "", "source": "TEXT"}, "train": {"micro_batch_size": 0}, "init_from": "nothing:x"},
+    "resume": WHOLE | {"checkpoint": {"resume": "require"}},
+    "weights": WHOLE | {"init_from": "nothing:x"},
 }
 
 

@@ -1,24 +1,20 @@
 """F1: whatever the bytes of a weight file, only the documented errors."""
 
+import contextlib
 import json
 
 import msgpack as packing
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.convert import huggingface, llmc, msgpack, safetensors_file
-from gptjax.errors import UserError
+from tests import fuzzing
 from tests.convert import models
 from tests.faults.conversion.shared import MIB, LittleMemory, set_header
 
 pytestmark = pytest.mark.faults
-
-
-fuzz = settings(
-    max_examples=300, derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
 
 
 @pytest.fixture(scope="module")
@@ -31,36 +27,39 @@ def healthy(tmp_path_factory):
     return root
 
 
+ODD = st.one_of(
+    fuzzing.ODD,
+    st.sampled_from(["F32", "BF16", "F64", "I8", "h.0.ln_1.weight", "__metadata__", "h.².x", "\n", "transformer."]),
+    st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "x"]), st.integers(), max_size=3),
+)
+
+
+def only_user_errors(call):
+    with LittleMemory():
+        fuzzing.only_documented_errors(call)
+
+
+@contextlib.contextmanager
+def changed(file, change):
+    """Gives the file other bytes for the block: those that change(its own) returns."""
+    original = file.read_bytes()
+    try:
+        file.write_bytes(change(original))
+        yield
+    finally:
+        file.write_bytes(original)
+
+
 def read_all(weights):
     for tensor in weights.tensors.values():
         assert tensor.read().shape == tensor.shape
 
 
-ODD = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.sampled_from([0, 1, -1, 16, 48, 2**31, 2**62, 2**63, 2**64, 10**30, 1.5, float("inf"), float("nan"), 10**400]),
-    st.text(max_size=8),
-    st.sampled_from(["F32", "BF16", "F64", "I8", "h.0.ln_1.weight", "__metadata__", "h.².x", "\n", "transformer."]),
-    st.lists(st.one_of(st.integers(-2, 60), st.integers(0, 2**64)), max_size=4),
-    st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "x"]), st.integers(), max_size=3),
-)
-
-
 @st.composite
 def damaged_safetensors(draw):
     """Returns how to change a safetensors file: a function of (header, data) that gives its bytes."""
-    edits = draw(
-        st.lists(
-            st.tuples(
-                st.integers(0, 2**16),
-                st.sampled_from(["dtype", "shape", "data_offsets", "all", "drop", "name"]),
-                ODD,
-                st.text(max_size=6),
-            ),
-            max_size=3,
-        )
-    )
+    field = st.sampled_from(["dtype", "shape", "data_offsets", "all", "drop", "name"])
+    edits = draw(st.lists(st.tuples(st.integers(0, 2**16), field, ODD, st.text(max_size=6)), max_size=3))
     patches = draw(st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=3)), max_size=2))
     length = draw(st.one_of(st.none(), st.none(), st.integers(-3, 3), st.integers(2**20, 2**64 - 1)))
     tail = draw(st.sampled_from([0, 0, 0, -1, -100, 1, 64]))
@@ -87,42 +86,30 @@ def damaged_safetensors(draw):
     return change
 
 
-@fuzz
+@fuzzing.cases(300)
 @given(damaged_safetensors())
 def test_f1_any_safetensors_file_raises_only_user_errors(healthy, change):
     file = healthy / "hf" / "model.safetensors"
-    original = file.read_bytes()
-    try:
-        file.write_bytes(change(*models.read_header(file)))
-        for attempt in (
-            lambda: safetensors_file.open_safetensors(str(file)),
-            lambda: read_all(huggingface.read(str(file.parent), origin="hf:x")),
-        ):
-            expect_only_user_errors(attempt)
-    finally:
-        file.write_bytes(original)
+    with changed(file, lambda _: change(*models.read_header(file))):
+        only_user_errors(lambda: safetensors_file.open_safetensors(str(file)))
+        only_user_errors(lambda: read_all(huggingface.read(str(file.parent), origin="hf:x")))
 
 
-@fuzz
-@given(
-    st.dictionaries(
-        st.sampled_from([*huggingface.REQUIRED, *huggingface.SIZES, *huggingface.DROPOUTS, "n_inner"]), ODD, min_size=1
-    )
-)
+FIELDS = [*huggingface.REQUIRED, *huggingface.SIZES, *huggingface.DROPOUTS, "n_inner"]
+
+
+@fuzzing.cases(300)
+@given(st.dictionaries(st.sampled_from(FIELDS), ODD, min_size=1))
 def test_f1_any_config_json_raises_only_user_errors(healthy, fields):
     file = healthy / "hf" / "config.json"
-    original = file.read_bytes()
-    try:
-        models.edit_json(file, **fields)
-        expect_only_user_errors(lambda: read_all(huggingface.read(str(file.parent), origin="hf:x")))
-    finally:
-        file.write_bytes(original)
+    with changed(file, lambda text: json.dumps(json.loads(text) | fields).encode()):
+        only_user_errors(lambda: read_all(huggingface.read(str(file.parent), origin="hf:x")))
 
 
 WORDS = st.one_of(st.integers(-(2**31), 2**31 - 1), st.integers(-1, 60), st.sampled_from([128, 16, 2**31 - 1]))
 
 
-@fuzz
+@fuzzing.cases(300)
 @given(
     st.dictionaries(st.integers(0, 9), WORDS, max_size=4),
     st.sampled_from([0, 0, 0, -1, 1, -4, 4, -1023]),
@@ -139,31 +126,24 @@ def test_f1_any_llmc_header_raises_only_user_errors(healthy, fields, tail, fits)
         size = 1024 + 4 * ((padded + T) * D + L * (12 * D * D + 13 * D) + 2 * D)
         if 0 < size < 4 * MIB:
             file.write_bytes(file.read_bytes()[:size].ljust(size, b"\0"))
-    expect_only_user_errors(lambda: llmc.read_header(str(file)))
-    expect_only_user_errors(lambda: read_all(llmc.read(str(file), origin="llmc:x")))
+    only_user_errors(lambda: llmc.read_header(str(file)))
+    only_user_errors(lambda: read_all(llmc.read(str(file), origin="llmc:x")))
+
+
+KEYS = st.text(max_size=3) | st.sampled_from(["h", "0", "__msgpack_chunked_array__"])
+EXTENSIONS = st.tuples(st.integers(0, 4), st.binary(max_size=20)).map(lambda pair: packing.ExtType(*pair))
+NESTED = st.recursive(
+    st.one_of(st.none(), st.integers(-9, 9), st.text(max_size=4), st.binary(max_size=9)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3) | EXTENSIONS,
+)
 
 
 @st.composite
 def damaged_msgpack(draw):
-    """Returns how to change a msgpack file, or bytes to write instead."""
+    """Returns how to change the bytes of a msgpack file."""
     if draw(st.booleans()):
-        return draw(
-            st.one_of(
-                st.binary(max_size=200),
-                st.recursive(
-                    st.one_of(st.none(), st.integers(-9, 9), st.text(max_size=4), st.binary(max_size=9)),
-                    lambda inner: st.one_of(
-                        st.lists(inner, max_size=3),
-                        st.dictionaries(
-                            st.one_of(st.text(max_size=3), st.sampled_from(["h", "0", "__msgpack_chunked_array__"])),
-                            inner,
-                            max_size=3,
-                        ),
-                        st.tuples(st.integers(0, 4), st.binary(max_size=20)).map(lambda pair: packing.ExtType(*pair)),
-                    ),
-                ).map(packing.packb),
-            )
-        )
+        instead = draw(st.binary(max_size=200) | NESTED.map(packing.packb))
+        return lambda whole: instead
     patches = draw(st.lists(st.tuples(st.integers(0, 600), st.binary(min_size=1, max_size=4)), min_size=1, max_size=3))
 
     def change(whole):
@@ -175,23 +155,9 @@ def damaged_msgpack(draw):
     return change
 
 
-@fuzz
+@fuzzing.cases(300)
 @given(damaged_msgpack())
 def test_f1_any_msgpack_file_raises_only_user_errors(healthy, change):
     file = healthy / "msgpack" / "flax_model.msgpack"
-    original = file.read_bytes()
-    try:
-        file.write_bytes(change if isinstance(change, bytes) else change(original))
-        expect_only_user_errors(lambda: read_all(msgpack.read(str(file.parent), origin="msgpack:x")))
-    finally:
-        file.write_bytes(original)
-
-
-def expect_only_user_errors(call):
-    with LittleMemory():
-        try:
-            call()
-        except UserError as error:
-            message = str(error)
-            assert message.isprintable(), message
-            assert len(message) < 600, message
+    with changed(file, change):
+        only_user_errors(lambda: read_all(msgpack.read(str(file.parent), origin="msgpack:x")))
