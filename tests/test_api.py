@@ -217,10 +217,9 @@ def test_text_is_text(model, wrong):
     for call in (model.logprobs, model.loss):
         with raises(ConfigError, "text", value=value, match="expected a text"):
             call(wrong)
-    with raises(ConfigError, "continuation", value=value, match="expected a text"):
-        model.score("def", wrong)
-    with raises(ConfigError, "context", value=value, match="expected a text"):
-        model.score(wrong, "def")
+    for field, texts in (("continuation", ("def", wrong)), ("context", (wrong, "def"))):
+        with raises(ConfigError, field, value=value, match="expected a text"):
+            model.score(*texts)
 
 
 def test_empty_text_has_no_mean_loss(model):
@@ -243,16 +242,14 @@ def test_saved_model_loads_with_equal_logits(model, tmp_path):
     assert again.config == gptjax.load(model.origin).config
     assert repr(again) == f"<hf:{tmp_path}/hf: 2 layers, 2 heads, width 32, 32 positions>"
     np.testing.assert_array_equal(again.logits([1, 2, 3]), model.logits([1, 2, 3]))
-    assert again.generate("def ", max_new_tokens=9, temperature=0) == model.generate(
-        "def ", max_new_tokens=9, temperature=0
-    )
+    options = {"max_new_tokens": 9, "temperature": 0}
+    assert again.generate("def ", **options) == model.generate("def ", **options)
 
 
 def test_options_of_a_loaded_model_reach_its_copies(tmp_path, lab):
     """A file that stores no activation means another function without the option."""
-    wide = {
-        f"h.{layer}.mlp.{name}.weight": lambda tensor: 20 * tensor for layer in range(2) for name in ("c_fc", "c_proj")
-    }
+    names = [f"h.{layer}.mlp.{name}.weight" for layer in range(2) for name in ("c_fc", "c_proj")]
+    wide = dict.fromkeys(names, lambda tensor: 20 * tensor)
     write_llmc(tmp_path / "m.bin", config=SIZES, padded=384, changes=wide)
     options = {"tokenizer": "bytes", "activation": "gelu"}
     exact, plain = (gptjax.load(f"llmc:{tmp_path}/m.bin", **{**options, "activation": a}) for a in ("gelu", ""))

@@ -89,24 +89,8 @@ ENTRIES |= {"fetch", "lm_eval"}
 ENTRIES |= {f"{package}.__main__" for package in ("convert", "plan", "replay")}
 RUNTIME = {"cli", "config_flags", "distributed", "signals"}
 # Whatever computes, so that it runs anywhere those libraries do.
-COMPUTING = {
-    "model",
-    "compute",
-    "sizes",
-    "params",
-    "attention",
-    "loss",
-    "kernels.cross_entropy",
-    "kernels.pointwise",
-    "collectives",
-    "dropout",
-    "kv_cache",
-    "examples",
-    "sharding",
-    "optim",
-    "state",
-    "step",
-}
+COMPUTING = {"model", "compute", "sizes", "params", "attention", "loss", "kernels.cross_entropy", "kernels.pointwise"}
+COMPUTING |= {"collectives", "dropout", "kv_cache", "examples", "sharding", "optim", "state", "step"}
 NUMERICAL = {"jax", "flax", "optax", "numpy"}
 # What a train step goes through, from the command line on.
 SPINE = {"main", "config", "setup", "resume", "train", "step", "model", "collectives", "sharding", "loss", "attention"}
@@ -117,24 +101,8 @@ DATA_MAY_IMPORT = {"config", "documents", "errors", "cli", "history", "strict_js
 DATA_MAY_IMPORT |= {"convert.tokenizer_source"}  # which knows tokenizers in other forms, and no model
 DATA_MAY_IMPORT |= {"convert.hub", "convert.hub_listing"}  # which download any files
 # Read before any mistake of the user's is found, so at their top they import the standard library only.
-CHEAP = {
-    "main",
-    "config",
-    "config_files",
-    "config_values",
-    "coordinator",
-    "devices",
-    "errors",
-    "exhaustion",
-    "former_names",
-    "gpu_memory",
-    "mix",
-    "model_flags",
-    "redaction",
-    "streams",
-    "strict_json",
-    *RUNTIME,
-}
+CHEAP = {"main", "config", "config_files", "config_values", "coordinator", "devices", "errors", "exhaustion"}
+CHEAP |= {"former_names", "gpu_memory", "mix", "model_flags", "redaction", "streams", "strict_json", *RUNTIME}
 
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow_datasets", "tensorboardX"}
 
@@ -206,19 +174,9 @@ def test_imports_go_only_downwards():
 def test_only_entry_points_import_the_runtime_modules():
     users = {module for module, tree in modules().items() if own_imports(tree) & RUNTIME}
     assert users <= ENTRIES | RUNTIME
-    assert set().union(*(own_imports(modules()[m]) for m in RUNTIME)) <= RUNTIME | {
-        "config",
-        "config_files",
-        "config_values",
-        "coordinator",
-        "devices",
-        "errors",
-        "peers",
-        "exhaustion",
-        "gpu_memory",
-        "redaction",
-        "streams",
-    }
+    below = {"config", "config_files", "config_values", "coordinator", "devices", "errors", "peers", "exhaustion"}
+    below |= {"gpu_memory", "redaction", "streams"}
+    assert set().union(*(own_imports(modules()[m]) for m in RUNTIME)) <= RUNTIME | below
 
 
 def test_no_command_imports_the_training_loop_but_main():
@@ -246,14 +204,9 @@ def test_early_modules_import_only_the_standard_library():
 
 
 def run_python(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        check=False,
-    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
 
 
 def loaded(importtime):
@@ -488,18 +441,9 @@ def test_no_module_uses_refused_imports_or_calls():
 
 @pytest.mark.parametrize(
     "source",
-    [
-        "from jax._src import core",
-        "import jax._src.core",
-        "jax._src.core",
-        "def f():\n    import pickle",
-        "from gptjax.setup import _private",
-        "np.load(path, allow_pickle=True)",
-        "torch.load(path, weights_only=False)",
-        "torch.load(path)",
-        "importlib.import_module('gptjax.train')",
-        "__import__('gptjax.train')",
-    ],
-)
+    ["from jax._src import core", "import jax._src.core", "jax._src.core", "def f():\n    import pickle",
+     "from gptjax.setup import _private", "np.load(path, allow_pickle=True)", "torch.load(path, weights_only=False)",
+     "torch.load(path)", "importlib.import_module('gptjax.train')", "__import__('gptjax.train')"],
+)  # fmt: skip
 def test_refused_imports_and_calls_are_detected(source):
     assert refused(ast.parse(source))

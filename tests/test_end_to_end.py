@@ -95,12 +95,8 @@ def test_evaluate_command_gives_the_loss_of_the_run(lab, reference):
     said = lab.call(command).stdout
     last = rows(reference)[-1]
     found = re.search(r"step 16: validation loss ([\d.]+), perplexity ([\d.]+), ([\d.]+) bits per byte", said)
-    assert found is not None, said
-    assert found.groups() == (
-        f"{last['val_loss']:.4f}",
-        f"{last['val_perplexity']:.2f}",
-        f"{last['val_bits_per_byte']:.3f}",
-    )
+    expected = f"{last['val_loss']:.4f} {last['val_perplexity']:.2f} {last['val_bits_per_byte']:.3f}"
+    assert found.groups() == tuple(expected.split())
     earlier = lab.call([*command, "--step=8"]).stdout
     assert earlier.startswith("step 8: validation loss")
     assert found[1] not in earlier
@@ -113,10 +109,7 @@ def test_evaluate_command_gives_the_loss_of_the_run(lab, reference):
 
 @pytest.mark.parametrize(
     ("resume", "exists", "message"),
-    [
-        ("require", False, "checkpoint.resume=require"),
-        ("never", True, "checkpoint.resume=never"),
-    ],
+    [("require", False, "checkpoint.resume=require"), ("never", True, "checkpoint.resume=never")],
 )
 def test_resume_modes_refuse_unsuitable_work_directories(lab, tmp_path, resume, exists, message):
     workdir = tmp_path / "run"
@@ -162,16 +155,8 @@ def test_newest_and_best_checkpoints_are_kept(lab, reference, tmp_path):
     """From a copy that ends at step 16, on with a learning rate that ruins the model: step 16 stays the best."""
     workdir = tmp_path / "run"
     shutil.copytree(reference, workdir)
-    lab.train(
-        workdir,
-        "checkpoint.keep=2",
-        "checkpoint.save_every=2",
-        "train.num_steps=24",
-        "train.eval_every=4",
-        "optim.peak_lr=1",
-        "optim.grad_clip=0",
-        "optim.schedule=constant",
-    )
+    periods = ("checkpoint.keep=2", "checkpoint.save_every=2", "train.num_steps=24", "train.eval_every=4")
+    lab.train(workdir, *periods, "optim.peak_lr=1", "optim.grad_clip=0", "optim.schedule=constant")
     found = {row["step"]: row["val_loss"] for row in rows(workdir) if "val_loss" in row}
     assert min(found, key=found.__getitem__) == 16, found
     assert checkpoint_steps(workdir) == [16, 22, 24]

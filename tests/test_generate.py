@@ -188,11 +188,8 @@ def test_sampling_filters_equal_those_of_hugging_face(top_k, top_p, min_p):
 def test_sampling_filters_keep_ties_and_disabled_ones_drop_nothing():
     rows = np.zeros((6, 50), np.float32)
     rows[:, :3] = [1.0, 1.0, 2.0]
-    assert np.flatnonzero(np.isfinite(filter_logits(rows, top_k=2, top_p=1.0, min_p=0.0)[0])).tolist() == [
-        0,
-        1,
-        2,
-    ]
+    kept = np.isfinite(filter_logits(rows, top_k=2, top_p=1.0, min_p=0.0)[0])
+    assert np.flatnonzero(kept).tolist() == [0, 1, 2]
     rows[:] = np.linspace(0, 60, 50)  # in float32 the last ones alone sum to 1
     assert np.isfinite(filter_logits(rows, top_k=0, top_p=1.0, min_p=0.0)).all()
 
@@ -358,10 +355,9 @@ def test_a_mesh_gives_the_same_tokens_and_compiles_as_often(caplog):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     params = jax.device_put(make_params(), param_shardings(make_params(), mesh))
     expected = generate(PROMPTS, 20)
+    model = GPT(CONFIG, ResolvedCompute(flatten_tokens=False))
     with jax.log_compiles():
-        assert (
-            generate(PROMPTS, 20, model=GPT(CONFIG, ResolvedCompute(flatten_tokens=False)), params=params) == expected
-        )
+        assert generate(PROMPTS, 20, model=model, params=params) == expected
     assert sum(r.startswith(COMPILED) for r in caplog.messages) == 2
 
 

@@ -9,18 +9,9 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-GPU_RUNTIME = {
-    "jax": "0.11.0",
-    "jaxlib": "0.11.0",
-    "jax-cuda12-plugin": "0.11.0",
-    "jax-cuda12-pjrt": "0.11.0",
-    "nvidia-cublas-cu12": "12.5.3",
-    "flax": "0.11.0",
-    "protobuf": "5.29",
-    "numpy": "2.0.2",
-}
-FAMILY = ["jax-cuda12-pjrt==0.11.0", "jax-cuda12-plugin==0.11.0", "jax==0.11.0", "jaxlib==0.11.0"]
-FAMILY += ["nvidia-cublas-cu12==12.5.3"]
+FAMILY = dict.fromkeys(("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt"), "0.11.0")
+FAMILY |= {"nvidia-cublas-cu12": "12.5.3"}
+GPU_RUNTIME = FAMILY | {"flax": "0.11.0", "protobuf": "5.29", "numpy": "2.0.2"}
 
 
 def load_hosted():
@@ -37,12 +28,9 @@ hosted = load_hosted()
 def test_jax_of_the_runtime_is_kept_with_its_whole_family(oldest):
     extras, pins, reason = hosted.choose(oldest, GPU_RUNTIME, "cuda12", ["hub"])
     assert extras == ["hub"]
-    assert sorted(pins) == sorted(FAMILY)
+    assert sorted(pins) == sorted(f"{package}=={version}" for package, version in FAMILY.items())
     assert reason == "using the runtime's JAX 0.11.0"
-
-
-def test_plugin_of_another_cuda_is_kept_because_it_fits_the_driver():
-    assert hosted.choose("0.10", GPU_RUNTIME, "cuda", [])[0] == []
+    assert hosted.choose(oldest, GPU_RUNTIME, "cuda", [])[0] == [], "its plugin fits the driver"
 
 
 @pytest.mark.parametrize("accelerator", ["cuda", "cuda12", "tpu", ""])
@@ -92,16 +80,12 @@ def test_session_that_must_be_restarted_stops_there(monkeypatch, capsys):
     assert "a batch has no restart: it had loaded numpy 1.26, now 2.4" in capsys.readouterr().out
 
 
-def test_runtime_with_an_old_python_is_refused():
+def test_runtime_with_an_old_python_is_refused(monkeypatch):
+    """Although it lacks tomllib."""
     hosted.check_python(">=3.11", (3, 11))
-    with pytest.raises(RuntimeError, match=r"Python 3\.10, and gptjax needs 3\.11: choose a newer runtime"):
-        hosted.check_python(">=3.11", (3, 10))
-
-
-def test_old_python_is_refused_although_it_lacks_tomllib(monkeypatch):
     monkeypatch.setitem(sys.modules, "tomllib", None)
     monkeypatch.setattr(sys, "version_info", (3, 10, 12, "final", 0))
-    with pytest.raises(RuntimeError, match=r"Python 3\.10, and gptjax needs 3\.11"):
+    with pytest.raises(RuntimeError, match=r"Python 3\.10, and gptjax needs 3\.11: choose a newer runtime"):
         load_hosted().set_up()
 
 
@@ -163,14 +147,8 @@ def runtime(tmp_path, monkeypatch):
             **environment,
         }.items():
             monkeypatch.setenv(variable, value)
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=tmp_path / "working",
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        command, pipes = [sys.executable, "-c", program], {"capture_output": True, "text": True}
+        done = subprocess.run(command, cwd=tmp_path / "working", timeout=120, check=False, **pipes)
         calls = tmp_path / "calls"
         return done, [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
 

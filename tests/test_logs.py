@@ -11,6 +11,7 @@ import pytest
 from gptjax import goodput, logs
 from gptjax.config import Config, LogConfig
 from gptjax.metrics import Reporter
+from tests.helpers import os_error
 from tests.runs import event_steps
 
 
@@ -149,10 +150,8 @@ def test_long_log_is_thinned_but_keeps_validations(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("number", "until"),
     [
-        (errno.EACCES, "it can be written"),
-        (errno.EIO, "it can be written"),
-        (errno.EDQUOT, "there is space"),
-        (errno.ENOSPC, "there is space"),
+        *((number, "it can be written") for number in (errno.EACCES, errno.EIO)),
+        *((number, "there is space") for number in (errno.EDQUOT, errno.ENOSPC)),
     ],
 )
 @pytest.mark.parametrize("at", ["open", "write"])
@@ -161,12 +160,12 @@ def test_d3_unwritable_log_warns_once_and_is_written_later(at, number, until, sa
 
     def opened(*arguments):
         if at == "open" and fails[0]:
-            raise OSError(number, os.strerror(number))
+            raise os_error(number)
         file = real(*arguments)
 
         def write(data):
             if fails[0]:
-                raise OSError(number, os.strerror(number))
+                raise os_error(number)
             return file.write(data)
 
         return types.SimpleNamespace(write=write, fileno=file.fileno, close=file.close)

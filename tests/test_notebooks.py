@@ -23,19 +23,9 @@ from tests.convert.models import write_hf
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-TINY = {
-    "model.block_size": "32",
-    "model.n_layer": "1",
-    "model.n_head": "1",
-    "model.n_embd": "16",
-    "optim.name": "adamw",
-    "train.num_steps": "4",
-    "train.log_every": "2",
-    "train.eval_every": "2",
-    "train.sample_every": "0",
-    "checkpoint.save_every": "4",
-    "log.tensorboard": "false",
-}
+TINY = {"model.block_size": "32", "model.n_layer": "1", "model.n_head": "1", "model.n_embd": "16"}
+TINY |= {"train.num_steps": "4", "train.log_every": "2", "train.eval_every": "2", "train.sample_every": "0"}
+TINY |= {"optim.name": "adamw", "checkpoint.save_every": "4", "log.tensorboard": "false"}
 
 GPT2 = "openai-community/gpt2"
 SIZES = {"vocab_size": 257, "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 1}  # of the stand-in for it
@@ -76,10 +66,6 @@ def assigned(source):
 
 def assignments(**values):
     return "\n".join(f"{name} = {value!r}" for name, value in values.items())
-
-
-def test_both_notebooks_exist():
-    assert {"quickstart", "pretrained_gpt2"} <= {path.stem for path in NOTEBOOKS}
 
 
 @every_notebook
@@ -211,14 +197,8 @@ def test_the_quickstart_trains_plots_and_samples(tmp_path, text_folder, private_
     (tmp_path / "modules/google").mkdir(parents=True)
     (tmp_path / "modules/google/colab.py").write_text(FAKE_COLAB)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ["PYTHONPATH"], str(tmp_path / "modules")]))
-    cells = execute(
-        "quickstart",
-        here,
-        CONFIG="quickstart",
-        OVERRIDES=TINY | {"data.source": f"text:{text_folder}"},
-        WORKDIR="run",
-        DRIVE=str(tmp_path / "drive"),
-    )
+    settings = {"CONFIG": "quickstart", "OVERRIDES": TINY | {"data.source": f"text:{text_folder}"}}
+    cells = execute("quickstart", here, WORKDIR="run", DRIVE=str(tmp_path / "drive"), **settings)
     assert "step 4/4" in texts(cells["train"])
     assert cells["train"].outputs[-1].data["text/plain"] == "0"
     assert pictures(cells["curve"]) == ["iVBORw0K"]
@@ -255,19 +235,9 @@ def val_loss(cell):
 
 def finetune(tmp_path, text_folder, *, without=""):
     (tmp_path / "here").mkdir()
-    return execute(
-        "pretrained_gpt2",
-        tmp_path / "here",
-        without=without,
-        MODEL=f"hf:{GPT2}",
-        CONFIG="finetune_gpt2",
-        TEXT=f"text:{text_folder}",
-        PROMPT="This is",
-        WORKDIR=str(tmp_path / "run"),
-        DRIVE="",
-        EXPORT=str(tmp_path / "export"),
-        OVERRIDES=FINETUNE,
-    )
+    settings = {"MODEL": f"hf:{GPT2}", "CONFIG": "finetune_gpt2", "OVERRIDES": FINETUNE, "TEXT": f"text:{text_folder}"}
+    settings |= {"WORKDIR": str(tmp_path / "run"), "EXPORT": str(tmp_path / "export"), "PROMPT": "This is", "DRIVE": ""}
+    return execute("pretrained_gpt2", tmp_path / "here", without=without, **settings)
 
 
 def test_the_pretrained_gpt2_is_finetuned_and_exported(tmp_path, text_folder, hub):
@@ -284,10 +254,8 @@ def test_the_pretrained_gpt2_is_finetuned_and_exported(tmp_path, text_folder, hu
     assert after.startswith("This is")
     assert after not in before
     assert val_loss(cells["evaluate-after"]) < val_loss(cells["evaluate-before"]) - 0.01
-    assert "model.safetensors" in cells["export"].outputs[-1].data["text/plain"]
-    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(
-        ast.literal_eval(cells["export"].outputs[-1].data["text/plain"])
-    )
+    exported = ast.literal_eval(cells["export"].outputs[-1].data["text/plain"])
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(exported)
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["data"]
 
 

@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from gptjax import peers
+from tests.helpers import failing, os_error
 
 SECONDS = 30
 
@@ -97,13 +98,16 @@ def wait_for(condition):
     raise AssertionError("it did not happen")
 
 
+def lost(number):
+    return f"error: process {number} on host {socket.gethostname()} is lost; restart the command on every host"
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("victim", [0, 1, 2])
 def test_p1_all_others_name_the_process_that_died(group, victim):
     group.start(3)
     group.die(victim)
-    line = f"error: process {victim} on host {socket.gethostname()} is lost; restart the command on every host"
-    assert group.ended(2) == [(number, line) for number in range(3) if number != victim]
+    assert group.ended(2) == [(number, lost(victim)) for number in range(3) if number != victim]
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -113,10 +117,8 @@ def test_finished_process_is_not_reported_lost(group, first):
     group.die(first)
     group.nobody_ends()
     group.die(2)
-    left = 1 - first
-    line = f"error: process 2 on host {socket.gethostname()} is lost; restart the command on every host"
-    if left == 0:
-        assert group.ended(1) == [(0, line)]
+    if first == 1:
+        assert group.ended(1) == [(0, lost(2))]
     else:
         group.nobody_ends()  # it has no connection to process 2, and process 0 is no more
 
@@ -199,26 +201,25 @@ def test_all_processes_end_with_the_same_reason(group, monkeypatch):
 
 
 def test_failure_to_listen_is_returned_to_all_processes(monkeypatch):
-    def fail(*_, **__):
-        raise OSError(97, "Address family not supported by protocol")
-
     store = Store()
-    monkeypatch.setattr(peers.socket, "create_server", fail)
+    monkeypatch.setattr(peers.socket, "create_server", failing(os_error(97)))
     reasons = [peers.watch(store, number=number, count=2, coordinator="127.0.0.1:1") for number in range(2)]
     assert reasons == ["[Errno 97] Address family not supported by protocol"] * 2
     assert peers._watchers == []
 
 
-@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
-@pytest.mark.parametrize(("coordinator", "host"), [("[::1]:5", "::1"), ("10.0.0.1:5", "::"), ("", "::")])
-def test_watcher_listens_on_ipv6(group, monkeypatch, coordinator, host):
+IPV6 = pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "host"),
+    [
+        ("127.0.0.1:5", "127.0.0.1"),
+        *(pytest.param(*pair, marks=IPV6) for pair in (("[::1]:5", "::1"), ("10.0.0.1:5", "::"), ("", "::"))),
+    ],
+)
+def test_watcher_listens_on_loopback_or_everywhere(group, monkeypatch, coordinator, host):
     monkeypatch.setattr(peers, "_local_addresses", list)
     group.start(1, coordinator)
     [server] = group.watchers[0]._selector.get_map().values()
     assert server.fileobj.getsockname()[0] == host
-
-
-def test_watcher_listens_on_loopback_for_a_loopback_coordinator(group):
-    group.start(1, "127.0.0.1:5")
-    [server] = group.watchers[0]._selector.get_map().values()
-    assert server.fileobj.getsockname()[0] == "127.0.0.1"

@@ -33,25 +33,12 @@ def ci_patterns():
     return re.findall(r"readme_command '([^']+)'", read(".ci/run"))
 
 
-@pytest.mark.parametrize("pattern", [RUN, TEST])
-def test_readme_has_the_command_once(pattern):
-    assert len(commands(pattern)) == 1
-
-
 def test_readme_commands_consist_of_the_documented_parts():
     [run], [test] = commands(RUN), commands(TEST)
-    assert [part.strip() for part in run.split("&&")] == [
-        "python3 -m venv .venv",
-        ". .venv/bin/activate",
-        "pip install -e .",
-        "python -m gptjax.main --config=configs/quickstart.py",
-    ]
-    assert [part.strip() for part in test.split("&&")] == [
-        "python3 -m venv .venv",
-        ". .venv/bin/activate",
-        "pip install -e '.[test]'",
-        "pytest",
-    ]
+    environment = ["python3 -m venv .venv", ". .venv/bin/activate"]
+    train = "python -m gptjax.main --config=configs/quickstart.py"
+    assert [part.strip() for part in run.split("&&")] == [*environment, "pip install -e .", train]
+    assert [part.strip() for part in test.split("&&")] == [*environment, "pip install -e '.[test]'", "pytest"]
 
 
 def test_ci_finds_the_two_commands_in_the_readme():
@@ -84,13 +71,9 @@ def test_pre_commit_make_and_ci_run_the_same_linters():
 
 def tree_lines():
     """Returns the lines of the tree of the repository in docs/architecture.md."""
-    trees = [
-        block
-        for block in blocks("docs/architecture.md")
-        if re.search(r"^\W*gptjax/", block, re.MULTILINE) and "main.py" in block
-    ]
-    assert len(trees) == 1
-    return trees[0].splitlines()
+    found = blocks("docs/architecture.md")
+    [tree] = [block for block in found if re.search(r"^\W*gptjax/", block, re.MULTILINE) and "main.py" in block]
+    return tree.splitlines()
 
 
 def test_the_tree_names_every_module():
@@ -116,12 +99,8 @@ def tree_of(top):
     return [path for path in (ROOT / top).rglob("*") if "__pycache__" not in path.parts]
 
 
-PAGES = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "DESIGN.md",
-    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
-]
+PAGES = ["README.md", "CONTRIBUTING.md", "DESIGN.md"]
+PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 
 
 def anchors(page):

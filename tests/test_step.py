@@ -123,11 +123,7 @@ def test_learning_rate_depends_only_on_the_step(step):
     moved = state.params["wte/embedding"] - new_state.params["wte/embedding"]
     np.testing.assert_allclose(moved, [rate, 0.0], rtol=1e-4)  # AdamW's first update is the gradient's sign
     assert new_state.step == step + 1
-
-
-def test_rates_of_the_steps_differ():
-    rates = {float(make_schedule(make_config().optim, 10)(step)) for step in (0, 2, 7)}
-    assert len(rates) == 3
+    assert rate != float(make_schedule(config.optim, 10)(step + 1)), "another step has another rate"
 
 
 @pytest.mark.parametrize(("clip", "kept"), [(0.0, 1.0), (10.0, 1.0), (0.5, 0.25)])
