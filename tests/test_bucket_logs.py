@@ -7,6 +7,7 @@ import pytest
 from etils import epath
 
 from gptjax import bucket_logs
+from tests.helpers import failing
 
 
 @pytest.fixture
@@ -19,9 +20,14 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "gs://bucket"
 
 
-def test_stored_logs_are_fetched_on_another_machine(bucket, tmp_path):
-    here, there = tmp_path / "here", tmp_path / "there"
-    here.mkdir()
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    (tmp_path / "here").mkdir()
+    return tmp_path / "here"
+
+
+def test_stored_logs_are_fetched_on_another_machine(bucket, here, tmp_path):
+    there = tmp_path / "there"
     (here / "metrics.jsonl").write_text('{"step": 1}\n')
     (here / "tokenizer.json").write_text("{}")
     bucket_logs.store_logs(str(here), bucket)
@@ -31,9 +37,7 @@ def test_stored_logs_are_fetched_on_another_machine(bucket, tmp_path):
     assert not (there / "samples.txt").exists()
 
 
-def test_fetching_never_overwrites_newer_logs(bucket, tmp_path):
-    here = tmp_path / "here"
-    here.mkdir()
+def test_fetching_never_overwrites_newer_logs(bucket, here):
     (here / "metrics.jsonl").write_text("old\n")
     bucket_logs.store_logs(str(here), bucket)
     (here / "metrics.jsonl").write_text("newer\n")
@@ -56,9 +60,8 @@ def steps_of(directory: Path) -> list[int]:
 
 
 @pytest.mark.faults
-def test_d4_removed_local_logs_delete_nothing_in_the_bucket(bucket, tmp_path):
-    here, there = tmp_path / "here", tmp_path / "bucket"
-    here.mkdir()
+def test_d4_removed_local_logs_delete_nothing_in_the_bucket(bucket, here, tmp_path):
+    there = tmp_path / "bucket"
     write_rows(here, range(1, 101))
     (here / "samples.txt").write_text("--- step 50\nold\n--- step 100\nold, too\n")
     bucket_logs.store_logs(str(here), bucket)
@@ -75,9 +78,7 @@ def test_d4_removed_local_logs_delete_nothing_in_the_bucket(bucket, tmp_path):
         assert samples == "--- step 50\nold\n--- step 100\nold, too\n" + (here / "samples.txt").read_text()
 
 
-def test_repeated_steps_replace_those_in_the_bucket(bucket, tmp_path):
-    here = tmp_path / "here"
-    here.mkdir()
+def test_repeated_steps_replace_those_in_the_bucket(bucket, here, tmp_path):
     write_rows(here, range(1, 101))
     bucket_logs.store_logs(str(here), bucket)
     write_rows(here, range(1, 61))  # cut at a restart
@@ -118,10 +119,7 @@ def test_d3_unreachable_bucket_gives_only_a_warning(bucket, tmp_path, monkeypatc
     class HttpError(Exception):
         pass
 
-    def fail(*_):
-        raise HttpError("403, Forbidden")
-
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "exists", fail)
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "exists", failing(HttpError("403, Forbidden")))
     bucket_logs.store_logs(str(tmp_path), bucket)
     bucket_logs.fetch_logs(bucket, str(tmp_path))
     assert said == ["gs://bucket: its logs could not be copied: 403, Forbidden; the run continues"] * 2

@@ -9,7 +9,7 @@ import pytest
 
 from gptjax import cli
 from gptjax.errors import ConfigError
-from tests.helpers import raises
+from tests.helpers import os_error, raises
 
 
 def parser() -> cli.Parser:
@@ -18,31 +18,24 @@ def parser() -> cli.Parser:
     return made
 
 
-def test_flags_are_never_abbreviated_and_never_end_the_process():
-    with raises(ConfigError, "--work=x", remedy="nearest: --workdir"):
-        parser().parse_strictly(["--work=x"])
-    with raises(ConfigError, "--workdir", match="--workdir: expected one"):
-        parser().parse_strictly(["--workdir"])
-
-
-@pytest.mark.parametrize(("kind", "expected"), [(int, "a whole number"), (float, "a number")])
-def test_flag_with_a_wrong_number_is_named_with_its_value(kind, expected):
+@pytest.mark.parametrize(
+    ("flag", "field", "parts"),
+    [
+        ("--work=x", "--work=x", {"remedy": "nearest: --workdir"}),
+        ("--workdir", "--workdir", {"match": "--workdir: expected one"}),
+        ("--steps=3", "--steps=3", {"remedy": ""}),  # no flag is near
+        ("--hepl", "--hepl", {"remedy": "nearest: --help"}),
+        ("/tmp", "/tmp", {"remedy": "write --workdir=/tmp", "match": "not a flag"}),
+        ("--rows=1,5", "--rows", {"value": "1,5", "match": "^--rows=1,5: expected a whole number$"}),
+        ("--rate=1,5", "--rate", {"value": "1,5", "match": "^--rate=1,5: expected a number$"}),
+    ],
+)
+def test_wrong_flag_is_named_and_never_ends_the_process(flag, field, parts):
     made = parser()
-    made.add_argument("--rows", type=kind)
-    with raises(ConfigError, "--rows", value="1,5", match=f"^--rows=1,5: expected {expected}$"):
-        made.parse_strictly(["--rows=1,5"])
-
-
-def test_suggested_flag_is_really_near():
-    with raises(ConfigError, "--steps=3", remedy=""):
-        parser().parse_strictly(["--steps=3"])
-    with raises(ConfigError, "--hepl", remedy="nearest: --help"):
-        parser().parse_strictly(["--hepl"])
-
-
-def test_directory_without_a_flag_is_a_work_directory(tmp_path):
-    with raises(ConfigError, str(tmp_path), remedy=f"write --workdir={tmp_path}", match="not a flag"):
-        parser().parse_strictly([str(tmp_path)])
+    made.add_argument("--rows", type=int)
+    made.add_argument("--rate", type=float)
+    with raises(ConfigError, field, **parts):
+        made.parse_strictly([flag])
 
 
 def test_forgotten_coroutines_of_orbax_are_not_reported():
@@ -65,7 +58,7 @@ def test_event_loop_that_found_no_free_descriptor_is_not_reported(monkeypatch, c
     """Its constructor failed, which was reported, and then its destructor fails too."""
 
     def fail(*_):
-        raise OSError(errno.EMFILE, "Too many open files")
+        raise os_error(errno.EMFILE)  # one that nothing keeps, and with it the event loop
 
     monkeypatch.setattr(sys, "unraisablehook", cli.print_unraisable)
     monkeypatch.setattr(socket, "socketpair", fail)
@@ -110,11 +103,6 @@ cli.run_cli(main)
 @pytest.mark.parametrize(("code", "seconds", "waits"), [(74, 60, False), (74, 0, True), (0, 1, True), (75, 1, True)])
 def test_exit_after_failed_saves_does_not_wait_for_threads(code, seconds, waits):
     """After saves that failed, Orbax's threads may wait for minutes; an orderly end waits for all."""
-    result = subprocess.run(
-        [sys.executable, "-c", LEAVING, str(code), str(seconds)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    command = [sys.executable, "-c", LEAVING, str(code), str(seconds)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (result.returncode, "thread ended" in result.stdout) == (code, waits)

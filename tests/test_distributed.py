@@ -11,7 +11,7 @@ import pytest
 from gptjax import distributed
 from gptjax.coordinator import check_coordinator, describe_missing, is_cluster
 from gptjax.errors import ConfigError, UnavailableError
-from tests.helpers import raises
+from tests.helpers import failing, raises
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -130,11 +130,8 @@ def test_p4_reserved_port_is_free_until_someone_listens():
 )
 def test_p3_missing_process_is_described(count, number, expected, monkeypatch):
     assert describe_missing("127.0.0.1:1", count, number) == expected
-
-    def fail(*_):
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    unknown = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    monkeypatch.setattr(socket, "getaddrinfo", failing(unknown))
     assert describe_missing("no.host:1", count, number) == "the name no.host of process 0's host cannot be looked up"
 
 

@@ -144,9 +144,7 @@ def test_plans_count_the_share_that_a_run_gets(monkeypatch):
     assert planned_fraction() == 0.92
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # then a run leaves the share to JAX
     assert planned_fraction() == 0.75
-    chip = find_chip("NVIDIA H100")
-    assert chip is not None
-    assert chip.memory_bytes == 80e9  # the data sheet's, which the compiler is told
+    assert find_chip("NVIDIA H100").memory_bytes == 80e9  # the data sheet's, which the compiler is told
 
 
 class Card:

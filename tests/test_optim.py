@@ -18,12 +18,7 @@ from tests.helpers import abstract_params, by_path, jit
 
 OPTIMIZERS = CHOICES["optim.name"]
 CONFIG = GPTConfig(block_size=8, vocab_size=16, n_layer=2, n_head=2, n_embd=16, tie_embeddings=False)
-MATRICES = {
-    "h/attn/c_attn/kernel",
-    "h/attn/c_proj/kernel",
-    "h/mlp/c_fc/kernel",
-    "h/mlp/c_proj/kernel",
-}
+MATRICES = {f"h/{layer}/kernel" for layer in ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj")}
 TABLES = {"wte/embedding", "wpe/embedding", "lm_head/kernel"}
 
 
@@ -170,9 +165,8 @@ def test_role_table_has_a_row_a_parameter(name):
     assert {row["optimizer"] for row in rows} == ({"muon", "adamw"} if name == "muon" else {name})
     assert all(row["sharding"] == str(param_spec(row["parameter"])) for row in rows)
     assert len({row["sharding"] for row in rows}) > 5
-    assert not any(
-        row["weight_decay"] for row in parameter_table(abstract_params(CONFIG), OptimConfig(weight_decay=0.0))
-    )
+    without = parameter_table(abstract_params(CONFIG), OptimConfig(weight_decay=0.0))
+    assert not any(row["weight_decay"] for row in without)
 
 
 # Learning

@@ -29,11 +29,8 @@ def words(tmp_path):
     return tmp_path / "words"
 
 
-def test_run_with_special_tokens_first_resumes_replays_and_is_exported(lab, words, tmp_path, capsys):
-    data = tmp_path / "data"
-    prepare.main([f"--source=text:{lab.root}/text", f"--tokenizer={words}", f"--out={data}"])
-    settings = [f"data.path={data}", f"data.tokenizer={words}", "model.vocab_size=265", "train.num_steps=8"]
-    settings.append("data.document_mask=True")  # where documents end is read from the ids
+def train_and_replay(lab, tmp_path, settings):
+    """Trains 8 steps at once and in two runs, which must be alike; returns both, of which the second was replayed."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     lab.train(whole, *settings)
     lab.train(cut, *settings, "train.num_steps=4")
@@ -42,7 +39,15 @@ def test_run_with_special_tokens_first_resumes_replays_and_is_exported(lab, word
     assert losses(cut) == losses(whole)
     replay = [sys.executable, "-m", "gptjax.replay", f"--workdir={cut}", "--step=6", f"--out={tmp_path}/page.html"]
     assert "equal to metrics.jsonl, bit for bit" in lab.call(replay).stdout
+    return whole, cut
 
+
+def test_run_with_special_tokens_first_resumes_replays_and_is_exported(lab, words, tmp_path, capsys):
+    data = tmp_path / "data"
+    prepare.main([f"--source=text:{lab.root}/text", f"--tokenizer={words}", f"--out={data}"])
+    settings = [f"data.path={data}", f"data.tokenizer={words}", "model.vocab_size=265", "train.num_steps=8"]
+    settings.append("data.document_mask=True")  # where documents end is read from the ids
+    _, cut = train_and_replay(lab, tmp_path, settings)
     convert.main([f"--from=gptjax:{cut}", f"--to=hf:{tmp_path}/hf"])
     exported, given = (json.loads((place / "tokenizer.json").read_text()) for place in (tmp_path / "hf", words))
     assert exported["model"]["vocab"] == given["model"]["vocab"]
@@ -71,13 +76,7 @@ def test_run_of_characters_resumes_replays_and_samples(lab, tmp_path, capsys):
     prepare.main([f"--source=text:{tmp_path}/input.txt", f"--tokenizer={characters}", f"--out={data}"])
     settings = [f"data.path={data}", f"data.tokenizer={characters}", f"model.vocab_size={size}"]
     settings += ["train.num_steps=8", "train.sample_every=8"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    lab.train(whole, *settings)
-    lab.train(cut, *settings, "train.num_steps=4")
-    lab.train(cut, *settings)
-    assert losses(cut) == losses(whole)
-    replay = [sys.executable, "-m", "gptjax.replay", f"--workdir={cut}", "--step=6", f"--out={tmp_path}/page.html"]
-    assert "equal to metrics.jsonl, bit for bit" in lab.call(replay).stdout
+    whole, cut = train_and_replay(lab, tmp_path, settings)
     masked = lab.call(lab.command(tmp_path / "masked", *settings, "data.document_mask=True"), expect=2)
     assert "data.document_mask=True: the tokenizer" in masked.stderr
 
@@ -92,11 +91,9 @@ def test_run_of_characters_resumes_replays_and_samples(lab, tmp_path, capsys):
         with raises(DataError, "tokenizer chars.json"):
             convert.main([f"--from=gptjax:{cut}", f"--to={target}"])
     assert not (tmp_path / "hf").exists()
-    model = gptjax.load(str(cut))
-    assert model.generate("def", max_new_tokens=4, temperature=0) == gptjax.load(str(whole)).generate(
-        "def", max_new_tokens=4, temperature=0
-    )
-    assert model.loss("def main") > 0
+    models = [gptjax.load(str(workdir)) for workdir in (cut, whole)]
+    assert len({model.generate("def", max_new_tokens=4, temperature=0) for model in models}) == 1
+    assert models[0].loss("def main") > 0
 
 
 @pytest.mark.torch

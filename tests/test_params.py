@@ -144,34 +144,38 @@ def test_state_with_an_extra_or_missing_parameter_is_not_saved(tmp_path):
 
 
 @pytest.fixture
-def foreign(tmp_path, monkeypatch):
-    """The checkpoint of a program whose model has one more matrix."""
-    monkeypatch.setattr("gptjax.checkpoint.check_params", lambda params, config: None)
-    save(tmp_path, with_extra(random_params(tiny())))
-    return tmp_path
+def stranger(tmp_path, monkeypatch):
+    """Saves the checkpoint of a program whose model has other parameters, and returns its work directory."""
+
+    def make(change):
+        monkeypatch.setattr("gptjax.checkpoint.check_params", lambda params, config: None)
+        save(tmp_path, change(random_params(tiny())))
+        return tmp_path
+
+    return make
 
 
-def test_checkpoint_with_an_extra_parameter_is_neither_read_nor_converted(foreign):
-    with raises(CheckpointError, f"{foreign}/checkpoints/3", match=f"has params/{EXTRA}"):
+@pytest.mark.parametrize(
+    ("change", "told", "converting"),
+    [
+        (with_extra, f"has params/{EXTRA}", f"{EXTRA}: no row"),
+        (lambda tree: without(tree, "ln_f/bias"), "lacks params/ln_f/bias", "ln_f/bias: .* missing"),
+    ],
+    ids=["extra", "missing"],
+)
+def test_checkpoint_with_other_parameters_is_neither_read_nor_converted(stranger, change, told, converting):
+    foreign = stranger(change)
+    with raises(CheckpointError, f"{foreign}/checkpoints/3", match=told):
         load_params(str(foreign))
-    with raises(DataError, f"gptjax:{foreign}@3", match=f"{EXTRA}: no row"):
+    with raises(DataError, f"gptjax:{foreign}@3", match=converting):
         native.read(str(foreign))
     assert Checkpointer(str(foreign)).steps() == [3], "it is not damaged, and stays"
 
 
-def test_run_does_not_resume_with_an_extra_parameter(foreign):
+def test_run_does_not_resume_with_an_extra_parameter(stranger):
+    foreign = stranger(with_extra)
     abstract, _ = make_init(GPT(tiny()), make_optimizer(OptimConfig()), mesh=mesh_of(), seed=0)
     abstract = dataclasses.replace(abstract, opt_state={"count": abstract.step})
     with raises(CheckpointError, f"{foreign}/checkpoints/3", match=f"has params/{EXTRA}"):
         Checkpointer(str(foreign)).restore_latest(abstract)
     assert Checkpointer(str(foreign)).steps() == [3]
-
-
-def test_checkpoint_without_a_parameter_is_neither_read_nor_converted(tmp_path, monkeypatch):
-    monkeypatch.setattr("gptjax.checkpoint.check_params", lambda params, config: None)
-    save(tmp_path, without(random_params(tiny()), "ln_f/bias"))
-    with raises(CheckpointError, f"{tmp_path}/checkpoints/3", match="lacks params/ln_f/bias"):
-        load_params(str(tmp_path))
-    with raises(DataError, f"gptjax:{tmp_path}@3", match="ln_f/bias: .* missing"):
-        native.read(str(tmp_path))
-    assert Checkpointer(str(tmp_path)).steps() == [3]

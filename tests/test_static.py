@@ -94,10 +94,8 @@ def test_differences_beyond_five_percent_are_reported(static):
     far["GB/step"] *= 1.06
     far["temp GiB"] *= 0.9
     assert static.differences([near], SNAPSHOT) == []
-    assert [line.split(": ")[1].split(" is ")[0] for line in static.differences([far], SNAPSHOT)] == [
-        "GB/step",
-        "temp GiB",
-    ]
+    named = [line.split(": ")[1].split(" is ")[0] for line in static.differences([far], SNAPSHOT)]
+    assert named == ["GB/step", "temp GiB"]
     [line] = static.differences([near | {"compiler": {"jax": "0.1"}}], SNAPSHOT)
     assert "the snapshot is of" in line
     [line] = static.differences([near | {"batch": 7}], SNAPSHOT)
@@ -108,10 +106,8 @@ def test_large_buffers_are_counted(static):
     scores = "%s = bf16[8,12,1024,1024]{3,2,1,0} parameter(0)"
     logits = "%l = f32[8,1024,50304]{2,1,0} parameter(1)"
     text = "ENTRY %main (x: f32[4]) -> f32[4] {{\n  {}\n}}\n"
-    found = [
-        static.large_buffers(text.format(one), 1024, 8192) for one in (scores, logits, logits.replace("f32", "bf16"))
-    ]
-    assert [list(one.values()) for one in found] == [[1, 0], [0, 1], [0, 0]]
+    for one, counts in ((scores, [1, 0]), (logits, [0, 1]), (logits.replace("f32", "bf16"), [0, 0])):
+        assert list(static.large_buffers(text.format(one), 1024, 8192).values()) == counts
 
 
 def test_similar_kernels_are_merged_into_one_row(static):
