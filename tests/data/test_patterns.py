@@ -227,11 +227,6 @@ def test_z2_cutting_long_blank_runs_does_not_change_ids(pattern, monkeypatch):
     assert (cuts > 500) is (pattern in CUTTING)
 
 
-@pytest.fixture(scope="module")
-def gpt2() -> Tokenizer:
-    return load_tokenizer("gpt2")
-
-
 @pytest.mark.faults
 @pytest.mark.parametrize("blank", [" ", "\t", " \t\n"])
 def test_z2_million_blanks_get_the_ids_of_tiktoken(blank, gpt2):

@@ -20,7 +20,7 @@ from gptjax.data.shards import Shard, ShardReader
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.data.tokens import hash_file, open_shard, open_split
 from gptjax.errors import DataError
-from tests.helpers import raises
+from tests.helpers import failing, os_error, raises
 
 TOKENS = 500
 ROOT = Path(__file__).parents[2]
@@ -249,12 +249,9 @@ def test_changed_inode_does_not_rehash_the_complete_file(shards, monkeypatch):
 @pytest.mark.faults
 @pytest.mark.parametrize("call", ["fstat", "posix_fadvise", "close"])
 def test_x1_failing_system_call_is_reported_or_harmless(shards, monkeypatch, call):
-    def fail(*_):
-        raise OSError(116, "Stale file handle")
-
     reader = ShardReader(shards)
     with monkeypatch.context() as patch:
-        patch.setattr(os, call, fail)
+        patch.setattr(os, call, failing(os_error(116)))
         if call == "fstat":
             with raises(DataError, shards[4].path, match="Stale file handle"):
                 read(reader, [(4, 10)], 2)
@@ -310,10 +307,7 @@ def test_x1_shard_truncated_while_open_is_named(shards):
 
 @pytest.mark.faults
 def test_x1_read_error_names_the_shard(shards, monkeypatch):
-    def fail(*_):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(os, "pread", fail)
+    monkeypatch.setattr(os, "pread", failing(os_error(5)))
     for call in (lambda: read(ShardReader(shards), [(4, 0)], 50), lambda: open_shard(shards[4].path, 2**32)):
         with raises(DataError, shards[4].path, match="Input/output error"):
             call()

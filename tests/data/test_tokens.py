@@ -1,6 +1,5 @@
 """Shards are read as they were written, and every damage ends in a DataError that names it."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gptjax.data import tokens
 from gptjax.data.header import make_header, token_dtype
@@ -69,17 +66,6 @@ def test_a_shard_is_read_as_written(vocab_size, magic, version, width, tmp_path)
     assert np.array_equal(open_shard(str(path), vocab_size).read(), ids)
 
 
-def test_a_nanogpt_file_is_read(tmp_path):
-    ids = random_ids(5000, vocab_size=50257)
-    ids.astype(np.uint16).tofile(tmp_path / "train.bin")
-    assert np.array_equal(open_shard(str(tmp_path / "train.bin"), 50257).read(), ids)
-
-
-def test_a_tiny_nanogpt_file_is_read(tmp_path):
-    np.array([1, 2, 3], np.uint16).tofile(tmp_path / "train.bin")
-    assert open_shard(str(tmp_path / "train.bin"), 50257).read().tolist() == [1, 2, 3]
-
-
 def test_prepared_split_has_its_shards_tokens_and_bytes(prepared):
     split = open_train(prepared)
     assert [len(shard) for shard in split.shards] == [3000, 1700]
@@ -99,12 +85,8 @@ def test_fingerprint_depends_on_split_and_content(prepared, tmp_path_factory):
     assert len({first, foreign, open_train(prepared).fingerprint}) == 3
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def cut_header(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:500])
+def cut(end: int) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(path.read_bytes()[:end])
 
 
 def flip(path: Path) -> None:
@@ -123,8 +105,8 @@ def put(offset: int, value: int, form: str = "<i") -> Callable[[Path], None]:
 
 
 DAMAGES = {
-    "truncated": (cut, "take 7024 bytes"),
-    "truncated header": (cut_header, "at byte 500"),
+    "truncated": (cut(-100), "take 7024 bytes"),
+    "truncated header": (cut(500), "at byte 500"),
     "wrong magic": (put(0, 123), "magic 123"),
     "wrong version": (put(4, 2), "version 2"),
     "wrong count": (put(8, 2999), "counts 2999"),
@@ -178,7 +160,7 @@ def test_x1_headerless_file_in_place_of_a_shard_is_refused(prepared):
 def test_verify_names_every_damaged_shard(prepared):
     tokens.verify(str(prepared))
     flip(prepared / "train_000001.bin")
-    cut(prepared / "val_000000.bin")
+    cut(-100)(prepared / "val_000000.bin")
     damaged = [f"{prepared}/train_000001.bin", f"{prepared}/val_000000.bin"]
     with raises(DataError, damaged[0]) as caught:
         tokens.verify(str(prepared))
@@ -220,15 +202,6 @@ def test_bad_id_position_counts_from_the_shard_start():
     tokens.check_ids("shard", ids, 100)
     with raises(DataError, "shard", match="token 1093 is"):
         tokens.check_ids("shard", ids, 93, start=1000)
-
-
-@settings(max_examples=300)
-@given(head=st.binary(max_size=1100), magic=st.sampled_from([b"", struct.pack("<2i", 20240520, 1)]))
-def test_any_header_gives_ids_or_a_data_error(head, magic, tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "fuzzed.bin"
-    path.write_bytes(magic + head)
-    with contextlib.suppress(DataError):
-        assert len(open_shard(str(path), 65536)) > 0
 
 
 def foreign(directory: Path, *names: str, first: int = 7) -> Path:
@@ -280,7 +253,6 @@ def test_the_same_tokenizer_under_another_name_is_accepted(prepared):
 
 def test_meta_is_read_as_written(prepared):
     meta = read_meta(str(prepared))
-    assert meta is not None
     assert meta.splits["train"].shards[1] == ShardMeta("train_000001.bin", 1700, meta.splits["train"].shards[1].sha256)
     write_meta(str(prepared), dataclasses.replace(meta, eot_position="first"))
     assert open_train(prepared).eot.position == "first"
@@ -310,7 +282,6 @@ def test_shards_that_contradict_their_split_are_refused(prepared):
     """A wrong sum would change the windows of an epoch, and a shard that is listed twice its data."""
     path = prepared / "meta.json"
     original = json.loads(path.read_text())
-    assert read_meta(str(prepared)) is not None
 
     def refused(change, match):
         values = json.loads(json.dumps(original))
@@ -326,19 +297,12 @@ def test_shards_that_contradict_their_split_are_refused(prepared):
     def in_both(splits):
         splits["validation"] = splits["train"]
 
-    refused(
-        lambda splits: splits["train"].update(tokens=4701), "split 'train' has tokens=4701, but its shards have 4700"
-    )
+    wrong_sum = "split 'train' has tokens=4701, but its shards have 4700"
+    refused(lambda splits: splits["train"].update(tokens=4701), wrong_sum)
     refused(lambda splits: splits["validation"].update(tokens=-1), "split 'validation' has tokens=-1")
     refused(listed_twice, "split 'train' lists 'train_000000.bin', which is listed before")
     refused(in_both, "split 'validation' lists 'train_000000.bin', which is listed before")
-
-
-def test_a_shard_outside_the_directory_is_refused(prepared):
-    path = prepared / "meta.json"
-    path.write_text(path.read_text().replace("train_000001.bin", "../train_000001.bin"))
-    with raises(DataError, str(path), match="plain file names"):
-        open_train(prepared)
+    refused(lambda splits: splits["train"]["shards"][1].update(file="../train_000001.bin"), "plain file names")
 
 
 def test_a_missing_split_is_named(prepared):
@@ -449,9 +413,10 @@ def test_wider_ids_without_a_header_are_recognised(tmp_path, dtype, vocab_size):
 
 
 @pytest.mark.parametrize("vocab_size", [2, 8, 65, 257, 50_257])
-@pytest.mark.parametrize("seed", range(5))
-def test_uint16_ids_of_any_vocabulary_are_taken(tmp_path, vocab_size, seed):
-    ids = np.random.default_rng(seed).integers(0, vocab_size, 5000).astype(np.uint16)
+@pytest.mark.parametrize(("seed", "count"), [(0, 5000), (1, 5000), (2, 5000), (3, 5000), (4, 3)])
+def test_uint16_ids_of_any_vocabulary_are_taken(tmp_path, vocab_size, seed, count):
+    """As nanoGPT writes them: without a header."""
+    ids = np.random.default_rng(seed).integers(0, vocab_size, count).astype(np.uint16)
     path = write_split(tmp_path, "train.bin", ids)
     assert np.array_equal(open_shard(str(path), vocab_size).read(), ids)
 
