@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers import failing
+
 ROOT = pathlib.Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 FILES = {"results.jsonl", "tables.txt", "log.txt", "trace.tgz", "autotune.tgz"}
@@ -42,6 +44,11 @@ def rows_in(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def names_in(archive: pathlib.Path) -> list[str]:
+    with tarfile.open(archive) as file:
+        return file.getnames()
+
+
 # The machine's packages
 
 
@@ -52,25 +59,22 @@ def listed(*names: str) -> set[str]:
 
 def absent_modules(*lists: str) -> list[str]:
     """Returns the top-level modules of this environment that a machine with the packages of `lists` lacks."""
-    here, rest = set(), [name.lower().replace("_", "-") for name in listed(*lists)]
+
+    def plain(name: str) -> str:
+        return name.lower().replace("_", "-")
+
+    here, rest = set(), [plain(name) for name in listed(*lists)]
     while rest:
         name = rest.pop()
         if name in here:
             continue
         here.add(name)
-        try:
-            requirements = importlib.metadata.requires(name) or []
-        except importlib.metadata.PackageNotFoundError:  # torch and CUDA are on that machine, not here
-            continue
-        needed = [text for text in requirements if "extra ==" not in text]
-        rest += [re.split(r"[^\w.-]", text)[0].lower().replace("_", "-") for text in needed]
-    owners = importlib.metadata.packages_distributions()
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # torch and CUDA are there, not here
+            needed = [text for text in importlib.metadata.requires(name) or [] if "extra ==" not in text]
+            rest += [plain(re.split(r"[^\w.-]", text)[0]) for text in needed]
     ours = {"gptjax", "tests", "pip", "setuptools", "pkg_resources", "_distutils_hack"}
-    return [
-        module
-        for module, packages in owners.items()
-        if module not in ours and not {package.lower().replace("_", "-") for package in packages} & here
-    ]
+    owners = importlib.metadata.packages_distributions()
+    return [name for name, packages in owners.items() if name not in ours and not {*map(plain, packages)} & here]
 
 
 BLOCKED = """
@@ -204,19 +208,16 @@ def test_find_best_returns_the_fastest_setting_so_far(load):
 @pytest.mark.long
 def test_part_ended_by_its_limit_loses_only_its_rows(tmp_path):
     out = tmp_path / "out"
-    done = run(
-        "benchmarks/gpu.py", "--toy", f"--out={out}", "--only=ceilings,triton-loss,decode,trace", "--limit=decode:1"
-    )
+    only = "--only=ceilings,triton-loss,decode,trace"
+    done = run("benchmarks/gpu.py", "--toy", f"--out={out}", only, "--limit=decode:1")
     rows = rows_in(out / "results.jsonl")
     assert done.returncode == 1
     assert {path.name for path in out.iterdir()} <= FILES
-    assert [row["part"] for row in rows if row["part"] == "machine"] == ["machine"]
-    verdicts = {row["part"]: row["verdict"] for row in rows if "verdict" in row}
-    assert verdicts["decode"] == "left out: the part's time is over"
-    assert next(row["verdict"] for row in rows if row["part"] == "decode") == "ended by its limit"
-    assert verdicts["trace"] == "measured"
-    with tarfile.open(out / "trace.tgz") as archive:
-        assert any(name.endswith(".xplane.pb") for name in archive.getnames())
+    assert [row["part"] for row in rows].count("machine") == 1
+    of_decode = [row["verdict"] for row in rows if row["part"] == "decode"]
+    assert (of_decode[0], of_decode[-1]) == ("ended by its limit", "left out: the part's time is over")
+    assert [row["verdict"] for row in rows if row["part"] == "trace"][-1] == "measured"
+    assert any(name.endswith(".xplane.pb") for name in names_in(out / "trace.tgz"))
     tables = (out / "tables.txt").read_text()
     assert all(f"\n{part}\n" in tables for part in ("decode", "trace"))
     assert done.stdout.endswith(f"{tables}\n")
@@ -224,13 +225,11 @@ def test_part_ended_by_its_limit_loses_only_its_rows(tmp_path):
 
 
 def processes() -> list[str]:
-    commands = []
+    lines = []
     for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            commands.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-        except OSError:
-            continue
-    return commands
+        with contextlib.suppress(OSError):
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return lines
 
 
 def test_parts_skipped_by_the_deadline_are_recorded(tmp_path):
@@ -249,30 +248,18 @@ def test_benchmark_without_a_gpu_runs_no_part(tmp_path):
     assert rows[1]["verdict"] == "left out: JAX finds no GPU here; --toy runs on a CPU"
 
 
-def test_read_rows_ignores_earlier_calls_and_torn_lines(load, tmp_path):
+def test_read_rows_ignores_earlier_calls_and_lines_that_are_no_rows(load, tmp_path):
     path = tmp_path / "results.jsonl"
-    path.write_text(
-        '{"part": "machine"}\n{"part": "train", "n": 1}\n{"part": "machine"}\n{"part": "train", "n": 2}\n{"par'
-    )
-    assert load("bench").read_rows(path) == [{"part": "machine"}, {"part": "train", "n": 2}]
-
-
-@pytest.mark.parametrize(
-    "line", ["3", "null", "[]", '"machine"', "{}", '{"who": "x"}', '{"part": 3}', '{"part": null}']
-)
-def test_read_rows_ignores_lines_that_are_no_rows(load, tmp_path, line):
-    path = tmp_path / "results.jsonl"
-    path.write_text(f'{line}\n{{"part": "machine"}}\n{line}\n{{"part": "train", "n": 2}}\n')
-    assert load("bench").read_rows(path) == [{"part": "machine"}, {"part": "train", "n": 2}]
+    wrong = ["3", "null", "[]", '"machine"', "{}", '{"who": "x"}', '{"part": 3}', '{"part": null}']
+    earlier, rows = ['{"part": "machine"}', '{"part": "train", "n": 1}'], ['{"part": "machine"}', '{"part": "train"}']
+    path.write_text("\n".join([*wrong, *earlier, rows[0], *wrong, rows[1], '{"par']))
+    assert load("bench").read_rows(path) == [{"part": "machine"}, {"part": "train"}]
 
 
 def test_temporary_files_of_parts_lie_in_the_scratch(load, tmp_path):
     """gpu.py removes it, also after parts that were killed."""
     environment = load("gpu").make_environment(tmp_path / "out", tmp_path / "scratch", toy=True)
-    done = subprocess.run(
-        [sys.executable, "-c", "import tempfile; print(tempfile.mkdtemp())"],
-        env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = run("-c", "import tempfile; print(tempfile.mkdtemp())", **environment)
     assert pathlib.Path(done.stdout.strip()).is_relative_to(tmp_path / "scratch")
 
 
@@ -341,17 +328,21 @@ def test_contestant_uses_the_first_batch_size_that_fits(load, monkeypatch):
         contestant.prepare(contestant.parse(["gptjax", "--batch=16,8"]))
 
 
-def test_out_of_memory_errors_are_recognized(load):
-    is_out_of_memory = load("contestant").is_out_of_memory
-
-    class OutOfMemoryError(RuntimeError):  # torch's, on a GPU
-        pass
-
-    assert is_out_of_memory(OutOfMemoryError("CUDA out of memory. Tried to allocate 6.58 GiB."))
-    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."))
-    assert is_out_of_memory(RuntimeError("RESOURCE_EXHAUSTED: Failed to allocate request for 6GiB"))
-    assert is_out_of_memory(MemoryError())
-    assert not is_out_of_memory(RuntimeError("INTERNAL: a wrong product"))
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (
+            type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory. Tried to allocate 6.58 GiB."),
+            True,
+        ),  # torch's
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), True),
+        (RuntimeError("RESOURCE_EXHAUSTED: Failed to allocate request for 6GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("INTERNAL: a wrong product"), False),
+    ],
+)
+def test_out_of_memory_errors_are_recognized(load, error, is_one):
+    assert load("contestant").is_out_of_memory(error) is is_one
 
 
 def test_oversized_trace_is_packed_in_part(load, tmp_path, monkeypatch):
@@ -361,66 +352,60 @@ def test_oversized_trace_is_packed_in_part(load, tmp_path, monkeypatch):
     (source / "plugins" / "a.xplane.pb").write_bytes(os.urandom(1000))
     (source / "plugins" / "a.trace.json.gz").write_bytes(os.urandom(50_000))
     assert gpu.pack(source, archive, ".xplane.pb") == ""
-    with tarfile.open(archive) as file:
-        assert "./plugins/a.trace.json.gz" in file.getnames()
+    assert "./plugins/a.trace.json.gz" in names_in(archive)
     monkeypatch.setattr(gpu, "LARGEST_FILE", 10_000)
     assert gpu.pack(source, archive, ".xplane.pb") == ""
-    with tarfile.open(archive) as file:
-        assert file.getnames() == ["a.xplane.pb"]
+    assert names_in(archive) == ["a.xplane.pb"]
     assert gpu.pack(source, archive) == "trace.tgz: larger than 0 MB, left out"
     assert not archive.exists()
 
 
 def test_packed_autotuning_is_reused_by_the_next_run(load, tmp_path):
-    gpu, out = load("gpu"), tmp_path / "out"
-    out.mkdir()
-    (tmp_path / "first").mkdir()
-    first = gpu.make_environment(out, tmp_path / "first", toy=True)
-    directory = re.search(r"--xla_gpu_per_fusion_autotune_cache_dir=(\S+)", first["XLA_FLAGS"])[1]
-    (pathlib.Path(directory) / "a.textproto").write_text("a product")
-    assert gpu.pack(pathlib.Path(directory), out / "autotune.tgz") == ""
-    (tmp_path / "second").mkdir()
-    second = gpu.make_environment(out, tmp_path / "second", toy=True)
-    assert gpu.load_autotune(out, tmp_path / "second") == []
-    directory = re.search(r"--xla_gpu_per_fusion_autotune_cache_dir=(\S+)", second["XLA_FLAGS"])[1]
-    assert (pathlib.Path(directory) / "a.textproto").read_text() == "a product"
-    assert directory.startswith(second["JAX_COMPILATION_CACHE_DIR"]), "where JAX looks by itself"
+    gpu, environments, directories = load("gpu"), [], []
+    for name in ("out", "first", "second"):
+        (tmp_path / name).mkdir()
+    for name in ("first", "second"):
+        environments.append(gpu.make_environment(tmp_path / "out", tmp_path / name, toy=True))
+        found = re.search(r"--xla_gpu_per_fusion_autotune_cache_dir=(\S+)", environments[-1]["XLA_FLAGS"])
+        directories.append(pathlib.Path(found[1]))
+    (directories[0] / "a.textproto").write_text("a product")
+    assert gpu.pack(directories[0], tmp_path / "out" / "autotune.tgz") == ""
+    assert gpu.load_autotune(tmp_path / "out", tmp_path / "second") == []
+    assert (directories[1] / "a.textproto").read_text() == "a product"
+    assert str(directories[1]).startswith(environments[1]["JAX_COMPILATION_CACHE_DIR"]), "where JAX looks by itself"
 
 
-def damaged_archives() -> dict[str, bytes]:
-    """Returns archives of which each has a file that could be unpacked, or none at all."""
-
-    def packed(*names: str) -> bytes:
-        file = io.BytesIO()
-        with tarfile.open(fileobj=file, mode="w:gz") as archive:
-            for name in names:
-                member = tarfile.TarInfo(name)
-                member.size = 50_000
-                archive.addfile(member, io.BytesIO(os.urandom(member.size)))
-        return file.getvalue()
-
-    return {
-        "random": os.urandom(40),
-        "empty": b"",
-        "truncated": packed("a.textproto", "b.textproto")[:-30_000],
-        "outside": packed("a.textproto", "../../outside.textproto"),
-    }
+def packed(*names: str) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = 50_000
+            archive.addfile(member, io.BytesIO(os.urandom(member.size)))
+    return file.getvalue()
 
 
-@pytest.mark.parametrize("damage", ["random", "empty", "truncated", "outside"])
+# Each has a file that could be unpacked, or none at all.
+DAMAGES = {
+    "random": lambda: os.urandom(40),
+    "empty": bytes,
+    "truncated": lambda: packed("a.textproto", "b.textproto")[:-30_000],
+    "outside": lambda: packed("a.textproto", "../../outside.textproto"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_autotuning_costs_only_itself(load, tmp_path, monkeypatch, damage):
     gpu, out, scratch = load("gpu"), tmp_path / "out", tmp_path / "a" / "b" / "scratch"
-    monkeypatch.setattr(gpu, "CARRY", tmp_path / "carry")
-    (tmp_path / "carry").mkdir()
-    (tmp_path / "carry" / "autotune.tgz").write_bytes(damaged_archives()[damage])
-    out.mkdir()
-    source = tmp_path / "source"
-    source.mkdir()
+    carry, source = tmp_path / "carry", tmp_path / "source"
+    for path in (carry, out, source, scratch):
+        path.mkdir(parents=True)
+    monkeypatch.setattr(gpu, "CARRY", carry)
+    (carry / "autotune.tgz").write_bytes(DAMAGES[damage]())
     (source / "whole.textproto").write_text("a product")
     assert gpu.pack(source, out / "autotune.tgz") == ""
-    scratch.mkdir(parents=True)
     [line] = gpu.load_autotune(out, scratch)
-    assert line.startswith(f"{tmp_path / 'carry' / 'autotune.tgz'}: left out: FAILED: ")
+    assert line.startswith(f"{carry / 'autotune.tgz'}: left out: FAILED: ")
     found = [path.name for path in tmp_path.rglob("*.textproto") if path.parent != source]
     assert found == ["whole.textproto"]
     assert [path.name for path in scratch.iterdir()] == ["compiled"]
@@ -435,19 +420,13 @@ def test_archive_is_whole_or_absent(load, tmp_path, monkeypatch):
 
     def look(partial, final):
         assert archive.read_bytes() == b"of an earlier call"
-        with tarfile.open(partial) as file:
-            assert "./a.textproto" in file.getnames()
+        assert "./a.textproto" in names_in(partial)
         replace(partial, final)
 
     monkeypatch.setattr(gpu.os, "replace", look)
     assert gpu.pack(source, archive) == ""
-    with tarfile.open(archive) as file:
-        assert "./a.textproto" in file.getnames()
-
-    def full(*_, **__):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(gpu.tarfile, "open", full)
+    assert "./a.textproto" in names_in(archive)
+    monkeypatch.setattr(gpu.tarfile, "open", failing(OSError("No space left on device")))
     assert gpu.pack(source, archive) == "autotune.tgz: left out: FAILED: OSError: No space left on device"
     assert {path.name for path in tmp_path.iterdir()} == {"source", "autotune.tgz"}
 
@@ -469,8 +448,8 @@ def test_damaged_wheel_costs_only_itself(load, tmp_path, monkeypatch):
 def test_make_environment_keeps_the_settings_of_the_user(load, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/their/own")
     monkeypatch.setenv("XLA_FLAGS", "--xla_their_own=1")
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
     environment = load("gpu").make_environment(tmp_path, tmp_path / "scratch", toy=False)
     assert environment["PYTHONPATH"].split(":")[:3] == [str(ROOT), str(BENCHMARKS), "/their/own"]
     assert environment["XLA_FLAGS"].startswith("--xla_their_own=1 ")
@@ -480,17 +459,22 @@ def test_make_environment_keeps_the_settings_of_the_user(load, tmp_path, monkeyp
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in environment
 
 
-def test_tables_show_the_last_row_beside_target_and_roof(load, tmp_path):
+def summary_of(rows: list[dict[str, Any]], directory: pathlib.Path) -> str:
+    path = directory / "results.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run("benchmarks/summary.py", str(path)).stdout
+
+
+def test_tables_show_the_last_row_beside_target_and_roof(tmp_path):
+    train = {"part": "train", "who": "gptjax --batch=64", "batch": 64}
     rows = [
         {"part": "machine", "card": "NVIDIA H100 80GB HBM3", "jax": "0.11.2"},
-        {"part": "train", "who": "gptjax --batch=64", "batch": 64, "tokens/s": 300_000.0},
-        {"part": "train", "who": "gptjax --batch=64", "batch": 64, "tokens/s": 550_000.0},
+        train | {"tokens/s": 300_000.0},
+        train | {"tokens/s": 550_000.0},
         {"part": "peer", "who": "torch --batch=32", "batch": 32, "tokens/s": 400_000.0},
         {"part": "decode", "who": "gptjax", "batch": 256, "tokens/s": 60_000.0},
     ]
-    path = tmp_path / "results.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shown = run("benchmarks/summary.py", str(path)).stdout
+    shown = summary_of(rows, tmp_path)
     assert "card NVIDIA H100 80GB HBM3, jax 0.11.2" in shown
     assert re.search(r"gptjax --batch=64 +64 +550,000 +500000 +1\.1 +643000", shown)
     assert "300,000" not in shown
@@ -498,17 +482,13 @@ def test_tables_show_the_last_row_beside_target_and_roof(load, tmp_path):
     assert re.search(r"gptjax +256 +60,000 +120000 +0\.5", shown)
 
 
-def table_of(rows: list[dict[str, Any]], path: pathlib.Path, card: str) -> list[dict[str, str]]:
-    """Returns the cells of the table that summary.py prints of `rows` of one part."""
-    lines = [{"part": "machine", "card": card}, *rows]
-    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
-    head, *body = run("benchmarks/summary.py", str(path)).stdout.split("\n\n")[1].splitlines()[1:]
+def table_of(rows: list[dict[str, Any]], directory: pathlib.Path) -> list[dict[str, str]]:
+    """Returns the cells of the table that summary.py prints of `rows` of one part on an H200."""
+    shown = summary_of([{"part": "machine", "card": "NVIDIA H200"}, *rows], directory)
+    head, *body = shown.split("\n\n")[1].splitlines()[1:]
     ends = [match.end() for match in re.finditer(r"\S(?:\S| (?! ))*", head)]
-    starts = [0, *ends]
-    return [
-        {head[a:b].strip(): line[a:b].strip() for a, b in zip(starts, ends, strict=False) if line[a:b].strip()}
-        for line in body
-    ]
+    cuts = list(zip([0, *ends], ends, strict=False))
+    return [{head[a:b].strip(): line[a:b].strip() for a, b in cuts if line[a:b].strip()} for line in body]
 
 
 def test_best_torch_has_the_ratio_target(tmp_path):
@@ -517,7 +497,7 @@ def test_best_torch_has_the_ratio_target(tmp_path):
     compiled = eager | {"who": "torch --batch=32 --compile", "tokens/s": 5e5, "gptjax is x faster": 1.2}
     failed = ours | {"who": "torch --batch=64", "verdict": "out of memory"}
     failed.pop("tokens/s")
-    shown = table_of([ours, eager, compiled, failed], tmp_path / "results.jsonl", "NVIDIA H200")
+    shown = table_of([ours, eager, compiled, failed], tmp_path)
     best = [row for row in shown if "peer" in row]
     assert [row["who"] for row in best] == ["torch --batch=32 --compile"]
     assert (best[0]["peer"], best[0]["least ratio"], best[0]["of least ratio"]) == ("best torch", "1.15", "1.04")
@@ -528,16 +508,12 @@ def test_best_torch_has_the_ratio_target(tmp_path):
 @pytest.mark.parametrize(
     ("card", "batch", "loss", "roof"),
     [
-        ("NVIDIA H200", 64, "", "713000"),
-        ("NVIDIA H200", 32, "", "699000"),
-        ("NVIDIA H200", 64, " --loss=triton", "726000"),
-        ("NVIDIA H200", 16, "", None),
-        ("NVIDIA H100 80GB HBM3", 64, "", "643000"),
-        ("NVIDIA H100 80GB HBM3", 32, "", None),
+        ("NVIDIA H200", 64, "", "713000"), ("NVIDIA H200", 32, "", "699000"), ("NVIDIA H200", 16, "", None),
+        ("NVIDIA H200", 64, " --loss=triton", "726000"), ("NVIDIA B200", 64, "", None),
+        ("NVIDIA H100 80GB HBM3", 64, "", "643000"), ("NVIDIA H100 80GB HBM3", 32, "", None),
         ("NVIDIA H100 80GB HBM3", 64, " --loss=triton", None),
-        ("NVIDIA B200", 64, "", None),
     ],
-)
+)  # fmt: skip
 def test_roof_is_that_of_the_same_program(load, card, batch, loss, roof):
     row = {"who": f"gptjax --batch={batch}{loss}", "batch": batch, "tokens/s": 1.0, "verdict": "measured"}
     shown = load("summary").with_goals("train", row, card)
@@ -546,8 +522,7 @@ def test_roof_is_that_of_the_same_program(load, card, batch, loss, roof):
 
 def test_failed_row_has_no_target(tmp_path):
     row = {"part": "decode", "who": "gptjax", "batch": 1, "tokens/s": 5e3}
-    failed = {"part": "decode", "who": "gptjax", "batch": 1, "tokens/s": 5e3, "command": "x", "verdict": "failed"}
-    shown = table_of([row, failed], tmp_path / "results.jsonl", "NVIDIA H200")
+    shown = table_of([row, row | {"command": "x", "verdict": "failed"}], tmp_path)
     assert [cells.get("target") for cells in shown] == ["2500", None]
 
 
@@ -632,12 +607,8 @@ def test_failing_path_loses_only_its_own_row(correct, monkeypatch, stage):
 
 def test_every_check_is_recorded_though_one_raises(correct, load, monkeypatch, tmp_path):
     """And the kernels of other compilers come last. Without a GPU every check here fails, but none costs another."""
-
-    def fail(*_, **__):
-        raise RuntimeError("no kernel\nat all")
-
     for name in ("train", "generate", "lower_gradients"):
-        monkeypatch.setattr(correct, name, fail)
+        monkeypatch.setattr(correct, name, failing(RuntimeError("no kernel\nat all")))
     monkeypatch.setattr(correct.bench, "machine", dict)
     monkeypatch.setattr(sys, "argv", ["correct.py"])
     with pytest.raises(SystemExit) as ended:
@@ -671,11 +642,8 @@ def test_failing_ceiling_loses_only_its_own_row(load, monkeypatch):
             raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
         return 1e-3
 
-    def fail(*_):
-        raise RuntimeError("no product")
-
     monkeypatch.setattr(ceilings, "time_product", time_product)
-    monkeypatch.setattr(ceilings, "make_product", fail)
+    monkeypatch.setattr(ceilings, "make_product", failing(RuntimeError("no product")))
     *rows, whole = ceilings.products("mini", 2, seconds=1, dtype="float32")
     failed = {row["what"]: row["verdict"] for row in rows if "rate" not in row}
     assert failed == {"head, forward": "FAILED: RuntimeError: RESOURCE_EXHAUSTED: out of memory"}
