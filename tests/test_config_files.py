@@ -74,20 +74,19 @@ def test_wrong_field_in_a_config_file_names_the_nearest(body, name, remedy, tmp_
     assert caught.value.problem.endswith(f"no such config field: {name}")
 
 
-@pytest.mark.parametrize("text", ["x = 1\n", "get_config = 3\n", "def get_cfg():\n    return {}\n", ""])
-def test_file_without_get_config_is_refused(text, tmp_path):
-    (tmp_path / "mine.py").write_text(text)
-    with raises(ConfigError, "--config", value=f"{tmp_path}/mine.py", remedy="default_config()", match="no get_config"):
-        load(f"{tmp_path}/mine.py", {})
-
-
-def test_file_whose_get_config_returns_nothing_is_refused(tmp_path):
-    (tmp_path / "mine.py").write_text("def get_config():\n    x = 1\n")
-    with raises(ConfigError, "--config", value=f"{tmp_path}/mine.py", remedy="returns it", match="returns nothing"):
-        load(f"{tmp_path}/mine.py", {})
-
-
-def test_error_in_a_config_file_is_shown_in_one_line(tmp_path):
-    path = write(tmp_path / "mine.py", "c.model.n_layer = 1 / 0")
-    with raises(ConfigError, "--config", value=path, match="ZeroDivisionError: division by zero"):
-        load(path, {})
+@pytest.mark.parametrize(
+    ("text", "problem", "remedy"),
+    [
+        *(
+            (text, "no get_config", "default_config()")
+            for text in ("x = 1", "get_config = 3", "def get_cfg(): pass", "")
+        ),
+        ("def get_config():\n    x = 1\n", "returns nothing", "returns it"),
+        ("def get_config():\n    return 1 / 0\n", "ZeroDivisionError: division by zero", ""),
+    ],
+)
+def test_file_that_gives_no_config_is_refused(text, problem, remedy, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with raises(ConfigError, "--config", value=str(path), remedy=remedy, match=problem):
+        load(str(path), {})

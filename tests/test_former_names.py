@@ -10,12 +10,7 @@ from gptjax.config import Config, default_config, flatten, from_dict, load
 from gptjax.replay.__main__ import parse_flags
 from gptjax.resume import compare_configs
 
-OLD = {
-    "compute.unroll": 2,
-    "train.nan_limit": 7,
-    "train.barrier_seconds": 30.0,
-    "train.watchdog_seconds": 60.0,
-}
+OLD = {"compute.unroll": 2, "train.nan_limit": 7, "train.barrier_seconds": 30.0, "train.watchdog_seconds": 60.0}
 
 
 @pytest.fixture(autouse=True)
@@ -52,14 +47,18 @@ def test_config_files_assign_former_names(assignment, tmp_path, said):
     expect(load(str(tmp_path / "a.py"), {}), said)
 
 
-def test_config_files_may_return_a_plain_dict(tmp_path, said):
-    (tmp_path / "a.py").write_text(f"def get_config():\n    return {nested(OLD)}\n")
-    expect(load(str(tmp_path / "a.py"), {}), said)
-
-
-def test_flags_take_former_names(tmp_path, said):
-    (tmp_path / "a.py").write_text("from gptjax.config import default_config as get_config\n")
-    expect(load(str(tmp_path / "a.py"), {name: str(value) for name, value in OLD.items()}), said)
+@pytest.mark.parametrize(
+    ("name", "text", "flags"),
+    [
+        ("a.py", f"def get_config():\n    return {nested(OLD)}\n", {}),
+        ("a.py", "from gptjax.config import default_config as get_config\n", {n: str(v) for n, v in OLD.items()}),
+        ("config.json", json.dumps(nested(OLD)), {}),
+    ],
+    ids=["a plain dict", "flags", "config.json"],
+)
+def test_configs_and_flags_take_former_names(name, text, flags, tmp_path, said):
+    (tmp_path / name).write_text(text)
+    expect(load(str(tmp_path / name), flags), said)
 
 
 def test_replay_takes_former_names(said):
@@ -67,11 +66,6 @@ def test_replay_takes_former_names(said):
     _, overrides = parse_flags(["--workdir=x", "--step=1", *flags])
     assert list(overrides) == list(former_names.RENAMED.values())
     assert len(said) == len(OLD)
-
-
-def test_config_json_may_have_former_names(tmp_path, said):
-    (tmp_path / "config.json").write_text(json.dumps(nested(OLD)))
-    expect(load(str(tmp_path / "config.json"), {}), said)
 
 
 def test_records_with_former_names_report_no_change(said):

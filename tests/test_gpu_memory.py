@@ -23,24 +23,15 @@ BUSY = "0, GPU-aaaa, 4, 81559\n1, GPU-bbbb, 61170, 81559\n"
 @pytest.mark.parametrize(
     ("answer", "visible", "empty"),
     [
-        (EMPTY, None, True),
-        (BUSY, None, False),
-        (BUSY, "0", True),
-        (BUSY, "1", False),
-        (BUSY, " 0 , 1", False),
-        (BUSY, "GPU-aaaa", True),
+        (EMPTY, None, True), (BUSY, None, False), (BUSY, "0", True), (BUSY, "1", False), (BUSY, " 0 , 1", False),
+        (BUSY, "GPU-aaaa", True), (BUSY, "GPU-bbbb", False), (BUSY, "2", False), (EMPTY, "MIG-1234", False),
         (BUSY, "GPU-aa", True),  # CUDA takes the beginning of a name
-        (BUSY, "GPU-bbbb", False),
         (BUSY, "", False),  # no card at all
-        (BUSY, "2", False),
-        (EMPTY, "MIG-1234", False),
         ("0, GPU-aaaa, 4, 24576\n1, GPU-bbbb, 9000, 81559\n", "0", False),  # CUDA may call the larger card 0
         ("0, GPU-aaaa, 400, 24576\n", None, False),  # a desktop is on it
-        ("0, GPU-aaaa, [N/A], [N/A]\n", None, False),
-        ("No devices were found\n", None, False),
-        ("", None, False),
+        ("0, GPU-aaaa, [N/A], [N/A]\n", None, False), ("No devices were found\n", None, False), ("", None, False),
     ],
-)
+)  # fmt: skip
 def test_only_visible_gpus_must_be_empty(answer, visible, empty):
     assert empty_fraction(answer, visible) == (0.92 if empty else 0)
 
@@ -66,18 +57,12 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("setting", "free"),
     [
-        ({}, True),
-        ({"JAX_PLATFORMS": "cuda"}, True),
-        ({"JAX_PLATFORMS": "cuda,cpu"}, True),
-        ({"JAX_PLATFORMS": "cpu"}, False),
-        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}, False),
-        ({"XLA_CLIENT_MEM_FRACTION": ".5"}, False),
-        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, False),
-        ({"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}, False),
-        ({"CUDA_VISIBLE_DEVICES": ""}, False),
-        ({"CUDA_VISIBLE_DEVICES": "1"}, True),
+        ({}, True), ({"CUDA_VISIBLE_DEVICES": ""}, False), ({"CUDA_VISIBLE_DEVICES": "1"}, True),
+        ({"JAX_PLATFORMS": "cuda"}, True), ({"JAX_PLATFORMS": "cuda,cpu"}, True), ({"JAX_PLATFORMS": "cpu"}, False),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}, False), ({"XLA_CLIENT_MEM_FRACTION": ".5"}, False),
+        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, False), ({"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}, False),
     ],
-)
+)  # fmt: skip
 def test_user_choice_of_gpu_memory_is_kept(machine, setting, free):
     assert choose_fraction(setting) == (0.92 if free else 0)
 
@@ -107,10 +92,8 @@ print(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"))
 
 @pytest.mark.parametrize(("setting", "share"), [({}, "0.92"), ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, "0.5")])
 def test_a_run_sets_and_logs_its_share(machine, setting, share):
-    started = subprocess.run(
-        [sys.executable, "-c", START], env=machine | setting, capture_output=True, text=True, check=True
-    )
-    *lines, last = started.stdout.splitlines()
+    started = subprocess.check_output([sys.executable, "-c", START], env=machine | setting, text=True)
+    *lines, last = started.splitlines()
     assert last == share
     line = "GPU memory: nobody else uses it, so JAX takes 92 %; to choose: XLA_PYTHON_CLIENT_MEM_FRACTION"
     assert lines == ([] if setting else [line])
@@ -118,8 +101,7 @@ def test_a_run_sets_and_logs_its_share(machine, setting, share):
 
 def test_importing_gptjax_sets_no_memory_fraction(machine):
     code = "import gptjax.train, jax, os; jax.devices(); print('XLA_PYTHON_CLIENT_MEM_FRACTION' in os.environ)"
-    started = subprocess.run([sys.executable, "-c", code], env=machine, capture_output=True, text=True, check=True)
-    assert started.stdout == "False\n"
+    assert subprocess.check_output([sys.executable, "-c", code], env=machine, text=True) == "False\n"
 
 
 class Absent:

@@ -19,8 +19,7 @@ BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta
 def build(source, kind, target):
     """Returns the file that pip would build of the tree `source`."""
     command = [sys.executable, "-W", "ignore", "-c", BUILD, f"build_{kind}", str(target)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=True, timeout=120)
-    return target / done.stdout.splitlines()[-1]
+    return target / subprocess.check_output(command, cwd=source, text=True, timeout=120).splitlines()[-1]
 
 
 def unpacked(wheel, target):
@@ -61,16 +60,9 @@ def run(place, directory, *arguments):
         "from gptjax.__main__ import cli; cli()"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=directory,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    file, _, rest = done.stdout.partition("\n")
+    command = [sys.executable, "-c", code, *arguments]
+    shown = subprocess.check_output(command, cwd=directory, env=environment, text=True, timeout=120)
+    file, _, rest = shown.partition("\n")
     return file, rest
 
 

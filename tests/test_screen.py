@@ -104,19 +104,20 @@ def test_first_eta_comes_from_the_first_steps(clock):
 
 @pytest.mark.parametrize("width", [80, 40])
 def test_bar_is_one_line_of_the_terminal(width):
+    def draw(width):
+        out = io.StringIO()
+        Console(file=out, width=width, force_terminal=True, color_system=None).print(shown)
+        return out.getvalue().rstrip("\n")
+
     shown = Screen(print, step=123_456, num_steps=600_000)
     shown.advance(123_456, 12.3)
     shown.show_work("compiling the train step")
-    out = io.StringIO()
-    Console(file=out, width=width, force_terminal=True, color_system=None).print(shown)
-    (line,) = out.getvalue().splitlines()
+    (line,) = draw(width).splitlines()
     assert len(line) <= width
     assert "123,456/600,000" in line or width < 80
     assert "…" not in line, "in ASCII it would have six letters, and the line would wrap"
     shown.show_work("evaluating", 1234, 1953)
-    out = io.StringIO()
-    Console(file=out, width=80, force_terminal=True, color_system=None).print(shown)
-    assert out.getvalue().rstrip().endswith("evaluating 1,234/1,953"), "nothing is cut off"
+    assert draw(80).rstrip().endswith("evaluating 1,234/1,953"), "nothing is cut off"
 
 
 def test_bar_disappears_and_lines_stay_on_a_terminal(terminal):

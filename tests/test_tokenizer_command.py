@@ -39,6 +39,17 @@ def train(texts, vocab_size=300, **options):
     return command.train_tokenizer(iter(texts), vocab_size=vocab_size, name="mine", **options)
 
 
+def hide_libraries(monkeypatch, *hidden):
+    real = builtins.__import__
+
+    def find(name, *rest):
+        if name in hidden:
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", find)
+
+
 @pytest.mark.parametrize("pattern", ["gpt2", "cl100k"])
 def test_ranks_are_equal_twice_and_ids_are_those_of_the_library(pattern):
     rustbpe = pytest.importorskip("rustbpe")
@@ -63,16 +74,9 @@ def test_special_tokens_follow_the_merges_and_are_never_encoded():
 @pytest.mark.torch
 def test_other_library_trains_the_same_form(monkeypatch):
     pytest.importorskip("tokenizers")
-    real = builtins.__import__
-
-    def without_rustbpe(name, *rest):
-        if name == "rustbpe":
-            raise ImportError(name)
-        return real(name, *rest)
-
     texts = make_texts()
     expected = train(texts, 300)
-    monkeypatch.setattr(builtins, "__import__", without_rustbpe)
+    hide_libraries(monkeypatch, "rustbpe")
     other = train(texts, 300)
     assert other.vocab_size == 300
     text = make_texts(seed=1)[0]
@@ -81,14 +85,7 @@ def test_other_library_trains_the_same_form(monkeypatch):
 
 
 def test_missing_libraries_are_named(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name in ("rustbpe", "tokenizers"):
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    hide_libraries(monkeypatch, "rustbpe", "tokenizers")
     with raises(UnavailableError, remedy="gptjax[tokenizer]", match="no library that trains"):
         train(make_texts())
 

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from gptjax.traces import profiled
+from tests.helpers import failing, os_error
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +34,8 @@ def test_trace_is_written_where_tensorboard_looks_for_it(said, tmp_path):
 
 @pytest.mark.faults
 def test_l2_link_in_place_of_the_profile_during_a_run_is_not_followed(said, tmp_path):
-    outside = tmp_path / "outside"
+    outside, run = tmp_path / "outside", tmp_path / "run"
     outside.mkdir()
-    run = tmp_path / "run"
     run.mkdir()
     with profiled(wanted=True, directory=str(run)):
         (run / "profile").symlink_to(outside)
@@ -46,27 +46,23 @@ def test_l2_link_in_place_of_the_profile_during_a_run_is_not_followed(said, tmp_
     assert "is a symbolic link, not a directory" in line
 
 
-def refuse(*_: object, **__: object) -> None:
-    raise OSError(errno.EPERM, "Operation not permitted")
-
-
-def fail_in_jax(*_: object, **__: object) -> None:
-    raise RuntimeError("FAILED_PRECONDITION: profile is not a directory")
-
-
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("module", "name", "failure", "reason"),
+    ("name", "error", "reason"),
     [
-        ("tempfile", "mkdtemp", refuse, "Operation not permitted"),
-        ("jax.profiler", "start_trace", fail_in_jax, "FAILED_PRECONDITION: profile is not a directory"),
-        ("os", "makedirs", refuse, "Operation not permitted"),
-        ("os", "rename", refuse, "Operation not permitted"),
+        ("tempfile.mkdtemp", os_error(errno.EPERM), "Operation not permitted"),
+        (
+            "jax.profiler.start_trace",
+            RuntimeError("FAILED_PRECONDITION: no directory"),
+            "FAILED_PRECONDITION: no directory",
+        ),
+        ("os.makedirs", os_error(errno.EPERM), "Operation not permitted"),
+        ("os.rename", os_error(errno.EPERM), "Operation not permitted"),
     ],
 )
-def test_d3_trace_that_cannot_be_written_is_one_warning(module, name, failure, reason, said, monkeypatch, tmp_path):
+def test_d3_trace_that_cannot_be_written_is_one_warning(name, error, reason, said, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
-        patch.setattr(f"gptjax.traces.{module}.{name}", failure)
+        patch.setattr(f"gptjax.traces.{name}", failing(error))
         with profiled(wanted=True, directory=str(tmp_path)):
             pass
     assert said == [f"{tmp_path}/profile: no trace was written: {reason}; training continues"]
