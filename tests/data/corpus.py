@@ -1,14 +1,23 @@
-"""One corpus in every form that a source can have."""
+"""One corpus in every form that a source can have, and its preparation."""
 
+import contextlib
 import csv
 import gzip
 import json
 import lzma
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
+import pytest
 import zstandard
 
+from gptjax.data import preparation
+from gptjax.data.prepare import prepare
+from gptjax.data.tokenizer import load_tokenizer
+from gptjax.data.tokens import open_split
+
+BYTES = load_tokenizer("bytes")
 TEXTS = [f"document {number}: café, \u2028 \x85 {'x' * (37 * number % 400)}" for number in range(60)]
 
 
@@ -75,3 +84,33 @@ def as_tfds(path, texts):
     tfds.disable_progress_bar()
     Corpus(data_dir=str(path), file_format="array_record").download_and_prepare()
     return path / "corpus" / "1.0.0"
+
+
+def prepared(source, out, **options):
+    """Prepares `source` as bytes, and returns the lines that it logs."""
+    lines = []
+    prepare(source=str(source), out=str(out), log=lines.append, **{"tokenizer": BYTES} | options)
+    return lines
+
+
+@contextlib.contextmanager
+def interrupted(monkeypatch, *, groups, batch_bytes):
+    """Ends a preparation as a kill does, when the journal names that many groups of documents."""
+    write, count = preparation.write_journal, iter(range(1, 10**9))
+
+    def stop(partial, journal):
+        write(partial, journal)
+        if next(count) == groups:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "BATCH_BYTES", batch_bytes)
+        patch.setattr(preparation, "write_journal", stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+def documents_of(out, split):
+    ids = np.concatenate([shard.read() for shard in open_split(str(out), split, tokenizer=BYTES).shards])
+    assert ids[-1] == BYTES.eot_id
+    return [BYTES.decode(part[:-1]) for part in np.split(ids, np.flatnonzero(ids == BYTES.eot_id) + 1)[:-1]]

@@ -22,7 +22,7 @@ from gptjax.data.tokens import Split, open_shard, open_split
 from gptjax.documents import EndOfText
 from gptjax.errors import DataError
 from gptjax.history import SkippedRange
-from tests.helpers import raises
+from tests.helpers import failing, raises
 
 VOCAB_SIZE = 60_000
 DIRECTORY = tempfile.TemporaryDirectory()  # of all shards here
@@ -60,7 +60,7 @@ def one_device() -> NamedSharding:
     return NamedSharding(Mesh(np.array(jax.devices()[:1]), ("data",)), PartitionSpec())
 
 
-def test_windows_share_one_token_and_cross_no_shard() -> None:
+def test_windows_share_one_token_and_cross_no_shard():
     dataset = make_dataset(101, 5, 100, 11)
     assert dataset.num_windows == 10 + 0 + 9 + 1
     rows = dataset.read(np.arange(dataset.num_windows))
@@ -70,7 +70,7 @@ def test_windows_share_one_token_and_cross_no_shard() -> None:
 
 
 @pytest.mark.parametrize(("lengths", "batch"), [((801, 5, 900, 11), 8), ((1001,), 25), ((35,), 8), ((11,), 4)])
-def test_each_window_is_read_once_an_epoch(lengths: tuple[int, ...], batch: int) -> None:
+def test_each_window_is_read_once_an_epoch(lengths, batch):
     dataset = make_dataset(*lengths, batch=batch)
     windows = dataset.num_windows
     ids = np.concatenate([dataset.window_ids(step) for step in range(-(-5 * windows // batch))])
@@ -80,13 +80,13 @@ def test_each_window_is_read_once_an_epoch(lengths: tuple[int, ...], batch: int)
         assert len({tuple(epoch) for epoch in epochs.tolist()}) > 3  # shuffled anew
 
 
-def test_order_of_windows_depends_on_the_seed() -> None:
+def test_order_of_windows_depends_on_the_seed():
     first = make_dataset(5001).window_ids(0).tolist()
     assert first == make_dataset(5001).window_ids(0).tolist()
     assert first != make_dataset(5001, seed=1).window_ids(0).tolist()
 
 
-def test_order_of_windows_equals_the_golden_values() -> None:
+def test_order_of_windows_equals_the_golden_values():
     """A run resumed with newer libraries must go on in the same order."""
     dataset = make_dataset(1001, batch=6, seed=7)
     assert dataset.window_ids(0).tolist() == GOLDEN[0]
@@ -109,25 +109,20 @@ def read_by_processes(dataset: Dataset, step: int, *, processes: int, num_microb
 
 
 @pytest.mark.faults
-def test_o1_batches_do_not_depend_on_processes_or_accumulation() -> None:
+def test_o1_batches_do_not_depend_on_processes_or_accumulation():
     """Steps 0..500 cross 20 epochs; every layout starts anew at each step, as after a restart."""
-    rows = [make_dataset(1501, 501, batch=8).window_ids(step) for step in range(501)]
-    assert len(np.concatenate(rows)) > 20 * make_dataset(1501, 501).num_windows
+    dataset = make_dataset(1501, 501, batch=8)
+    rows = [dataset.window_ids(step) for step in range(501)]
+    assert len(np.concatenate(rows)) > 20 * dataset.num_windows
     layouts = [(processes, steps) for processes in (1, 2, 4, 8) for steps in (1, 2, 4, 8) if processes * steps <= 8]
-    for step in range(501):
-        expected = make_dataset(1501, 501).read(rows[step])
-        processes, num_microbatches = layouts[step % len(layouts)]
-        whole = read_by_processes(make_dataset(1501, 501), step, processes=processes, num_microbatches=num_microbatches)
-        assert np.array_equal(whole.reshape(8, 11), expected)
-    for processes, num_microbatches in layouts:
-        for step in (0, 24, 25, 26, 500):
-            whole = read_by_processes(
-                make_dataset(1501, 501), step, processes=processes, num_microbatches=num_microbatches
-            )
-            assert np.array_equal(whole.reshape(8, 11), make_dataset(1501, 501).read(rows[step]))
+    cases = [(step, layouts[step % len(layouts)]) for step in range(501)]
+    cases += [(step, layout) for layout in layouts for step in (0, 24, 25, 26, 500)]
+    for step, (processes, num_microbatches) in cases:
+        whole = read_by_processes(dataset, step, processes=processes, num_microbatches=num_microbatches)
+        assert np.array_equal(whole.reshape(8, 11), dataset.read(rows[step]))
 
 
-def test_batch_rows_fill_the_micro_batches_in_order() -> None:
+def test_batch_rows_fill_the_micro_batches_in_order():
     dataset = make_dataset(1001, batch=24)
     batch = dataset.batch(3, sharding=make_sharding((2, 4, 1)), num_microbatches=3)
     expected = dataset.read(dataset.window_ids(3))
@@ -136,11 +131,11 @@ def test_batch_rows_fill_the_micro_batches_in_order() -> None:
     assert all(np.array_equal(batch[r // 8, r % 8], expected[r]) for r in range(24))
 
 
-def test_process_reads_each_of_its_rows_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_reads_each_of_its_rows_once(monkeypatch):
     dataset, seen = make_dataset(1001, batch=16), []
     read = Dataset.read
 
-    def spy(self: Dataset, window_ids: np.ndarray) -> np.ndarray:
+    def spy(self, window_ids):
         seen.append(window_ids.tolist())
         return read(self, window_ids)
 
@@ -154,19 +149,17 @@ def test_process_reads_each_of_its_rows_once(monkeypatch: pytest.MonkeyPatch) ->
     assert np.array_equal(np.asarray(batch).reshape(16, 11), read(dataset, dataset.window_ids(0)))
 
 
-def test_batch_may_be_sharded_over_tokens() -> None:
+def test_batch_may_be_sharded_over_tokens():
     dataset = Dataset(make_split(1001), 7, 4, 0)
     batch = dataset.batch(0, sharding=make_sharding((2, 1, 4), (None, "data", "tensor")), num_microbatches=1)
     assert np.array_equal(np.asarray(batch)[0], dataset.read(dataset.window_ids(0)))
 
 
-def test_validation_reads_each_window_once_in_fixed_order() -> None:
+def test_validation_reads_each_window_once_in_fixed_order():
     datasets = [make_dataset(1001, batch=16, seed=seed) for seed in (0, 1)]
     assert datasets[0].num_validation_batches == 7
-    batches = [
-        np.concatenate([np.asarray(d.validation_batch(i, sharding=one_device(), num_microbatches=2)) for i in range(7)])
-        for d in datasets
-    ]
+    read = lambda d, index: d.validation_batch(index, sharding=one_device(), num_microbatches=2)  # noqa: E731
+    batches = [np.concatenate([read(d, index) for index in range(7)]) for d in datasets]
     assert np.array_equal(*batches)
     rows = batches[0].reshape(-1, 11)
     assert sorted(rows[:100, 0].tolist()) == list(range(0, 1000, 10))
@@ -176,18 +169,18 @@ def test_validation_reads_each_window_once_in_fixed_order() -> None:
     assert np.array_equal(beyond, np.full((1, 16, 11), -1))
 
 
-def test_batch_index_jumps_over_skipped_ranges() -> None:
+def test_batch_index_jumps_over_skipped_ranges():
     assert [batch_index(step) for step in range(4)] == [0, 1, 2, 3]
     skipped = [SkippedRange(2, 3), SkippedRange(2, 1), SkippedRange(5, 2)]
     assert [batch_index(step, skipped) for step in range(7)] == [0, 1, 6, 7, 8, 11, 12]
 
 
-def test_find_returns_where_a_window_starts() -> None:
+def test_find_returns_where_a_window_starts():
     dataset = make_dataset(31, 25)
     assert [dataset.locate(window) for window in range(5)] == [(0, 0), (0, 10), (0, 20), (1, 0), (1, 10)]
 
 
-def test_too_few_tokens_are_named() -> None:
+def test_too_few_tokens_are_named():
     for lengths, valid in (((9, 8), 8), ((8, 10), 9)):
         split = make_split(*lengths)
         with raises(DataError, split.paths[0], remedy=f"nearest valid: {valid}"):
@@ -197,7 +190,7 @@ def test_too_few_tokens_are_named() -> None:
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("dtype", "bad"), [("<u2", 65535), ("<u4", 60_000), ("<u4", 2**31 + 5)])
-def test_x1_a_bad_id_is_named_when_it_is_read(dtype: str, bad: int) -> None:
+def test_x1_a_bad_id_is_named_when_it_is_read(dtype, bad):
     split = make_split(101, 101, dtype=dtype, bad=(57, bad))
     dataset = Dataset(split, 10, 20, 0)
     assert dataset.read(np.arange(15)).max() < VOCAB_SIZE
@@ -213,7 +206,7 @@ def write_directory(directory: Path, *texts: str) -> None:
         (directory / f"train_{index}.bin").write_bytes(make_header(len(ids), dtype) + ids.tobytes())
 
 
-def test_document_text_joins_documents_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_document_text_joins_documents_up_to_a_limit(tmp_path, monkeypatch):
     write_directory(tmp_path, "first é", "second")
     tokenizer = load_tokenizer("bytes")
     split = open_split(str(tmp_path), "train", tokenizer=tokenizer)
@@ -224,14 +217,14 @@ def test_document_text_joins_documents_up_to_a_limit(tmp_path: Path, monkeypatch
         assert document_text(split, tokenizer, 10) == whole[:10]
 
 
-def test_batches_that_were_read_are_freed(tmp_path: Path) -> None:
+def test_batches_that_were_read_are_freed(tmp_path):
     """Both as memory of this process and as pages of mapped files."""
     ids = np.zeros(32 * 2**20, np.uint16)
     (tmp_path / "train.bin").write_bytes(make_header(len(ids), ids.dtype) + ids.tobytes())
     split = open_split(str(tmp_path), "train", tokenizer=load_tokenizer("bytes"))
     dataset = Dataset(split, 1024, 512, 0)
 
-    def resident() -> int:
+    def resident():
         status = Path("/proc/self/status").read_text().splitlines()
         return sum(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
 
@@ -249,21 +242,18 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def test_prefetcher_makes_each_batch_ahead_and_once() -> None:
-    made: list[int] = []
-    prefetcher = Prefetcher(lambda step: made.append(step) or step * 10, 5, depth=2)
-    wait_for(lambda: sorted(made) == [5, 6])
-    assert prefetcher.get(5) == 50
-    prefetcher.start(6)
-    wait_for(lambda: sorted(made) == [5, 6, 7])
-    for step in (6, 7, 8):
+@pytest.mark.parametrize(("stride", "depth"), [(1, 2), (4, 3)])
+def test_prefetcher_makes_each_batch_ahead_and_once(stride, depth):
+    made = []
+    prefetcher = Prefetcher(lambda step: made.append(step) or step * 10, 5, step=stride, depth=depth)
+    for number, step in enumerate(range(5, 5 + 4 * stride, stride)):
+        wait_for(lambda number=number: sorted(made) == [5 + n * stride for n in range(depth + number)])
         assert prefetcher.get(step) == step * 10
-        prefetcher.start(step + 1)
-    wait_for(lambda: sorted(made) == [5, 6, 7, 8, 9, 10])
+        prefetcher.start(step + stride)
     prefetcher.close()
 
 
-def test_prefetcher_get_starts_no_further_batch() -> None:
+def test_prefetcher_get_starts_no_further_batch():
     """On a busy CPU what was started would run in place of the thread that needs the batch."""
     made: list[int] = []
     prefetcher = Prefetcher(lambda step: made.append(step) or step, 0, depth=2)
@@ -275,24 +265,14 @@ def test_prefetcher_get_starts_no_further_batch() -> None:
     assert sorted(made) == [0, 1, 2]
 
 
-def test_prefetcher_makes_batches_in_other_threads() -> None:
+def test_prefetcher_makes_batches_in_other_threads():
     prefetcher = Prefetcher(lambda step: threading.get_ident(), 0)
     assert prefetcher.get(0) != threading.get_ident()
     prefetcher.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
-def test_prefetcher_follows_its_stride() -> None:
-    made: list[int] = []
-    prefetcher = Prefetcher(lambda step: made.append(step) or step, 0, step=4, depth=3)
-    for step in (0, 4, 8):
-        assert prefetcher.get(step) == step
-        prefetcher.start(step + 4)
-    wait_for(lambda: sorted(made) == [0, 4, 8, 12, 16, 20])
-    prefetcher.close()
-
-
-def test_prefetcher_gives_any_step() -> None:
+def test_prefetcher_gives_any_step():
     prefetcher = Prefetcher(lambda step: step * 10, 0)
     for step in (7, 8, 3, 3, 100, 0):
         assert prefetcher.get(step) == step * 10
@@ -303,13 +283,8 @@ def test_prefetcher_gives_any_step() -> None:
     prefetcher.close()
 
 
-def test_prefetcher_reraises_errors_of_its_threads() -> None:
-    def make(step: int) -> int:
-        if step == 1:
-            raise DataError("step 1")
-        return step
-
-    prefetcher = Prefetcher(make, 0)
+def test_prefetcher_reraises_errors_of_its_threads():
+    prefetcher = Prefetcher(lambda step: failing(DataError("step 1"))() if step == 1 else step, 0)
     assert prefetcher.get(0) == 0
     with raises(DataError, match="step 1"):
         prefetcher.get(1)

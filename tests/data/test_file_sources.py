@@ -19,21 +19,29 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.data import preparation
 from gptjax.data.file_sources import find_files, open_files
-from gptjax.data.meta import read_meta
 from gptjax.data.prepare import main as prepare_main
-from gptjax.data.prepare import prepare
 from gptjax.data.readers import Reading
 from gptjax.data.sources import canonical_name
 from gptjax.data.text_files import CHECKED_BYTES, check_encoding
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.data.tokens import open_split
 from gptjax.errors import ConfigError, DataError
-from tests.data.corpus import TEXTS, WRITERS, as_csv, as_parquet, as_text, compress, read_shards
+from tests.data.corpus import (
+    BYTES,
+    TEXTS,
+    WRITERS,
+    as_csv,
+    as_parquet,
+    as_text,
+    compress,
+    documents_of,
+    interrupted,
+    prepared,
+    read_shards,
+)
 from tests.helpers import raises
 
-BYTES = load_tokenizer("bytes")
 GPT2 = load_tokenizer("gpt2")
 
 
@@ -46,7 +54,7 @@ def texts_of(kind, path, **options):
 
 
 def shards(kind, path, out, *, tokenizer=BYTES):
-    prepare(source=f"{kind}:{path}", tokenizer=tokenizer, out=str(out), log=lambda line: None, shard_tokens=2000)
+    prepared(f"{kind}:{path}", out, tokenizer=tokenizer, shard_tokens=2000)
     return read_shards(out)
 
 
@@ -93,9 +101,8 @@ def test_hidden_files_and_linked_folders_are_counted(tmp_path):
     assert [os.path.basename(path) for path in found.paths] == ["file_link", "seen"]
     assert found.describe() == "left out: 2 hidden files or folders and 1 linked folders"
     assert open_files("text", str(tmp_path / "real"), Reading()).left_out == found.describe()
-    lines = []
     (tmp_path / "real/more").write_text("y" * 3000)
-    prepare(source=f"text:{tmp_path}/real", tokenizer=BYTES, out=str(tmp_path / "out"), log=lines.append)
+    lines = prepared(f"text:{tmp_path}/real", tmp_path / "out")
     assert lines[0] == f"text:{tmp_path}/real: {found.describe()}"
 
 
@@ -142,15 +149,11 @@ def test_parquet_taken_for_text_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["PAR1S is a city", "%PDF- is how they begin", "GIF8", "\ufffd" * 500, "日本語\n" * 10_000, "", "a\x07b\x1b[0m"],
-)
+    ["PAR1S is a city", "%PDF- is how they begin", "GIF8", "\ufffd" * 500, "日本語\n" * 10_000, "", "a\x07b\x1b[0m",
+     "a" * (CHECKED_BYTES - 1) + "é" * 10],
+    ids=range(8),
+)  # fmt: skip
 def test_text_of_any_letters_is_read(tmp_path, text):
-    (tmp_path / "file").write_text(text, encoding="utf-8")
-    assert texts_of("text", tmp_path / "file") == [text]
-
-
-def test_letters_that_cross_the_pieces_are_kept(tmp_path):
-    text = "a" * (CHECKED_BYTES - 1) + "é" * 10
     (tmp_path / "file").write_text(text, encoding="utf-8")
     assert texts_of("text", tmp_path / "file") == [text]
 
@@ -170,9 +173,7 @@ def test_byte_order_mark_is_dropped(tmp_path):
 def test_encoding_is_used_for_every_kind_of_text(tmp_path, encoding):
     texts = ["café", "über"]
     (tmp_path / "lines").write_bytes("\n".join(texts).encode(encoding))
-    (tmp_path / "jsonl").write_bytes(
-        "\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in texts).encode(encoding)
-    )
+    (tmp_path / "jsonl").write_bytes('{"text": "café"}\n{"text": "über"}'.encode(encoding))
     (tmp_path / "csv").write_bytes("text\ncafé\nüber\n".encode(encoding))
     for kind in ("lines", "jsonl", "csv"):
         assert texts_of(kind, tmp_path / kind, encoding=encoding) == texts
@@ -233,8 +234,7 @@ def test_bad_row_is_named_or_skipped_and_counted(tmp_path, name):
     with raises(DataError, f"{path}:3", match=problem):
         documents("jsonl", path)
     assert len(documents("jsonl", path, skip_bad=True)) == 4
-    lines = []
-    prepare(source=f"jsonl:{path}", tokenizer=BYTES, out=str(tmp_path / "out"), log=lines.append, skip_bad=True)
+    lines = prepared(f"jsonl:{path}", tmp_path / "out", skip_bad=True)
     assert f"jsonl:{path}: left out 1 bad rows" in lines
 
 
@@ -312,28 +312,18 @@ def test_pipe_is_read_once(tmp_path):
 
 
 def test_interrupted_pipe_starts_over_with_all_of_the_next_one(tmp_path, monkeypatch):
-    real = preparation.write_journal
-
-    def stop(partial, journal):
-        real(partial, journal)
-        raise KeyboardInterrupt
-
     def give(texts):
         stream = io.BytesIO("".join(f"{text}\n" for text in texts).encode())
         monkeypatch.setattr("sys.stdin", types.SimpleNamespace(buffer=io.BufferedReader(stream)))
 
-    options = {"source": "lines:-", "tokenizer": BYTES, "window": 1, "log": lambda line: None}
     give(TEXTS)
-    monkeypatch.setattr(preparation, "BATCH_BYTES", 1000)
-    monkeypatch.setattr(preparation, "write_journal", stop)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(out=str(tmp_path / "out"), **options)
-    monkeypatch.setattr(preparation, "write_journal", real)
+    with interrupted(monkeypatch, groups=1, batch_bytes=1000):
+        prepared("lines:-", tmp_path / "out", window=1)
     others = [f"other {text}" for text in TEXTS]
     give(others)
-    prepare(out=str(tmp_path / "out"), **options)
-    meta = read_meta(str(tmp_path / "out"))
-    assert sum(split.documents for split in meta.splits.values()) == len(others)
+    prepared("lines:-", tmp_path / "out", window=1)
+    found = [text for split in ("train", "validation") for text in documents_of(tmp_path / "out", split)]
+    assert sorted(found) == sorted(others)
 
 
 def test_home_directory_is_expanded(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Several processes or machines write the bytes that one process writes."""
 
+import functools
 import json
 import os
 import shutil
@@ -12,22 +13,16 @@ import pytest
 
 from gptjax.data import preparation, workers
 from gptjax.data.characters import FORMAT
-from gptjax.data.prepare import main, prepare
+from gptjax.data.prepare import main
 from gptjax.data.source import Document, Place
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.errors import ConfigError, DataError, UnavailableError
-from tests.data.corpus import TEXTS, WRITERS, as_text, as_tfds, compress, read_shards
+from tests.data import corpus
+from tests.data.corpus import BYTES, TEXTS, WRITERS, as_text, as_tfds, compress, read_shards
 from tests.data.test_prepare import KILLER
 from tests.helpers import raises
 
-BYTES = load_tokenizer("bytes")
-
-
-def prepared(path, out, **options):
-    lines = []
-    arguments = {"tokenizer": BYTES, "shard_tokens": 2000, "window": 50} | options
-    prepare(source=str(path), out=str(out), log=lines.append, **arguments)
-    return lines
+prepared = functools.partial(corpus.prepared, shard_tokens=2000, window=50)
 
 
 def prepare_parts(path, out, count, **options):

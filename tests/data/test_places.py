@@ -1,5 +1,6 @@
 """Reading continues in the middle of a source, and a long text comes in sections with the tokens of the whole."""
 
+import functools
 import gzip
 import itertools
 import json
@@ -11,18 +12,18 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from gptjax.data import preparation, readers, sections
+from gptjax.data import readers, sections
 from gptjax.data.file_sources import open_files
 from gptjax.data.patterns import BYTES_PATTERN, KNOWN, WHOLE_PATTERN
-from gptjax.data.prepare import prepare
 from gptjax.data.readers import Reading
 from gptjax.data.source import Place
 from gptjax.data.tokenizer import load_tokenizer, make_tokenizer
 from gptjax.errors import DataError
-from tests.data.corpus import TEXTS, WRITERS, compress, read_shards
+from tests.data import corpus
+from tests.data.corpus import BYTES, TEXTS, WRITERS, compress, interrupted, read_shards
 from tests.helpers import raises
 
-BYTES = load_tokenizer("bytes")
+prepared = functools.partial(corpus.prepared, shard_tokens=2000, window=50)  # 50: no second pass
 KINDS = ["text", "lines", "jsonl", "csv", "parquet", "lines.gz", "jsonl.xz"]
 
 
@@ -57,41 +58,19 @@ def test_parts_hold_each_document_once_in_order(tmp_path, kind, count):
         assert all(parts)
 
 
-def interrupt(path, kind, out, monkeypatch, **options):
-    """Prepares until some groups of documents are on disk."""
-    write_journal, count = preparation.write_journal, iter(range(9))
-
-    def stop(partial, journal):
-        write_journal(partial, journal)
-        if next(count) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(preparation, "BATCH_BYTES", 2500)
-        patch.setattr(preparation, "write_journal", stop)
-        with pytest.raises(KeyboardInterrupt):
-            prepare_quietly(path, kind, out, **options)
-
-
-def prepare_quietly(path, kind, out, **options):
-    lines = []
-    arguments = {"tokenizer": BYTES, "shard_tokens": 2000, "window": 50} | options  # 50: no second pass
-    prepare(source=f"{kind}:{path}", out=str(out), log=lines.append, **arguments)
-    return lines
-
-
 @pytest.mark.parametrize("kind", ["lines", "jsonl", "parquet"])
 def test_resume_does_not_read_the_rows_before_it(tmp_path, kind, monkeypatch):
     """The rows that were read before are damaged, and nothing notices."""
     kind, path = write(tmp_path, kind)
-    prepare_quietly(path, kind, tmp_path / "expected")
-    interrupt(path, kind, tmp_path / "out", monkeypatch)
+    prepared(f"{kind}:{path}", tmp_path / "expected")
+    with interrupted(monkeypatch, groups=3, batch_bytes=2500):
+        prepared(f"{kind}:{path}", tmp_path / "out")
     state = path.stat()
     content = bytearray(path.read_bytes())
     content[10:1500] = b"\0" * 1490 if kind == "parquet" else b"?" * 1490
     path.write_bytes(content)
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    lines = prepare_quietly(path, kind, tmp_path / "out")
+    lines = prepared(f"{kind}:{path}", tmp_path / "out")
     assert lines[0].startswith("continuing after")
     assert read_shards(tmp_path / "out") == read_shards(tmp_path / "expected")
 
@@ -105,8 +84,9 @@ def test_resume_counts_each_bad_row_once(tmp_path, kind, monkeypatch):
     if kind == "csv":
         path.write_bytes(path.read_bytes().replace(b",\r\n", b"\r\n"))  # rows without the field
     path = compress(path, f".{suffix}") if suffix else path
-    interrupt(path, kind, tmp_path / "out", monkeypatch, skip_bad=True)
-    lines = prepare_quietly(path, kind, tmp_path / "out", skip_bad=True)
+    with interrupted(monkeypatch, groups=3, batch_bytes=2500):
+        prepared(f"{kind}:{path}", tmp_path / "out", skip_bad=True)
+    lines = prepared(f"{kind}:{path}", tmp_path / "out", skip_bad=True)
     assert f"{kind}:{path}: left out {texts.count(None)} bad rows" in lines
 
 
@@ -121,12 +101,13 @@ def test_bad_row_after_a_resume_is_named_by_its_number(tmp_path):
 
 def test_file_written_since_the_interruption_is_read_from_its_start(tmp_path, monkeypatch):
     kind, path = write(tmp_path, "lines")
-    interrupt(path, kind, tmp_path / "out", monkeypatch)
+    with interrupted(monkeypatch, groups=3, batch_bytes=2500):
+        prepared(f"{kind}:{path}", tmp_path / "out")
     content = path.read_text().replace("document 1:", "DOCUMENT 1:")
     path.write_text(content)
     os.utime(path, ns=(1, 1))  # the size is the same, and the time might be
-    assert "starting over" in prepare_quietly(path, kind, tmp_path / "out")[0]
-    prepare_quietly(path, kind, tmp_path / "expected")
+    assert "starting over" in prepared(f"{kind}:{path}", tmp_path / "out")[0]
+    prepared(f"{kind}:{path}", tmp_path / "expected")
     assert read_shards(tmp_path / "out") == read_shards(tmp_path / "expected")
 
 
@@ -172,14 +153,15 @@ def test_long_texts_give_the_same_shards_in_sections(tmp_path, name, count, monk
             json.dumps({"format": "gptjax-characters-1", "name": "c", "characters": "\n 0123456789adeilnorswx"})
         )
         tokenizer = load_tokenizer(str(tmp_path / "characters.json"))
-    prepare_quietly(folder, "text", tmp_path / "expected", tokenizer=tokenizer)
+    prepared(f"text:{folder}", tmp_path / "expected", tokenizer=tokenizer)
     monkeypatch.setattr(readers, "LONG_TEXT", 1000)
     monkeypatch.setattr(sections, "SECTION", 700)
     documents = list(open_files("text", str(folder), Reading()).read(Place(), None))
     assert len(documents) > 8 * count
     if (name, count) != ("unknown", 1):  # which is two documents without sections
-        interrupt(folder, "text", tmp_path / "out", monkeypatch, tokenizer=tokenizer)
-    lines = prepare_quietly(folder, "text", tmp_path / "out", tokenizer=tokenizer)
+        with interrupted(monkeypatch, groups=3, batch_bytes=2500):
+            prepared(f"text:{folder}", tmp_path / "out", tokenizer=tokenizer)
+    lines = prepared(f"text:{folder}", tmp_path / "out", tokenizer=tokenizer)
     assert ("continuing" in lines[0]) == ((name, count) != ("unknown", 1))
     assert read_shards(tmp_path / "out") == read_shards(tmp_path / "expected")
 

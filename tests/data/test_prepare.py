@@ -4,10 +4,10 @@ import dataclasses
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +15,15 @@ import pytest
 from gptjax.config import DataConfig
 from gptjax.data import preparation, progress, tokens
 from gptjax.data.meta import read_meta
-from gptjax.data.prepare import default_path, ensure_prepared, prepare
+from gptjax.data.prepare import default_path, ensure_prepared
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.data.tokens import open_split
 from gptjax.errors import ConfigError, DataError, WorkdirError
+from tests.data.corpus import BYTES, documents_of, interrupted
+from tests.data.corpus import prepared as prepare_quietly
 from tests.helpers import raises
 
 ROOT = Path(__file__).parents[2]
-TOKENIZER = load_tokenizer("bytes")
 SHARD_TOKENS = 3000
 
 # Runs prepare in children that kill themselves at the n-th time something reaches the disk, until one is left alive.
@@ -71,14 +72,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def prepare_corpus(corpus: Path, out: Path, lines: list[str] | None = None, **options: Any) -> None:
-    arguments: dict[str, Any] = {
-        "source": f"text:{corpus}",
-        "val_fraction": 0.2,
-        "shard_tokens": SHARD_TOKENS,
-    } | options
-    log = print if lines is None else lines.append
-    prepare(tokenizer=TOKENIZER, out=str(out), log=log, **arguments)
+def prepare_corpus(corpus, out, **options):
+    settings = {"source": f"text:{corpus}", "val_fraction": 0.2, "shard_tokens": SHARD_TOKENS} | options
+    return prepare_quietly(settings.pop("source"), out, **settings)
 
 
 def command(corpus: Path, out: Path) -> list[str]:
@@ -97,15 +93,7 @@ def read_all(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def documents_of(folder: Path, split: str) -> list[str]:
-    shards = open_split(str(folder), split, tokenizer=TOKENIZER).shards
-    ids = np.concatenate([shard.read() for shard in shards])
-    assert ids[-1] == TOKENIZER.eot_id
-    parts = np.split(ids, np.flatnonzero(ids == TOKENIZER.eot_id) + 1)[:-1]
-    return [TOKENIZER.decode(part[:-1]) for part in parts]
-
-
-def test_every_document_is_in_one_split(corpus: Path, prepared: Path) -> None:
+def test_every_document_is_in_one_split(corpus, prepared):
     texts = [text for path in sorted(corpus.iterdir()) if (text := path.read_text())]
     train, validation = documents_of(prepared, "train"), documents_of(prepared, "validation")
     assert sorted(train + validation) == sorted(texts)
@@ -115,9 +103,8 @@ def test_every_document_is_in_one_split(corpus: Path, prepared: Path) -> None:
     assert train == [text for text in texts if text in set(train)]  # in the order of the source
 
 
-def test_meta_counts_documents_bytes_and_tokens(prepared: Path) -> None:
+def test_meta_counts_documents_bytes_and_tokens(prepared):
     meta = read_meta(str(prepared))
-    assert meta is not None
     for split in ("train", "validation"):
         documents, part = documents_of(prepared, split), meta.splits[split]
         assert part.documents == len(documents)
@@ -126,11 +113,11 @@ def test_meta_counts_documents_bytes_and_tokens(prepared: Path) -> None:
         assert [shard.tokens for shard in part.shards[:-1]] == [SHARD_TOKENS] * (len(part.shards) - 1)
     assert len(meta.splits["train"].shards) > 3
     assert (meta.eot_position, meta.eot_id, meta.tokenizer) == ("last", 256, "bytes")
-    assert load_tokenizer(str(prepared / "tokenizer.json")).sha256 == TOKENIZER.sha256
+    assert load_tokenizer(str(prepared / "tokenizer.json")).sha256 == BYTES.sha256
     tokens.verify(str(prepared))
 
 
-def test_the_split_does_not_depend_on_the_other_documents(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+def test_the_split_does_not_depend_on_the_other_documents(corpus, prepared, tmp_path):
     few = tmp_path / "few"
     few.mkdir()
     for path in sorted(corpus.iterdir())[20:45]:
@@ -141,9 +128,7 @@ def test_the_split_does_not_depend_on_the_other_documents(corpus: Path, prepared
 
 
 @pytest.mark.parametrize("batch_bytes", [1, 5000])
-def test_batches_do_not_change_the_result(
-    corpus: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_bytes: int
-) -> None:
+def test_batches_do_not_change_the_result(corpus, prepared, tmp_path, monkeypatch, batch_bytes):
     monkeypatch.setattr(preparation, "BATCH_BYTES", batch_bytes)
     prepare_corpus(corpus, tmp_path / "out")
     assert read_all(tmp_path / "out") == read_all(prepared)
@@ -152,9 +137,7 @@ def test_batches_do_not_change_the_result(
 
 @pytest.mark.faults
 @pytest.mark.parametrize("every", [0, 50, 90])
-def test_k1_prepare_killed_at_every_write_ends_byte_equal(
-    corpus: Path, prepared: Path, tmp_path: Path, every: int
-) -> None:
+def test_k1_prepare_killed_at_every_write_ends_byte_equal(corpus, prepared, tmp_path, every):
     """every=0: killed at the 2nd, then at the 4th, ... write; else each run gets so far, or to its end."""
     out = tmp_path / "out"
     arguments = [sys.executable, "-c", KILLER, str(every), *command(corpus, out)]
@@ -167,42 +150,27 @@ def test_k1_prepare_killed_at_every_write_ends_byte_equal(
     assert os.listdir(tmp_path) == ["out"]
 
 
-def interrupt(corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch, batches: int = 3) -> None:
-    """Leaves a preparation as a kill after some batches would."""
-    write, count = preparation.write_journal, iter(range(10**9))
-
-    def stop(partial: str, journal: preparation.Journal) -> None:
-        write(partial, journal)
-        if next(count) == batches - 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(preparation, "BATCH_BYTES", 4000)
-        patch.setattr(preparation, "write_journal", stop)
-        with pytest.raises(KeyboardInterrupt):
-            prepare_corpus(corpus, out)
+def interrupt(corpus, out, monkeypatch):
+    """Leaves a preparation as a kill after some groups of documents would."""
+    with interrupted(monkeypatch, groups=3, batch_bytes=4000):
+        prepare_corpus(corpus, out)
 
 
 @pytest.mark.faults
-def test_k1_bytes_written_after_the_journal_are_removed(
-    corpus: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_k1_bytes_written_after_the_journal_are_removed(corpus, prepared, tmp_path, monkeypatch):
     interrupt(corpus, tmp_path / "out", monkeypatch)
     shards = tmp_path / "out.partial" / "shards"
     with open(max(shards.glob("train*")), "ab") as file:
         file.write(b"torn write" * 500)
     (shards / "train_000099.bin").write_bytes(b"later shard")
-    lines: list[str] = []
-    prepare_corpus(corpus, tmp_path / "out", lines)
+    lines = prepare_corpus(corpus, tmp_path / "out")
     assert lines[0].startswith("continuing after")
     assert read_all(tmp_path / "out") == read_all(prepared)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", ["lock", "shards/train_000000.bin", "shards/train_000001.bin"])
-def test_l2_a_link_in_an_unfinished_preparation_is_not_written_through(
-    name: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_l2_a_link_in_an_unfinished_preparation_is_not_written_through(name, corpus, tmp_path, monkeypatch):
     interrupt(corpus, tmp_path / "out", monkeypatch)
     outside, path = tmp_path / "outside", tmp_path / "out.partial" / name
     content = path.read_bytes() if path.exists() else b""
@@ -215,9 +183,7 @@ def test_l2_a_link_in_an_unfinished_preparation_is_not_written_through(
 
 
 @pytest.mark.faults
-def test_x1_shard_shorter_than_the_journal_is_refused(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_x1_shard_shorter_than_the_journal_is_refused(corpus, tmp_path, monkeypatch):
     interrupt(corpus, tmp_path / "out", monkeypatch)
     path = f"{tmp_path}/out.partial/shards/train_000000.bin"
     os.truncate(path, 1500)
@@ -227,13 +193,8 @@ def test_x1_shard_shorter_than_the_journal_is_refused(
 
 @pytest.mark.faults
 @pytest.mark.parametrize("change", ["text", "name", "fewer", "journal"])
-def test_o2_changed_source_restarts_the_preparation(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
-) -> None:
-    copy = tmp_path / "corpus"
-    copy.mkdir()
-    for path in corpus.iterdir():
-        (copy / path.name).write_text(path.read_text())
+def test_o2_changed_source_restarts_the_preparation(corpus, tmp_path, monkeypatch, change):
+    copy = shutil.copytree(corpus, tmp_path / "corpus")
     interrupt(copy, tmp_path / "out", monkeypatch)
     if change == "text":
         (copy / "001.txt").write_text("changed")
@@ -245,37 +206,31 @@ def test_o2_changed_source_restarts_the_preparation(
         (copy / "zz.txt").write_text("x" * 10 + "\n")
     if change == "journal":
         (tmp_path / "out.partial" / "journal.json").write_text("{")
-    lines: list[str] = []
-    prepare_corpus(copy, tmp_path / "out", lines)
+    lines = prepare_corpus(copy, tmp_path / "out")
     assert [line for line in lines if "starting over" in line] or change == "journal"
-    prepare_corpus(copy, tmp_path / "twin", lines)
-    assert read_all(tmp_path / "out") == read_all(tmp_path / "twin")
+    prepare_corpus(copy, tmp_path / "reference")
+    assert read_all(tmp_path / "out") == read_all(tmp_path / "reference")
 
 
-def test_changed_settings_restart_the_preparation(
-    corpus: Path, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, lines = tmp_path / "out", []
+def test_changed_settings_restart_the_preparation(corpus, prepared, tmp_path, monkeypatch):
+    out = tmp_path / "out"
     interrupt(corpus, out, monkeypatch)
-    prepare_corpus(corpus, out, lines, val_fraction=0.4)
+    lines = prepare_corpus(corpus, out, val_fraction=0.4)
     assert "other settings, or its files have changed: starting over" in lines[0]
     assert read_all(out) != read_all(prepared)
 
 
-def test_existing_output_is_kept_or_refused(corpus: Path, prepared: Path, tmp_path: Path) -> None:
-    before, lines = read_all(prepared), []
-    prepare_corpus(corpus, prepared, lines)
-    assert "already prepared" in lines[0]
-    renamed = dataclasses.replace(TOKENIZER, name="copy")
-    options = {"source": f"text:{corpus}", "out": str(prepared), "log": lines.append, "val_fraction": 0.2}
-    prepare(tokenizer=renamed, **options, shard_tokens=SHARD_TOKENS)
-    assert "already prepared" in lines[1]
+def test_existing_output_is_kept_or_refused(corpus, prepared, tmp_path):
+    before = read_all(prepared)
+    for tokenizer in (BYTES, dataclasses.replace(BYTES, name="copy")):
+        lines = prepare_corpus(corpus, prepared, tokenizer=tokenizer)
+        assert "already prepared" in lines[0]
     with raises(ConfigError, str(prepared), match=f"shard_tokens={SHARD_TOKENS}, and shard_tokens is 50"):
-        prepare(tokenizer=renamed, **options, shard_tokens=50)
+        prepare_corpus(corpus, prepared, shard_tokens=50)
     with raises(ConfigError, str(prepared), remedy="choose another --out", match=f"source text:{corpus}"):
         prepare_corpus(corpus, prepared, source=f"lines:{corpus}")
     with raises(ConfigError, str(prepared), match="tokenizer bytes"):
-        prepare(source=f"text:{corpus}", tokenizer=load_tokenizer("gpt2"), out=str(prepared))
+        prepare_corpus(corpus, prepared, tokenizer=load_tokenizer("gpt2"))
     assert read_all(prepared) == before
     (tmp_path / "mine.txt").write_text("precious")
     for path in (tmp_path, tmp_path / "mine.txt"):
@@ -287,7 +242,7 @@ def test_existing_output_is_kept_or_refused(corpus: Path, prepared: Path, tmp_pa
 
 
 @pytest.mark.faults
-def test_l1_waiting_preparations_continue_after_the_holder_dies(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+def test_l1_waiting_preparations_continue_after_the_holder_dies(corpus, prepared, tmp_path):
     """One prepares, the other waits and finds it done; the lock of a killed process is free."""
     out = tmp_path / "out"
     slow = (
@@ -297,18 +252,15 @@ def test_l1_waiting_preparations_continue_after_the_holder_dies(corpus: Path, pr
         "prepare.main([a for a in sys.argv if a.startswith('--')])"
     )
 
-    def start(seconds: float) -> subprocess.Popen[str]:
+    def start(seconds):
         arguments = [sys.executable, "-c", slow, str(seconds), *command(corpus, out)]
         return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
     with start(60) as dead:
-        assert dead.stdout is not None
         assert dead.stdout.readline() == "batch\n"
         with start(0) as waiting, start(0) as third:
-            assert waiting.stdout is not None
-            assert "another process is preparing it: waiting" in waiting.stdout.readline()
-            assert third.stdout is not None
-            assert "another process is preparing it: waiting" in third.stdout.readline()
+            for process in (waiting, third):
+                assert "another process is preparing it: waiting" in process.stdout.readline()
             dead.kill()
             said = waiting.communicate(timeout=120)[0] + third.communicate(timeout=30)[0]
     assert (waiting.returncode, third.returncode) == (0, 0)
@@ -318,9 +270,7 @@ def test_l1_waiting_preparations_continue_after_the_holder_dies(corpus: Path, pr
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_missing_source_leaves_nothing_and_loses_no_progress(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_source_leaves_nothing_and_loses_no_progress(corpus, tmp_path, monkeypatch):
     with raises(ConfigError, "data.source", value=f"text:{tmp_path}/none"):
         prepare_corpus(tmp_path / "none", tmp_path / "out")
     assert not os.listdir(tmp_path)
@@ -331,25 +281,24 @@ def test_missing_source_leaves_nothing_and_loses_no_progress(
     with raises(ConfigError, "data.source", value=f"text:{moved}"):
         prepare_corpus(moved, tmp_path / "out")
     moved.symlink_to(corpus)
-    lines: list[str] = []
-    prepare_corpus(moved, tmp_path / "out", lines)  # what was done is not lost
+    lines = prepare_corpus(moved, tmp_path / "out")  # what was done is not lost
     assert lines[0].startswith("continuing after")
 
 
-def test_output_directory_inside_the_source_is_refused(corpus: Path) -> None:
+def test_output_directory_inside_the_source_is_refused(corpus):
     with raises(ConfigError, f"{corpus}/data", remedy="choose another --out", match="inside"):
         prepare_corpus(corpus, corpus / "data")
     assert not (corpus / "data.partial").exists()
 
 
-def test_bad_arguments_are_refused(corpus: Path, tmp_path: Path) -> None:
+def test_bad_arguments_are_refused(corpus, tmp_path):
     for name, value in (("val_fraction", 0.0), ("val_fraction", 1.0), ("val_fraction", np.nan), ("shard_tokens", 0)):
         with raises(ConfigError, name, value=value):
             prepare_corpus(corpus, tmp_path / "out", **{name: value})
     assert not os.listdir(tmp_path)
 
 
-def test_default_path_is_unique_per_source_and_tokenizer() -> None:
+def test_default_path_is_unique_per_source_and_tokenizer():
     assert default_path("stdlib", "gpt2") == "data/stdlib-gpt2"
     assert default_path("tfds:wiki40b/en", "bytes") == "data/tfds-wiki40b-en-bytes"
     directories = [default_path(f"tfds:{path}/1.0.0", "bytes") for path in ("/a/b-c", "/a-b/c", "~/c")]
@@ -364,9 +313,7 @@ def test_default_path_is_unique_per_source_and_tokenizer() -> None:
     assert default_path("text:/a/b/", "gpt2") == default_path("text:/a/b", "gpt2")
 
 
-def test_ensure_prepared_prepares_once(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_ensure_prepared_prepares_once(corpus, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     config = DataConfig(source=f"text:{corpus}", tokenizer="bytes")
     with caplog.at_level(logging.INFO, "gptjax"):
@@ -377,14 +324,14 @@ def test_ensure_prepared_prepares_once(
     with caplog.at_level(logging.INFO, "gptjax"):
         assert ensure_prepared(config) == path
     assert not caplog.text
-    assert open_split(path, "train", tokenizer=TOKENIZER).tokens > 0
+    assert open_split(path, "train", tokenizer=BYTES).tokens > 0
 
 
-def test_ensure_prepared_uses_existing_data(prepared: Path) -> None:
+def test_ensure_prepared_uses_existing_data(prepared):
     assert ensure_prepared(DataConfig(source="tfds:lm1b", path=str(prepared))) == str(prepared)
 
 
-def test_ensure_prepared_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ensure_prepared_downloads_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = "--source=tfds:lm1b --tokenizer=gpt2 '--text_feature=a b' --out=data/tfds-lm1b-gpt2"
     with raises(ConfigError, "data/tfds-lm1b-gpt2", remedy=f"run: python -m gptjax.data.prepare {flags}"):
@@ -392,7 +339,7 @@ def test_ensure_prepared_downloads_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert not os.listdir(tmp_path)
 
 
-def test_ensure_prepared_never_fills_a_path_that_was_given(corpus: Path, tmp_path: Path) -> None:
+def test_ensure_prepared_never_fills_a_path_that_was_given(corpus, tmp_path):
     path = tmp_path / "typo"
     with raises(ConfigError, "data.path", value=str(path), remedy=f"--out={path}"):
         ensure_prepared(DataConfig(source=f"text:{corpus}", path=str(path)), load_tokenizer("bytes"))
@@ -404,7 +351,7 @@ def run_cli(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_command_line_prepares_and_verifies(corpus: Path, prepared: Path, tmp_path: Path) -> None:
+def test_command_line_prepares_and_verifies(corpus, prepared, tmp_path):
     run = run_cli(*command(corpus, tmp_path / "out"))
     assert (run.returncode, run.stderr) == (0, "")
     assert re.search(r"out: [\d,]+ tokens to train on, [\d,]+ to validate, bytes ids", run.stdout)
@@ -419,27 +366,21 @@ def test_command_line_prepares_and_verifies(corpus: Path, prepared: Path, tmp_pa
 @pytest.mark.parametrize(
     ("flags", "code"),
     [
-        (["--source=bogus"], 2),
-        (["--source=text:/no/such/place"], 2),
-        (["--tokenizer=bogus"], 2),
-        (["--val_fraction=2"], 2),
-        (["--no_such_flag"], 2),
-        (["--source=stdlib", "--out=/dev/null/data"], 73),
+        (["--source=bogus"], 2), (["--source=text:/no/such/place"], 2), (["--tokenizer=bogus"], 2),
+        (["--val_fraction=2"], 2), (["--no_such_flag"], 2), (["--source=stdlib", "--out=/dev/null/data"], 73),
         (["--verify", "--out=/no/such/place"], 65),
     ],
-)
-def test_mistakes_exit_with_a_code_and_no_traceback(flags: list[str], code: int) -> None:
+)  # fmt: skip
+def test_mistakes_exit_with_a_code_and_no_traceback(flags, code):
     run = run_cli(*flags)
     assert run.returncode == code
     assert run.stderr
     assert "Traceback" not in run.stderr
 
 
-def test_stdlib_is_prepared_with_the_bytes_tokenizer(tmp_path: Path) -> None:
-    lines: list[str] = []
-    prepare(source="stdlib", tokenizer=TOKENIZER, out=str(tmp_path / "out"), log=lines.append)
+def test_stdlib_is_prepared_with_the_bytes_tokenizer(tmp_path):
+    lines = prepare_quietly("stdlib", tmp_path / "out")
     meta = read_meta(str(tmp_path / "out"))
-    assert meta is not None
     train, validation = meta.splits["train"], meta.splits["validation"]
     assert train.bytes > 8e6
     assert 0.01 < validation.bytes / train.bytes < 0.15
@@ -447,13 +388,12 @@ def test_stdlib_is_prepared_with_the_bytes_tokenizer(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_progress_line_states_the_remaining_time(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_line_states_the_remaining_time(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "BATCH_BYTES", 4000)
     monkeypatch.setattr(progress, "REPORT_SECONDS", 0.0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
-    lines: list[str] = []
-    prepare_corpus(corpus, tmp_path / "out", lines)
+    lines = prepare_corpus(corpus, tmp_path / "out")
     assert re.fullmatch(r"\d+ documents, [\d,]+ tokens, ETA \d+ s", lines[1])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    prepare_corpus(corpus, tmp_path / "again", lines)
+    prepare_corpus(corpus, tmp_path / "again")
     assert read_all(tmp_path / "out") == read_all(tmp_path / "again")

@@ -13,13 +13,12 @@ import tensorflow_datasets as tfds
 from huggingface_hub import constants
 
 from gptjax.data import tfds_source
-from gptjax.data.prepare import prepare
 from gptjax.data.readers import Reading
 from gptjax.data.source import Source
 from gptjax.data.sources import canonical_name, needs_network, open_source
-from gptjax.data.tokenizer import load_tokenizer
 from gptjax.errors import ConfigError, DataError, UnavailableError
-from tests.helpers import raises
+from tests.data import corpus
+from tests.helpers import failing, raises
 
 BODY = Reading(text_feature="body")
 
@@ -38,7 +37,7 @@ def write_tree(root: Path) -> Path:
     return root
 
 
-def test_text_source_yields_files_in_sorted_order(tmp_path: Path) -> None:
+def test_text_source_yields_files_in_sorted_order(tmp_path):
     source = open_source(f"text:{write_tree(tmp_path)}", work_dir="")
     expected = [("a/b.txt", ""), ("a/z.txt", "zed"), ("a.txt", "é \r\n x"), ("b.txt", "bee\n")]
     assert sorted(expected) == sorted(source.documents())
@@ -47,27 +46,21 @@ def test_text_source_yields_files_in_sorted_order(tmp_path: Path) -> None:
     assert (source.total_documents, source.total_bytes) == (4, 14)
 
 
-def test_text_source_replaces_invalid_utf8(tmp_path: Path) -> None:
+def test_text_source_replaces_invalid_utf8(tmp_path):
     (tmp_path / "x.txt").write_bytes(b"a\xffb")
     assert list(open_source(f"text:{tmp_path}/x.txt", work_dir="").documents()) == [("x.txt", "a\ufffdb")]
 
 
-def test_lines_source_yields_each_line_as_a_document(tmp_path: Path) -> None:
+def test_lines_source_yields_each_line_as_a_document(tmp_path):
     (tmp_path / "x.txt").write_bytes("one\r\n\ntwo \u2028 é\nthree".encode())
     (tmp_path / "y.txt").write_bytes(b"four\n")
     source = open_source(f"lines:{tmp_path}", work_dir="")
-    texts = [
-        ("x.txt:1", "one"),
-        ("x.txt:2", ""),
-        ("x.txt:3", "two \u2028 é"),
-        ("x.txt:4", "three"),
-        ("y.txt:1", "four"),
-    ]
-    assert list(source.documents()) == texts
+    texts = {"x.txt:1": "one", "x.txt:2": "", "x.txt:3": "two \u2028 é", "x.txt:4": "three", "y.txt:1": "four"}
+    assert list(source.documents()) == list(texts.items())
     assert (source.total_documents, source.total_bytes) == (0, 27)
 
 
-def test_stdlib_is_the_source_of_this_python(stdlib: tuple[Source, Path]) -> None:
+def test_stdlib_is_the_source_of_this_python(stdlib):
     documents = list(stdlib[0].documents())
     names = [name for name, _ in documents]
     assert names == sorted(names)
@@ -79,15 +72,13 @@ def test_stdlib_is_the_source_of_this_python(stdlib: tuple[Source, Path]) -> Non
         assert documents[names.index(name)][1] == (root / name).read_bytes().decode()
 
 
-def test_stdlib_leaves_out_tests_and_packages(stdlib: tuple[Source, Path]) -> None:
+def test_stdlib_leaves_out_tests_and_packages(stdlib):
     parts = {part for name, _ in stdlib[0].documents() for part in Path(name).parts[:-1]}
     assert not parts & {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     assert {"json", "asyncio", "idlelib"} <= parts
 
 
-def test_stdlib_is_array_record_and_is_prepared_once(
-    stdlib: tuple[Source, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stdlib_is_array_record_and_is_prepared_once(stdlib, monkeypatch):
     source, work_dir = stdlib
     assert list(work_dir.rglob("*.array_record*"))
     monkeypatch.setattr(tfds_source, "_read_stdlib", lambda: pytest.fail("prepared again"))
@@ -115,7 +106,7 @@ def toy_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type:
     return Toy
 
 
-def test_tfds_reads_the_training_split(toy_data_set: type) -> None:
+def test_tfds_reads_the_training_split(toy_data_set):
     source = open_source("tfds:toy", reading=BODY, work_dir="")
     assert list(source.documents()) == [(f"train/{i}", f"text é {i}") for i in range(3)]
     assert source.total_documents == 3
@@ -123,11 +114,8 @@ def test_tfds_reads_the_training_split(toy_data_set: type) -> None:
         open_source("tfds:toy", work_dir="")
 
 
-def test_failed_tfds_download_is_reported(toy_data_set: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise ConnectionError("no route\nto host")
-
-    monkeypatch.setattr(toy_data_set, "_split_generators", fail)
+def test_failed_tfds_download_is_reported(toy_data_set, monkeypatch):
+    monkeypatch.setattr(toy_data_set, "_split_generators", failing(ConnectionError("no route\nto host")))
     with raises(UnavailableError, "data.source", value="tfds:toy", remedy="rerun", match=r"Error: no route\)"):
         open_source("tfds:toy", reading=BODY, work_dir="")
 
@@ -139,26 +127,20 @@ def closed_url() -> str:
         return f"http://127.0.0.1:{server.getsockname()[1]}/data"
 
 
-def test_tfds_without_a_network_ends_at_once(
-    toy_data_set: type, monkeypatch: pytest.MonkeyPatch, closed_url: str
-) -> None:
+def test_tfds_without_a_network_ends_at_once(toy_data_set, monkeypatch, closed_url):
     monkeypatch.setattr(toy_data_set, "url_infos", {closed_url: None})
     monkeypatch.setattr(toy_data_set, "_split_generators", lambda *_: pytest.fail("begun"))
     with raises(UnavailableError, "data.source", value="tfds:toy", remedy="tfds:/DIR", match="does not answer"):
         open_source("tfds:toy", reading=BODY, work_dir="")
 
 
-def test_tfds_data_on_disk_need_no_network(
-    toy_data_set: type, monkeypatch: pytest.MonkeyPatch, closed_url: str
-) -> None:
+def test_tfds_data_on_disk_need_no_network(toy_data_set, monkeypatch, closed_url):
     open_source("tfds:toy", reading=BODY, work_dir="")
     monkeypatch.setattr(toy_data_set, "url_infos", {closed_url: None})
     assert open_source("tfds:toy", reading=BODY, work_dir="").total_documents == 3
 
 
-def test_tfds_goes_on_from_earlier_downloads_without_a_network(
-    toy_data_set: type, monkeypatch: pytest.MonkeyPatch, closed_url: str, tmp_path: Path
-) -> None:
+def test_tfds_goes_on_from_earlier_downloads_without_a_network(toy_data_set, monkeypatch, closed_url, tmp_path):
     monkeypatch.setattr(toy_data_set, "url_infos", {closed_url: None})
     downloads = tmp_path / "downloads" / "toy"
     (downloads / "archive.gz.tmp.1").mkdir(parents=True)
@@ -168,14 +150,12 @@ def test_tfds_goes_on_from_earlier_downloads_without_a_network(
     assert open_source("tfds:toy", reading=BODY, work_dir="").total_documents == 3
 
 
-def test_tfds_retries_a_failing_server_for_seconds_only(
-    toy_data_set: type, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_tfds_retries_a_failing_server_for_seconds_only(toy_data_set, monkeypatch, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/data"
         accepted = []
 
-        def close_connections() -> None:
+        def close_connections():
             while True:
                 try:
                     connection, _ = server.accept()
@@ -197,16 +177,14 @@ def test_tfds_retries_a_failing_server_for_seconds_only(
 
 # c4 is in a part of TFDS that stays unknown if a package for data sets of images is missing.
 @pytest.mark.parametrize("name", ["lm1b", "c4"])
-def test_known_data_set_without_a_network_is_unavailable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_data_set_without_a_network_is_unavailable(name, monkeypatch):
     monkeypatch.setattr(tfds_source, "can_connect", lambda urls: False)
     with raises(UnavailableError, "data.source", value=f"tfds:{name}", remedy="tfds:/DIR") as error:
         open_source(f"tfds:{name}", work_dir="")
     assert "\n" not in str(error.value)
 
 
-def test_huggingface_data_set_without_a_network_is_unavailable(
-    monkeypatch: pytest.MonkeyPatch, closed_url: str
-) -> None:
+def test_huggingface_data_set_without_a_network_is_unavailable(monkeypatch, closed_url):
     monkeypatch.setattr(constants, "ENDPOINT", closed_url)
     name = "tfds:huggingface:wikitext/wikitext-2-raw-v1"
     with raises(UnavailableError, "data.source", value=name, remedy="tfds:/DIR", match=closed_url):
@@ -230,10 +208,8 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("failure", "kind", "remedy"), FAILURES)
-def test_failure_of_a_builder_is_unavailable_unless_the_name_is_wrong(
-    failure: Exception, kind: type, remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(name: str, file_format: str) -> None:
+def test_failure_of_a_builder_is_unavailable_unless_the_name_is_wrong(failure, kind, remedy, monkeypatch, capsys):
+    def fail(name, file_format):
         print("banner")
         raise failure
 
@@ -241,11 +217,6 @@ def test_failure_of_a_builder_is_unavailable_unless_the_name_is_wrong(
     with raises(kind, "data.source", value="tfds:toy", remedy=remedy):
         open_source("tfds:toy", work_dir="")
     assert capsys.readouterr().out == ""
-
-
-def test_wrong_config_of_a_data_set_is_reported_without_its_arguments() -> None:
-    with raises(ConfigError, "data.source", value="tfds:lm1b/none", match="=tfds:lm1b/none: BuilderConfig none not"):
-        open_source("tfds:lm1b/none", work_dir="")
 
 
 @pytest.fixture
@@ -256,9 +227,7 @@ def prepared(toy_data_set: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return (tmp_path / "toy" / "1.0.0").rename(tmp_path / "copy")
 
 
-def test_tfds_directory_is_read_without_a_network(
-    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tfds_directory_is_read_without_a_network(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(tfds_source, "can_connect", lambda urls: pytest.fail("network"))
     expected = [(f"train/{i}", f"text é {i}") for i in range(3)]
     source = open_source(f"tfds:{prepared}", reading=BODY, work_dir="")
@@ -269,19 +238,12 @@ def test_tfds_directory_is_read_without_a_network(
         open_source(f"tfds:{prepared}", work_dir="")
 
 
-def test_tfds_directory_is_prepared_for_training(prepared: Path, tmp_path: Path) -> None:
-    prepare(
-        source=f"tfds:{prepared}",
-        tokenizer=load_tokenizer("bytes"),
-        out=str(tmp_path / "out"),
-        text_feature="body",
-        val_fraction=0.5,
-        log=lambda line: None,
-    )
+def test_tfds_directory_is_prepared_for_training(prepared, tmp_path):
+    corpus.prepared(f"tfds:{prepared}", tmp_path / "out", text_feature="body", val_fraction=0.5)
     assert json.loads((tmp_path / "out" / "meta.json").read_text())["source"] == f"tfds:{prepared}"
 
 
-def test_directory_that_tfds_has_not_prepared_is_named(prepared: Path, tmp_path: Path) -> None:
+def test_directory_that_tfds_has_not_prepared_is_named(prepared, tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "none", tmp_path / "file"):
         with raises(DataError, str(path), remedy="NAME/1.0.0"):
@@ -304,7 +266,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_tfds_directory_is_named(prepared: Path, name: str) -> None:
+def test_damaged_tfds_directory_is_named(prepared, name):
     DAMAGE[name](prepared)
     with raises(DataError, str(prepared)) as error:
         open_source(f"tfds:{prepared}", reading=BODY, work_dir="")
@@ -312,41 +274,42 @@ def test_damaged_tfds_directory_is_named(prepared: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "stdlib2", "text", "text:", "lines:", "tfds:", "http://x", "stdlib:x"])
-def test_unknown_source_name_is_refused(name: str) -> None:
+def test_unknown_source_name_is_refused(name):
     with raises(ConfigError, "data.source", value=name, match="expected"):
         open_source(name, work_dir="")
 
 
-def test_missing_path_is_refused(tmp_path: Path) -> None:
-    for name in (f"text:{tmp_path}/none", f"lines:{tmp_path}/none", f"text:{tmp_path}"):
-        with raises(ConfigError, "data.source", value=name, match="no such file"):
-            open_source(name, work_dir="")
-
-
-def test_misspelled_tfds_name_has_a_remedy() -> None:
-    with raises(ConfigError, "data.source", value="tfds:imdb_review/x", remedy="nearest: imdb_reviews"):
-        open_source("tfds:imdb_review/x", work_dir="")
-
-
-def test_unknown_tfds_name_is_reported_in_one_line() -> None:
-    with raises(ConfigError, "data.source", value="tfds:no_such_set", match="not found") as error:
-        open_source("tfds:no_such_set", work_dir="")
+@pytest.mark.parametrize(
+    ("name", "problem", "remedy"),
+    [
+        ("tfds:imdb_review/x", "", "nearest: imdb_reviews"),
+        ("tfds:no_such_set", "not found", None),
+        ("tfds:lm1b/none", "=tfds:lm1b/none: BuilderConfig none not", None),  # without its arguments
+        ("text:{}/none", "no such file", None),
+        ("lines:{}/none", "no such file", None),
+        ("text:{}", "no such file", None),
+    ],
+)
+def test_name_of_nothing_is_refused_in_one_line(name, problem, remedy, tmp_path):
+    name = name.format(tmp_path)
+    with raises(ConfigError, "data.source", value=name, match=problem, remedy=remedy) as error:
+        open_source(name, work_dir="")
     assert "\n" not in str(error.value)
 
 
-def test_file_deleted_before_reading_is_named(tmp_path: Path) -> None:
+def test_file_deleted_before_reading_is_named(tmp_path):
     source = open_source(f"text:{write_tree(tmp_path)}", work_dir="")
     (tmp_path / "b.txt").unlink()
     with raises(DataError, f"{tmp_path}/b.txt"):
         list(source.documents())
 
 
-def test_only_tfds_needs_the_network() -> None:
+def test_only_tfds_needs_the_network():
     assert needs_network("tfds:lm1b")
     assert not any(map(needs_network, ["stdlib", "text:a", "lines:tfds", "tfds:/a", "tfds:~/a", "tfds:./a"]))
 
 
-def test_canonical_name_has_an_absolute_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_canonical_name_has_an_absolute_path(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert canonical_name("text:x/../y") == f"text:{tmp_path}/y"
     assert canonical_name("stdlib") == "stdlib"
@@ -356,7 +319,7 @@ def test_canonical_name_has_an_absolute_path(monkeypatch: pytest.MonkeyPatch, tm
     assert canonical_name("tfds:~/x") == "tfds:/home/me/x"
 
 
-def test_path_without_its_kind_is_refused_with_what_to_write(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_path_without_its_kind_is_refused_with_what_to_write(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
     remedies = {"texts": "write text:texts", "./one.txt": "write lines:./one.txt, or text:./one.txt", "no": ""}

@@ -10,33 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptjax.config import DataConfig
-from gptjax.data import preparation
 from gptjax.data.assign import Assignment, better_boundary, nearest, shares_of
 from gptjax.data.meta import read_meta
-from gptjax.data.prepare import ensure_prepared, prepare
-from gptjax.data.tokenizer import load_tokenizer
+from gptjax.data.prepare import ensure_prepared
 from gptjax.data.tokens import open_split
 from gptjax.errors import ConfigError, DataError
+from tests.data.corpus import BYTES, documents_of, interrupted, prepared
 from tests.helpers import raises
-
-BYTES = load_tokenizer("bytes")
-
-
-def make(source, out, **options):
-    """Prepares `source` as bytes, and returns the lines that it logs."""
-    lines = []
-    prepare(source=source, tokenizer=BYTES, out=str(out), log=lines.append, **options)
-    return lines
 
 
 def tokens_of(out):
     return {split: open_split(str(out), split, tokenizer=BYTES).tokens for split in ("train", "validation")}
-
-
-def text_of(out, split):
-    opened = open_split(str(out), split, tokenizer=BYTES)
-    ids = np.concatenate([shard.read() for shard in opened.shards])
-    return [BYTES.decode(part[:-1]) for part in np.split(ids, np.flatnonzero(ids == BYTES.eot_id) + 1)[:-1]]
 
 
 def write(folder, sizes, seed=0):
@@ -51,7 +35,7 @@ def write(folder, sizes, seed=0):
 @pytest.mark.parametrize("count", [2, 5, 40])
 def test_few_documents_always_give_a_validation_split(tmp_path, count, seed):
     source = write(tmp_path / "text", [2000] * count, seed)
-    make(source, tmp_path / "out")
+    prepared(source, tmp_path / "out")
     tokens = tokens_of(tmp_path / "out")
     assert tokens["validation"] >= 1025
     assert tokens["train"] >= 1025
@@ -62,7 +46,7 @@ def test_few_documents_always_give_a_validation_split(tmp_path, count, seed):
 
 def test_too_small_split_gets_the_documents_nearest_to_the_boundary(tmp_path):
     source = write(tmp_path / "text", [300] * 30)
-    lines = make(source, tmp_path / "out", val_fraction=0.01)
+    lines = prepared(source, tmp_path / "out", val_fraction=0.01)
     assert any("too few, so it gets the documents nearest to it" in line for line in lines)
     texts = [path.read_text() for path in sorted((tmp_path / "text").iterdir())]
     hashes = [list(hashlib.sha256(text.encode()).digest()) for text in texts]
@@ -73,7 +57,7 @@ def test_too_small_split_gets_the_documents_nearest_to_the_boundary(tmp_path):
 
 
 def test_enough_documents_are_assigned_as_ever(tmp_path):
-    make(write(tmp_path / "text", [400] * 200), tmp_path / "out")
+    prepared(write(tmp_path / "text", [400] * 200), tmp_path / "out")
     assert read_meta(str(tmp_path / "out")).options["boundary"] == 0.05
 
 
@@ -83,8 +67,8 @@ def test_single_document_is_divided_by_position(tmp_path, kind, fraction):
     text = "".join(f"line {number}\n" for number in range(3000))
     path = tmp_path / f"input.{kind}"
     path.write_text(text if kind == "text" else json.dumps({"text": text}))
-    make(f"{kind}:{path}", tmp_path / "out", val_fraction=fraction)
-    [train], [validation] = (text_of(tmp_path / "out", split) for split in ("train", "validation"))
+    prepared(f"{kind}:{path}", tmp_path / "out", val_fraction=fraction)
+    [train], [validation] = (documents_of(tmp_path / "out", split) for split in ("train", "validation"))
     assert train + validation == text, "its last part, and nothing twice"
     share = len(validation) / len(text)
     assert share == pytest.approx(0.1, abs=0.01) if fraction == 0.1 else 1024 <= len(validation) < 2400
@@ -92,7 +76,7 @@ def test_single_document_is_divided_by_position(tmp_path, kind, fraction):
 
 def test_document_of_a_few_letters_is_divided_too(tmp_path):
     (tmp_path / "input.txt").write_text("ab")
-    make(f"text:{tmp_path}/input.txt", tmp_path / "out")
+    prepared(f"text:{tmp_path}/input.txt", tmp_path / "out")
     assert tokens_of(tmp_path / "out") == {"train": 2, "validation": 2}
 
 
@@ -103,13 +87,13 @@ def test_text_that_cannot_be_divided_is_refused(tmp_path, texts):
         (tmp_path / "text" / f"{number}.txt").write_text(text)
     kind = DataError if texts else ConfigError
     with raises(kind, "data.source", value=f"text:{tmp_path}/text", remedy="add " if texts else ""):
-        make(f"text:{tmp_path}/text", tmp_path / "out")
+        prepared(f"text:{tmp_path}/text", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
 def test_both_splits_keep_a_window_at_extreme_fractions(tmp_path, fraction):
-    make(write(tmp_path / "text", [700] * 12), tmp_path / "out", val_fraction=fraction)
+    prepared(write(tmp_path / "text", [700] * 12), tmp_path / "out", val_fraction=fraction)
     assert min(tokens_of(tmp_path / "out").values()) >= 1025
 
 
@@ -122,22 +106,11 @@ def test_window_is_one_more_than_the_block_size(tmp_path, monkeypatch):
 
 def test_interrupted_preparation_keeps_the_better_boundary(tmp_path, monkeypatch):
     source = write(tmp_path / "text", [300] * 30)
-    make(source, tmp_path / "whole", val_fraction=0.01)
-    monkeypatch.setattr(preparation, "BATCH_BYTES", 600)
-    real = preparation.write_journal
-    for stop in (3, 14, 5):  # twice in the first pass or at its end, once in the second
-        count = iter(range(10**6))
-
-        def write_journal(partial, journal, count=count, stop=stop):
-            real(partial, journal)
-            if next(count) == stop:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(preparation, "write_journal", write_journal)
-        with pytest.raises(KeyboardInterrupt):
-            make(source, tmp_path / "out", val_fraction=0.01)
-    monkeypatch.setattr(preparation, "write_journal", real)
-    lines = make(source, tmp_path / "out", val_fraction=0.01)
+    prepared(source, tmp_path / "whole", val_fraction=0.01)
+    for groups in (4, 15, 6):  # twice in the first pass or at its end, once in the second
+        with interrupted(monkeypatch, groups=groups, batch_bytes=600):
+            prepared(source, tmp_path / "out", val_fraction=0.01)
+    lines = prepared(source, tmp_path / "out", val_fraction=0.01)
     assert lines[0].startswith("continuing after")
     assert not any("starting over" in line for line in lines)
     for file in (tmp_path / "whole").iterdir():
@@ -184,7 +157,7 @@ def test_single_assignment_ignores_the_hash():
 
 
 def test_meta_records_options_and_files(tmp_path):
-    make(write(tmp_path / "text", [2000] * 5), tmp_path / "out", val_fraction=0.3)
+    prepared(write(tmp_path / "text", [2000] * 5), tmp_path / "out", val_fraction=0.3)
     meta = read_meta(str(tmp_path / "out"))
     assert meta.options == {
         "val_fraction": 0.3, "boundary": meta.options["boundary"], "is_single": False, "text_feature": "text",
@@ -220,7 +193,7 @@ def test_changed_files_are_reported_and_never_trained_on_silently(tmp_path, monk
     with raises(ConfigError, path, remedy=f"--config.data.path={path}", match=said):
         ensure_prepared(config)
     with raises(ConfigError, str(tmp_path / path), remedy="remove it and prepare again", match=said):
-        make(config.source, path)
+        prepared(config.source, path)
     assert ensure_prepared(DataConfig(source=config.source, path=path)) == path, "taken as it is"
 
 
