@@ -19,9 +19,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def run(*arguments, expect=0):
-    done = subprocess.run(
-        [sys.executable, "-m", "gptjax", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+    command = [sys.executable, "-m", "gptjax", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == expect, done.stderr
     return done
 

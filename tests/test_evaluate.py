@@ -19,7 +19,6 @@ class Batches:
     num_validation_batches = 3
     num_windows = 10
     global_batch_size = 4
-    seen: list[int]
 
     def __init__(self):
         self.seen = []

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import pathlib
+import re
 
 import pytest
 
@@ -9,9 +11,8 @@ from gptjax import goodput
 from gptjax.history import History
 
 T = 1.8e9  # a time of day
-SAVED = History(
-    restarts=1, started_at=T, saved_at=T + 100.0, seconds={"start": 20.0, "step": 70.0, "lost": 3.0, "down": 7.0}
-)
+SECONDS = {"start": 20.0, "step": 70.0, "lost": 3.0, "down": 7.0}
+SAVED = History(restarts=1, started_at=T, saved_at=T + 100.0, seconds=SECONDS)
 
 
 def test_a_first_start_spends_time_on_starting_only():
@@ -23,7 +24,7 @@ def test_a_first_start_spends_time_on_starting_only():
 def test_restart_separates_lost_work_from_downtime():
     spent = goodput.spent_at_start(SAVED, started=T + 200, seconds=9.0, lost=30.0)
     assert spent == {"start": 20.0, "step": 70.0, "lost": 33.0, "down": 77.0, "restart": 9.0}
-    assert SAVED.seconds == {"start": 20.0, "step": 70.0, "lost": 3.0, "down": 7.0}
+    assert SAVED.seconds == SECONDS
     assert sum(spent.values()) == 209.0
 
 
@@ -61,14 +62,9 @@ def test_a1_invalid_seconds_of_earlier_versions_are_ignored():
 
 
 def test_lost_seconds_are_summed_from_the_metrics():
-    rows = [
-        {"step": 10, "loss": 1.0, "step_seconds": 2.0},
-        {"step": 12, "loss": 1.0, "step_seconds": 3.0},
-        {"step": 12, "val_loss": 1.0},
-        {"step": 14, "loss": 1.0, "step_seconds": None},
-        {"step": 15, "loss": 1.0, "step_seconds": 1e300},
-        {"step": 17, "loss": 1.0, "step_seconds": 0.5},
-    ]
+    measured = ((10, 2.0), (12, 3.0), (14, None), (15, 1e300), (17, 0.5))
+    rows = [{"step": step, "loss": 1.0, "step_seconds": seconds} for step, seconds in measured]
+    rows.insert(2, {"step": 12, "val_loss": 1.0})
     assert goodput.seconds_after(rows[::-1], 10) == 2 * 3.0 + 2 * 0.5
     assert goodput.seconds_after(rows[::-1], 17) == 0.0
     twice = [{"step": step, "loss": 1.0, "step_seconds": 1.0} for step in (5, 6, 7, 6, 7)]  # a log that was not cut
@@ -110,9 +106,6 @@ def test_the_table_has_the_largest_first():
 
 
 def test_every_recorded_kind_of_time_is_documented():
-    import pathlib
-    import re
-
     package = pathlib.Path(goodput.__file__).parent
     text = "".join((package / name).read_text() for name in ("train.py", "loop.py", "periodic.py"))
     booked = {*re.findall(r'watch\.lap\("(\w+)"\)', text), "start", "restart", "rollback", "lost", "down"}

@@ -12,22 +12,11 @@ from gptjax.resume import read_history
 from tests.faults import golden
 
 FULL = History(
-    restarts=3,
-    skipped_steps=1,
-    nonfinite_in_a_row=1,
-    validated=8,
-    loss_sum=6.25,
-    loss_count=2,
-    recent={"loss": (3.1, 2.9), "grad_norm": ()},
-    rollbacks=1,
-    skipped_ranges=(SkippedRange(4, 3, 1, 6, "loss nan"),),
-    seconds={"step": 1.25},
-    started_at=1.7e9,
-    saved_at=1.7e9 + 5,
-    machine="1 x cpu",
-    num_microbatches=2,
+    restarts=3, skipped_steps=1, nonfinite_in_a_row=1, validated=8, loss_sum=6.25, loss_count=2,
+    recent={"loss": (3.1, 2.9), "grad_norm": ()}, rollbacks=1, skipped_ranges=(SkippedRange(4, 3, 1, 6, "loss nan"),),
+    seconds={"step": 1.25}, started_at=1.7e9, saved_at=1.7e9 + 5, machine="1 x cpu", num_microbatches=2,
     run_id="0123456789abcdef" * 2,
-)
+)  # fmt: skip
 
 
 def test_every_field_survives_a_json_round_trip():

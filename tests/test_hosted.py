@@ -21,6 +21,17 @@ def load_hosted():
     return module
 
 
+def install_cell(name):
+    notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
+    [cell] = [cell for cell in notebook["cells"] if cell["id"] == "install"]
+    return "".join(cell["source"])
+
+
+def run_code(code, folder):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+
+
 hosted = load_hosted()
 
 
@@ -92,13 +103,10 @@ def test_runtime_with_an_old_python_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("answer", "extra"),
     [
-        ("550.54.15, 7.5\n", "cuda12"),
-        ("580.65.06, 7.5\n", "cuda"),
-        ("580.65.06, 7.0\n", "cuda12"),
-        ("590.1, 9.0\n580.2, 9.0\n", "cuda"),
-        ("No devices were found\n", ""),
+        ("550.54.15, 7.5\n", "cuda12"), ("580.65.06, 7.5\n", "cuda"), ("580.65.06, 7.0\n", "cuda12"),
+        ("590.1, 9.0\n580.2, 9.0\n", "cuda"), ("No devices were found\n", ""),
     ],
-)
+)  # fmt: skip
 def test_cuda_follows_the_driver_and_the_oldest_gpu(answer, extra):
     assert hosted.cuda_extra(answer) == extra
 
@@ -133,10 +141,8 @@ def runtime(tmp_path, monkeypatch):
     subprocess.run(["git", "-C", published, *who, "commit", "-q", "-m", "all"], check=True)
 
     def run(name, *, source=published, times=1, **environment):
-        notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
-        [cell] = [cell for cell in notebook["cells"] if cell["id"] == "install"]
-        code = "".join(cell["source"])
-        program = f"for _ in range({times}):\n    exec({code!r}, globals())\nimport os; print('in', os.getcwd())"
+        program = f"for _ in range({times}):\n    exec({install_cell(name)!r}, globals())\n"
+        program += "import os; print('in', os.getcwd())"
         for variable, value in {
             "KAGGLE_KERNEL_RUN_TYPE": "Interactive",
             "GIT_CONFIG_COUNT": "1",
@@ -147,8 +153,7 @@ def runtime(tmp_path, monkeypatch):
             **environment,
         }.items():
             monkeypatch.setenv(variable, value)
-        command, pipes = [sys.executable, "-c", program], {"capture_output": True, "text": True}
-        done = subprocess.run(command, cwd=tmp_path / "working", timeout=120, check=False, **pipes)
+        done = run_code(program, tmp_path / "working")
         calls = tmp_path / "calls"
         return done, [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
 
@@ -187,11 +192,6 @@ def test_install_cell_stops_where_pip_fails(runtime):
 
 def test_install_cell_installs_nothing_outside_hosted_runtimes(runtime, tmp_path, monkeypatch):
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
-    notebook = json.loads((ROOT / "notebooks/quickstart.ipynb").read_text())
-    [cell] = [cell for cell in notebook["cells"] if cell["id"] == "install"]
     (tmp_path / "notebooks").mkdir()
-    program = "".join(cell["source"]) + "\nprint(os.getcwd())"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path / "notebooks", capture_output=True, text=True, check=True
-    )
-    assert done.stdout == f"{tmp_path}\n"
+    done = run_code(install_cell("quickstart") + "\nprint(os.getcwd())", tmp_path / "notebooks")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}\n")

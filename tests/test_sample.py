@@ -130,9 +130,8 @@ def test_the_command_samples_a_checkpoint(tmp_path, capsys, monkeypatch):
     assert several[2].startswith("naïve")
     assert (several[2], several[4]) == (several[3], "")
     gpt = GPT(model, resolve_compute(Config(model=model), make_mesh(MeshConfig(), jax.devices()[:1])))
-    new = generation.generate(
-        gpt, state.params, [[97, 98]], max_new_tokens=9, eot_id=tokenizer.eot_id, temperature=0.0
-    )[0]
+    options = {"max_new_tokens": 9, "eot_id": tokenizer.eot_id, "temperature": 0.0}
+    [new] = generation.generate(gpt, state.params, [[97, 98]], **options)
     assert one == "ab" + tokenizer.decode(new) + "\n"
     with raises(CheckpointError, "--workdir", value=str(tmp_path), remedy="available: 3"):
         sample.main([*arguments, "--step=4"])

@@ -8,26 +8,10 @@ import pytest
 
 from gptjax.compute import ResolvedCompute
 from gptjax.config import GPTConfig
-from gptjax.params import count_params, padded_vocab_size
+from gptjax.params import count_params
 from gptjax.sizes import activation_bytes_per_sequence, train_flops_per_token
 from tests.helpers import abstract_params, jit, tiny
 from tests.test_model import mean_loss
-
-SIZES = {
-    (12, 12, 768): 124_439_808,
-    (24, 16, 1024): 354_823_168,
-    (36, 20, 1280): 774_030_080,
-    (48, 25, 1600): 1_557_611_200,
-}
-
-
-@pytest.mark.parametrize(("size", "expected"), SIZES.items())
-def test_parameter_counts_equal_the_published_sizes(size, expected):
-    config = GPTConfig(n_layer=size[0], n_head=size[1], n_embd=size[2])
-    in_tree = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
-    padding = (padded_vocab_size(config) - config.vocab_size) * config.n_embd
-    assert count_params(config) == expected == in_tree - padding
-    assert padding == 47 * config.n_embd
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -43,10 +27,8 @@ def test_flops_agree_with_xla():
     config = GPTConfig(block_size=64, vocab_size=500, n_layer=2, n_head=4, n_embd=256)
     tokens_BT = jax.ShapeDtypeStruct((4, 64), jnp.int32)
     compute = ResolvedCompute(scan_unroll=2)
-    step = jit(
-        lambda params, tokens_BT: jax.grad(mean_loss(config, compute))(params, tokens_BT, tokens_BT, None)
-    ).lower(abstract_params(config), tokens_BT)
-    counted = step.compile().cost_analysis()["flops"]
+    step = jit(lambda params, tokens: jax.grad(mean_loss(config, compute))(params, tokens, tokens, None))
+    counted = step.lower(abstract_params(config), tokens_BT).compile().cost_analysis()["flops"]
     assert train_flops_per_token(config) * 4 * 64 == pytest.approx(counted, rel=0.1)
 
 
@@ -61,10 +43,8 @@ def test_activation_bytes_follow_the_options():
     assert plain - fused == 12 * 1024 * 1024 * 12 * 8 * 5 / 8, "the scores of four blocks of queries"
     assert size(ResolvedCompute(attention="splash"), 0) - fused == 12 * 1024 * 4 * token, "heads of 64 padded to 128"
     assert fused == 12 * 1024 * 17 * token + 1024 * 50304 * 8
-    assert (
-        fused - size(ResolvedCompute(attention="cudnn"), 0, tensor=4)
-        == (12 * 1024 * 15 * token + 1024 * 50304 * 8) * 3 / 4
-    )
+    cut = fused - size(ResolvedCompute(attention="cudnn"), 0, tensor=4)
+    assert cut == (12 * 1024 * 15 * token + 1024 * 50304 * 8) * 3 / 4
 
 
 @pytest.mark.parametrize(
