@@ -34,11 +34,7 @@ ODD = st.one_of(
 
 
 def cases(number: int) -> settings:
-    return settings(
-        max_examples=number * max(1, TIMES),
-        print_blob=True,
-        suppress_health_check=list(HealthCheck),
-    )
+    return settings(max_examples=number * max(1, TIMES), print_blob=True, suppress_health_check=list(HealthCheck))
 
 
 def only_documented_errors(call: Callable[[], Any], *, lines: int = 1) -> UserError | None:

@@ -42,13 +42,11 @@ def random_params(config: GPTConfig, scale: float = 0.3) -> Any:
     They need no compilation, and at 0.3 they are far from initialization, so that each parameter changes the result.
     """
     rng = np.random.default_rng(0)
-    means = {"scale": 1.0}
-    return jax.tree.map_with_path(
-        lambda path, leaf: jnp.asarray(
-            means.get(path[-1].key, 0.0) + scale * rng.standard_normal(leaf.shape), jnp.float32
-        ),
-        abstract_params(config),
-    )
+
+    def draw(path: Any, leaf: Any) -> jax.Array:
+        return jnp.asarray((path[-1].key == "scale") + scale * rng.standard_normal(leaf.shape), jnp.float32)
+
+    return jax.tree.map_with_path(draw, abstract_params(config))
 
 
 def by_path(tree: Any) -> dict[str, Any]:
@@ -99,12 +97,7 @@ def os_error(number: int) -> OSError:
 
 @contextlib.contextmanager
 def raises(
-    kind: type[UserError],
-    field: str = "",
-    *,
-    value: object = None,
-    remedy: str | None = None,
-    match: str = "",
+    kind: type[UserError], field: str = "", *, value: object = None, remedy: str | None = None, match: str = ""
 ) -> Iterator[pytest.ExceptionInfo[UserError]]:
     """Asserts that the block raises `kind` about `field`, with `value`; `remedy`, if given, is a part of the remedy."""
     with pytest.raises(kind, match=match or None) as caught:  # pytest warns about an empty pattern
@@ -117,8 +110,5 @@ def raises(
 
 def fake_reporter(**methods: Any) -> Any:
     """Returns what periodic.py needs of a Reporter, with these methods."""
-    return types.SimpleNamespace(
-        watch=types.SimpleNamespace(lap=lambda kind: None),
-        screen=types.SimpleNamespace(show_work=lambda *of: None),
-        **methods,
-    )
+    watch, screen = types.SimpleNamespace(lap=lambda kind: None), types.SimpleNamespace(show_work=lambda *of: None)
+    return types.SimpleNamespace(watch=watch, screen=screen, **methods)

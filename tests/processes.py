@@ -36,13 +36,9 @@ class Group:
         where = [f"--coordinator=127.0.0.1:{self.port}", f"--num_processes={self.count}", f"--process_id={number}"]
         command = [*self._lab.command(self._workdir, *overrides), *where, f"--join_seconds={join_seconds}"]
         with open(self._file(number), "w") as out:
-            self.processes[number] = subprocess.Popen(
-                command,
-                env=self._lab.environment(**environment),
-                cwd=folder or self._lab.root,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
+            where, variables = folder or self._lab.root, self._lab.environment(**environment)
+            process = subprocess.Popen(command, env=variables, cwd=where, stdout=out, stderr=subprocess.STDOUT)
+            self.processes[number] = process
 
     def __enter__(self) -> "Group":
         return self

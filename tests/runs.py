@@ -116,14 +116,9 @@ class Lab:
     def start(self, workdir: pathlib.Path, *overrides: str, **extra: str) -> Iterator[subprocess.Popen[str]]:
         """Yields the command as a running process, whose output is in `workdir`.out; kills what is left of it."""
         with open(workdir.with_suffix(".out"), "w") as out:
-            process = subprocess.Popen(
-                self.command(workdir, *overrides),
-                env=self.environment(**extra),
-                cwd=self.root,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
+            command, environment = self.command(workdir, *overrides), self.environment(**extra)
+            pipes: dict[str, Any] = {"stdout": out, "stderr": subprocess.STDOUT, "text": True}
+            process = subprocess.Popen(command, env=environment, cwd=self.root, **pipes)
             try:
                 yield process
             finally:
@@ -142,13 +137,8 @@ def make_lab(root: pathlib.Path) -> Lab:
             text.mkdir()
             for path in sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("[a-e]*.py")):
                 shutil.copy(path, text)
-            prepare(
-                source=f"text:{text}",
-                tokenizer=load_tokenizer("bytes"),
-                out=str(lab.data),
-                log=lambda line: None,
-                val_fraction=0.2,
-            )
+            options = {"tokenizer": load_tokenizer("bytes"), "log": lambda line: None, "val_fraction": 0.2}
+            prepare(source=f"text:{text}", out=str(lab.data), **options)
             lab.config_file.write_text(f"def get_config():\n    return {lab.config().to_dict()!r}\n")
     return lab
 
@@ -283,8 +273,12 @@ def restored_bytes(workdir: pathlib.Path, abstract: Any) -> tuple[int, list[byte
     return restored[1].step, state_bytes(restored[0])
 
 
+def leaf_bytes(tree: Any) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
 def state_bytes(state: Any) -> list[bytes]:
-    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves((state.params, state.opt_state))]
+    return leaf_bytes((state.params, state.opt_state))
 
 
 def wait_for(

@@ -115,11 +115,8 @@ def test_d3_directory_in_the_way_of_logs_gives_only_a_warning(bucket, tmp_path, 
 @pytest.mark.faults
 def test_d3_unreachable_bucket_gives_only_a_warning(bucket, tmp_path, monkeypatch, said):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-
-    class HttpError(Exception):
-        pass
-
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "exists", failing(HttpError("403, Forbidden")))
+    error = type("HttpError", (Exception,), {})("403, Forbidden")
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "exists", failing(error))
     bucket_logs.store_logs(str(tmp_path), bucket)
     bucket_logs.fetch_logs(bucket, str(tmp_path))
     assert said == ["gs://bucket: its logs could not be copied: 403, Forbidden; the run continues"] * 2

@@ -44,7 +44,7 @@ from gptjax.sharding import path_name
 from gptjax.state import make_init
 from gptjax.stored import StoredParams, load_params
 from tests.helpers import failing, mesh_of, os_error, raises
-from tests.runs import checkpoint_steps, state_bytes, temporary_directories
+from tests.runs import checkpoint_steps, leaf_bytes, state_bytes, temporary_directories
 
 pytestmark = pytest.mark.usefixtures("quick_compiler")
 MODEL = GPTConfig(block_size=8, vocab_size=100, n_layer=2, n_head=2, n_embd=16, bias=False)
@@ -460,8 +460,7 @@ def test_load_params_returns_parameters_on_one_device(tmp_path):
         save_steps(tmp_path, step, state=state)
     config, params, step = load_params(str(tmp_path))
     assert (config, step) == (CONFIG, 6)
-    expected = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state.params)]
-    assert [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)] == expected
+    assert leaf_bytes(params) == leaf_bytes(state.params)
     assert all(len(leaf.sharding.device_set) == 1 for leaf in jax.tree.leaves(params))
     with raises(CheckpointError, "--workdir", value=str(tmp_path), remedy="available: 6", match="step 7"):
         load_params(str(tmp_path), step=7)

@@ -8,17 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.config import (
-    BOUNDS,
-    CHOICES,
-    PERIODS,
-    Config,
-    GPTConfig,
-    default_config,
-    find_problems,
-    flatten,
-    from_dict,
-)
+from gptjax.config import BOUNDS, CHOICES, PERIODS, Config, GPTConfig, default_config, find_problems, flatten, from_dict
 from gptjax.config_values import EXPECTED, convert, nearest_divisors
 from gptjax.errors import BAD_CONFIG, ConfigError
 
@@ -70,14 +60,10 @@ def test_default_config_is_a_locked_config_dict_of_every_field():
 @pytest.mark.parametrize(
     ("path", "nearest"),
     [
-        ("model.n_layers", "model.n_layer"),
-        ("optim.learning_rate", None),
-        ("optim.peaklr", "optim.peak_lr"),
-        ("modle.n_layer", None),
-        ("n_head", "model.n_head"),
-        ("peak_lr", "optim.peak_lr"),
+        ("model.n_layers", "model.n_layer"), ("optim.learning_rate", None), ("optim.peaklr", "optim.peak_lr"),
+        ("modle.n_layer", None), ("n_head", "model.n_head"), ("peak_lr", "optim.peak_lr"),
     ],
-)
+)  # fmt: skip
 def test_unknown_field_names_the_nearest(path, nearest):
     (error,) = errors_of(nested(path, 1))
     assert error.field == ("modle" if path.startswith("modle") else path)

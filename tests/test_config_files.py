@@ -27,7 +27,7 @@ def test_name_means_the_file_that_comes_with_gptjax(tmp_path, monkeypatch):
         load("quickstrat", {})
 
 
-def test_file_of_that_name_wins_over_the_one_that_comes_with_gptjax(tmp_path, monkeypatch):
+def test_file_of_that_name_wins_over_a_shipped_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "quickstart", "c.model.n_layer = 6")
     assert load("quickstart", {}).model.n_layer == 6

@@ -31,14 +31,11 @@ def test_overrides_come_in_one_argument_or_two():
 @pytest.mark.parametrize(
     ("arguments", "problem", "remedy"),
     [
-        (["--config.model.n_layer"], "model.n_layer=VALUE", ""),
-        (["--config.a", "--config.b=1"], "a=VALUE", ""),
-        (["--wokdir=x"], "no such flag", "nearest: --workdir"),
-        (["stray"], "no such flag", ""),
-        (["-x"], "no such flag", "`gptjax config` lists the fields"),
-        (["--steps=3"], "no such flag", "`gptjax config` lists the fields"),
+        (["--config.model.n_layer"], "model.n_layer=VALUE", ""), (["--config.a", "--config.b=1"], "a=VALUE", ""),
+        (["--wokdir=x"], "no such flag", "nearest: --workdir"), (["stray"], "no such flag", ""),
+        *(([flag], "no such flag", "`gptjax config` lists the fields") for flag in ("-x", "--steps=3")),
     ],
-)
+)  # fmt: skip
 def test_invalid_arguments_are_refused(arguments, problem, remedy):
     with raises(ConfigError, arguments[0], remedy=remedy, match=problem):
         config_flags.parse_overrides(parser(), arguments)
@@ -47,12 +44,10 @@ def test_invalid_arguments_are_refused(arguments, problem, remedy):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--config=quickstart", "--config.data.seed=3"],
-        ["--config", "quickstart", "--config.data.seed", "3"],
-        ["quickstart", "--config.data.seed=3"],
-        ["--config.data.seed", "3", "--workdir", "x", "quickstart"],
+        ["--config=quickstart", "--config.data.seed=3"], ["--config", "quickstart", "--config.data.seed", "3"],
+        ["quickstart", "--config.data.seed=3"], ["--config.data.seed", "3", "--workdir", "x", "quickstart"],
     ],
-)
+)  # fmt: skip
 def test_config_is_a_flag_or_stands_alone(arguments):
     assert parse(*arguments) == ("quickstart", {"data.seed": "3"})
 
@@ -75,6 +70,6 @@ def test_missing_config_lists_those_that_come_with_gptjax():
         ("--workdirr=1", "nearest: --workdir"),
     ],
 )
-def test_field_without_config_prefix_is_refused_with_the_flag_to_write(flag, remedy):
+def test_field_without_config_prefix_is_refused_with_its_flag(flag, remedy):
     with raises(ConfigError, flag, remedy=remedy):
         parse("quickstart", flag)

@@ -19,17 +19,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, False),
-        ({"SLURM_NTASKS": "1"}, False),
-        ({"SLURM_NTASKS": "2"}, True),
-        ({"SLURM_NTASKS": "\u00b2"}, False),
+        ({}, False), ({"OMPI_COMM_WORLD_SIZE": "8"}, True), ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, False), ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"SLURM_NTASKS": "1"}, False), ({"SLURM_NTASKS": "2"}, True), ({"SLURM_NTASKS": "\u00b2"}, False),
         ({"SLURM_NTASKS": "9" * 5000}, False),
-        ({"OMPI_COMM_WORLD_SIZE": "8"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "a"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
-        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
     ],
-)
+    ids=range(9),
+)  # fmt: skip
 def test_cluster_is_recognized_by_its_environment(environment, expected):
     assert is_cluster(environment) is expected
 

@@ -26,7 +26,7 @@ def alternating(n):
     return 3.0 + 0.5 * (-1) ** n
 
 
-def test_only_a_loss_or_gradient_norm_above_six_sigma_is_a_spike():
+def test_spike_is_a_loss_or_gradient_norm_above_six_sigma():
     kept = recent(100, loss=alternating, norm=alternating)
     for name, told in (("loss", "loss"), ("grad_norm", "gradient norm")):
         row = ROW | {"grad_norm": 3.0}

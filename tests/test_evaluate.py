@@ -101,7 +101,7 @@ def test_data_of_a_run_are_found_and_never_prepared(tmp_path, monkeypatch):
     assert not list((tmp_path / "data").iterdir())
 
 
-def test_work_directory_that_does_not_exist_is_refused_with_those_that_do(tmp_path, monkeypatch):
+def test_missing_work_directory_is_refused_with_those_that_exist(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with raises(CheckpointError, "--workdir", value="runs/nothere", remedy="there are no runs here"):
         load_params("runs/nothere")

@@ -83,21 +83,34 @@ def until(tokens, eot_id):
     return tokens[: tokens.index(eot_id)] if eot_id in tokens else tokens
 
 
+@pytest.fixture
+def forwards(monkeypatch):
+    """Collects the arguments of each trace of the model with a cache, of which none is there yet."""
+    traced, make = [], decode.make_cached_forward
+    monkeypatch.setattr(decode, "make_cached_forward", lambda *m: lambda *a: traced.append(a) or make(*m)(*a))
+    decode.make_step.cache_clear()
+    yield traced
+    decode.make_step.cache_clear()
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Collects how many tokens each step makes."""
+    counts, make = [], generation.make_step
+    step = lambda *m: lambda *a, **k: counts.append(k["count"]) or make(*m)(*a, **k)  # noqa: E731
+    monkeypatch.setattr(generation, "make_step", step)
+    return counts
+
+
 COMPILED = "Finished XLA compilation of jit(step)"
 
 
-def test_two_compilations_serve_any_prompt_and_any_sampling_parameters(caplog, monkeypatch):
-    traces = []
-    original = decode.make_cached_forward
-    monkeypatch.setattr(
-        decode, "make_cached_forward", lambda *m: lambda *a: traces.append(a[2].shape) or original(*m)(*a)
-    )
-    decode.make_step.cache_clear()
+def test_two_compilations_serve_any_prompt_and_any_sampling_parameters(caplog, forwards):
     with jax.log_compiles():
         for length in range(BLOCK + 1):
             generate([[1] * length], 6, temperature=length / 10, top_k=length, seed=length)
         generate([[1, 2]], 40, top_p=0.5, temperature=1.0)
-    assert sorted(traces) == [(ROWS, 1), (ROWS, 5)]
+    assert sorted(tokens.shape for _, _, tokens, *_ in forwards) == [(ROWS, 1), (ROWS, 5)]
     assert sum(r.startswith(COMPILED) for r in caplog.messages) == 2
 
 
@@ -245,18 +258,12 @@ def test_each_token_is_sampled_with_fresh_noise():
 
 
 @pytest.mark.parametrize("smallest", [1, 3, 16])
-def test_cache_growth_does_not_change_the_tokens(monkeypatch, smallest):
-    sizes = []
-    original = decode.make_cached_forward
-    monkeypatch.setattr(
-        decode, "make_cached_forward", lambda *m: lambda *a: sizes.append(a[1][0][0].shape[2]) or original(*m)(*a)
-    )
+def test_cache_growth_does_not_change_the_tokens(monkeypatch, forwards, smallest):
     monkeypatch.setattr(decode, "SMALLEST_CONTEXT", smallest)
-    decode.make_step.cache_clear()
     prompts = [[token, 2, 6] for token in range(1, ROWS)]  # as long as each other: each is at the end when it grows
     assert generate(prompts, 40) == [naive_greedy(prompt, 40) for prompt in prompts]
-    assert set(sizes) == {1: {4, 8, 16}, 3: {3, 6, 12, 16}, 16: {16}}[smallest]
-    decode.make_step.cache_clear()
+    sizes = {caches[0][0].shape[2] for _, caches, *_ in forwards}
+    assert sizes == {1: {4, 8, 16}, 3: {3, 6, 12, 16}, 16: {16}}[smallest]
 
 
 @dataclasses.dataclass
@@ -270,20 +277,15 @@ class SmallDevice:
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 40])
-def test_tokens_in_bursts_equal_tokens_one_at_a_time(monkeypatch, count):
+def test_tokens_in_bursts_equal_tokens_one_at_a_time(monkeypatch, steps, count):
     prompts = [*PROMPTS, [], [6] * BLOCK]
     said, options = [], {"temperature": 1.0, "top_k": 5, "seed": 3}
     expected = generate(prompts, count, **options)
     monkeypatch.setattr(generation, "device_of", lambda params: SmallDevice())
     monkeypatch.setattr(generation, "TOKENS_PER_DISPATCH", 4)
-    counts = []
-    original = generation.make_step
-    monkeypatch.setattr(
-        generation, "make_step", lambda *m: lambda *a, **k: counts.append(k["count"]) or original(*m)(*a, **k)
-    )
     assert generate(prompts, count, on_token=lambda row, token: said.append((row, token)), **options) == expected
     assert [[token for row, token in said if row == b] for b in range(len(prompts))] == expected
-    assert (4 in counts) == (count == 40)
+    assert (4 in steps) == (count == 40)
     free = generate(PROMPTS, count)  # without the empty prompt, which starts from the end-of-text that changes here
     assert generate(PROMPTS, count, eot_id=free[0][0]) == [until(new, free[0][0]) for new in free]
 
@@ -323,10 +325,7 @@ def test_generation_stops_at_end_of_text_row_by_row():
     assert calls == in_order
 
 
-def test_generation_ends_early_when_all_rows_end(monkeypatch):
-    steps = []
-    original = generation.make_step
-    monkeypatch.setattr(generation, "make_step", lambda *m: lambda *a, **k: steps.append(1) or original(*m)(*a, **k))
+def test_generation_ends_early_when_all_rows_end(steps):
     eot_id = naive_greedy(PROMPTS[0], 1)[0]
     assert generate([PROMPTS[0]], 1000, rows=1, eot_id=eot_id) == [[]]
     assert len(steps) < 4
@@ -361,17 +360,14 @@ def test_a_mesh_gives_the_same_tokens_and_compiles_as_often(caplog):
     assert sum(r.startswith(COMPILED) for r in caplog.messages) == 2
 
 
+WRONG = [("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("top_k", -1), ("top_p", 0.0)]
+WRONG += [("top_p", 1.1), ("min_p", 1.5), ("seed", -1)]
+
+
 @pytest.mark.parametrize(
     ("wrong", "field", "value"),
     [
-        ({"temperature": -0.1}, "temperature", -0.1),
-        ({"temperature": math.nan}, "temperature", math.nan),
-        ({"temperature": math.inf}, "temperature", math.inf),
-        ({"top_k": -1}, "top_k", -1),
-        ({"top_p": 0.0}, "top_p", 0.0),
-        ({"top_p": 1.1}, "top_p", 1.1),
-        ({"min_p": 1.5}, "min_p", 1.5),
-        ({"seed": -1}, "seed", -1),
+        *(({name: value}, name, value) for name, value in WRONG),
         ({"count": 0}, "max_new_tokens", 0),
         ({"prompts": []}, "prompts", []),
         ({"prompts": [[1], [2, VOCAB]]}, "prompts[1]", None),

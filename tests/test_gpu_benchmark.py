@@ -248,7 +248,7 @@ def test_benchmark_without_a_gpu_runs_no_part(tmp_path):
     assert rows[1]["verdict"] == "left out: JAX finds no GPU here; --toy runs on a CPU"
 
 
-def test_read_rows_ignores_earlier_calls_and_lines_that_are_no_rows(load, tmp_path):
+def test_read_rows_ignores_earlier_calls_and_lines_without_rows(load, tmp_path):
     path = tmp_path / "results.jsonl"
     wrong = ["3", "null", "[]", '"machine"', "{}", '{"who": "x"}', '{"part": 3}', '{"part": null}']
     earlier, rows = ['{"part": "machine"}', '{"part": "train", "n": 1}'], ['{"part": "machine"}', '{"part": "train"}']

@@ -3,14 +3,9 @@ import math
 from gptjax import metrics
 
 ROW = {
-    "step": 20,
-    "loss": 9.0,
-    "loss_mean": 2.5,
-    "lr": 1e-3,
-    "grad_norm": 0.5,
-    "tokens_per_second": 2000.0,
+    "step": 20, "loss": 9.0, "loss_mean": 2.5, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_second": 2000.0,
     "mfu": 0.421,
-}
+}  # fmt: skip
 
 
 def test_step_line_states_speed_and_remaining_time():

@@ -47,23 +47,13 @@ def mean_loss(config, compute=ResolvedCompute(), chunk=0):  # noqa: B008
 def test_tree_has_gpt2s_names_and_layers_stacked():
     L, D, F = 2, 16, 64
     expected = {
-        "wte/embedding": (128, D),
-        "wpe/embedding": (16, D),
-        "h/ln_1/scale": (L, D),
-        "h/ln_1/bias": (L, D),
-        "h/attn/c_attn/kernel": (L, D, 3, D),
-        "h/attn/c_attn/bias": (L, 3, D),
-        "h/attn/c_proj/kernel": (L, D, D),
-        "h/attn/c_proj/bias": (L, D),
-        "h/ln_2/scale": (L, D),
-        "h/ln_2/bias": (L, D),
-        "h/mlp/c_fc/kernel": (L, D, F),
-        "h/mlp/c_fc/bias": (L, F),
-        "h/mlp/c_proj/kernel": (L, F, D),
-        "h/mlp/c_proj/bias": (L, D),
-        "ln_f/scale": (D,),
-        "ln_f/bias": (D,),
-    }
+        "wte/embedding": (128, D), "wpe/embedding": (16, D), "ln_f/scale": (D,), "ln_f/bias": (D,),
+        "h/ln_1/scale": (L, D), "h/ln_1/bias": (L, D), "h/ln_2/scale": (L, D), "h/ln_2/bias": (L, D),
+        "h/attn/c_attn/kernel": (L, D, 3, D), "h/attn/c_attn/bias": (L, 3, D),
+        "h/attn/c_proj/kernel": (L, D, D), "h/attn/c_proj/bias": (L, D),
+        "h/mlp/c_fc/kernel": (L, D, F), "h/mlp/c_fc/bias": (L, F),
+        "h/mlp/c_proj/kernel": (L, F, D), "h/mlp/c_proj/bias": (L, D),
+    }  # fmt: skip
     assert shapes_of(abstract_params(tiny())) == expected
     assert shapes_of(abstract_params(tiny(tie_embeddings=False))) == expected | {"lm_head/kernel": (D, 128)}
     without = {path: shape for path, shape in expected.items() if not path.endswith("bias")}
@@ -320,10 +310,7 @@ def test_dropout_masks_equal_those_of_earlier_versions():
     """Else a run with dropout would go on with other masks after an upgrade. The values are those of commit 51fa121."""
     config, (tokens_BT, _, _) = tiny(dropout=0.25), make_batch()
     x_BTD = GPT(config).apply({"params": random_params(config)}, tokens_BT, None, jax.random.key(7), method="hidden")
-    expected = [
-        [-0.3383678, -1.3323858, 1.0994959, -1.2021239],
-        [-0.9072971, -0.1071184, -0.6497994, 0.9384297],
-    ]
+    expected = [[-0.3383678, -1.3323858, 1.0994959, -1.2021239], [-0.9072971, -0.1071184, -0.6497994, 0.9384297]]
     np.testing.assert_allclose(x_BTD[:, -1, :4], expected, rtol=1e-5)
 
 

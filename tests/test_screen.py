@@ -44,7 +44,7 @@ def terminal(monkeypatch):
     screen.log.setLevel(level)
 
 
-def test_long_work_writes_a_line_every_ten_seconds_without_a_terminal(clock):
+def test_long_work_writes_lines_every_ten_seconds_without_a_terminal(clock):
     lines = []
     shown = Screen(lines.append, num_steps=100)
     for done in range(20):
@@ -147,7 +147,7 @@ def test_bar_is_left_out_where_nobody_asked_for_lines(terminal, monkeypatch):
     assert stream.getvalue() == ""
 
 
-def test_cursor_stays_visible_so_that_a_killed_run_leaves_a_usable_terminal(terminal):
+def test_cursor_stays_visible_in_case_the_run_is_killed(terminal):
     stream = terminal()
     shown = Screen(print, num_steps=40)
     shown._live.refresh()
@@ -169,7 +169,7 @@ def test_terminal_that_cannot_redraw_gets_lines_instead_of_a_bar(terminal, monke
     assert (lines, stream.getvalue()) == (["evaluating 3/20"], "")
 
 
-def test_handlers_of_the_caller_keep_their_streams_and_start_no_bar(terminal, monkeypatch, tmp_path):
+def test_callers_handlers_keep_their_streams_and_start_no_bar(terminal, monkeypatch, tmp_path):
     """As in a Python session with a log file of its own."""
     stream = terminal()
     printed = logging.StreamHandler(stream)

@@ -181,12 +181,8 @@ def test_nonfinite_step_changes_only_the_step_count(token, optimizer):
     assert bool(jnp.isfinite(metrics["loss"])) == (token == 2)
     assert not bool(jnp.isfinite(metrics["grad_norm"])) or token != 2
     assert state.step == after_good.step + 1 == 2
-    for kept, old in zip(
-        jax.tree.leaves((state.params, state.opt_state)),
-        jax.tree.leaves((after_good.params, after_good.opt_state)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(kept, old)
+    before, after = ((s.params, s.opt_state) for s in (after_good, state))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
 def test_overflowing_update_is_not_applied():
@@ -390,12 +386,8 @@ def test_bytes_and_losses_count_the_same_targets(document_mask, targets):
 @pytest.mark.parametrize("chunk", [0, 4])
 def test_token_losses_and_gradient_equal_those_of_the_step(chunk):
     """With another dropout mask in each micro-batch, tokens that do not count, at a step that is not the first."""
-    config = make_config(
-        model=MODEL | {"dropout": 0.3},
-        data={"document_mask": True},
-        compute={"loss_chunk": chunk},
-        train={"num_steps": 10, "log_every": 1, "z_loss": 0.0},
-    )
+    changes = {"data": {"document_mask": True}, "compute": {"loss_chunk": chunk}}
+    config = make_config(model=MODEL | {"dropout": 0.3}, **changes)
     loss_fn = gpt_loss_fn(config)
     tokens_ABT = jnp.asarray(np.concatenate([make_tokens(1, 4)] * 2))
     state = make_state(config, gpt_params(), step=3, optimizer=optax.identity())

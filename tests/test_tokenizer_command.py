@@ -51,7 +51,7 @@ def hide_libraries(monkeypatch, *hidden):
 
 
 @pytest.mark.parametrize("pattern", ["gpt2", "cl100k"])
-def test_ranks_are_equal_twice_and_ids_are_those_of_the_library(pattern):
+def test_ranks_are_reproducible_and_ids_equal_those_of_the_library(pattern):
     rustbpe = pytest.importorskip("rustbpe")
     texts = make_texts()
     ours = train(texts, 400, pattern=pattern)

@@ -33,7 +33,7 @@ def test_trace_is_written_where_tensorboard_looks_for_it(said, tmp_path):
 
 
 @pytest.mark.faults
-def test_l2_link_in_place_of_the_profile_during_a_run_is_not_followed(said, tmp_path):
+def test_l2_link_in_place_of_the_profile_is_not_followed(said, tmp_path):
     outside, run = tmp_path / "outside", tmp_path / "run"
     outside.mkdir()
     run.mkdir()

@@ -86,18 +86,10 @@ def test_is_due_at_multiples_of_the_period():
 @pytest.mark.parametrize(
     ("step", "validated", "eval_every", "missing"),
     [
-        (0, -1, 4, False),
-        (3, -1, 4, False),
-        (4, -1, 4, True),
-        (4, 4, 4, False),
-        (8, 4, 4, True),
-        (10, 8, 4, True),
-        (10, 10, 4, False),
-        (10, -1, 0, True),
-        (4, -1, 0, False),
-        (12, -1, 4, False),
+        (0, -1, 4, False), (3, -1, 4, False), (4, -1, 4, True), (4, 4, 4, False), (8, 4, 4, True), (10, 8, 4, True),
+        (10, 10, 4, False), (10, -1, 0, True), (4, -1, 0, False), (12, -1, 4, False),
     ],
-)
+)  # fmt: skip
 def test_evaluation_is_due_unless_that_step_was_validated(step, validated, eval_every, missing):
     config = Config(train=TrainConfig(num_steps=10, eval_every=eval_every))
     assert evaluation_due(config, step, History(validated=validated)) is missing

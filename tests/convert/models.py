@@ -17,19 +17,10 @@ NO_CHANGES: CHANGES = {}
 
 # In llm.c's order: name, shape in Hugging Face's layout by letters (V T D as usual, Q = 3 D, F = 4 D).
 LAYER = (
-    ("ln_1.weight", "D"),
-    ("ln_1.bias", "D"),
-    ("attn.c_attn.weight", "DQ"),
-    ("attn.c_attn.bias", "Q"),
-    ("attn.c_proj.weight", "DD"),
-    ("attn.c_proj.bias", "D"),
-    ("ln_2.weight", "D"),
-    ("ln_2.bias", "D"),
-    ("mlp.c_fc.weight", "DF"),
-    ("mlp.c_fc.bias", "F"),
-    ("mlp.c_proj.weight", "FD"),
-    ("mlp.c_proj.bias", "D"),
-)
+    ("ln_1.weight", "D"), ("ln_1.bias", "D"), ("attn.c_attn.weight", "DQ"), ("attn.c_attn.bias", "Q"),
+    ("attn.c_proj.weight", "DD"), ("attn.c_proj.bias", "D"), ("ln_2.weight", "D"), ("ln_2.bias", "D"),
+    ("mlp.c_fc.weight", "DF"), ("mlp.c_fc.bias", "F"), ("mlp.c_proj.weight", "FD"), ("mlp.c_proj.bias", "D"),
+)  # fmt: skip
 
 
 def make_tensors(config: Mapping[str, int] = CONFIG, *, seed: int = 0, dtype: str = "float32") -> dict[str, np.ndarray]:

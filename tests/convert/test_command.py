@@ -164,7 +164,7 @@ def test_target_that_computes_another_activation_is_reported_or_refused(tmp_path
         dry_run(capsys, *command, "--strict")
 
 
-def test_activation_flag_is_only_for_files_that_do_not_store_it(tmp_path, capsys):
+def test_activation_flag_is_only_for_files_without_an_activation(tmp_path, capsys):
     write_llmc(tmp_path / "a.bin")
     assert formats.open_weights(ModelRef("llmc", f"{tmp_path}/a.bin")).config.activation == "gelu_new"
     assert formats.open_weights(ModelRef("llmc", f"{tmp_path}/a.bin"), activation="gelu").config.activation == "gelu"

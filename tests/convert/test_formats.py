@@ -24,15 +24,11 @@ def test_model_reference_is_a_format_and_a_path(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "meant"),
     [
-        ("gpt2", "hf:openai-community/gpt2"),
-        ("gpt2-xl", "hf:openai-community/gpt2-xl"),
-        ("run", "gptjax:run"),
-        ("exported", "hf:exported"),
-        ("ckpt.pt", "nanogpt:ckpt.pt"),
-        ("model.bin", "llmc:model.bin"),
+        ("gpt2", "hf:openai-community/gpt2"), ("gpt2-xl", "hf:openai-community/gpt2-xl"), ("run", "gptjax:run"),
+        ("exported", "hf:exported"), ("ckpt.pt", "nanogpt:ckpt.pt"), ("model.bin", "llmc:model.bin"),
     ],
-)
-def test_model_without_a_format_is_refused_with_the_reference_to_write(text, meant, tmp_path, monkeypatch):
+)  # fmt: skip
+def test_model_without_a_format_is_refused_with_what_to_write(text, meant, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.json").touch()
@@ -111,15 +107,11 @@ def test_setting_unknown_to_gpt2_is_refused_by_exports(target, name, value):
 @pytest.mark.parametrize(
     ("source", "target", "wanted", "expected"),
     [
-        ("bfloat16", "hf", "", "bfloat16"),
-        ("float16", "hf", "", "float16"),
-        ("float16", "llmc", "", "float32"),
-        ("bfloat16", "llmc", "", "bfloat16"),
-        ("float32", "llmc", "bfloat16", "bfloat16"),
-        ("bfloat16", "hf", "float32", "float32"),
-        ("bfloat16", "gptjax", "", "float32"),
+        ("bfloat16", "hf", "", "bfloat16"), ("float16", "hf", "", "float16"), ("float16", "llmc", "", "float32"),
+        ("bfloat16", "llmc", "", "bfloat16"), ("float32", "llmc", "bfloat16", "bfloat16"),
+        ("bfloat16", "hf", "float32", "float32"), ("bfloat16", "gptjax", "", "float32"),
     ],
-)
+)  # fmt: skip
 def test_export_dtype_follows_source_target_and_flag(tmp_path, source, target, wanted, expected):
     weights = formats.open_weights(write("hf", tmp_path / "m", dtype=source))
     assert formats.export_dtype(weights, target, wanted) == expected

@@ -26,17 +26,10 @@ REPO = "someone/tiny-gpt2"
 TOKEN = "hf_SecretOfThisTest"
 WEIGHTS = random.Random(0).randbytes(25 << 20)
 CUT = 15 << 20
-SMALL = {
-    "config.json": b'{"model_type": "gpt2"}',
-    "generation_config.json": b"generation",
-    "tokenizer.json": b"tokenizer",
-    "vocab.json": b"vocab",
-    "merges.txt": b"merges",
-    "tokenizer_config.json": b"tokenizer config",
-}
-OTHER = dict.fromkeys(
-    [".gitattributes", "README.md", "64.tflite", "onnx/config.json", "rust_model.ot", "tf_model.h5"], b"x"
-)
+SMALL = {"config.json": b'{"model_type": "gpt2"}', "generation_config.json": b"generation", "merges.txt": b"merges"}
+SMALL |= {"tokenizer.json": b"tokenizer", "vocab.json": b"vocab", "tokenizer_config.json": b"tokenizer config"}
+OTHERS = [".gitattributes", "README.md", "64.tflite", "onnx/config.json", "rust_model.ot", "tf_model.h5"]
+OTHER = dict.fromkeys(OTHERS, b"x")
 HALF = {"model.safetensors.index.json": b"{}", "model-00001-of-00002.safetensors": b""}
 FORMATS = {"model.safetensors": b"safe", "pytorch_model.bin": b"bin", "flax_model.msgpack": b"flax"}
 
@@ -59,15 +52,10 @@ class Client:
 
     def __init__(self, directory: pathlib.Path, url: str) -> None:
         self.home = directory / "hf"
-        self.environment = runs.Lab(directory).environment(
-            HF_ENDPOINT=url,
-            HF_HOME=str(self.home),
-            HF_HUB_DISABLE_PROGRESS_BARS="1",
-            HF_HUB_DISABLE_TELEMETRY="1",
-            HF_HUB_DISABLE_XET="1",  # the server here has no such storage; downloads never use it
-            NO_PROXY="127.0.0.1",
-            TRANSFORMERS_OFFLINE="",
-        )
+        # XET: the server here has no such storage; downloads never use it.
+        off = {f"HF_HUB_DISABLE_{name}": "1" for name in ("PROGRESS_BARS", "TELEMETRY", "XET")}
+        off |= {"NO_PROXY": "127.0.0.1", "TRANSFORMERS_OFFLINE": ""}
+        self.environment = runs.Lab(directory).environment(HF_ENDPOINT=url, HF_HOME=str(self.home), **off)
 
     def call(self, *arguments: str, expect: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
         command, variables = [sys.executable, "-c", MAIN, *arguments], self.environment | environment
@@ -154,9 +142,8 @@ def test_tokenizer_of_a_repository_is_downloaded_alone_and_once(hub, client, tmp
 
     def opened(**environment):
         command = [sys.executable, "-c", OPEN_TOKENIZER, f"hf:{REPO}"]
-        done = subprocess.run(
-            command, env=client.environment | environment, capture_output=True, text=True, timeout=120, check=False
-        )
+        variables = client.environment | environment
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120, check=False)
         return done.returncode, done.stdout.splitlines()[-1:], done.stderr
 
     assert opened()[:2] == (0, [tokenizer.sha256])

@@ -223,7 +223,7 @@ UNHELD = {  # nanoGPT's settings, and how the note on those that are left out be
 
 
 @pytest.mark.parametrize("name", UNHELD)
-def test_settings_that_cannot_be_held_are_named_and_the_others_kept(interrupted, tmp_path, said, name):
+def test_settings_without_a_place_are_named_and_others_kept(interrupted, tmp_path, said, name):
     changed, line = UNHELD[name]
     saved = torch.load(interrupted[0], weights_only=True)
     torch.save(saved | {"config": RUN | {"lr_decay_iters": 50} | changed}, tmp_path / "ckpt.pt")
@@ -477,7 +477,7 @@ def test_sample_py_encodes_and_decodes_with_a_bytes_model(tmp_path, monkeypatch,
     assert any("meta.pkl beside the model" in line and "data/NAME/meta.pkl" in line for line in said)
 
 
-def test_meta_pickle_has_the_content_that_nanogpt_pickles_and_plain_opcodes_only(tmp_path):
+def test_meta_pickle_has_nanogpts_content_and_plain_opcodes_only(tmp_path):
     export(tmp_path / "a", tmp_path / "ckpt.pt", "--tokenizer=bytes", vocab_size=260)
     content = (tmp_path / "meta.pkl").read_bytes()
     characters = [chr(byte) for byte in range(256)]

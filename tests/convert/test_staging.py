@@ -58,11 +58,8 @@ def test_directory_beside_is_never_replaced(tmp_path):
 
 
 def test_file_that_appeared_beside_meanwhile_is_kept(tmp_path):
-    with (
-        raises(ConfigError, f"{tmp_path}/meta", remedy="--force"),
-        staged(f"{tmp_path}/model", force=False, beside=BESIDE) as path,
-        open(path, "wb"),
-    ):
+    output = staged(f"{tmp_path}/model", force=False, beside=BESIDE)
+    with raises(ConfigError, f"{tmp_path}/meta", remedy="--force"), output as path, open(path, "wb"):
         (tmp_path / "meta").write_bytes(b"theirs")
     assert contents(tmp_path) == {"meta": b"theirs"}
 

@@ -49,7 +49,7 @@ def test_every_form_of_a_tokenizer_is_the_same_one(places, name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["model", "added_tokens", '"model"'])
-def test_saved_tokenizer_may_have_a_key_of_hugging_face_as_its_name(tmp_path, name):
+def test_saved_tokenizer_may_be_named_like_a_huggingface_key(tmp_path, name):
     """A directory called model gives its name to the tokenizer in it."""
     saved = dataclasses.replace(load_tokenizer("bytes"), name=name)
     saved.save(str(tmp_path / "tokenizer.json"))
@@ -105,7 +105,7 @@ def asked(monkeypatch, places):
     return names
 
 
-def test_run_with_a_tokenizer_of_the_hub_connects_at_its_first_start_only(places, asked, tmp_path):
+def test_hub_tokenizer_connects_at_a_runs_first_start_only(places, asked, tmp_path):
     tokenizer, _ = places
     assert open_run_tokenizer("hf:me/it@v1", str(tmp_path)).sha256 == tokenizer.sha256
     assert asked == [("me/it", "v1")]

@@ -34,13 +34,9 @@ TEXTS = [
     " clean up . , ! ? n't 's these",
 ]
 PATTERNS = {
-    "cl100k": CL100K,
-    "llama3": LLAMA3,
-    "gpt2-like": GPT2_PATTERN,
-    "lines": r"(?s)[^\n]+|.",
-    "whole": "(?s).+",
+    "cl100k": CL100K, "llama3": LLAMA3, "gpt2-like": GPT2_PATTERN, "lines": r"(?s)[^\n]+|.", "whole": "(?s).+",
     "ends": r"\s+$|\S+|\s",
-}
+}  # fmt: skip
 
 
 def grow(pattern: str) -> Tokenizer:

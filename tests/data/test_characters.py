@@ -75,8 +75,7 @@ def test_unknown_character_is_named():
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"characters": "aa"}, {"characters": ""}, {"characters": 3}, {"name": None}, {"characters": "\ud800"}],
+    "change", [{"characters": "aa"}, {"characters": ""}, {"characters": 3}, {"name": None}, {"characters": "\ud800"}]
 )
 def test_damaged_saved_form_is_refused(saved, change):
     values = json.loads(pathlib.Path(saved).read_text()) | change

@@ -79,7 +79,7 @@ def test_parquet_gives_the_same_shards_with_any_row_groups(tmp_path, group):
     assert names[8 % group + 8 // group * group] == f"data.parquet:{8 // group}:{8 % group}"
 
 
-def test_folders_and_patterns_are_read_in_the_order_of_their_paths(tmp_path):
+def test_folders_and_patterns_are_read_in_path_order(tmp_path):
     (tmp_path / "b").mkdir()
     for name, text in (("b/1.txt", "two"), ("a.txt", "one"), ("b/2.md", "three"), ("b.log", "no")):
         (tmp_path / name).write_text(text)

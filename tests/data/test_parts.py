@@ -74,7 +74,7 @@ def _finishes(future):
         return False
 
 
-def test_process_that_dies_ends_the_command_and_a_rerun_completes_it(folder, tmp_path, many_tasks, monkeypatch):
+def test_dead_process_ends_the_command_and_a_rerun_completes_it(folder, tmp_path, many_tasks, monkeypatch):
     prepared(folder, tmp_path / "expected", processes=1)
     monkeypatch.setattr(preparation, "BATCH_BYTES", 1000)
     submit = workers._Pool.submit

@@ -208,7 +208,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("failure", "kind", "remedy"), FAILURES)
-def test_failure_of_a_builder_is_unavailable_unless_the_name_is_wrong(failure, kind, remedy, monkeypatch, capsys):
+def test_failed_builder_is_unavailable_unless_its_name_is_wrong(failure, kind, remedy, monkeypatch, capsys):
     def fail(name, file_format):
         print("banner")
         raise failure

@@ -27,16 +27,11 @@ from tests.helpers import raises
 ROOT = Path(__file__).parents[2]
 
 TEXTS = [
-    "",
-    "Hello, world!",
-    "  leading, trailing and\n\n\tmixed   white space \r\n ",
-    "don't we'll THEY'RE I've 's",
-    "naïve café, Ωmega, 日本語のテキスト, русский, 👩‍👩‍👧‍👦, e\u0301",
-    f"a text with {END_OF_TEXT} in it",
-    "x = 12345678 ** 0.5  # ?!@#$%^&*()",
-    "\x00\x01\x7f\ufffd\u200b\u2028",
+    "", "Hello, world!", "  leading, trailing and\n\n\tmixed   white space \r\n ", "don't we'll THEY'RE I've 's",
+    "naïve café, Ωmega, 日本語のテキスト, русский, 👩‍👩‍👧‍👦, e\u0301", f"a text with {END_OF_TEXT} in it",
+    "x = 12345678 ** 0.5  # ?!@#$%^&*()", "\x00\x01\x7f\ufffd\u200b\u2028",
     "a" * 1000 + " " * 1000 + "!" * 1000 + "\n" * 1000,
-]
+]  # fmt: skip
 
 
 def gpt2_folder() -> str:
@@ -174,27 +169,13 @@ def edited(**changes: object) -> bytes:
     return json.dumps(json.loads(tokenizer._canonical()) | changes).encode()
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"{",
-        b"[]",
-        b"\xff\xfe",
-        b"[" * 100_000,
-        edited(format="other"),
-        edited(tokens=[]),
-        edited(tokens=None),
-        edited(tokens=["%%%"]),
-        edited(tokens=["QQ=="] * 300),
-        edited(tokens=[base64.b64encode(bytes([byte])).decode() for byte in range(255)]),
-        edited(tokens=[*(base64.b64encode(bytes([byte])).decode() for byte in range(256)), ""]),
-        edited(pattern="("),
-        edited(pattern=3),
-        edited(name=None),
-        edited(eot="<eot>"),
-    ],
-)
+ONE_BYTE = [base64.b64encode(bytes([byte])).decode() for byte in range(256)]
+DAMAGED = [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000]
+DAMAGED += [edited(tokens=tokens) for tokens in ([], None, ["%%%"], ["QQ=="] * 300, ONE_BYTE[:-1], [*ONE_BYTE, ""])]
+DAMAGED += [edited(format="other"), edited(pattern="("), edited(pattern=3), edited(name=None), edited(eot="<eot>")]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_file_is_named(content, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)

@@ -39,7 +39,7 @@ from gptjax.state import TrainState
 from gptjax.stored import load_params
 from tests.faults import golden
 from tests.fuzzing import ODD, PATCHES, TAILS, cases, nothing_written, only_documented_errors, patched
-from tests.runs import rows, state_bytes
+from tests.runs import leaf_bytes, rows, state_bytes
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("quick_compiler")]
 FIELDS = sorted(config.flatten(Config()))
@@ -199,24 +199,16 @@ def stored(quick_compiler, tmp_path_factory):
     checkpointer = Checkpointer(str(root / "healthy"))
     checkpointer.save(state, golden.STEP, config=golden.CONFIG, history=golden.HISTORY, data=golden.DATA)
     checkpointer.close()
-    params = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state.params)]
-    return Stored(root, abstract, state_bytes(state), params)
+    return Stored(root, abstract, state_bytes(state), leaf_bytes(state.params))
 
 
-@st.composite
-def damaged_trees(draw):
-    """Returns what to do to a checkpoint's directory."""
-    changes = draw(
-        st.lists(
-            st.tuples(
-                st.integers(0, 10**6),
-                st.sampled_from(["bytes", "json", "json", "delete", "folder", "link", "swap", "add", "record", "pipe"]),
-            ),
-            min_size=1,
-            max_size=2,
-        )
-    )
-    return changes, draw(EDITS.filter(bool)), draw(PATCHES.filter(bool)), draw(TAILS)
+def copy_of(stored):
+    shutil.rmtree(stored.root / "damaged", ignore_errors=True)
+    return shutil.copytree(stored.root / "healthy", stored.root / "damaged")
+
+
+KINDS = ["bytes", "json", "json", "delete", "folder", "link", "swap", "add", "record", "pipe"]
+CHANGES = st.lists(st.tuples(st.integers(0, 10**6), st.sampled_from(KINDS)), min_size=1, max_size=2)
 
 
 def damage(directory, change, edits, patches, tail):
@@ -257,40 +249,33 @@ def damage(directory, change, edits, patches, tail):
 
 
 @cases(24)
-@given(damaged_trees())
-def test_f1_damaged_checkpoint_never_loads_wrong_bits(stored, damages):
+@given(CHANGES, EDITS.filter(bool), PATCHES.filter(bool), TAILS)
+def test_f1_damaged_checkpoint_never_loads_wrong_bits(stored, changes, edits, patches, tail):
     """What is restored has the bits that were saved, or is refused; with one checkpoint there is nothing else."""
-    root, abstract, state, params = stored.root, stored.abstract, stored.state, stored.params
-    changes, edits, patches, tail = damages
-    shutil.rmtree(root / "damaged", ignore_errors=True)
-    shutil.copytree(root / "healthy", root / "damaged")
-    directory = root / "damaged" / "checkpoints" / str(golden.STEP)
+    workdir = copy_of(stored)
     for change in changes:
-        damage(directory, change, edits, patches, tail)
-    workdir = str(root / "damaged")
+        damage(workdir / "checkpoints" / str(golden.STEP), change, edits, patches, tail)
 
     def load():
-        found = load_params(workdir)[1]
-        if jax.tree.structure(found) == jax.tree.structure(abstract.params):
-            assert [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(found)] == params, "wrong bits"
+        found = load_params(str(workdir))[1]
+        if jax.tree.structure(found) == jax.tree.structure(stored.abstract.params):
+            assert leaf_bytes(found) == stored.params, "wrong bits"
 
     def restore():
-        found = Checkpointer(workdir).restore_latest(
-            abstract, check=lambda record: compare_configs(record.config, golden.CONFIG)
-        )
+        same = lambda record: compare_configs(record.config, golden.CONFIG)  # noqa: E731
+        found = Checkpointer(str(workdir)).restore_latest(stored.abstract, check=same)
         assert found is not None
-        assert state_bytes(found[0]) == state, "wrong bits"
+        assert state_bytes(found[0]) == stored.state, "wrong bits"
 
-    with nothing_written(root):
+    with nothing_written(stored.root):
         errors = [only_documented_errors(load, lines=9)]
     errors.append(only_documented_errors(restore, lines=9))
     assert all(error is None or isinstance(error, CheckpointError | ConfigError) for error in errors)
 
 
+LIKE_STEPS = ["²", "٣", "007", "0", "9" * 255, "-1", "1e3", " 9", "9 ", "9.orbax-checkpoint-tmp", "9.corrupt-x"]
 NAMES = st.one_of(
-    st.sampled_from(
-        ["²", "٣", "007", "0", "9" * 255, "-1", "1e3", " 9", "9 ", "9.orbax-checkpoint-tmp", "9.corrupt-x"]
-    ),
+    st.sampled_from(LIKE_STEPS),
     st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=20),
     st.integers(0, 10**12).map(str),
 )
@@ -300,26 +285,19 @@ NAMES = st.one_of(
 @given(st.lists(st.tuples(NAMES, st.sampled_from(["folder", "file", "link"])), min_size=1, max_size=3))
 def test_f1_foreign_names_do_not_hide_the_checkpoint(stored, names):
     """Whatever lies beside it, the one good checkpoint is found, and the next one can be saved."""
-    root, abstract, state = stored.root, stored.abstract, stored.state
-    shutil.rmtree(root / "damaged", ignore_errors=True)
-    shutil.copytree(root / "healthy", root / "damaged")
+    workdir = copy_of(stored)
     for name, kind in names:
-        path = root / "damaged" / "checkpoints" / name
+        path = workdir / "checkpoints" / name
         if path.exists() or name in (".", "..") or len(name.encode()) > 255:
             continue
         if kind == "link":
-            path.symlink_to(root / "healthy" / "checkpoints")
+            path.symlink_to(stored.root / "healthy" / "checkpoints")
         else:
             path.mkdir() if kind == "folder" else path.write_text("mine")
-    checkpointer = Checkpointer(str(root / "damaged"))
-    found = []
-
-    def restore():
-        found.append(checkpointer.restore_latest(abstract))
-
-    assert only_documented_errors(restore) is None
+    checkpointer, found = Checkpointer(str(workdir)), []
+    assert only_documented_errors(lambda: found.append(checkpointer.restore_latest(stored.abstract))) is None
     [(restored, record)] = found
-    assert state_bytes(restored) == state
+    assert state_bytes(restored) == stored.state
     assert record.step == golden.STEP
 
     def save():
@@ -333,22 +311,16 @@ def test_f1_foreign_names_do_not_hide_the_checkpoint(stored, names):
 # Logs and prompts
 
 
-@cases(300)
-@given(
-    st.lists(
-        st.one_of(
-            st.binary(max_size=30),
-            ODD.map(lambda value: json.dumps(value).encode()),
-            st.dictionaries(st.sampled_from(["step", "loss", "val_loss", "x"]), ODD, max_size=3).map(
-                lambda row: json.dumps(row).encode()
-            ),
-            st.sampled_from(
-                [b"[" * 100_000, b'{"step": 1' + b"0" * 5000 + b"}", b'{"step": 3, "loss": 1e999}', b"\xff\xfe"]
-            ),
-        ),
-        max_size=4,
-    )
+ROWS = st.dictionaries(st.sampled_from(["step", "loss", "val_loss", "x"]), ODD, max_size=3)
+LINES = st.one_of(
+    st.binary(max_size=30),
+    st.one_of(ODD, ROWS).map(lambda value: json.dumps(value).encode()),
+    st.sampled_from([b"[" * 100_000, b'{"step": 1' + b"0" * 5000 + b"}", b'{"step": 3, "loss": 1e999}', b"\xff\xfe"]),
 )
+
+
+@cases(300)
+@given(st.lists(LINES, max_size=4))
 def test_f1_damaged_log_tail_is_cut_on_resume(tmp_path_factory, tail):
     directory = tmp_path_factory.getbasetemp() / "log"
     directory.mkdir(exist_ok=True)
@@ -386,9 +358,8 @@ def test_f1_any_prompt_ids_raise_only_documented_errors(prompts, temperature, to
     made, params = tiny_model()
 
     def sample():
-        found = generate(
-            made, params, prompts, max_new_tokens=3, eot_id=19, temperature=temperature, top_k=top_k, top_p=top_p
-        )
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        found = generate(made, params, prompts, max_new_tokens=3, eot_id=19, **options)
         assert len(found) == len(prompts)
         assert all(0 <= token < 19 for row in found for token in row)
 
@@ -399,10 +370,8 @@ def test_f1_any_prompt_ids_raise_only_documented_errors(prompts, temperature, to
 @cases(200)
 @given(st.one_of(st.text(max_size=60), st.text(string.printable), st.binary(max_size=30).map(os.fsdecode)))
 def test_f1_any_prompt_text_is_encoded(text):
-    for tokenizer in (
-        load_tokenizer("bytes"),
-        make_tokenizer("two", r"(?s).{1,4}", {bytes([b]): b for b in range(256)}),
-    ):
+    two = make_tokenizer("two", r"(?s).{1,4}", {bytes([b]): b for b in range(256)})
+    for tokenizer in (load_tokenizer("bytes"), two):
         ids = tokenizer.encode(text)
         assert all(0 <= token < tokenizer.eot_id for token in ids)
         if text.isprintable():

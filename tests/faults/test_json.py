@@ -25,22 +25,13 @@ from tests.helpers import failing, os_error, raises
 pytestmark = pytest.mark.faults
 DEEP = b"[" * 900 + b"]" * 900  # which Python's parser takes
 NOT_JSON = {
-    "brackets": b"[" * 100_000,
-    "objects": b'{"a":' * 100_000,
-    "not UTF-8": b'{"a": "\xff"}',
-    "digits": b'{"step": ' + b"9" * 5000 + b"}",
-    "many digits": b'{"step": ' + b"9" * 400 + b"}",
-    "deep": b'{"step": 0, "loss": ' + DEEP + b"}",
-    "twice": b'{"step": 0, "step": 0}',
+    "brackets": b"[" * 100_000, "objects": b'{"a":' * 100_000, "not UTF-8": b'{"a": "\xff"}',
+    "digits": b'{"step": ' + b"9" * 5000 + b"}", "many digits": b'{"step": ' + b"9" * 400 + b"}",
+    "deep": b'{"step": 0, "loss": ' + DEEP + b"}", "twice": b'{"step": 0, "step": 0}',
     "half a pair": b'{"step": 0, "a": "\\ud800"}',
-    "a list": b"[1]",
-    "null": b"null",
-    "a string": b'"x"',
-    "a number": b"1",
-    "NULs": b"\0" * 100,
-    "UTF-16": b"\xff\xfe{\0}\0",
-    "empty": b"",
-}
+}  # fmt: skip
+NOT_JSON |= {"a list": b"[1]", "null": b"null", "a string": b'"x"', "a number": b"1"}
+NOT_JSON |= {"NULs": b"\0" * 100, "UTF-16": b"\xff\xfe{\0}\0", "empty": b""}
 NOT_AN_OBJECT = {"a list", "null", "a string", "a number"}
 LATE = b'{"step": 9223372036854775808, "loss": 1.0}'  # more than 63 bits
 NAN = {"NaN": b'{"step": 0, "loss": NaN}', "too large": b'{"step": 0, "loss": 1e999}'}
@@ -198,10 +189,8 @@ def test_j1_damaged_run_config_falls_back_to_the_checkpoint(tmp_path, said, cont
 
 
 def test_j1_damaged_log_lines_are_skipped(tmp_path):
-    rows = [
-        {"step": 1, "loss": 2.5, "step_seconds": 1.0},
-        {"step": 2, "val_loss": 3.5, "loss": 1.5, "step_seconds": 2.0},
-    ]
+    rows = [{"step": 1, "loss": 2.5, "step_seconds": 1.0}]
+    rows.append({"step": 2, "val_loss": 3.5, "loss": 1.5, "step_seconds": 2.0})
     lines = [json.dumps(row).encode() for row in rows]
     content = b"\n".join([lines[0], *NOT_JSON.values(), LATE, lines[1], b'{"step": 3, "lo']) + b"\n"
     (tmp_path / "metrics.jsonl").write_bytes(content)

@@ -122,27 +122,19 @@ def test_i1_report_file_is_written_despite_closed_stdout(monkeypatch, tmp_path):
 # Arguments and environment
 
 COMMANDS = {
-    "main": (main, ["--config=x"]),
-    "sample": (sample, []),
-    "evaluate": (evaluate, []),
-    "convert": (convert, ["--from=x"]),
-    "plan": (plan, ["--config=x", "--topology=local"]),
-    "replay": (replay, ["--workdir=x", "--step=1"]),
-    "prepare": (prepare, []),
+    "main": (main, ["--config=x"]), "sample": (sample, []), "evaluate": (evaluate, []),
+    "convert": (convert, ["--from=x"]), "plan": (plan, ["--config=x", "--topology=local"]),
+    "replay": (replay, ["--workdir=x", "--step=1"]), "prepare": (prepare, []),
     "fetch": (fetch, ["hf:a/b", "--out=x"]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize(
     ("argument", "field"),
-    [
-        (b"--config.data.path=a\xff", "--config.data.path"),
-        (b"--workdir=\xe9", "--workdir"),
-        (b"\xff", r"\udcff"),
-        (b"--\xff=1", r"--\udcff=1"),
-    ],
-)
+    [(b"--config.data.path=a\xff", "--config.data.path"), (b"--workdir=\xe9", "--workdir"), (b"\xff", r"\udcff"),
+     (b"--\xff=1", r"--\udcff=1")],
+)  # fmt: skip
 def test_i2_argument_that_is_not_utf8_is_refused(name, argument, field, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module, needed = COMMANDS[name]
@@ -190,24 +182,19 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_i2_config_file_may_have_any_declared_encoding(name, tmp_path):
     (tmp_path / name).write_bytes(FILES[name])
-    assert config.load(f"{tmp_path}/{name}", {"data.seed": "3"}) == config.from_dict(
-        {"data": {"path": "café", "seed": 3}}
-    )
+    expected = config.from_dict({"data": {"path": "café", "seed": 3}})
+    assert config.load(f"{tmp_path}/{name}", {"data.seed": "3"}) == expected
 
 
 @pytest.mark.parametrize(
     ("name", "content", "named"),
     [
-        ("a.json", b"{", "column 2"),
-        ("a.json", b"\xff", "byte 0 is 0xff"),
-        ("a.json", b"[1]", "list"),
-        ("a.json", b'{"data": {"path": "\\udcff"}}', "surrogate"),
-        ("a.json", b"[" * 100_000, "100 levels"),
+        ("a.json", b"{", "column 2"), ("a.json", b"\xff", "byte 0 is 0xff"), ("a.json", b"[1]", "list"),
+        ("a.json", b'{"data": {"path": "\\udcff"}}', "surrogate"), ("a.json", b"[" * 100_000, "100 levels"),
         ("a.json", b'{"data": {"seed": 1, "seed": 2}}', "'seed'"),
-        ("a.py", b"x = 'caf\xe9'\n", "SyntaxError"),
-        ("a.py", b"get_config = lambda: 3", "TypeError"),
+        ("a.py", b"x = 'caf\xe9'\n", "SyntaxError"), ("a.py", b"get_config = lambda: 3", "TypeError"),
     ],
-)
+)  # fmt: skip
 def test_i2_invalid_config_file_is_refused(name, content, named, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)

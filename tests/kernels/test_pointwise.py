@@ -44,7 +44,7 @@ def test_gelu_and_its_gradients_equal_plain_jax(biased, name):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_the_two_forms_of_gelu_have_their_own_values_and_slopes():
+def test_both_forms_of_gelu_have_their_own_values_and_slopes():
     """By the formulas, in float64: x Phi(x) with the error function, and its tanh form."""
     x = np.linspace(-9, 9, 1801)
     phi = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in x])

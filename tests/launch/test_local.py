@@ -43,12 +43,9 @@ class Folder:
         terminal += [] if stdin is None else ["setsid", "--ctty", "--wait"]
         return subprocess.Popen(
             [*terminal, LOCAL, str(self.count), "--config=x.py", "--config.train.sample_prompt=a b"],
-            stdin=stdin,
             env=environment | {"LOGS": str(self.path / "logs")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+            stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
 
     def end(self, process: subprocess.Popen[str]) -> tuple[int, str]:
         """Returns its exit code and what it said; none of what it started is left."""

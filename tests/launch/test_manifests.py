@@ -27,45 +27,45 @@ def listed(items: dict[str, Any]) -> dict[str, Any]:
 TEXT, COUNT, FLAG = {"type": "string", "minLength": 1}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
 TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
 
+NAMED = closed(["name", "value"], name=TEXT, value=TEXT)
+IDS = {"runAsUser": COUNT, "runAsGroup": COUNT, "fsGroup": COUNT}
+
 # JobSet v1alpha2, Job v1 and Pod v1, as far as the file uses them.
-EXIT_CODES = closed(
-    ["operator", "values"], containerName=TEXT, operator={"enum": ["In", "NotIn"]}, values=listed({"minimum": 1})
-)
+EXIT_CODES = {"containerName": TEXT, "operator": {"enum": ["In", "NotIn"]}, "values": listed({"minimum": 1})}
 EXIT_RULE = closed(
-    ["action", "onExitCodes"], action={"enum": ["FailJob", "FailIndex", "Ignore", "Count"]}, onExitCodes=EXIT_CODES
+    ["action", "onExitCodes"],
+    action={"enum": ["FailJob", "FailIndex", "Ignore", "Count"]},
+    onExitCodes=closed(["operator", "values"], **EXIT_CODES),
 )
 CONTAINER = closed(
     ["name", "image", "args", "resources"],
-    name=TEXT,
-    image=TEXT,
-    args=listed(TEXT),
-    env=listed(closed(["name", "value"], name=TEXT, value=TEXT)),
+    name=TEXT, image=TEXT, args=listed(TEXT), env=listed(NAMED),
     ports=listed(closed(["containerPort"], containerPort={"type": "integer", "minimum": 1, "maximum": 65535})),
     resources=closed(["limits"], limits={"type": "object", "additionalProperties": COUNT}),
     securityContext=closed([], allowPrivilegeEscalation=FLAG),
     volumeMounts=listed(closed(["name", "mountPath"], name=TEXT, mountPath=TEXT, readOnly=FLAG)),
-)
+)  # fmt: skip
+CSI = closed(["driver"], driver=TEXT, readOnly=FLAG, volumeAttributes=TEXTS)
 POD = closed(
     ["restartPolicy", "containers"],
     restartPolicy={"const": "Never"},  # the only one that a podFailurePolicy allows
-    serviceAccountName=TEXT,
-    terminationGracePeriodSeconds=COUNT,
-    securityContext=closed([], runAsNonRoot=FLAG, runAsUser=COUNT, runAsGroup=COUNT, fsGroup=COUNT),
-    nodeSelector=TEXTS,
-    containers=listed(CONTAINER),
-    volumes=listed(
-        closed(["name", "csi"], name=TEXT, csi=closed(["driver"], driver=TEXT, readOnly=FLAG, volumeAttributes=TEXTS))
-    ),
-)
+    serviceAccountName=TEXT, terminationGracePeriodSeconds=COUNT, nodeSelector=TEXTS,
+    securityContext=closed([], runAsNonRoot=FLAG, **IDS),
+    containers=listed(CONTAINER), volumes=listed(closed(["name", "csi"], name=TEXT, csi=CSI)),
+)  # fmt: skip
 JOB = closed(
     ["parallelism", "completions", "backoffLimit", "template"],
-    parallelism=COUNT,
-    completions=COUNT,
-    backoffLimit=COUNT,
+    parallelism=COUNT, completions=COUNT, backoffLimit=COUNT,
     podFailurePolicy=closed(["rules"], rules=listed(EXIT_RULE)),
     template=closed(["spec"], metadata=closed([], annotations=TEXTS), spec=POD),
-)
+)  # fmt: skip
 REASONS = ["BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded", "PodFailurePolicy"]
+FAILURE_RULE = closed(
+    ["action"],
+    action={"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
+    onJobFailureReasons=listed({"enum": REASONS}),
+)
+REPLICATED = closed(["name", "template"], name=TEXT, replicas=COUNT, template=closed(["spec"], spec=JOB))
 JOBSET = closed(
     ["apiVersion", "kind", "metadata", "spec"],
     apiVersion={"const": "jobset.x-k8s.io/v1alpha2"},
@@ -73,42 +73,19 @@ JOBSET = closed(
     metadata=closed(["name"], name={"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$"}, annotations=TEXTS),
     spec=closed(
         ["replicatedJobs"],
-        failurePolicy=closed(
-            ["maxRestarts"],
-            maxRestarts=COUNT,
-            rules=listed(
-                closed(
-                    ["action"],
-                    action={"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
-                    onJobFailureReasons=listed({"enum": REASONS}),
-                )
-            ),
-        ),
-        replicatedJobs=listed(
-            closed(["name", "template"], name=TEXT, replicas=COUNT, template=closed(["spec"], spec=JOB))
-        ),
+        failurePolicy=closed(["maxRestarts"], maxRestarts=COUNT, rules=listed(FAILURE_RULE)),
+        replicatedJobs=listed(REPLICATED),
     ),
 )
+RECOVERY = {"strategy": {"enum": ["FAILOVER", "EAGER_NEXT_REGION"]}, "max_restarts_on_errors": COUNT}
+RECOVERY |= {"recover_on_exit_codes": listed({"type": "integer", "minimum": 0, "maximum": 255})}
+RESOURCES = closed(
+    ["accelerators"],
+    infra=TEXT, accelerators=TEXT, accelerator_args=closed([], runtime_version=TEXT), use_spot=FLAG,
+    job_recovery=closed([], **RECOVERY),
+)  # fmt: skip
 SKYPILOT = closed(
-    ["resources", "setup", "run"],
-    name=TEXT,
-    workdir=TEXT,
-    resources=closed(
-        ["accelerators"],
-        infra=TEXT,
-        accelerators=TEXT,
-        accelerator_args=closed([], runtime_version=TEXT),
-        use_spot=FLAG,
-        job_recovery=closed(
-            [],
-            strategy={"enum": ["FAILOVER", "EAGER_NEXT_REGION"]},
-            max_restarts_on_errors=COUNT,
-            recover_on_exit_codes=listed({"type": "integer", "minimum": 0, "maximum": 255}),
-        ),
-    ),
-    envs=TEXTS,
-    setup=TEXT,
-    run=TEXT,
+    ["resources", "setup", "run"], name=TEXT, workdir=TEXT, resources=RESOURCES, envs=TEXTS, setup=TEXT, run=TEXT
 )
 
 

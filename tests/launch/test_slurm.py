@@ -53,17 +53,9 @@ class Job:
             (folder / "bin" / name).chmod(0o755)
 
     def start(self, code: int | str = 0, *, hold: bool = False, **variables: str) -> subprocess.Popen[str]:
-        environment = {
-            "PATH": f"{self.folder / 'bin'}:/usr/bin:/bin",
-            "FOLDER": str(self.folder),
-            "CODE": str(code),
-            "HOLD": "1" if hold else "",
-            "SLURM_JOB_ID": "77",
-            "SLURM_JOB_NUM_NODES": "2",
-            "SLURM_GPUS_ON_NODE": "8",
-            "SLURM_CPUS_ON_NODE": "96",
-            **variables,
-        }
+        environment = {"PATH": f"{self.folder / 'bin'}:/usr/bin:/bin", "FOLDER": str(self.folder), "CODE": str(code)}
+        environment |= {"HOLD": "1" if hold else "", "SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2"}
+        environment |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "96"} | variables
         command = ["bash", str(SCRIPT), "--config=c.py", "--config.train.sample_prompt=a b"]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

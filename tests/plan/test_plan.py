@@ -1,5 +1,6 @@
 """The plan of a run on chips that are not here, as a command: by formulas for GPUs, by the real compiler for TPUs."""
 
+import collections
 import functools
 import importlib.util
 import json
@@ -19,6 +20,7 @@ from gptjax.plan.topology import parse_topology
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = "--config=configs/gpt2_small.py"
+KINDS = {"all-gather", "reduce-scatter", "all-reduce", "all-reduce (DCN)"}
 
 
 @functools.cache
@@ -39,11 +41,15 @@ def refused(*flags):
 
 def report_of(tmp_path, topology, *settings):
     """Returns the report of GPT-2 small on a topology; settings: of the mesh, as in "fsdp=8", or flags."""
+    return report_and_text(tmp_path, topology, *settings)[0]
+
+
+def report_and_text(tmp_path, topology, *settings):
     file = tmp_path / "plan.json"
     flags = [flag if flag.startswith("--") else f"--config.mesh.{flag}" for flag in settings]
-    code, _, err = plan(SMALL, f"--topology={topology}", *flags, f"--json={file}")
+    code, out, err = plan(SMALL, f"--topology={topology}", *flags, f"--json={file}")
     assert (code, err) == (0, "")
-    return json.loads(file.read_text())
+    return json.loads(file.read_text()), out
 
 
 # GPUs: formulas, where there is no compiler for them
@@ -53,11 +59,8 @@ by_formulas = pytest.mark.skipif(has_compiler(parse_topology("h100:8", 1)), reas
 
 @by_formulas
 def test_gpu_report_is_labelled_analytic_and_adds_up(tmp_path):
-    file = tmp_path / "plan.json"
-    code, out, err = plan(SMALL, "--topology=h100:8", "--slices=4", "--price_per_chip_hour=2", "--target_tokens=300e9",
-                          f"--json={file}")  # fmt: skip
-    assert (code, err) == (0, "")
-    report = json.loads(file.read_text())
+    flags = ("--slices=4", "--price_per_chip_hour=2", "--target_tokens=300e9")
+    report, out = report_and_text(tmp_path, "h100:8", *flags)
     assert report["source"].startswith("analytic")
     assert report["source"] in out
     assert (report["chips"], report["mesh"]) == (32, {"data": 32, "fsdp": 1, "tensor": 1})
@@ -82,9 +85,8 @@ def test_typical_case_names_the_efficiencies_that_it_assumes(tmp_path):
     assert report["typical_mfu"] < report["best_case_mfu"]
     assert report["typical_cost"] == pytest.approx(report["cost"] * report["typical_hours"] / report["hours"])
     _, out, _ = plan(SMALL, "--topology=h100:8")
-    assert re.search(
-        r"typical case: [\d.]+% MFU, [\d,]+ tokens/s \(estimate; assumes of the peak: matrix units 60%", out
-    )
+    typical = r"typical case: [\d.]+% MFU, [\d,]+ tokens/s \(estimate; assumes of the peak: matrix units 60%"
+    assert re.search(typical, out)
     assert "pip install 'gptjax[cuda]'" in out, "how to compile instead"
 
 
@@ -132,21 +134,19 @@ def test_oversized_plan_reports_the_shortage_and_a_fit():
         (["--topology=v5e:4x5"], "no such slice; nearest: v5e:4x4"),
         (["--topology=h100:8", "--config.mesh.fsdp=3"], "does not fit 8 devices; nearest valid: 2x4x1"),
         (["--topology=h100:8", "--config.data.global_batch_size=100"], "data.global_batch_size=100"),
-        (
-            ["--topology=h100:8", "--config.mesh.tensor=8"],
-            "mesh.tensor=8: must divide model.n_head=12 and model.block_size=1024; nearest: 2, 4",
-        ),
-        (["--topology=h100:8", "--config.model.n_embd=780"], "mesh.fsdp=8"),
+        (["--topology=h100:8", "--config.mesh.tensor=8"],
+         "mesh.tensor=8: must divide model.n_head=12 and model.block_size=1024; nearest: 2, 4"),
+        (["--topology=h100:8", "--config.model.n_embd=780", "--config.mesh.data=1", "--config.mesh.fsdp=8"],
+         "mesh.fsdp=8"),
         (["--topology=h100:8", "--slices=2", "--config.mesh.fsdp=16"], "must be a multiple of the 2 slices"),
         (["--topology=h100:8", "--slices=0"], "--slices=0: must be a positive number"),
         (["--topology=h100:8", "--target_tokens=nan"], "--target_tokens=nan"),
         (["--topology=h100:8", "--serach"], "--serach: no such flag; nearest: --search"),
         ([], "--topology"),
     ],
-)
+)  # fmt: skip
 def test_a_mistake_is_one_line_with_the_nearest_valid_setting(flags, message):
-    extra = ["--config.mesh.data=1", "--config.mesh.fsdp=8"] if "--config.model.n_embd=780" in flags else []
-    code, line = refused(SMALL, *flags, *extra)
+    code, line = refused(SMALL, *flags)
     assert code == 2
     assert message in line
 
@@ -216,23 +216,17 @@ class TestCompiledForGpus:
 
     @pytest.mark.parametrize(
         "flags",
-        [
-            ("h200:8", "data=8"),
-            ("h100:8", "data=1", "fsdp=8"),
-            ("b200:8", "data=2", "fsdp=2", "tensor=2"),
-            ("a100:8", "data=4", "fsdp=4", "--slices=2"),
-        ],
-        ids=lambda flags: "-".join(flags),
-    )
+        [("h200:8", "data=8"), ("h100:8", "data=1", "fsdp=8"), ("b200:8", "data=2", "fsdp=2", "tensor=2"),
+         ("a100:8", "data=4", "fsdp=4", "--slices=2")],
+        ids="-".join,
+    )  # fmt: skip
     def test_gpu_step_traffic_equals_the_minimum(self, tmp_path, flags):
         report = report_of(tmp_path, *flags)
         assert report["source"].startswith("compiled with jaxlib")
         assert report["attention"] == "cudnn"
         least, sent = report["minimum_traffic_bytes"], report["traffic_bytes"]
         assert 0.99 * least < sent < 1.01 * least
-        assert {row["kind"] for row in report["collectives"]} <= {
-            "all-gather", "reduce-scatter", "all-reduce", "all-reduce (DCN)"
-        }  # fmt: skip
+        assert {row["kind"] for row in report["collectives"]} <= KINDS
 
     @pytest.mark.parametrize(
         "flags",
@@ -260,11 +254,8 @@ class TestCompiled:
         pytest.importorskip("libtpu", reason="needs the extra 'plan'")
 
     def test_tpu_report_has_memory_and_collectives(self, tmp_path):
-        file = tmp_path / "plan.json"
-        code, out, err = plan(SMALL, "--topology=v5e:4x4", "--config.mesh.data=1", "--config.mesh.fsdp=16",
-                              "--config.data.global_batch_size=128", f"--json={file}")  # fmt: skip
-        assert (code, err) == (0, "")
-        report = json.loads(file.read_text())
+        settings = ("data=1", "fsdp=16", "--config.data.global_batch_size=128")
+        report, out = report_and_text(tmp_path, "v5e:4x4", *settings)
         assert report["source"].startswith("compiled with libtpu")
         assert report["attention"] == "splash", "the kernel compiles"
         memory = report["memory_bytes"]
@@ -278,27 +269,20 @@ class TestCompiled:
 
     @pytest.mark.parametrize(
         "flags",
-        [
-            ("v5e:4x4", "data=16"),
-            ("v5e:4x4", "data=1", "fsdp=16"),
-            ("v5e:4x4", "data=4", "fsdp=4"),
-            ("v5e:4x4", "data=2", "fsdp=2", "tensor=4"),
-            ("v5e:4x4", "data=2", "fsdp=16", "--slices=2"),
-        ],
-        ids=lambda flags: "-".join(flags),
-    )
+        [("data=16",), ("data=1", "fsdp=16"), ("data=4", "fsdp=4"), ("data=2", "fsdp=2", "tensor=4"),
+         ("data=2", "fsdp=16", "--slices=2")],
+        ids="-".join,
+    )  # fmt: skip
     def test_tpu_step_traffic_is_near_the_minimum(self, tmp_path, flags):
-        report = report_of(tmp_path, *flags)
+        report = report_of(tmp_path, "v5e:4x4", *flags)
         least, sent = report["minimum_traffic_bytes"], report["traffic_bytes"]
         assert 0.99 * least < sent < 1.2 * least
-        rows = {}
+        rows = collections.Counter()
         for row in report["collectives"]:
-            rows[row["kind"]] = rows.get(row["kind"], 0) + row.get("bytes", 0)
-        assert set(rows) <= {
-            "all-gather", "reduce-scatter", "all-reduce", "all-reduce (DCN)", "collective-permute"
-        }  # fmt: skip
+            rows[row["kind"]] += row.get("bytes", 0)
+        assert set(rows) <= KINDS | {"collective-permute"}
         # XLA's own reduce-scatter hands its neighbour what fills its last tile.
-        assert rows.get("collective-permute", 0) < 1e-3 * least
+        assert rows["collective-permute"] < 1e-3 * least
         assert ("all-reduce (DCN)" in rows) == ("--slices=2" in flags)
 
     def test_the_two_cores_of_a_v4_chip_are_one_device(self):
@@ -313,7 +297,7 @@ class TestCompiled:
             ("v5e:1x1", "nothing was found that fits: take more chips"),
         ],
     )
-    def test_tpu_plan_that_does_not_fit_is_refused_with_a_remedy(self, topology, remedy):
+    def test_oversized_tpu_plan_is_refused_with_a_remedy(self, topology, remedy):
         code, line = refused("--config=configs/gpt2_xl.py", f"--topology={topology}")
         assert code == 3
         assert re.search(r"needs [\d.]+ GiB per device, 1[56][\d.]* available \([\d.]+ short\)", line)

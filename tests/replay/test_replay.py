@@ -18,8 +18,6 @@ from gptjax.replay import update
 from tests.helpers import raises
 from tests.runs import losses, make_reference, rows
 
-COMPARED = ("loss", "grad_norm", "update_norm", "lr")
-
 
 def look(lab, workdir, step, *flags, devices=1, expect=0):
     arguments = ["gptjax.replay", f"--workdir={workdir}", f"--step={step}", *flags]
@@ -167,7 +165,7 @@ def test_wrong_flag_is_refused(flag, field, value, remedy):
         command.parse_flags(["--workdir=x", "--step=3", flag])
 
 
-def test_step_or_rollbacks_that_the_run_does_not_have_exit_with_code_2(lab, reference):
+def test_step_or_rollbacks_beyond_the_run_exit_with_code_2(lab, reference):
     assert "--step=17: " in look(lab, reference, 17, expect=2).stderr
     assert "--rollbacks=1: " in look(lab, reference, 3, "--rollbacks=1", expect=2).stderr
 

@@ -18,16 +18,10 @@ pytestmark = pytest.mark.faults
 @pytest.mark.parametrize(
     "flag",
     [
-        "--from=pt:model",
-        "--from=model",
-        "--from=hf:",
-        "--from=",
-        "--to=msgpack:out",
-        "--to=onnx:out",
-        "--to=out",
+        "--from=pt:model", "--from=model", "--from=hf:", "--from=", "--to=msgpack:out", "--to=onnx:out", "--to=out",
         "--to=llmc:",
     ],
-)
+)  # fmt: skip
 def test_v_unknown_format_is_refused(flag, refuse, hf, monkeypatch):
     monkeypatch.chdir(hf.parent)
     name, _, value = flag.partition("=")
