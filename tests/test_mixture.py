@@ -36,16 +36,14 @@ def make_mixture(weights, *lengths, seed=0):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        (
-            "data/web:70,data/code:20,data/books:10",
-            [("data/web", 7, "web"), ("data/code", 2, "code"), ("data/books", 1, "books")],
-        ),
+        ("data/web:70,data/code:20,data/books:10",
+         [("data/web", 7, "web"), ("data/code", 2, "code"), ("data/books", 1, "books")]),
         ("a:0.5, b:0.25", [("a", 2, "a"), ("b", 1, "b")]),
         ("one:3", [("one", 1, "one")]),
         ("x/en:1,y/en:1", [("x/en", 1, "x-en"), ("y/en", 1, "y-en")]),
         ("c:/data:2,d:1", [("c:/data", 2, "data"), ("d", 1, "d")]),
     ],
-)
+)  # fmt: skip
 def test_weights_become_integers_without_a_common_divisor(text, parts):
     assert parse_mix(text) == tuple(Part(*part) for part in parts)
     assert [part.weight for part in parse_mix(write_mix(parse_mix(text)))] == [part[1] for part in parts]
@@ -59,21 +57,9 @@ def test_decimals_are_exact(numbers):
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "data/web",
-        "a:0,b:1",
-        "a:-1",
-        "a:1e3",
-        "a:nan",
-        "a:1,,b:2",
-        ":1",
-        "a:1/3",
-        "a:0.0",
-        "a:1,a:2",
-        "a:1,./a:2",
-        "a:\u0661",
-    ],
-)
+    ["data/web", "a:0,b:1", "a:-1", "a:1e3", "a:nan", "a:1,,b:2", ":1", "a:1/3", "a:0.0", "a:1,a:2", "a:1,./a:2",
+     "a:\u0661"],
+)  # fmt: skip
 def test_text_that_is_no_mixture_is_refused(text):
     with raises(ConfigError, "data.mix", value=text):
         parse_mix(text)
@@ -133,14 +119,8 @@ def test_windows_are_read_from_their_sources():
     assert np.array_equal(mixture.read(ids), expected[ids])
     places = [mixture.shard_of(window) for window in (0, 79, 80, 99, 100, 109)]
     files = [dataset.shard_of(0)[0] for dataset in mixture.datasets]
-    assert places == [
-        (f"a/{files[0]}", 0),
-        (f"a/{files[0]}", 790),
-        (f"b/{files[1]}", 0),
-        (f"b/{files[1]}", 190),
-        (f"c/{files[2]}", 0),
-        (f"c/{files[2]}", 90),
-    ]
+    ends = zip("abc", files, (790, 190, 90), strict=True)
+    assert places == [(f"{name}/{file}", at) for name, file, last in ends for at in (0, last)]
 
 
 def test_one_source_gives_the_batches_of_the_dataset():
@@ -195,14 +175,8 @@ def test_run_resumes_and_replays(mixed, lab, tmp_path):
     lab.train(tmp_path / "cut", *settings)
     assert losses(tmp_path / "cut") == losses(root / "whole")
     assert validations(tmp_path / "cut")[12] == validations(root / "whole")[12]
-    replay = [
-        sys.executable,
-        "-m",
-        "gptjax.replay",
-        f"--workdir={tmp_path}/cut",
-        "--step=6",
-        f"--out={tmp_path}/p.html",
-    ]
+    flags = [f"--workdir={tmp_path}/cut", "--step=6", f"--out={tmp_path}/p.html"]
+    replay = [sys.executable, "-m", "gptjax.replay", *flags]
     said = lab.call(replay).stdout
     assert "equal to metrics.jsonl, bit for bit" in said
     assert "long/train_000000.bin" in said
@@ -220,12 +194,8 @@ def test_two_processes_have_the_batches_of_one(mixed, lab, tmp_path):
     root, settings = mixed
     train_processes(lab, tmp_path / "run", 2, *settings)
     assert last_step(tmp_path / "run") == 12
-    whole, found = (
-        {step: float.fromhex(loss) for step, loss in losses(workdir).items()}
-        for workdir in (root / "whole", tmp_path / "run")
-    )
-    for step, loss in found.items():
-        assert loss == pytest.approx(whole[step], rel=1e-5)
+    for step, loss in losses(tmp_path / "run").items():
+        assert float.fromhex(loss) == pytest.approx(float.fromhex(losses(root / "whole")[step]), rel=1e-5)
 
 
 def test_changed_weights_are_changed_data(mixed, lab, tmp_path):
@@ -251,11 +221,11 @@ def test_evaluation_reads_the_mixture_of_the_run(mixed, lab):
     assert f"validation loss {last['val_loss/short']:.4f}" in alone
 
 
-def test_run_on_one_source_is_the_run_on_its_directory(lab, twin, tmp_path):
+def test_run_on_one_source_is_the_run_on_its_directory(lab, reference, tmp_path):
     lab.train(tmp_path / "run", "data.path=", f"data.mix={lab.data}:1", "train.num_steps=8")
-    assert losses(tmp_path / "run") == {step: loss for step, loss in losses(twin).items() if step <= 8}
+    assert losses(tmp_path / "run") == {step: loss for step, loss in losses(reference).items() if step <= 8}
     lab.train(tmp_path / "run", "train.num_steps=9")  # and the other way round
-    assert losses(tmp_path / "run")[9] == losses(twin)[9]
+    assert losses(tmp_path / "run")[9] == losses(reference)[9]
 
 
 def test_missing_directory_and_other_end_of_text_are_named(mixed, lab, tmp_path):
@@ -272,17 +242,7 @@ def test_missing_directory_and_other_end_of_text_are_named(mixed, lab, tmp_path)
 
 
 def test_dataset_and_mixture_have_the_same_methods():
-    used = {
-        "batch",
-        "window_ids",
-        "read",
-        "shard_of",
-        "sources",
-        "epochs",
-        "num_windows",
-        "eot",
-        "tokens",
-        "fingerprint",
-    }
+    used = {"batch", "window_ids", "read", "shard_of", "sources", "epochs", "num_windows", "eot", "tokens"}
+    used.add("fingerprint")
     for cls in (Dataset, Mixture):
         assert used <= set(dir(cls))
