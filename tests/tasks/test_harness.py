@@ -65,10 +65,10 @@ def tasks(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(lab, twin, tmp_path_factory):
+def model(lab, reference, tmp_path_factory):
     from gptjax.lm_eval import GptjaxLM
 
-    return GptjaxLM(workdir=str(copy_until(twin, tmp_path_factory.mktemp("run") / "run", 16)))
+    return GptjaxLM(workdir=str(copy_until(reference, tmp_path_factory.mktemp("run") / "run", 16)))
 
 
 def evaluate(model, tasks, names):
@@ -129,9 +129,9 @@ def test_text_ends_at_a_stop_string(model):
     assert write(until=[], max_gen_toks=12, do_sample=True, temperature=2.0) != plain
 
 
-def test_command_line_of_lm_eval_runs_on_a_work_directory(lab, twin, tasks, tmp_path):
+def test_command_line_of_lm_eval_runs_on_a_work_directory(lab, reference, tasks, tmp_path):
     folder, _ = tasks
-    command = [sys.executable, "-m", "gptjax.lm_eval", "--model_args", f"workdir={twin}", "--tasks", "choices"]
+    command = [sys.executable, "-m", "gptjax.lm_eval", "--model_args", f"workdir={reference}", "--tasks", "choices"]
     done = lab.call([*command, "--include_path", str(folder), "--output_path", str(tmp_path)], HF_HUB_OFFLINE="1")
     assert "|choices|" in done.stdout
     [results] = tmp_path.rglob("results_*.json")
