@@ -97,10 +97,10 @@ def test_killed_run_ends_with_the_same_average(trained, lab, tmp_path):
     assert trees(tmp_path / "run", 16) == trees(workdir, 16) != {}
 
 
-def test_updates_are_those_without_an_average(trained, twin):
+def test_updates_are_those_without_an_average(trained, reference):
     workdir, _ = trained
-    assert losses(workdir) == losses(twin)
-    assert validations(workdir) != validations(twin)
+    assert losses(workdir) == losses(reference)
+    assert validations(workdir) != validations(reference)
 
 
 def test_average_continues_on_another_mesh(trained, lab, averaged):
@@ -148,15 +148,15 @@ def read_leaf(path):
     return np.asarray(formats.load_params(weights, lambda _, leaf: leaf)["wte"]["embedding"]), weights
 
 
-def test_checkpoints_are_averaged_afterwards(twin):
-    single = [read_leaf(f"{twin}@{step}")[0] for step in (8, 12, 16)]
-    mean, weights = read_leaf(f"{twin}@8,12,16")
+def test_checkpoints_are_averaged_afterwards(reference):
+    single = [read_leaf(f"{reference}@{step}")[0] for step in (8, 12, 16)]
+    mean, weights = read_leaf(f"{reference}@8,12,16")
     assert np.array_equal(mean, np.mean(single, axis=0, dtype=np.float64).astype(np.float32))
-    assert weights.origin == f"gptjax:{twin}@8,12,16"
+    assert weights.origin == f"gptjax:{reference}@8,12,16"
     assert weights.adamw is None
-    assert read_leaf(f"{twin}@16")[1].adamw is not None
-    with raises(DataError, str(twin), match="no checkpoint of step 9"):
-        read_leaf(f"{twin}@8,9")
+    assert read_leaf(f"{reference}@16")[1].adamw is not None
+    with raises(DataError, str(reference), match="no checkpoint of step 9"):
+        read_leaf(f"{reference}@8,9")
 
 
 def test_path_of_a_run_may_end_in_raw(trained, tmp_path):
@@ -172,9 +172,9 @@ def test_path_of_a_run_may_end_in_raw(trained, tmp_path):
     assert raw[1].origin.endswith("@16@raw")
 
 
-def test_average_that_begins_or_ends_in_a_run_is_refused(trained, twin, lab, tmp_path):
+def test_average_that_begins_or_ends_in_a_run_is_refused(trained, reference, lab, tmp_path):
     workdir, settings = trained
-    without = copy_until(twin, tmp_path / "run", 16)
+    without = copy_until(reference, tmp_path / "run", 16)
     for source, changed in ((workdir, ["checkpoint.keep=8"]), (without, settings)):
         refused = lab.refusal(source, *changed, "train.num_steps=20", expect=2)
         assert refused.startswith("optim.ema_decay: the checkpoint has ")
