@@ -79,7 +79,10 @@ def as_tfds(path, texts):
             return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
         def _split_generators(self, dl_manager):
-            return {"train": enumerate({"text": text} for text in texts)}
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield from enumerate({"text": text} for text in texts)
 
     tfds.disable_progress_bar()
     Corpus(data_dir=str(path), file_format="array_record").download_and_prepare()
