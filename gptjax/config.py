@@ -116,7 +116,7 @@ class TrainConfig:
     steps_per_dispatch: Positive = 1  # steps in one jitted call; saves, logs and stops happen between calls
     log_every: Positive = 10  # steps between two lines of metrics
     eval_every: Count = 1000  # steps between two validations; 0 means only after the last step
-    eval_batches: Count = 20  # global batches of a validation; 0 means the whole validation split
+    eval_batches: Count = 20  # global batches of a validation, of each source of a mixture; 0 means all
     sample_every: Count = 0  # steps between two samples; 0 means never
     sample_prompt: str = ""  # the text that samples continue
     seed: Seed = 0  # seed of initialisation and dropout

@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import lzma
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -225,6 +226,8 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     check_model_flags(args)
     if args.limit < 0:
         raise ConfigError("must be 0, which means all, or more", field="--limit", value=args.limit)
+    if args.data and not all(args.data.split(",")):
+        raise ConfigError("names an empty directory", field="--data", value=args.data)
     if args.tasks and args.data:
         raise ConfigError("is for validation losses, and --tasks is given", field="--data", value=args.data)
     if args.batches < 0:
@@ -253,15 +256,20 @@ def main(arguments: list[str]) -> None:
         fetch_tasks(args.fetch_tasks, log=say)
         if not (args.workdir or args.model):
             return
-    distributed.start_jax()
     if args.tasks:
         from gptjax.tasks.command import evaluate_tasks
+        from gptjax.tasks.store import identify, open_tasks, parse_names
 
-        evaluate_tasks(args)
+        tasks = open_tasks(parse_names(args.tasks), limit=args.limit)  # before JAX, which takes longer
+        distributed.start_jax()
+        distributed.check_agreement("tasks", identify(tasks))
+        evaluate_tasks(args, tasks)
         return
-    directories = args.data.split(",")
+    distributed.start_jax()
+    # A directory may have a comma in its name.
+    directories = [args.data] if os.path.isdir(args.data) else args.data.split(",")
     for directory in directories:
-        args.data = directory.strip()
+        args.data = directory
         run, params, name = load_run(args)
         with contextlib.closing(Screen(print_error, stderr=True)) as screen:
             result = evaluate_run(

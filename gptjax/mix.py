@@ -63,15 +63,18 @@ def _as_integers(weights: list[fractions.Fraction]) -> list[int]:
 
 
 def _names(paths: list[str]) -> list[str]:
-    """Returns the last part of each path; with the parts before it where two have the same."""
-    depth = 1
-    while True:
-        names = ["-".join(path.strip(os.sep).split(os.sep)[-depth:]) for path in paths]
+    """Returns the last part of each path; with the parts before it, or a number, where two have the same."""
+    parts = [path.strip(os.sep).split(os.sep) for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["-".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-        depth += 1
+    return [f"{number}-{part[-1]}" for number, part in enumerate(parts, 1)]
 
 
 def write_mix(parts: tuple[Part, ...]) -> str:
-    """Returns the text of a mixture with absolute paths."""
+    """Returns the text of a mixture with absolute paths; "" if one of them has a comma, which the text cannot hold."""
+    paths = [os.path.abspath(os.path.expanduser(part.directory)) for part in parts]
+    if any("," in path for path in paths):
+        return ""
     return ",".join(f"{os.path.abspath(os.path.expanduser(part.directory))}:{part.weight}" for part in parts)

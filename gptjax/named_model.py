@@ -30,6 +30,7 @@ def load_model(args: argparse.Namespace, *, needs_data: bool = True) -> tuple[Co
             config = _with_data(config, args.workdir, step, data=args.data)
         if args.tokenizer:
             tokenizer = open_tokenizer(args.tokenizer)
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=args.tokenizer))
         else:
             tokenizer = open_run_tokenizer(config.data.tokenizer, local_directory(args.workdir))
         return config, params, tokenizer, f"step {step}{describe_weights(args.workdir, step, raw=args.raw)}"

@@ -31,7 +31,7 @@ def validate(
         reporter.screen.show_work("evaluating", done, total)
 
     result: dict[str, float] = evaluate_run(run, params, batches=batches, should_stop=should_stop, on_batch=on_batch)
-    if result and tasks_due(run.config, step):
+    if result and run.tasks and tasks_due(run.config, step):
         answers = ask_tasks(run, params, reporter, step=step, should_stop=should_stop)
         # Without them the evaluation is not finished, and a restart repeats it.
         result = result | answers if answers else {}
@@ -46,7 +46,7 @@ def tasks_due(config: Config, step: int) -> bool:
     """Returns whether the evaluation of `step` has tasks."""
     every = config.tasks.every
     is_periodic = every > 0 and step % every == 0
-    return bool(config.tasks.names) and (is_periodic or step == config.train.num_steps)
+    return is_periodic or step == config.train.num_steps
 
 
 def ask_tasks(

@@ -22,10 +22,10 @@ def identify(config: Config, train_data: Dataset | Mixture) -> dict[str, str | i
         "model.block_size": config.model.block_size,
     }
     if isinstance(train_data, Mixture) and len(train_data.datasets) > 1:
-        weights = zip(train_data.names, train_data.weights, strict=True)
-        identity["data.mix"] = ",".join(f"{name}:{weight}" for name, weight in weights)
-        for name, dataset in zip(train_data.names, train_data.datasets, strict=True):
-            identity[f"fingerprint of {name}"] = dataset.fingerprint
+        # By number: a directory may be moved or renamed.
+        identity["data.mix weights"] = ":".join(map(str, train_data.weights))
+        for number, dataset in enumerate(train_data.datasets, 1):
+            identity[f"fingerprint of source {number}"] = dataset.fingerprint
     return identity
 
 

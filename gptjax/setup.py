@@ -111,10 +111,11 @@ class Run:
         return batches[0] if count == 1 else jnp.stack(batches)
 
 
-def make_run(config: Config, *, tokenizer: Tokenizer | None = None) -> Run:
+def make_run(config: Config, *, tokenizer: Tokenizer | None = None, has_tasks: bool = False) -> Run:
     """Returns the run of `config` on all devices. Missing data are prepared first, if that needs no network.
 
     tokenizer: of the data; None means data.tokenizer.
+    has_tasks: whether the run asks config.tasks, whose files must then be here.
 
     Raises:
         ConfigError: data, model, batch and mesh do not fit together.
@@ -135,7 +136,8 @@ def make_run(config: Config, *, tokenizer: Tokenizer | None = None) -> Run:
         model, optimizer, mesh=mesh, seed=config.train.seed, has_average=config.optim.ema_decay > 0
     )
     num_microbatches = choose_num_microbatches(config, compute, mesh, state_bytes=bytes_per_device(abstract))
-    names = parse_names(config.tasks.names, field="tasks.names")
+    # A replay or an evaluation needs no questions, and may run where there are none.
+    names = parse_names(config.tasks.names, field="tasks.names") if has_tasks and config.tasks.names else []
     tasks = tuple(encode_task(task, tokenizer) for task in open_tasks(names, limit=config.tasks.limit))
     # open_data may write files, so it comes after all checks of the config: a bad config leaves no files behind.
     train_data, validation_data, location = open_data(config, tokenizer)
@@ -193,7 +195,7 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
     """
     if config.data.document_mask and tokenizer.eot_id == NO_EOT:
         raise ConfigError(
-            f"the tokenizer {config.data.tokenizer!r} has no end-of-text, so documents are joined",
+            f"the tokenizer {tokenizer.name!r} has no end-of-text, so documents are joined",
             field="data.document_mask",
             value=True,
             remedy="set it to False",
@@ -203,7 +205,7 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
         return
     if config.model.vocab_size != tokenizer.vocab_size:
         raise ConfigError(
-            f"the tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} ids",
+            f"the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids",
             field="model.vocab_size",
             value=config.model.vocab_size,
             remedy=f"set model.vocab_size={tokenizer.vocab_size}",

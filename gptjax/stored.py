@@ -102,10 +102,15 @@ def at_its_data(config: Config, record: Record, *, flag: str) -> Config:
     for mix in (str(record.data.get("mix", "")), config.data.mix):
         if mix and all(os.path.isdir(os.path.expanduser(part.directory)) for part in parse_mix(mix)):
             return dataclasses.replace(config, data=dataclasses.replace(config.data, path="", mix=mix))
+    if config.data.mix:
+        raise ConfigError(
+            "the run's data are not there",
+            field="data.mix",
+            value=config.data.mix,
+            remedy=f"name other data: {flag}=DIR",
+        )
     recorded = str(record.data.get("directory", ""))
     named = config.data.path or default_path(config.data.source, config.data.tokenizer)
-    if config.data.mix:
-        named = ""
     for directory in (recorded, named):
         if directory and os.path.isdir(directory):
             return dataclasses.replace(config, data=dataclasses.replace(config.data, path=directory))

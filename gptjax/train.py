@@ -33,6 +33,7 @@ from gptjax.resume import check_start, initial_state, restore, start_state
 from gptjax.setup import Run, make_run, out_of_memory_error, train_step_hash, write_description
 from gptjax.signals import Interrupt, Preemption, Watchdog, fault_point
 from gptjax.state import TrainState
+from gptjax.tasks.store import identify
 from gptjax.versions import source_hash, versions
 from gptjax.workdir import check_bucket, is_new, local_directory, lock_workdir
 
@@ -67,7 +68,7 @@ def train(config: Config, workdir: str, *, started: float | None = None, owns_pr
         with exit_on_peer_failure():
             check_same_start(config, workdir)
             tokenizer = open_run_tokenizer(config.data.tokenizer, local)
-            run = make_run(config, tokenizer=tokenizer)
+            run = make_run(config, tokenizer=tokenizer, has_tasks=True)
             stack.enter_context(naming_what_needs_memory(run))
             check_same_run(run)
         # Orbax reads tensorstore's metrics at each save, and each read leaks memory in tensorstore.
@@ -132,6 +133,7 @@ def check_same_run(run: Run) -> None:
     # Each host may have prepared its own copy of the data, and one of them may take longer.
     barrier("data", run.config.train.barrier_timeout_seconds)
     check_agreement("data", run.data_identity | {"micro-batches": run.num_microbatches})
+    check_agreement("tasks", identify(asked.task for asked in run.tasks))
     if jax.process_count() > 1:
         # An environment variable, such as XLA_FLAGS, can change the program without changing the source.
         check_agreement("program", {"sha256 of the train step": train_step_hash(run)})

@@ -73,6 +73,15 @@ def test_weights_too_fine_for_the_arithmetic_are_refused():
     assert (2**63 - 1) // LARGEST_SUM > 10**12, "samples of the longest run"
 
 
+def test_directories_whose_paths_look_alike_have_different_names():
+    parts = parse_mix("/a-b/c:1,/a/b-c:1,/z/c:1")
+    assert [part.name for part in parts] == ["1-c", "2-b-c", "3-c"]
+
+
+def test_path_with_a_comma_is_not_written_as_a_mixture():
+    assert write_mix((Part("/x,y/a", 1, "a"), Part("/b", 1, "b"))) == ""
+
+
 def test_a_path_and_a_mixture_contradict_each_other():
     [error] = find_problems(Config(data=DataConfig(path="a", mix="b:1,c:2")))
     assert (error.field, error.value) == ("data.path", "a")
@@ -203,8 +212,8 @@ def test_changed_weights_are_changed_data(mixed, lab, tmp_path):
     shutil.copytree(root / "whole", tmp_path / "run")
     other = [*settings, f"data.mix={root}/long:60,{root}/short:40", "train.num_steps=14"]
     refused = lab.call(lab.command(tmp_path / "run", *other), expect=2).stderr
-    assert "data.mix was 'long:7,short:3', now 'long:3,short:2'" in refused
-    assert "fingerprint of long" not in refused
+    assert "data.mix weights was '7:3', now '3:2'" in refused
+    assert "fingerprint of source" not in refused
     assert "--config.data.allow_changed=True" in refused
     lab.train(tmp_path / "run", *other, "data.allow_changed=True")
 

@@ -52,11 +52,13 @@ def shares_of(hashes: np.ndarray) -> np.ndarray:
 
 def nearest(documents: Sequence[Near], boundary: float, window: int) -> list[Near]:
     """Returns the documents nearest to the boundary that have `window` tokens together; fewer if there are no more."""
+    totals: dict[float, int] = {}
+    for share, count in documents:  # those of equal share have equal texts, and stay together
+        totals[share] = totals.get(share, 0) + count
     kept = []
     tokens = 0
-    for share, count in sorted(documents, key=lambda near: abs(near[0] - boundary)):
-        # Documents of equal share have equal texts, and stay together.
-        if tokens >= window and share != kept[-1][0]:
+    for share, count in sorted(totals.items(), key=lambda near: abs(near[0] - boundary)):
+        if tokens >= window:
             break
         kept.append((share, count))
         tokens += count

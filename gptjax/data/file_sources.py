@@ -83,7 +83,7 @@ def _read_file(
     stop: int | None,
 ) -> Iterator[Document]:
     """Yields the documents of one file from `start` on, without those that begin at the offset `stop` or after it."""
-    reading.reach(start.offset)
+    reading.reach(start.offset, (start.read_bytes, start.invalid))
     if _is_seekable(kind, path, reading):
         rows = SEEKABLE[kind].read(path, name, reading, start=start.offset, stop=stop)
     else:
@@ -92,7 +92,7 @@ def _read_file(
     reached = start._replace(documents=0)
     for document in documents:
         if reading.offset != reached.offset:
-            reached = Place(start.file, reading.offset, skipped=reading.skipped_before)
+            reached = Place(start.file, reading.offset, 0, reading.skipped_before, *reading.seen)
         reached = reached._replace(documents=reached.documents + 1)
         if reached.offset > start.offset or reached.documents > start.documents:
             yield document._replace(place=reached)

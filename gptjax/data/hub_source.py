@@ -30,7 +30,7 @@ ABOUT = {"dataset_infos.json", "dataset_dict.json", "state.json", "config.json",
 CONVERTED = "refs/convert/parquet"  # the branch into which the Hub writes most data sets as parquet
 # Whole words in the path of a file, by which data sets name their splits.
 TRAIN = {"train", "training"}
-OTHER_SPLITS = {"test", "testing", "val", "valid", "validation", "dev", "eval"}
+OTHER_SPLITS = {"test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}
 SHOWN_FOLDERS = 6  # in a message
 
 
@@ -148,7 +148,13 @@ def _without_other_splits(names: list[str], folder: str) -> list[str]:
     words = {name: set(re.findall("[a-z]+", name[start:].lower())) for name in names}
     if not any(TRAIN & found for found in words.values()):
         return names
-    return [name for name in names if TRAIN & words[name] or not OTHER_SPLITS & words[name]]
+    # The file's own name says more than its folder's: train/test.parquet is for tests, and train_eval.parquet, too.
+    return [
+        name
+        for name in names
+        if not OTHER_SPLITS & set(re.findall("[a-z]+", os.path.basename(name).lower()))
+        and (TRAIN & words[name] or not OTHER_SPLITS & words[name])
+    ]
 
 
 def _describe_folders(folders: Sequence[str]) -> str:

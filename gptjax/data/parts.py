@@ -20,10 +20,12 @@ from gptjax.data.partial import LOCK_FILE
 from gptjax.data.preparation import better_assignment, first_assignment, open_work, write_documents
 from gptjax.data.progress import Log
 from gptjax.data.tokenizer import Tokenizer
+from gptjax.data.tokens import hash_file
 from gptjax.errors import ConfigError, DataError
 from gptjax.workdir import sync_path
 
 CHUNK_TOKENS = 2**22
+HASHES = "sha256"  # of the shards, in a part's journal
 _NAME = re.compile(r"(\d+)-of-(\d+)")
 
 
@@ -63,6 +65,9 @@ def write_part(
     work = dataclasses.replace(work, start=source.place_of(part - 1, count), stop=stop)
     settings = settings | {"files": work.files, "stamp": source.stamp} | dataclasses.asdict(assignment)
     journal = write_documents(partial, settings, work, is_first=True)
+    folder = os.path.join(partial, "shards")
+    # Parts are copied between machines, and the join makes the hashes of meta.json after that.
+    journal.settings[HASHES] = {name: hash_file(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
     write_journal(partial, journal)  # also of a part without documents
     shutil.rmtree(os.path.join(partial, "source"), ignore_errors=True)
     os.remove(os.path.join(partial, LOCK_FILE))  # a process that waits for it finds the part complete
@@ -167,16 +172,20 @@ def _check_settings(path: str, journal: Journal, settings: dict[str, Any]) -> No
     for name, wanted in settings.items():
         of_part = journal.settings.get(name)
         if of_part != wanted:
+            problem = f"{name} is {of_part} there, and {wanted} here"
+            if name == "files":
+                problem = "its source had other files, by their names or sizes"
             raise ConfigError(
-                f"is of another preparation: {name} is {of_part} there, and {wanted} here",
+                f"is of another preparation: {problem}",
                 field=path,
                 remedy="remove it and prepare it again, with the same flags and files on all machines",
             )
 
 
 def _common(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings that all parts share: files that were copied have other times."""
-    return {name: value for name, value in settings.items() if name not in ("part", "stamp")}
+    """Returns the settings that all parts share. Files that were copied have other times, and so another stamp."""
+    own = {"part", HASHES} | ({"stamp"} if settings["files"] else set())
+    return {name: value for name, value in settings.items() if name not in own}
 
 
 def _append_part(
@@ -211,7 +220,9 @@ def _read_shards(folder: str, split: str, journal: Journal, tokenizer: Tokenizer
     dtype = token_dtype(tokenizer.vocab_size)
     for index, length in enumerate(shard_writer.shard_lengths(journal, split)):
         path = os.path.join(folder, SHARD_NAMES[split].format(index))
-        if not os.path.exists(path) or os.path.getsize(path) != HEADER_BYTES + length * dtype.itemsize:
+        hashes = journal.settings.get(HASHES, {})
+        is_whole = os.path.exists(path) and os.path.getsize(path) == HEADER_BYTES + length * dtype.itemsize
+        if not is_whole or hash_file(path) != hashes.get(os.path.basename(path)):
             raise DataError("is missing or damaged", field=path, remedy="prepare this part again, or copy it again")
         with open(path, "rb") as file:
             file.seek(HEADER_BYTES)

@@ -135,7 +135,7 @@ def write_documents(
     journal = _resume(partial, settings, work, is_first=is_first)
     shard_writer.truncate_shards(folder, journal, work.tokenizer)
     batches = _batches(_documents(journal, work))
-    with reporter(work.source, work.log) as report:
+    with reporter(work.source, work.log, parts=settings.get("part", [1, 1])[1]) as report:
         for group in _groups(encode_all(batches, work.tokenizer, processes=work.processes)):
             # The journal comes last: a kill before it repeats the group, after truncating the shards.
             shard_writer.write_batch(folder, group, journal=journal)

@@ -108,11 +108,12 @@ def prepare(
         if _is_done(out, settings, tokenizer):
             log(f"{out}: already prepared from {source}, by another process or before a kill")
         elif target != out and os.path.exists(target):
-            parts.check_part(target, settings)
+            parts.check_part(target, settings | _files_now(source))
             log(f"{target}: already prepared")
         else:
             try:
-                write(partial, target, settings, tokenizer=tokenizer, log=log)
+                wanted = settings | _files_now(source) if part == JOIN else settings
+                write(partial, target, wanted, tokenizer=tokenizer, log=log)
             except UserError:
                 if read_journal(partial) is None:  # nothing had begun, so nothing is left behind
                     remove(partial)
@@ -120,6 +121,12 @@ def prepare(
                 raise
         if os.path.exists(partial):
             remove(partial)
+
+
+def _files_now(source: str) -> dict[str, Any]:
+    """Returns the setting `files` of the source as it is now; {} for no files, or if they are not on this machine."""
+    files = sources.describe_now(source, may_connect=False)
+    return {"files": files} if files and sources.is_files(source) else {}
 
 
 def _choose_work(part: str, out: str, settings: dict[str, Any], processes: int) -> tuple[str, str, Callable[..., None]]:

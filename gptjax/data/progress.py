@@ -1,6 +1,7 @@
 """The progress of a preparation: a bar on a terminal, otherwise a log line every few seconds."""
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +16,14 @@ Report = Callable[[Journal], None]
 
 
 @contextlib.contextmanager
-def reporter(source: Source, log: Log) -> Iterator[Report]:
-    """Yields a function that shows the progress: a bar on a terminal, otherwise a line every REPORT_SECONDS."""
+def reporter(source: Source, log: Log, *, parts: int = 1) -> Iterator[Report]:
+    """Yields a function that shows the progress: a bar on a terminal, otherwise a line every REPORT_SECONDS.
+
+    parts: of about equal size, of which this is one.
+    """
+    source = dataclasses.replace(
+        source, total_bytes=source.total_bytes // parts, total_documents=source.total_documents // parts
+    )
     if sys.stderr.isatty():
         with _terminal_reporter(source) as bar:
             yield bar

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from gptjax.data.remote_files import is_remote, open_remote
 from gptjax.data.sections import LONG_TEXT, sections
 from gptjax.data.source import Document, Place, Whole
-from gptjax.data.text_files import PIPE, Line, count_lines, next_line, open_text, read_lines
+from gptjax.data.text_files import PIPE, Line, Seen, count_lines, next_line, open_text, read_lines
 from gptjax.errors import ConfigError, DataError, one_line
 
 LARGEST_FIELD = 2**31 - 1  # characters of a field in a csv file; Python's own limit is 131,072
@@ -28,11 +28,13 @@ class Reading:
     skipped: int = 0  # bad rows so far
     offset: int = 0  # of the file that is read: the last place from which reading it can continue
     skipped_before: int = 0  # bad rows before that place
+    seen: Seen = (0, 0)  # bytes of the file before that place, and how many are invalid
 
-    def reach(self, offset: int) -> None:
-        """Records that reading can continue from `offset` of the file that is read."""
+    def reach(self, offset: int, seen: Seen = (0, 0)) -> None:
+        """Records that reading can continue from `offset` of the file that is read, after `seen` bytes of it."""
         self.offset = offset
         self.skipped_before = self.skipped
+        self.seen = seen
 
     def bad(self, name: str, problem: str, *, remedy: str = "") -> None:
         """Counts a bad row.
@@ -70,14 +72,14 @@ def read_text(path: str, name: str, reading: Reading) -> Iterator[Document]:
 
 
 def _read_lines(path: str, name: str, reading: Reading, *, start: int = 0, stop: int | None = None) -> Iterator[Row]:
-    for line in read_lines(path, encoding=reading.encoding, start=start, stop=stop):
-        reading.reach(line.offset)
+    for line in read_lines(path, encoding=reading.encoding, start=start, stop=stop, seen=reading.seen):
+        reading.reach(line.offset, line.seen)
         yield f"{name}:{line.place}", line.text.rstrip("\r\n")
 
 
 def _read_jsonl(path: str, name: str, reading: Reading, *, start: int = 0, stop: int | None = None) -> Iterator[Row]:
-    for line in read_lines(path, encoding=reading.encoding, start=start, stop=stop):
-        reading.reach(line.offset)
+    for line in read_lines(path, encoding=reading.encoding, start=start, stop=stop, seen=reading.seen):
+        reading.reach(line.offset, line.seen)
         if not line.text.strip():
             continue
         try:

@@ -17,6 +17,8 @@ _CUT = re.compile(rf"[{_LETTER}](?=[ \n][{_LETTER}])")
 
 def keeps_tokens(tokenizer: Tokenizer) -> bool:
     """Returns whether sections have the tokens of the whole text; unknown patterns may cut a text otherwise."""
+    if tokenizer.prefix_space:  # a section that does not begin with a blank would get one
+        return False
     if tokenizer.pattern == BYTES_PATTERN:
         return tokenizer.vocab_size - len(tokenizer.specials) == 256  # pieces end anywhere
     is_characters = tokenizer.pattern == ""

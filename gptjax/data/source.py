@@ -12,6 +12,8 @@ class Place(NamedTuple):
     offset: int = 0  # what it counts depends on the source: bytes, row groups or rows
     documents: int = 0
     skipped: int = 0  # bad rows that were left out before `offset`
+    read_bytes: int = 0  # of this file, before `offset`
+    invalid: int = 0  # of them, that are no UTF-8
 
 
 class Whole(NamedTuple):

@@ -60,7 +60,12 @@ def canonical_name(name: str) -> str:
     if kind in READERS and path == PIPE:
         return name
     if kind in READERS and is_remote(path):
-        return name.rstrip("/")
+        scheme, _, place = path.partition("://")
+        if not place.strip("/"):
+            raise ConfigError(
+                "names no bucket", field="data.source", value=name, remedy=f"write {kind}:{scheme}://BUCKET/FOLDER"
+            )
+        return f"{kind}:{scheme.lower()}://{place.rstrip('/')}"
     if kind == "hf":
         return str(parse_place(name))
     if kind in READERS and path:

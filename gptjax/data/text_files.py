@@ -191,12 +191,16 @@ def open_text(path: str, *, encoding: str = "", newline: str = "\n") -> Iterator
             text.detach()
 
 
+Seen = tuple[int, int]  # bytes of a file that were read, and how many of them are invalid
+
+
 class Line(NamedTuple):
     """One line of a file, with its end."""
 
     text: str
     offset: int  # the byte at which it begins; 0 where the file must be read from its beginning
     number: int  # from 1; 0 if it is not known
+    seen: Seen = (0, 0)  # before it
 
     @property
     def place(self) -> str:
@@ -204,10 +208,13 @@ class Line(NamedTuple):
         return str(self.number) if self.number else f"byte {self.offset}"
 
 
-def read_lines(path: str, *, encoding: str = "", start: int = 0, stop: int | None = None) -> Iterator[Line]:
+def read_lines(
+    path: str, *, encoding: str = "", start: int = 0, stop: int | None = None, seen: Seen = (0, 0)
+) -> Iterator[Line]:
     """Yields the lines of a file that begin at the byte `start` or after it, and before `stop`.
 
     start, stop: the beginnings of lines, or the file's ends, in a file that is neither compressed nor encoded.
+    seen: the bytes that were read before; whether the file is text is judged by them, too.
 
     Raises:
         DataError: as `open_text`.
@@ -221,19 +228,19 @@ def read_lines(path: str, *, encoding: str = "", start: int = 0, stop: int | Non
     with open_bytes(path) as stream:
         check_head(path, _peek(stream))
         stream.seek(start)
-        validity = _Validity(path)
+        validity = _Validity(path, seen)
         offset = start
         for number, line in enumerate(stream, 1):
             if stop is not None and offset >= stop:
-                return
+                break
             text = line.decode("utf-8", "replace")
+            before = validity.seen
             validity.count(line, text)
             if offset == 0:
                 text = text.removeprefix("\ufeff")  # a byte-order mark
-            yield Line(text, offset, 0 if start else number)
+            yield Line(text, offset, 0 if start else number, before)
             offset += len(line)
-        if start == 0:  # the end of a file that was not read whole may be small
-            validity.check()
+        validity.check()
 
 
 def next_line(path: str, target: int) -> int:
@@ -350,11 +357,15 @@ class _Checked(io.RawIOBase):
 class _Validity:
     """Counts the bytes of a file that are no UTF-8, and refuses it where they are many."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, seen: Seen = (0, 0)) -> None:
         self._path = path
-        self._bytes = 0
-        self._checked = 0
-        self._invalid = 0
+        self._bytes, self._invalid = seen
+        self._checked = self._bytes
+
+    @property
+    def seen(self) -> Seen:
+        """The bytes so far, and how many of them are invalid."""
+        return self._bytes, self._invalid
 
     def count(self, data: bytes, text: str) -> None:
         """Counts the invalid sequences in `data`, which are U+FFFD in `text`.

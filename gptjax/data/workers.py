@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from gptjax.errors import DataError, UnavailableError, UserError
 
 ALONE_CHARACTERS = 2**24  # of a source's beginning that this process encodes before it starts others
 TASKS_PER_PROCESS = 3  # that wait or run, so that none is idle
+MOST_CHARACTERS = 2**28  # that wait or are encoded, of documents that are longer than a task should be
 
 Batch = list[Document]
 
@@ -56,20 +56,27 @@ def encode_all(batches: Iterable[Batch], tokenizer: Tokenizer, *, processes: int
     size = 0
     for batch in remaining:
         yield batch, encode_documents(batch, tokenizer)
-        size += sum(len(document.text) for document in batch)
+        size += _characters(batch)
         if processes > 1 and size >= ALONE_CHARACTERS:
             break
     with contextlib.ExitStack() as stack:
         pool: _Pool | None = None
+        held = 0  # characters that wait or are encoded
         waiting: collections.deque[tuple[Batch, Future[Encoded]]] = collections.deque()
         for batch in remaining:
             if pool is None:  # only now, since a source may have ended
                 pool = stack.enter_context(_Pool(tokenizer, processes))
             waiting.append((batch, pool.submit(batch)))
-            if len(waiting) > TASKS_PER_PROCESS * processes:
+            held += _characters(batch)
+            while len(waiting) > TASKS_PER_PROCESS * processes or (held > MOST_CHARACTERS and len(waiting) > 1):
+                held -= _characters(waiting[0][0])
                 yield _result(waiting)
         while waiting:
             yield _result(waiting)
+
+
+def _characters(batch: Batch) -> int:
+    return sum(len(document.text) for document in batch)
 
 
 def _result(waiting: "collections.deque[tuple[Batch, Future[Encoded]]]") -> tuple[Batch, Encoded]:
@@ -91,7 +98,12 @@ class _Pool:
         try:
             tokenizer.save(saved)
             for _ in range(processes):
-                process = subprocess.Popen([sys.executable, "-I", "-c", _CHILD, path, saved], stdin=-1, stdout=-1)
+                process = subprocess.Popen(
+                    [sys.executable, "-I", "-c", _CHILD, path, saved],
+                    stdin=-1,
+                    stdout=-1,
+                    start_new_session=True,  # Ctrl-C reaches the parent alone, which stops them
+                )
                 self._processes.append(process)
                 self._idle.put(process)
         except OSError as error:
@@ -141,8 +153,7 @@ class _Pool:
 
 def serve(tokenizer_path: str) -> None:
     """Encodes the batches that arrive on standard input, until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which stops this process
-    with os.fdopen(os.dup(1), "wb") as output:
+    with contextlib.suppress(BrokenPipeError), os.fdopen(os.dup(1), "wb") as output:
         os.dup2(2, 1)  # what a library prints must not be among the results
         tokenizer = load_tokenizer(tokenizer_path)
         while True:

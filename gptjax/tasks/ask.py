@@ -1,5 +1,6 @@
 """Asks a model the questions of tasks: in training, and at the command line."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -82,7 +83,7 @@ def as_metrics(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def write_results(directory: str, model: str, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Writes results/tasks.json in a directory, and returns its path.
+    """Writes results/tasks.json in a directory, and returns its path. Other tasks of the same model stay in it.
 
     model: a name of the model, such as "step 5000".
 
@@ -91,6 +92,12 @@ def write_results(directory: str, model: str, results: Mapping[str, Mapping[str,
     """
     path = os.path.join(directory, RESULTS_FILE)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    content = json.dumps({"model": model, "tasks": results}, indent=2) + "\n"
+    merged = dict(results)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or of somebody else
+        with open(path, encoding="utf-8") as file:
+            earlier = json.load(file)
+        if earlier["model"] == model:
+            merged = {**earlier["tasks"], **results}
+    content = json.dumps({"model": model, "tasks": merged}, indent=2) + "\n"
     replace_file(path, content.encode())
     return path

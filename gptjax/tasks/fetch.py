@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from gptjax.errors import ConfigError, DataError, WorkdirError, one_line
+from gptjax.errors import ConfigError, DataError, UserError, WorkdirError, one_line
+from gptjax.tasks.item import parse_item
 from gptjax.tasks.protocols import PROTOCOLS, Protocol
 from gptjax.tasks.store import DIRECTORY, is_stored, store_task
 
@@ -42,7 +43,7 @@ def fetch_tasks(names: str, *, log: Callable[[str], None], directory: str = DIRE
             log(f"{protocol.name}: already stored in {directory}")
             continue
         rows, origin = _open_rows(protocol, path)
-        questions = [_convert(protocol, name, row) for name, row in rows]
+        questions = [_convert(protocol, name, row) for name, row in _guarded(rows, origin)]
         if not questions:
             raise DataError("holds no question", field=origin)
         try:
@@ -52,9 +53,24 @@ def fetch_tasks(names: str, *, log: Callable[[str], None], directory: str = DIRE
         log(f"{stored}: {len(questions):,} questions from {origin}")
 
 
+def _guarded(rows: Rows, origin: str) -> Rows:
+    """Yields rows, and names the file where a library cannot read it."""
+    try:
+        yield from rows
+    except UserError:
+        raise
+    except (ValueError, OSError) as error:  # of decoders, and of pyarrow, whose errors are both
+        raise DataError(f"cannot be read ({type(error).__name__}: {one_line(error)})", field=origin) from error
+
+
 def _convert(protocol: Protocol, name: str, row: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        return protocol.convert(row)
+        question = protocol.convert(row)
+        json.dumps(question, ensure_ascii=False).encode()  # no half of a surrogate pair
+        parse_item({field: value for field, value in question.items() if field != "only_last_token"}, name)
+        return question
+    except DataError:
+        raise
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
         fields = ", ".join(map(str, list(row)[:10]))
         raise DataError(
@@ -101,7 +117,7 @@ def _rows_of(path: str) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             if path.endswith(".txt"):
-                yield {"text": line.rstrip("\n")}
+                yield {"text": line.strip()}
                 continue
             try:
                 yield json.loads(line)

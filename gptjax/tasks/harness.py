@@ -40,6 +40,7 @@ class GptjaxLM(TemplateLM):
         max_batch_size: Any = None,
         device: Any = None,
         seed: int | str = 0,
+        **others: Any,
     ) -> None:
         """Loads the model of a work directory, or of FORMAT:PATH, onto all devices.
 
@@ -51,12 +52,18 @@ class GptjaxLM(TemplateLM):
             UserError: the model or its tokenizer is missing or damaged.
         """
         super().__init__()
+        if others:
+            raise ConfigError(
+                f"gptjax has no argument {', '.join(others)}",
+                field="--model_args",
+                remedy="give workdir, model, step, tokenizer, activation, raw or seed",
+            )
         if bool(workdir) == bool(model):
             raise ConfigError("name one of workdir=DIR and model=FORMAT:PATH", field="--model_args")
         args = argparse.Namespace(
             workdir=workdir,
             model=model,
-            step=None if step is None else int(step),
+            step=_integer("step", step),
             tokenizer=tokenizer,
             activation=activation,
             raw=raw in (True, "True", "true", "1"),
@@ -64,9 +71,9 @@ class GptjaxLM(TemplateLM):
         )
         config, params, found, name = load_model(args, needs_data=False)
         self._name = name
-        self._seed = int(seed)
+        self._seed = _integer("seed", seed) or 0
         self._tokenizer = found or open_tokenizer(config.data.tokenizer)
-        self._scorer, self._params = place_model(config, params)
+        self._scorer, self._params = place_model(config, params, self._tokenizer)
         self._block_size = config.model.block_size
 
     @property
@@ -155,6 +162,14 @@ class GptjaxLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """Returns what lm-eval stores with its results."""
         return {"model": self._name, "devices": jax.device_count()}
+
+
+def _integer(name: str, value: int | str | None) -> int | None:
+    """Returns an argument that lm-eval passes as text or as a number."""
+    try:
+        return None if value is None else int(value)
+    except ValueError as error:
+        raise ConfigError("must be a number", field=f"--model_args {name}", value=value) from error
 
 
 class _StopError(Exception):

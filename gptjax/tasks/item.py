@@ -38,9 +38,9 @@ class Score(NamedTuple):
     is_cut: bool  # whether the context was cut at the left, because both are longer than the model's context
 
 
-def choose_continuation(context: str, choices: list[str], label: int, *, delimiter: str = " ") -> dict[str, Any]:
-    """Returns the row of a question whose choices continue one context; `delimiter` goes before each."""
-    return {"context": context, "choices": [delimiter + choice for choice in choices], "label": label}
+def choose_continuation(context: str, choices: list[str], label: int) -> dict[str, Any]:
+    """Returns the row of a question whose choices continue one context, after a blank."""
+    return {"context": context, "choices": [f" {choice}" for choice in choices], "label": label}
 
 
 def parse_item(row: Mapping[str, Any], name: str) -> Item:
@@ -54,6 +54,9 @@ def parse_item(row: Mapping[str, Any], name: str) -> Item:
     found = set(row) & {"context", "contexts", "continuation", "choices"}
     if found == {"context", "continuation"}:
         return _make([row["context"]], [row["continuation"]], 0, name)
+    several = row.get("choices", row.get("contexts"))
+    if isinstance(several, list) and len(several) == 1:
+        raise DataError("has one choice, and so no question", field=name)
     if found == {"context", "choices"} and isinstance(row["choices"], list):
         choices = row["choices"]
         return _make([row["context"]] * len(choices), choices, row.get("label"), name)
@@ -73,6 +76,8 @@ def _make(contexts: list[Any], continuations: list[Any], label: Any, name: str) 
         raise DataError("a context, choice or continuation is no string", field=name)
     if not all(continuations) or not contexts:
         raise DataError("a choice or continuation is empty", field=name)
+    if not all(continuation.strip() for continuation in continuations):
+        raise DataError("a choice or continuation is blank", field=name)
     if type(label) is not int or not 0 <= label < len(contexts):
         raise DataError(f"its label is {one_line(label)}, expected 0 to {len(contexts) - 1}", field=name)
     shown = [continuation.removeprefix(" ") for continuation in continuations]

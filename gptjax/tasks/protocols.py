@@ -39,7 +39,7 @@ def _hellaswag(row: Row) -> Question:
 
 
 def _last_word(row: Row) -> Question:
-    context, _, word = _text(row).rpartition(" ")
+    context, _, word = _text(row).rstrip("\n").rpartition(" ")
     return {"context": context, "continuation": f" {word}"}
 
 
@@ -60,7 +60,9 @@ def _piqa(row: Row) -> Question:
 
 
 def _winogrande(row: Row) -> Question:
-    before, _, after = row["sentence"].partition("_")
+    before, found, after = row["sentence"].partition("_")
+    if not found:
+        raise ValueError("the sentence has no _")
     contexts = [before + row["option1"], before + row["option2"]]
     return {"contexts": contexts, "continuation": f" {after.strip()}", "label": int(row["answer"]) - 1}
 
@@ -85,7 +87,7 @@ def _boolq(row: Row) -> Question:
 
 
 def _blimp(row: Row) -> Question:
-    return choose_continuation("", [row["sentence_good"], row["sentence_bad"]], 0, delimiter="")
+    return choose_continuation("", [row["sentence_good"], row["sentence_bad"]], 0)
 
 
 _ALL = [

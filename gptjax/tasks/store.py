@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from gptjax.errors import ConfigError, DataError, one_line
@@ -43,11 +43,18 @@ def parse_names(names: str, *, field: str = "--tasks") -> list[str]:
                 value=names,
                 remedy=f"name some of {', '.join(PROTOCOLS)}, file:PATH",
             )
+    if not found:
+        raise ConfigError("names no task", field=field, value=names, remedy=f"name some of {', '.join(PROTOCOLS)}")
     labels = [metric_name(name) for name in found]
     repeated = [label for label in labels if labels.count(label) > 1]
     if repeated:
         raise ConfigError(f"names {repeated[0]} twice", field=field, value=names)
     return found
+
+
+def identify(tasks: Iterable[Task]) -> dict[str, str]:
+    """Returns what must be equal on all hosts: each scores its own rows of the same questions."""
+    return {task.name: f"{len(task.items)} questions of sha256 {task.sha256}" for task in tasks}
 
 
 def metric_name(name: str) -> str:

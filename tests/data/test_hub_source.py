@@ -149,6 +149,13 @@ def test_fields_are_named_and_bad_rows_skipped_as_for_files_here(hub: Hub) -> No
         (["train-0.parquet", "test-0.parquet", "validation-0.parquet"], "", ["train-0.parquet"], "2 files of other sp"),
         (["c/train/0.parquet", "c/test/0.parquet"], "c", ["c/train/0.parquet"], "1 files of other splits"),
         (["c/test/0.parquet"], "c/test", ["c/test/0.parquet"], ""),
+        (["train/a.parquet", "train/test.parquet"], "", ["train/a.parquet"], "1 files of other splits"),
+        (
+            ["train.parquet", "train_eval.parquet", "evaluation.parquet"],
+            "",
+            ["train.parquet"],
+            "2 files of other splits",
+        ),
         (["latest/0.parquet", "retrain.parquet"], "", ["latest/0.parquet", "retrain.parquet"], "the top, latest"),
         (["en/0.parquet", "de/0.parquet"], "", ["de/0.parquet", "en/0.parquet"], "of 2 folders (de, en)"),
         (["README.md", "a.parquet.gz", "x.py"], "", [], ""),

@@ -174,7 +174,8 @@ def test_part_of_another_preparation_is_named(folder, tmp_path, change):
     if change == "files":
         (tmp_path / "text" / "more").write_text("more")
     prepared(folder, tmp_path / "out", part="2/2", **options)
-    with raises(ConfigError, f"{tmp_path}/out.parts/2-of-2", remedy="prepare it again", match=change):
+    foreign = "1-of-2" if change == "files" else "2-of-2"  # the first was prepared before the files changed
+    with raises(ConfigError, f"{tmp_path}/out.parts/{foreign}", remedy="prepare it again", match=change):
         prepared(folder, tmp_path / "out", part="join")
     if change != "files":
         with raises(ConfigError, f"{tmp_path}/out.parts/2-of-2", remedy="prepare it again", match=change):
@@ -187,11 +188,12 @@ def test_join_with_other_flags_names_the_flag(folder, tmp_path):
         prepared(folder, tmp_path / "out", part="join", shard_tokens=100)
 
 
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: content[:-9] + bytes(9)])
 @pytest.mark.parametrize("name", ["journal.json", "shards/train_000000.bin"])
-def test_damaged_part_is_named(folder, tmp_path, name):
+def test_damaged_part_is_named(folder, tmp_path, name, damage):
     prepare_parts(folder, tmp_path / "out", 2)
     path = tmp_path / "out.parts" / "2-of-2" / name
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(damage(path.read_bytes()))
     with raises(DataError, str(path if "shards" in name else path.parent), match="damaged"):
         prepared(folder, tmp_path / "out", part="join")
 
@@ -209,6 +211,31 @@ def test_source_that_cannot_be_divided_is_refused(tmp_path):
         out = tmp_path / ("out" if part == "join" else "other")
         with raises(ConfigError, "data.source", value=source, remedy="without --part", match=problem):
             prepared(source, out, part=part)
+
+
+def test_part_of_files_that_have_changed_since_is_refused(folder, tmp_path):
+    prepare_parts(folder, tmp_path / "out", 2)
+    (tmp_path / "text" / "more").write_text("more")
+    for part in ("1/2", "join"):
+        with raises(ConfigError, f"{tmp_path}/out.parts/1-of-2", match="its source had other files"):
+            prepared(folder, tmp_path / "out", part=part)
+
+
+def test_parts_of_two_versions_of_a_data_set_are_not_joined(tmp_path):
+    source = f"tfds:{as_tfds(tmp_path / 'data', TEXTS)}"
+    prepare_parts(source, tmp_path / "out", 2)
+    path = tmp_path / "out.parts" / "2-of-2" / "journal.json"
+    path.write_text(path.read_text().replace('"stamp": "corpus/1.0.0', '"stamp": "corpus/1.0.1'))
+    with raises(ConfigError, f"{tmp_path}/out.parts/2-of-2", match="stamp is corpus/1.0.1"):
+        prepared(source, tmp_path / "out", part="join")
+
+
+def test_parts_of_a_file_that_is_no_text_are_refused(tmp_path):
+    (tmp_path / "lines").write_bytes(b"plain\n" * 5000 + "caf\u00e9\n".encode("latin-1") * 500)
+    lines = f"lines:{tmp_path}/lines"
+    prepared(lines, tmp_path / "out", part="1/2")
+    with raises(DataError, f"{tmp_path}/lines", remedy="latin-1", match="are invalid"):
+        prepared(lines, tmp_path / "out", part="2/2")
 
 
 @pytest.mark.parametrize("value", ["0/2", "3/2", "1", "1/0", "a/b", "-1/2"])

@@ -1,5 +1,6 @@
 """Reading continues in the middle of a source, and a long text comes in sections with the tokens of the whole."""
 
+import dataclasses
 import functools
 import gzip
 import itertools
@@ -111,6 +112,16 @@ def test_file_written_since_the_interruption_is_read_from_its_start(tmp_path, mo
     assert read_shards(tmp_path / "out") == read_shards(tmp_path / "expected")
 
 
+def test_file_that_is_no_text_is_refused_after_a_resume_too(tmp_path, monkeypatch):
+    path = tmp_path / "lines"
+    path.write_bytes(b"".join(b"plain text %d\n" % number for number in range(900)) + b"caf\xe9 \xe9\n" * 60)
+    with interrupted(monkeypatch, groups=3, batch_bytes=2500):
+        prepared(f"lines:{path}", tmp_path / "out")
+    for _ in range(2):
+        with raises(DataError, str(path), remedy="latin-1", match="120 of 1"):
+            prepared(f"lines:{path}", tmp_path / "out")
+
+
 # Sections
 
 WORDS = st.sampled_from(
@@ -197,4 +208,7 @@ def test_sections_are_joined_for_patterns_that_nobody_tried():
     for pattern in (WHOLE_PATTERN, r"\w+|\W+"):
         assert not sections.keeps_tokens(make_tokenizer("other", pattern, ranks))
     assert not sections.keeps_tokens(make_tokenizer("merges", BYTES_PATTERN, ranks | {b"aa": 256}))
+    gpt2 = load_tokenizer("gpt2")
+    assert not sections.keeps_tokens(dataclasses.replace(gpt2, prefix_space=True))
+    assert sections.keeps_tokens(gpt2)
     assert sections.keeps_tokens(BYTES)

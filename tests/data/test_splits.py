@@ -161,7 +161,7 @@ def test_meta_records_options_and_files(tmp_path):
     meta = read_meta(str(tmp_path / "out"))
     assert meta.options == {
         "val_fraction": 0.3, "boundary": meta.options["boundary"], "is_single": False, "text_feature": "text",
-        "encoding": "",
+        "encoding": "", "skip_bad": False, "shard_tokens": 100_000_000,
     }  # fmt: skip
     assert (meta.files["number"], meta.files["bytes"]) == (5, 10_000)
 

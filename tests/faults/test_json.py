@@ -155,7 +155,7 @@ def test_j1_journal_with_an_invalid_value_is_ignored(tmp_path):
         *({"documents": count} for count in ("3", -1, 2**63, 1.5, True, None, [])),
         {"place": 1},
         {"place": [0, 0, 0, -1]},
-        {"place": [0, 0, 0, 0, 0]},
+        {"place": [0] * 7},
         {"skipped": -1},
         {"settings": []},
         {"splits": []},

@@ -7,11 +7,12 @@ import statistics
 import pytest
 
 from gptjax.errors import ConfigError, DataError
+from gptjax.tasks.ask import write_results
 from gptjax.tasks.fetch import choose_names, fetch_tasks
 from gptjax.tasks.item import Score, parse_item
 from gptjax.tasks.protocols import PROTOCOLS
 from gptjax.tasks.results import describe, summarize
-from gptjax.tasks.store import is_stored, metric_name, open_tasks, parse_names
+from gptjax.tasks.store import identify, is_stored, metric_name, open_tasks, parse_names
 from tests.helpers import raises
 
 # One row of each task, in the form of the published data, and the question that lm-eval makes of it.
@@ -65,7 +66,7 @@ ROWS = {
     ),
     "blimp": (
         {"sentence_good": "He is.", "sentence_bad": "He are."},
-        {"context": "", "choices": ["He is.", "He are."], "label": 0},
+        {"context": "", "choices": [" He is.", " He are."], "label": 0},
     ),
 }
 
@@ -125,6 +126,40 @@ def test_wrong_files_and_names_are_refused(tmp_path):
     assert metric_name("file:a/my.v2.jsonl") == "my.v2"
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "name"),
+    [
+        ("a.jsonl", "caf\u00e9".encode("latin-1"), "boolq"),
+        ("a.parquet", b"PAR1 no more", "boolq"),
+        ("a.jsonl", b'{"passage": "\\ud800", "question": "q", "answer": true}', "boolq"),
+        ("a.jsonl", b'{"passage": "p", "question": "q", "answer": -1}', "boolq"),
+        ("a.jsonl", b'{"sentence": "none", "option1": "a", "option2": "b", "answer": "1"}', "winogrande"),
+    ],
+)
+def test_official_file_that_cannot_be_asked_is_named(tmp_path, file, content, name):
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(DataError, match=str(tmp_path / file)):
+        fetch_tasks(f"{name}={tmp_path}/{file}", log=str, directory=str(tmp_path / "tasks"))
+    assert not (tmp_path / "tasks").exists()
+
+
+def test_results_of_other_tasks_of_the_same_model_stay(tmp_path):
+    write_results(str(tmp_path), "step 1", {"a": {"acc": 0.5}})
+    write_results(str(tmp_path), "step 1", {"b": {"acc": 0.25}})
+    assert json.loads((tmp_path / "results/tasks.json").read_text())["tasks"] == {"a": {"acc": 0.5}, "b": {"acc": 0.25}}
+    write_results(str(tmp_path), "step 2", {"b": {"acc": 1.0}})
+    assert json.loads((tmp_path / "results/tasks.json").read_text())["tasks"] == {"b": {"acc": 1.0}}
+
+
+def test_hosts_must_have_the_same_questions(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "my.jsonl").write_text(json.dumps({"context": name, "continuation": " x"}) + "\n")
+    one, two = (identify(open_tasks([f"file:{tmp_path}/{name}/my.jsonl"])) for name in ("a", "b"))
+    assert set(one) == set(two) == {"my"}
+    assert one != two
+
+
 def test_task_that_is_missing_or_changed_is_refused(tmp_path):
     with raises(DataError, f"{tmp_path}/piqa.jsonl", remedy="--fetch_tasks=piqa"):
         open_tasks(["piqa"], directory=str(tmp_path))
@@ -141,14 +176,16 @@ def test_task_that_is_missing_or_changed_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ({"context": "a", "choices": ["b"], "label": 1}, "label is 1, expected 0 to 0"),
+        ({"context": "a", "choices": ["b", "c"], "label": 2}, "label is 2, expected 0 to 1"),
+        ({"context": "a", "choices": ["b"], "label": 0}, "one choice"),
+        ({"context": "a", "choices": ["b", " "], "label": 0}, "is blank"),
         ({"context": "a", "choices": ["b", ""], "label": 0}, "is empty"),
         ({"context": "a", "choices": [], "label": 0}, "is empty"),
         ({"context": "a", "choices": ["b", 3], "label": 0}, "no string"),
         ({"context": "a", "choices": ["b", "c"], "label": True}, "label is True"),
         ({"context": "a", "choices": ["b", "c"]}, "label is None"),
         ({"question": "a"}, "has the fields question"),
-        ({"context": "a", "contexts": ["b"], "continuation": "c"}, "has the fields"),
+        ({"context": "a", "contexts": ["b", "d"], "continuation": "c"}, "has the fields"),
         ({"contexts": "ab", "continuation": "c", "label": 0}, "has the fields"),
     ],
 )

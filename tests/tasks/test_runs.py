@@ -124,6 +124,24 @@ def test_stored_task_is_fetched_and_asked(colours, lab, tmp_path):
     shutil.rmtree(lab.root / "data/tasks")
 
 
+def test_other_tokenizer_than_the_models_is_refused(colours, lab):
+    root, _, _ = colours
+    command = [sys.executable, "-m", "gptjax.evaluate", f"--workdir={root}/run", f"--tasks=file:{root}/known.jsonl"]
+    assert "the tokenizer 'gpt2' has 50257 ids" in lab.call([*command, "--tokenizer=gpt2"], expect=2).stderr
+
+
+def test_validation_needs_no_questions(colours, lab, tmp_path):
+    """They may be on another machine than the run's checkpoints."""
+    root, _, _ = colours
+    shutil.copytree(root / "run", tmp_path / "run")
+    (root / "known.jsonl").rename(root / "hidden.jsonl")
+    try:
+        said = lab.call([sys.executable, "-m", "gptjax.evaluate", f"--workdir={tmp_path}/run", "--batches=1"]).stdout
+    finally:
+        (root / "hidden.jsonl").rename(root / "known.jsonl")
+    assert "validation loss" in said
+
+
 def test_evaluation_reads_several_sets(colours, lab):
     root, _, _ = colours
     command = [sys.executable, "-m", "gptjax.evaluate", f"--workdir={root}/run", "--batches=1"]
@@ -132,3 +150,4 @@ def test_evaluation_reads_several_sets(colours, lab):
         f"step 400, {root}/data",
         f"step 400, {lab.data}",
     ]
+    assert "names an empty directory" in lab.call([*command, f"--data={root}/data,"], expect=2).stderr
