@@ -49,7 +49,6 @@ from gptjax.compute import resolve_compute
 from gptjax.config import Config, GPTConfig, MeshConfig, load
 from gptjax.convert import __main__ as conversion
 from gptjax.convert.model_ref import find_model
-from gptjax.convert.tokenizer_source import open_tokenizer
 from gptjax.data import prepare as preparation
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import ConfigError, DataError, PlanError, UnavailableError, UserError
@@ -376,7 +375,7 @@ def prepare(
     check_text("source", source)
     tokenizer = check_path("tokenizer", tokenizer, expected="gpt2, bytes, or the path of a tokenizer")
     out = os.fspath(out) or preparation.default_path(source, tokenizer)
-    preparation.prepare(source=source, tokenizer=open_tokenizer(tokenizer), out=out, **options)
+    preparation.prepare(source=source, tokenizer=tokenizer, out=out, **options)
     return out
 
 
