@@ -7,7 +7,8 @@
 >>> import gptjax
 >>> small = {"model.n_layer": 1, "model.n_embd": 16, "model.n_head": 1, "model.block_size": 32}
 >>> short = {"train.num_steps": 2, "train.sample_every": 0, "data.source": "text:txt", "log.tensorboard": False}
->>> config = gptjax.load_config("quickstart", small | short)
+>>> of_bytes = {"data.tokenizer": "bytes", "model.vocab_size": 257}
+>>> config = gptjax.load_config("quickstart", small | short | of_bytes)
 >>> result = gptjax.train(config, "runs/x")
 >>> result.step, result.exit_code
 (2, 0)
