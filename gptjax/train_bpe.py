@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from gptjax.convert.byte_level import unicode_to_bytes
-from gptjax.data.patterns import CL100K, CODE, GPT2_PATTERN, Panic, cut_long_blanks, guarded
+from gptjax.data.patterns import CL100K, GPT2_PATTERN, Panic, cut_long_blanks, guarded
 from gptjax.errors import DataError, UnavailableError, one_line
 
-PATTERNS = {"gpt2": GPT2_PATTERN, "cl100k": CL100K, "code": CODE}
+PATTERNS = {"gpt2": GPT2_PATTERN, "cl100k": CL100K}
 NUM_BYTES = 256
 
 

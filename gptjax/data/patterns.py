@@ -45,10 +45,6 @@ O200K = (
     r"""|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"""
     r"""|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
-# Of tokenizers that are trained on the data: a word takes the blanks, line ends and punctuation before it along, as in
-# `\n        self.`, so that frequent beginnings of lines become single tokens. It needs no backtracking: the engine
-# hands such a pattern to one that takes linear time, and no run has to be cut out.
-CODE = r"""\s*[^\s\p{L}\p{N}_]*[\p{L}_]+|\p{N}{1,3}|\s*[^\s\p{L}\p{N}_]+|\s+"""
 # Any pieces will do, since no bytes are merged; short ones are the fastest.
 BYTES_PATTERN = r"(?s).{1,64}"
 WHOLE_PATTERN = r"(?s).+"
@@ -66,7 +62,6 @@ KNOWN: dict[str, re.Pattern[str] | None] = {
     LLAMA3: _SAME_LINE_BLANKS,
     QWEN2: _SAME_LINE_BLANKS,
     O200K: _SAME_LINE_BLANKS,
-    CODE: None,
     BYTES_PATTERN: None,
     WHOLE_PATTERN: None,
 }
