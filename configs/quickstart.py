@@ -16,7 +16,7 @@ from gptjax.config import default_config
 
 def get_config() -> Any:
     config = default_config()
-    config.model.block_size = 64
+    config.model.block_size = 128
     config.model.vocab_size = 3200
     config.model.n_layer = 2
     config.model.n_head = 4
@@ -24,7 +24,7 @@ def get_config() -> Any:
     config.compute.scan_unroll = 0
 
     config.data.tokenizer = "bpe:3200"
-    config.data.global_batch_size = 16
+    config.data.global_batch_size = 8
 
     config.optim.name = "muon"
     config.optim.schedule = "wsd"
@@ -33,11 +33,11 @@ def get_config() -> Any:
     config.optim.warmup_steps = 50
     config.optim.decay_fraction = 0.8
 
-    config.train.num_steps = 3500
+    config.train.num_steps = 3300
     config.train.log_every = 100
-    config.train.eval_every = 1000
+    config.train.eval_every = 1100
     config.train.eval_batches = 0
-    config.train.sample_every = 3500
+    config.train.sample_every = 3300
     config.train.sample_prompt = "def "
     config.checkpoint.save_every = 500
     return config
