@@ -4,9 +4,9 @@
 
 It first trains a tokenizer of 3,200 ids on the training documents, which takes a second.
 
-Expected: validation loss @LOSS@ per token, which is @BPB@ bits per byte; the last digits depend on the processor.
+Expected: validation loss 3.732 per token, which is 1.607 bits per byte; the last digits depend on the processor.
 On the same text, gzip -9 needs 2.130 bits per byte and xz -9 1.875 (Python 3.11's library, jax 0.10.2).
-Cost: @COST@
+Cost: 3.5 minutes of one core of an AMD EPYC, about 2 minutes on two (5 min 38 s with other work on both); 1.8e13 FLOP.
 """
 
 from typing import Any
@@ -32,12 +32,14 @@ def get_config() -> Any:
     config.optim.min_lr = 0.0
     config.optim.warmup_steps = 50
     config.optim.decay_fraction = 0.8
+    config.optim.beta2 = 0.99
+    config.optim.muon_beta = 0.9
 
-    config.train.num_steps = 3300
+    config.train.num_steps = 3000
     config.train.log_every = 100
-    config.train.eval_every = 1100
+    config.train.eval_every = 1000
     config.train.eval_batches = 0
-    config.train.sample_every = 3300
+    config.train.sample_every = 3000
     config.train.sample_prompt = "def "
     config.checkpoint.save_every = 500
     return config

@@ -176,7 +176,7 @@ def test_only_entry_points_import_the_runtime_modules():
     users = {module for module, tree in modules().items() if own_imports(tree) & RUNTIME}
     assert users <= ENTRIES | RUNTIME
     below = {"config", "config_files", "config_values", "coordinator", "devices", "errors", "peers", "exhaustion"}
-    below |= {"gpu_memory", "redaction", "streams"}
+    below |= {"cpu_memory", "gpu_memory", "redaction", "streams"}
     assert set().union(*(own_imports(modules()[m]) for m in RUNTIME)) <= RUNTIME | below
 
 

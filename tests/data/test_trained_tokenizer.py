@@ -1,6 +1,5 @@
 """bpe:N: a tokenizer that is trained on the training documents as they are prepared, stored and read with the data."""
 
-import dataclasses
 import logging
 import shutil
 from pathlib import Path
@@ -12,10 +11,12 @@ from gptjax import setup
 from gptjax.config import Config, DataConfig, from_dict
 from gptjax.convert.tokenizer_source import open_tokenizer, saved_tokenizer
 from gptjax.data import own_tokenizer
-from gptjax.data.prepare import default_path, ensure_prepared, main, open_config_tokenizer, prepare
+from gptjax.data.dataset import Dataset
+from gptjax.data.prepare import default_path, ensure_prepared, main, prepare
 from gptjax.data.tokenizer import Tokenizer, load_tokenizer
 from gptjax.data.tokens import Split, open_split
 from gptjax.errors import ConfigError
+from gptjax.run_data import open_tokenizer_of
 from gptjax.train_bpe import library
 from gptjax.workdir import write_json
 from tests.helpers import raises
@@ -121,6 +122,7 @@ def test_little_text_has_fewer_ids_than_the_model(source: str, tmp_path: Path) -
     assert 300 < run.tokenizer.vocab_size < 5000
     assert run.token_bytes_V.shape == (run.tokenizer.vocab_size,)
     state = run.init()
+    assert isinstance(run.validation_data, Dataset)
     tokens = run.validation_data.validation_batch(0, sharding=run.batch_sharding, num_microbatches=1)
     assert np.isfinite(float(run.eval_step(state.params, tokens, run.token_bytes_V)[0].loss))
 
@@ -156,7 +158,7 @@ def test_what_it_cannot_be_trained_on_is_refused(source: str, tmp_path: Path) ->
     with raises(
         ConfigError, default_path(wiki.source, "bpe:300"), match="downloads nothing", remedy="--tokenizer=bpe:300"
     ):
-        open_config_tokenizer(wiki)
+        open_tokenizer_of(Config(data=wiki))
 
 
 def test_only_the_beginning_of_a_large_source_is_read(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,5 +168,4 @@ def test_only_the_beginning_of_a_large_source_is_read(source: str, monkeypatch: 
 
 
 def train(source: str) -> Tokenizer:
-    config = dataclasses.replace(DataConfig(), source=source, tokenizer="bpe:300")
-    return open_config_tokenizer(config)
+    return open_tokenizer_of(Config(data=DataConfig(source=source, tokenizer="bpe:300")))
