@@ -103,7 +103,17 @@ DATA_MAY_IMPORT |= {"convert.tokenizer_source", "train_bpe"}  # which know token
 DATA_MAY_IMPORT |= {"convert.hub", "convert.hub_listing"}  # which download any files
 # Read before any mistake of the user's is found, so at their top they import the standard library only.
 CHEAP = {"main", "config", "config_files", "config_values", "coordinator", "devices", "errors", "exhaustion"}
-CHEAP |= {"former_names", "cpu_memory", "gpu_memory", "mix", "model_flags", "redaction", "streams", "strict_json", *RUNTIME}
+CHEAP |= {
+    "former_names",
+    "cpu_memory",
+    "gpu_memory",
+    "mix",
+    "model_flags",
+    "redaction",
+    "streams",
+    "strict_json",
+    *RUNTIME,
+}
 
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow_datasets", "tensorboardX"}
 
