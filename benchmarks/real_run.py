@@ -128,7 +128,7 @@ def cold(args: argparse.Namespace, directory: pathlib.Path) -> dict[str, Any]:
 def resume(args: argparse.Namespace, directory: pathlib.Path) -> dict[str, Any]:
     often = {"train.num_steps": args.steps, "train.log_every": 1, "train.eval_every": 0, "train.eval_batches": 2}
     often |= {"train.sample_every": 0, "checkpoint.save_every": args.steps // 5, "log.tensorboard": False}
-    often |= {"optim.warmup_steps": 10}
+    often |= {"optim.warmup_steps": 10, "data.tokenizer": "bytes", "model.vocab_size": 257}
     if args.data:
         often["data.path"] = pathlib.Path(args.data).resolve()
     flags = ["--config=configs/quickstart.py", *overrides(often)]

@@ -7,7 +7,8 @@
 >>> import gptjax
 >>> small = {"model.n_layer": 1, "model.n_embd": 16, "model.n_head": 1, "model.block_size": 32}
 >>> short = {"train.num_steps": 2, "train.sample_every": 0, "data.source": "text:txt", "log.tensorboard": False}
->>> config = gptjax.load_config("quickstart", small | short)
+>>> of_bytes = {"data.tokenizer": "bytes", "model.vocab_size": 257}
+>>> config = gptjax.load_config("quickstart", small | short | of_bytes)
 >>> result = gptjax.train(config, "runs/x")
 >>> result.step, result.exit_code
 (2, 0)
@@ -49,7 +50,6 @@ from gptjax.compute import resolve_compute
 from gptjax.config import Config, GPTConfig, MeshConfig, load
 from gptjax.convert import __main__ as conversion
 from gptjax.convert.model_ref import find_model
-from gptjax.convert.tokenizer_source import open_tokenizer
 from gptjax.data import prepare as preparation
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import ConfigError, DataError, PlanError, UnavailableError, UserError
@@ -376,7 +376,7 @@ def prepare(
     check_text("source", source)
     tokenizer = check_path("tokenizer", tokenizer, expected="gpt2, bytes, or the path of a tokenizer")
     out = os.fspath(out) or preparation.default_path(source, tokenizer)
-    preparation.prepare(source=source, tokenizer=open_tokenizer(tokenizer), out=out, **options)
+    preparation.prepare(source=source, tokenizer=tokenizer, out=out, **options)
     return out
 
 

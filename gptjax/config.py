@@ -87,7 +87,8 @@ class DataConfig:
     source: str = "stdlib"
     path: str = ""  # a directory of shards; '' means data/<source>-<tokenizer>
     mix: str = ""  # directories of shards with weights, as data/web:70,data/code:30; '' means one directory
-    tokenizer: str = "gpt2"  # gpt2 | bytes | a saved file | a tokenizer.json or its directory | hf:OWNER/NAME
+    # gpt2 | bytes | bpe:N, trained on the data | a saved file | a tokenizer.json or its directory | hf:OWNER/NAME
+    tokenizer: str = "gpt2"
     text_feature: str = "text"  # tfds, jsonl, csv, parquet: the feature, field or column that holds the text
     val_fraction: Share = 0.05  # the share of the documents that is for validation, where data are prepared
     global_batch_size: Positive = 512  # sequences per update, over all devices and accumulation steps

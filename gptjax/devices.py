@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Mapping
 
 from gptjax.errors import UnavailableError, first_line, install
 
@@ -14,6 +15,19 @@ PLUGINS = {
 }
 
 
+def expects_accelerator(environ: Mapping[str, str] = os.environ) -> bool:
+    """Returns whether JAX will probably run on a GPU or TPU, without starting it."""
+    wanted = environ.get("JAX_PLATFORMS", "")
+    if wanted:
+        return wanted.split(",")[0] != "cpu"
+    return bool(_present())
+
+
+def _present() -> str:
+    """Returns the extra of gptjax for the accelerator of this machine, "" without one."""
+    return next((extra for path, extra in ACCELERATORS.items() if os.path.exists(path)), "")
+
+
 def check_devices() -> None:
     """Raises UnavailableError where JAX finds no device of JAX_PLATFORMS, or not the accelerator that is here."""
     import jax
@@ -23,7 +37,7 @@ def check_devices() -> None:
         platform = jax.devices()[0].platform
     except (RuntimeError, AssertionError) as error:
         raise _no_device(wanted, first_line(error)) from error
-    present = next((extra for path, extra in ACCELERATORS.items() if os.path.exists(path)), "")
+    present = _present()
     if platform == "cpu" and present and not wanted:
         raise UnavailableError(
             f"this machine has a {present} device, but JAX sees only its CPU",

@@ -19,7 +19,8 @@ from typing import Any
 
 from gptjax import errors, gpu_memory, peers
 from gptjax.coordinator import check_coordinator, describe_missing, is_cluster
-from gptjax.devices import check_devices
+from gptjax.cpu_memory import keep_freed_memory
+from gptjax.devices import check_devices, expects_accelerator
 from gptjax.errors import ConfigError, UnavailableError, UserError, first_line, is_utf8
 from gptjax.redaction import print_error, redact
 from gptjax.signals import Interrupt, Preemption
@@ -75,6 +76,8 @@ def start_jax(
         UnavailableError: the platform of JAX_PLATFORMS is not available, a GPU or TPU host would fall back to its CPU,
             or the coordinator's port is in use.
     """
+    if not expects_accelerator():
+        keep_freed_memory()
     import jax
 
     _configure_jax()

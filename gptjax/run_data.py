@@ -1,12 +1,16 @@
 """The data of a run: one directory of shards or a mixture of several, and what identifies them."""
 
+import logging
 import os
 from collections.abc import Sequence
 
 from gptjax.config import Config
 from gptjax.data.dataset import Dataset, source_seed
 from gptjax.data.mixture import Mixture
-from gptjax.data.prepare import ensure_prepared
+from gptjax.data.own_tokenizer import is_own, open_data_tokenizer
+from gptjax.data.prepare import default_path, ensure_prepared
+from gptjax.data.readers import Reading
+from gptjax.data.sources import needs_network
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.data.tokens import open_split
 from gptjax.errors import ConfigError, DataError
@@ -27,6 +31,30 @@ def identify(config: Config, train_data: Dataset | Mixture) -> dict[str, str | i
         for number, dataset in enumerate(train_data.datasets, 1):
             identity[f"fingerprint of source {number}"] = dataset.fingerprint
     return identity
+
+
+def open_tokenizer_of(config: Config) -> Tokenizer:
+    """Returns data.tokenizer. One of the data's own is read from them, or trained as they will be prepared.
+
+    Raises:
+        ConfigError: there is no such tokenizer; or the data are missing, and cannot be prepared without a command.
+        UserError: as `open_data_tokenizer`.
+    """
+    data = config.data
+    name = data.tokenizer
+    directory = data.path or default_path(data.source, name)
+    if data.mix:  # its parts have the same tokenizer
+        directory = os.path.expanduser(parse_mix(data.mix)[0].directory)
+    elif is_own(name) and (data.path or needs_network(data.source)):
+        ensure_prepared(data)  # refuses where they are missing, before their source is read
+    return open_data_tokenizer(
+        name,
+        directory,
+        source=data.source,
+        share=data.val_fraction,
+        reading=Reading(text_feature=data.text_feature),
+        log=logging.getLogger("gptjax").info,
+    )
 
 
 def open_data(

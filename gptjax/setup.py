@@ -19,9 +19,9 @@ from gptjax.chips import device_memory
 from gptjax.compute import ResolvedCompute, resolve_compute, resolve_parallel
 from gptjax.config import Config
 from gptjax.config_values import nearest_divisors
-from gptjax.convert.tokenizer_source import open_tokenizer
 from gptjax.data.dataset import Dataset, batch_index
 from gptjax.data.mixture import Mixture
+from gptjax.data.own_tokenizer import is_own, own_size
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.documents import NO_EOT
 from gptjax.errors import ConfigError, OutOfMemoryError, WorkdirError
@@ -32,7 +32,7 @@ from gptjax.identity import Identity
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer, parameter_table
 from gptjax.params import count_params
-from gptjax.run_data import describe_sources, identify, open_data
+from gptjax.run_data import describe_sources, identify, open_data, open_tokenizer_of
 from gptjax.sharding import BATCH_SPEC, bytes_per_device, data_parallel_size, make_mesh
 from gptjax.sizes import activation_bytes_per_sequence, train_flops_per_token
 from gptjax.state import TrainState, make_init
@@ -124,7 +124,7 @@ def make_run(config: Config, *, tokenizer: Tokenizer | None = None, has_tasks: b
     # Over the devices of all processes. From here on each process must do the same things in the same order.
     mesh = make_mesh(config.mesh)
     compute = resolve_compute(config, mesh)
-    tokenizer = tokenizer or open_tokenizer(config.data.tokenizer)
+    tokenizer = tokenizer or open_tokenizer_of(config)
     check_vocabulary(config, tokenizer)
     # Tokenizing the prompt can fail. It should do so now, and not in the middle of the run.
     if config.train.sample_every:
@@ -200,15 +200,18 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
             value=True,
             remedy="set it to False",
         )
+    name = config.data.tokenizer
+    # A tokenizer that is trained on little text finds fewer merges than it was asked for.
+    expected = own_size(name) if is_own(name) else tokenizer.vocab_size
     # Published models often pad their vocabulary; the last ids never occur in text.
-    if config.init_from and config.model.vocab_size > tokenizer.vocab_size:
+    if config.init_from and config.model.vocab_size > expected:
         return
-    if config.model.vocab_size != tokenizer.vocab_size:
+    if config.model.vocab_size != expected:
         raise ConfigError(
-            f"the tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} ids",
+            f"the tokenizer {name!r} has {expected} ids",
             field="model.vocab_size",
             value=config.model.vocab_size,
-            remedy=f"set model.vocab_size={tokenizer.vocab_size}",
+            remedy=f"set model.vocab_size={expected}",
         )
 
 

@@ -25,8 +25,14 @@ def summarize(
     sources = list(run.validation_data.sources())
     if result:
         reached.append(describe(result, count_sequences(run.validation_data, batches)))
-        # Compared only if both the model and the compressors get the whole validation text.
         split = sources[0][2].split
+        if len(sources) == 1 and split.bytes:  # known if gptjax prepared the data
+            size = split.bytes / split.tokens
+            reached.append(
+                f"loss and perplexity are per token ({size:.2f} bytes on average); "
+                "compare bits per byte across tokenizers"
+            )
+        # Compared only if both the model and the compressors get the whole validation text.
         if not batches and len(sources) == 1 and split.bytes <= COMPRESSED_BYTES:
             reached.append(compare(split, run.tokenizer))
     here = os.path.join(os.getcwd(), "")

@@ -6,87 +6,26 @@ validation are left out of the training. Train a model with it by --config.data.
 """
 
 import argparse
-import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-import numpy as np
-
 from gptjax.cli import Parser, run_cli
 from gptjax.config import DataConfig
 from gptjax.convert.tokenizer_files import write_tokenizer
 from gptjax.data import sources
-from gptjax.data.assign import Assignment, shares_of
 from gptjax.data.characters import make_characters
-from gptjax.data.journal import hash_text
+from gptjax.data.own_tokenizer import divide, train_tokenizer
 from gptjax.data.readers import Reading
 from gptjax.data.source import Source
-from gptjax.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
+from gptjax.data.tokenizer import Tokenizer, load_tokenizer
 from gptjax.errors import ConfigError, WorkdirError
 from gptjax.redaction import say
-from gptjax.train_bpe import NUM_BYTES, PATTERNS, library, train_ranks
+from gptjax.train_bpe import PATTERNS, library
 
 HELD_OUT_CHARACTERS = 2**21  # of validation text, on which tokens are counted
 BLOCK_SIZE = 1024  # of a model that transformers would use it with
-LARGEST_VOCABULARY = 2**20
-
-
-def train_tokenizer(
-    texts: Iterator[str],
-    *,
-    vocab_size: int,
-    name: str,
-    pattern: str = "gpt2",
-    specials: Sequence[str] = (),
-) -> Tokenizer:
-    """Returns a tokenizer that is trained on `texts`.
-
-    vocab_size: the number of ids, those of end-of-text and of `specials` included; fewer if the text has fewer pairs.
-    name: for messages.
-    pattern: how text is cut before pairs are merged, gpt2 or cl100k.
-    specials: names of tokens to reserve after end-of-text; text is never encoded to them.
-
-    Raises:
-        ConfigError: vocab_size is too small or too large, or a special token is repeated.
-        DataError: the text cannot be cut.
-        UnavailableError: no library for it is installed.
-    """
-    names = [END_OF_TEXT, *specials]
-    least = NUM_BYTES + 1 + len(names)
-    if not least <= vocab_size <= LARGEST_VOCABULARY:
-        raise ConfigError(
-            f"must be from {least} (bytes, a merge and special tokens) to {LARGEST_VOCABULARY}",
-            field="--vocab_size",
-            value=vocab_size,
-        )
-    if len(set(names)) < len(names) or "" in names:
-        raise ConfigError("must be different names, and not end-of-text", field="--special", value=" ".join(specials))
-    ranks = train_ranks(texts, num_tokens=vocab_size - len(names), pattern=PATTERNS[pattern])
-    numbers = {special: len(ranks) + index for index, special in enumerate(names)}
-    return make_tokenizer(name, PATTERNS[pattern], ranks, specials=numbers)
-
-
-def divide(source: Source, val_fraction: float) -> Iterator[tuple[str, bool]]:
-    """Yields (text, whether it is for validation) of each document, by the rule of `gptjax prepare`.
-
-    The last part of a single document is for validation. `gptjax prepare` may move more text to a split that is smaller
-    than a window; this does not.
-    """
-    documents = (document for document in source.documents() if document[1])
-    first = list(itertools.islice(documents, 2))
-    if len(first) == 1:
-        text = first[0][1]
-        size = max(1, round(val_fraction * len(text)))
-        yield text[:-size], False
-        yield text[-size:], True
-        return
-    assignment = Assignment(val_fraction, names=source.validation)
-    for name, text in itertools.chain(first, documents):
-        hashes = np.frombuffer(hash_text(text.encode()), np.uint8)[None]
-        [is_validation] = assignment.is_validation([name], shares_of(hashes))
-        yield text, bool(is_validation)
 
 
 def main(arguments: list[str]) -> None:

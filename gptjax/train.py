@@ -15,7 +15,7 @@ from gptjax.bucket_logs import fetch_logs
 from gptjax.checkpoint import Checkpointer
 from gptjax.chips import peak_flops
 from gptjax.config import Config, flatten
-from gptjax.convert.tokenizer_source import open_run_tokenizer
+from gptjax.convert.tokenizer_source import saved_tokenizer
 from gptjax.data.dataset import Prefetcher, batch_index
 from gptjax.distributed import StopVote, barrier, check_agreement, gather_json
 from gptjax.divergence import RollBackError, Spike, history_after, replay_command
@@ -67,8 +67,7 @@ def train(config: Config, workdir: str, *, started: float | None = None, owns_pr
         preemption = stack.enter_context(Preemption() if owns_process else Interrupt())
         with exit_on_peer_failure():
             check_same_start(config, workdir)
-            tokenizer = open_run_tokenizer(config.data.tokenizer, local)
-            run = make_run(config, tokenizer=tokenizer, has_tasks=True)
+            run = make_run(config, tokenizer=saved_tokenizer(config.data.tokenizer, local), has_tasks=True)
             stack.enter_context(naming_what_needs_memory(run))
             check_same_run(run)
         # Orbax reads tensorstore's metrics at each save, and each read leaks memory in tensorstore.

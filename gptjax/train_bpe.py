@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from gptjax.convert.byte_level import unicode_to_bytes
 from gptjax.data.patterns import CL100K, GPT2_PATTERN, Panic, cut_long_blanks, guarded
-from gptjax.errors import DataError, UnavailableError, install, one_line
+from gptjax.errors import DataError, UnavailableError, one_line
 
 PATTERNS = {"gpt2": GPT2_PATTERN, "cl100k": CL100K}
 NUM_BYTES = 256
@@ -54,7 +54,9 @@ def _train_with_tokenizers(parts: Iterator[str], *, num_tokens: int, pattern: st
     try:
         import tokenizers  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise UnavailableError("no library that trains tokenizers is installed", remedy=install("tokenizer")) from error
+        raise UnavailableError(
+            "no library that trains tokenizers is installed", remedy="pip install rustbpe"
+        ) from error
     from tokenizers import models, pre_tokenizers, trainers  # pyright: ignore[reportMissingImports]
 
     model: Any = tokenizers.Tokenizer(models.BPE())

@@ -48,6 +48,7 @@ LAYERS = """
     bucket_logs
     checkpoint  logs  step  generate  data.prepare  divergence
     data.parts
+    data.own_tokenizer
     data.preparation  data.hub_shards  train_bpe
     convert.tokenizer_source
     convert.tokenizer_files
@@ -81,7 +82,7 @@ LAYERS = """
     convert.transfer  plan.hlo  goodput  convert.byte_level
     config_files  mix
     config_values  log_tags
-    errors  exhaustion  former_names  gpu_memory  history  documents  versions  strict_json
+    errors  exhaustion  former_names  gpu_memory  cpu_memory  history  documents  versions  strict_json
 """
 # Where a process starts, and its loop: only these use RUNTIME, the modules of processes and of their command lines.
 ENTRIES = {"__main__", "api", "main", "describe", "train", "loop", "sample", "evaluate", "data.prepare", "tokenizer"}
@@ -98,11 +99,21 @@ SPINE |= {"loop", "optim", "state", "dropout", "kv_cache", "examples"}
 SPINE |= {"kernels.cross_entropy", "kernels.pointwise"}
 # Data know nothing of models, and models nothing of data.
 DATA_MAY_IMPORT = {"config", "documents", "errors", "cli", "history", "strict_json", "workdir", "redaction", "streams"}
-DATA_MAY_IMPORT |= {"convert.tokenizer_source"}  # which knows tokenizers in other forms, and no model
+DATA_MAY_IMPORT |= {"convert.tokenizer_source", "train_bpe"}  # which know tokenizers, and no model
 DATA_MAY_IMPORT |= {"convert.hub", "convert.hub_listing"}  # which download any files
 # Read before any mistake of the user's is found, so at their top they import the standard library only.
 CHEAP = {"main", "config", "config_files", "config_values", "coordinator", "devices", "errors", "exhaustion"}
-CHEAP |= {"former_names", "gpu_memory", "mix", "model_flags", "redaction", "streams", "strict_json", *RUNTIME}
+CHEAP |= {
+    "former_names",
+    "cpu_memory",
+    "gpu_memory",
+    "mix",
+    "model_flags",
+    "redaction",
+    "streams",
+    "strict_json",
+    *RUNTIME,
+}
 
 HEAVY = {"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow_datasets", "tensorboardX"}
 
@@ -175,7 +186,7 @@ def test_only_entry_points_import_the_runtime_modules():
     users = {module for module, tree in modules().items() if own_imports(tree) & RUNTIME}
     assert users <= ENTRIES | RUNTIME
     below = {"config", "config_files", "config_values", "coordinator", "devices", "errors", "peers", "exhaustion"}
-    below |= {"gpu_memory", "redaction", "streams"}
+    below |= {"cpu_memory", "gpu_memory", "redaction", "streams"}
     assert set().union(*(own_imports(modules()[m]) for m in RUNTIME)) <= RUNTIME | below
 
 

@@ -41,7 +41,7 @@ def test_config_file_begins_from_another(tmp_path):
     assert (found.model.n_layer, found.model.n_head) == (3, 4)
     (tmp_path / "config.json").write_text(json.dumps(found.to_dict() | {"run_id": "x"}))
     assert base_config(tmp_path / "config.json").to_dict() == found.to_dict()
-    assert base_config("quickstart").model.vocab_size == 257
+    assert base_config("quickstart").data.tokenizer == "bpe:3200"
     assert default_config().model.vocab_size == 50257, "the defaults are unchanged"
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from gptjax.compute import resolve_compute, resolve_parallel
 from gptjax.config import MeshConfig, flatten, load
+from gptjax.data.own_tokenizer import is_own, own_size
 from gptjax.data.tokenizer import load_tokenizer
 from gptjax.documents import EndOfText
 from gptjax.errors import ConfigError
@@ -64,7 +65,8 @@ def test_docstring_states_command_expected_result_and_cost(path):
 @every_config
 def test_vocab_size_equals_that_of_the_tokenizer(path):
     config = load_file(path)
-    assert config.model.vocab_size == load_tokenizer(config.data.tokenizer).vocab_size
+    name = config.data.tokenizer
+    assert config.model.vocab_size == (own_size(name) if is_own(name) else load_tokenizer(name).vocab_size)
 
 
 @every_config

@@ -43,7 +43,9 @@ def assert_summary(said, workdir, logged, *, step):
     end = lines.index("next:")
     reached = " ".join(" ".join(lines[1:end]).split())
     assert reached.startswith(f"validation loss {loss:.4f}, perplexity ")
-    assert reached.endswith(f" (16 sequences) everything is in {workdir}: checkpoints/, metrics.jsonl, config.json")
+    per_token = "loss and perplexity are per token (1.00 bytes on average); compare bits per byte across tokenizers"
+    where = f"everything is in {workdir}: checkpoints/, metrics.jsonl, config.json"
+    assert reached.endswith(f" (16 sequences) {per_token} {where}")
     assert all(len(line) <= 80 or f"{workdir}" in line for line in lines[:end]), "as a terminal is wide"
     assert [line.split()[:5] for line in lines[end + 1 :]] == [
         ["python", "-m", "gptjax", command, f"--workdir={workdir}"] for command in ("sample", "evaluate")

@@ -115,6 +115,7 @@ def test_the_parts_need_nothing_but_the_listed_packages():
 
 def test_training_command_needs_the_carried_wheels(tmp_path):
     flags = ["--config=configs/quickstart.py", f"--config.data.path={tmp_path}", f"--workdir={tmp_path / 'run'}"]
+    flags += ["--config.data.tokenizer=bytes", "--config.model.vocab_size=257"]
     code = "import tensorboardX, gptjax.train; from gptjax import main; main.cli()"
     done = on_that_machine(code, *flags, wheels=True)
     assert (done.returncode, "there is no train split" in done.stderr) == (65, True), done.stderr

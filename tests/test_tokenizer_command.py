@@ -86,7 +86,7 @@ def test_other_library_trains_the_same_form(monkeypatch):
 
 def test_missing_libraries_are_named(monkeypatch):
     hide_libraries(monkeypatch, "rustbpe", "tokenizers")
-    with raises(UnavailableError, remedy="gptjax[tokenizer]", match="no library that trains"):
+    with raises(UnavailableError, remedy="pip install rustbpe", match="no library that trains"):
         train(make_texts())
 
 

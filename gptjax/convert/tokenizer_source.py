@@ -13,6 +13,7 @@ from gptjax.workdir import CONFIG_FILE, TOKENIZER_FILE, read_file
 
 log = logging.getLogger("gptjax")
 HUB = "hf:"  # before OWNER/NAME[@REVISION]
+OWN = "bpe:"  # before the number of ids of a tokenizer that is trained on the data and stored with them
 HF_FILE = "tokenizer.json"
 # gptjax saves its own form as tokenizer.json, too. A file of the tokenizers library has one of these keys; ours begins
 # with its format, and may have the name "model".
@@ -36,6 +37,13 @@ def open_tokenizer(name: str) -> Tokenizer:
     """
     if name in BUILT_IN:
         return load_tokenizer(name)
+    if name.startswith(OWN):
+        raise ConfigError(
+            "is trained on data, and none are named here",
+            field="data.tokenizer",
+            value=name,
+            remedy="give the tokenizer.json of the data or of the run",
+        )
     place = name
     if name.startswith(HUB) and not os.path.lexists(name):
         place = os.path.expanduser(name.removeprefix(HUB))
@@ -65,16 +73,26 @@ def _from_hub(name: str, place: str) -> Tokenizer:
 def open_run_tokenizer(name: str, workdir: str) -> Tokenizer:
     """Returns the tokenizer `name` of a run in the local directory `workdir`.
 
-    A run whose tokenizer comes from the Hub makes a connection at its first start only. Afterwards it takes the copy in
-    its work directory: the Hub may be out of reach, or have another file under the same name.
+    Raises:
+        UserError: as `open_tokenizer`.
+    """
+    return saved_tokenizer(name, workdir) or open_tokenizer(name)
+
+
+def saved_tokenizer(name: str, workdir: str) -> Tokenizer | None:
+    """Returns the copy of the tokenizer `name` in a run's local directory `workdir`; None if it is not to be used.
+
+    A run whose tokenizer comes from the Hub makes a connection at its first start only. Afterwards it takes its copy:
+    the Hub may be out of reach, or have another file under the same name. The same holds for a tokenizer that was
+    trained on the data, which may be gone.
 
     Raises:
         UserError: as `open_tokenizer`.
     """
     saved = os.path.join(workdir, TOKENIZER_FILE)
-    if name.startswith(HUB) and _recorded_name(workdir) == name and os.path.isfile(saved):
+    if name.startswith((HUB, OWN)) and _recorded_name(workdir) == name and os.path.isfile(saved):
         return load_tokenizer(saved)
-    return open_tokenizer(name)
+    return None
 
 
 def _recorded_name(workdir: str) -> str:

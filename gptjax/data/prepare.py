@@ -26,8 +26,10 @@ from gptjax.data.assign import WINDOW_TOKENS
 from gptjax.data.header import LARGEST_COUNT
 from gptjax.data.journal import read_journal
 from gptjax.data.meta import Meta, read_meta
+from gptjax.data.own_tokenizer import is_own, open_data_tokenizer
 from gptjax.data.partial import hold, remove
 from gptjax.data.progress import Log
+from gptjax.data.readers import Reading
 from gptjax.data.remote_files import is_remote, require_local
 from gptjax.data.text_files import PIPE
 from gptjax.data.tfds_source import is_tfds_directory
@@ -46,7 +48,7 @@ JOIN = "join"
 def prepare(
     *,
     source: str,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | str,
     out: str,
     text_feature: str = "text",
     val_fraction: float = VAL_FRACTION,
@@ -66,7 +68,7 @@ def prepare(
 
     Args:
         source: as data.source.
-        tokenizer: makes the ids.
+        tokenizer: makes the ids; a name is as data.tokenizer.
         out: the directory to write.
         text_feature: the feature, field or column that has the text, of a tfds:, jsonl:, csv: or parquet: source.
         val_fraction: the share of the documents that is for validation.
@@ -89,6 +91,9 @@ def prepare(
     require_local(out, field="out")
     out = os.path.abspath(out)
     _check_arguments(source, out, val_fraction, shard_tokens)
+    if isinstance(tokenizer, str):
+        reading = Reading(text_feature=text_feature, encoding=encoding, skip_bad=skip_bad)
+        tokenizer = open_data_tokenizer(tokenizer, out, source=source, share=val_fraction, reading=reading, log=log)
     settings: dict[str, Any] = {
         "source": source,
         "text_feature": text_feature,
@@ -248,7 +253,7 @@ def default_path(source: str, tokenizer: str) -> str:
     kind, _, path = source.partition(":")
     if sources.is_files(source) or is_tfds_directory(source) or is_remote(path):
         source = f"{kind}-{_shorten(os.path.expanduser(path))}"
-    if tokenizer not in ("gpt2", "bytes"):
+    if tokenizer not in ("gpt2", "bytes") and not is_own(tokenizer):
         tokenizer = _shorten(tokenizer)
     return os.path.join("data", f"{_make_safe(source)}-{_make_safe(tokenizer)}")
 
@@ -298,7 +303,7 @@ def ensure_prepared(config: DataConfig, tokenizer: Tokenizer | None = None, *, w
     logging.getLogger("gptjax").info("%s: no data yet; preparing it now (same as: %s)", path, command)
     prepare(
         source=config.source,
-        tokenizer=tokenizer or open_tokenizer(config.tokenizer),
+        tokenizer=tokenizer or config.tokenizer,
         out=path,
         text_feature=config.text_feature,
         val_fraction=config.val_fraction,
@@ -349,7 +354,7 @@ def _parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--tokenizer",
         default="gpt2",
         metavar="NAME",
-        help="The tokenizer: gpt2, bytes, a file, a directory or hf:OWNER/NAME.",
+        help="The tokenizer: gpt2, bytes, bpe:N to train one of N ids, a file, a directory or hf:OWNER/NAME.",
     )
     parser.add_argument(
         "--out",
@@ -416,16 +421,15 @@ def main(arguments: list[str]) -> None:
         UserError: the source, the tokenizer or the output is wrong, or a shard is damaged.
     """
     args = _parse_arguments(arguments)
-    tokenizer = open_tokenizer(args.tokenizer)
     out = args.out or default_path(args.source, args.tokenizer)
     if args.verify:
-        verify(out, tokenizer)
+        verify(out, None if is_own(args.tokenizer) else open_tokenizer(args.tokenizer))
         say(f"{out}: every shard is as it was written")
         return
     go_on_without_output()  # the product is the directory
     prepare(
         source=args.source,
-        tokenizer=tokenizer,
+        tokenizer=args.tokenizer,
         out=out,
         text_feature=args.text_feature,
         val_fraction=args.val_fraction,
