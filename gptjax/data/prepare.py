@@ -25,12 +25,13 @@ from gptjax.data import parts, preparation, sources, workers
 from gptjax.data.assign import WINDOW_TOKENS
 from gptjax.data.header import LARGEST_COUNT
 from gptjax.data.journal import read_journal
-from gptjax.data.meta import Meta, read_meta
+from gptjax.data.meta import read_meta
 from gptjax.data.own_tokenizer import is_own, open_data_tokenizer
 from gptjax.data.partial import hold, remove
 from gptjax.data.progress import Log
 from gptjax.data.readers import Reading
 from gptjax.data.remote_files import is_remote, require_local
+from gptjax.data.staleness import changed_since, files_now
 from gptjax.data.text_files import PIPE
 from gptjax.data.tfds_source import is_tfds_directory
 from gptjax.data.tokenizer import Tokenizer
@@ -88,8 +89,7 @@ def prepare(
     """
     log = log or logging.getLogger("gptjax").info
     source = sources.canonical_name(source)
-    require_local(out, field="out")
-    out = os.path.abspath(out)
+    out = _absolute(out)
     _check_arguments(source, out, val_fraction, shard_tokens)
     if isinstance(tokenizer, str):
         reading = Reading(text_feature=text_feature, encoding=encoding, skip_bad=skip_bad)
@@ -113,12 +113,12 @@ def prepare(
         if _is_done(out, settings, tokenizer):
             log(f"{out}: already prepared from {source}, by another process or before a kill")
         elif target != out and os.path.exists(target):
-            parts.check_part(target, settings | _files_now(source))
+            parts.check_part(target, settings | files_now(source))
             log(f"{target}: already prepared")
         else:
             try:
-                wanted = settings | _files_now(source) if part == JOIN else settings
-                write(partial, target, wanted, tokenizer=tokenizer, log=log)
+                now = files_now(source) if part == JOIN else {}
+                write(partial, target, settings | now, tokenizer=tokenizer, log=log)
             except UserError:
                 if read_journal(partial) is None:  # nothing had begun, so nothing is left behind
                     remove(partial)
@@ -128,10 +128,14 @@ def prepare(
             remove(partial)
 
 
-def _files_now(source: str) -> dict[str, Any]:
-    """Returns the setting `files` of the source as it is now; {} for no files, or if they are not on this machine."""
-    files = sources.describe_now(source, may_connect=False)
-    return {"files": files} if files and sources.is_files(source) else {}
+def _absolute(out: str) -> str:
+    """Returns the absolute path of a local directory.
+
+    Raises:
+        ConfigError: it is in a bucket.
+    """
+    require_local(out, field="out")
+    return os.path.abspath(out)
 
 
 def _choose_work(part: str, out: str, settings: dict[str, Any], processes: int) -> tuple[str, str, Callable[..., None]]:
@@ -212,28 +216,6 @@ def _is_done(out: str, settings: dict[str, Any], tokenizer: Tokenizer) -> bool:
             remedy="remove it and prepare again, or choose another --out",
         )
     return True
-
-
-def changed_since(meta: Meta, options: dict[str, Any], *, may_connect: bool = False) -> str:
-    """Returns what differs from when a directory was prepared: options, or files of the source; "" if nothing does.
-
-    Files that are gone are not compared: data may be used on a machine that lacks their source.
-
-    options: by name; those that meta.json does not have are not compared.
-    may_connect: whether to compare with files of the Hub or of a bucket, too.
-    """
-    for name, old in meta.options.items():
-        if name in options and options[name] != old:
-            return f"with {name}={old}, and {name} is {options[name]} now"
-    now = sources.describe_now(meta.source, may_connect=may_connect) if meta.files else {}
-    if not now or now == {name: meta.files.get(name) for name in now}:
-        return ""
-    if "revision" in now:
-        return f"from revision {meta.files.get('revision')}, and it is {now['revision']} now"
-    if now["number"] == meta.files.get("number") and now["bytes"] == meta.files.get("bytes"):
-        return "from files of other names or sizes"
-    then = f"{meta.files.get('number', 0):,} files of {meta.files.get('bytes', 0):,} bytes"
-    return f"from {then}, and there are {now['number']:,} files of {now['bytes']:,} bytes now"
 
 
 @contextlib.contextmanager
