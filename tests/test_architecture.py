@@ -47,7 +47,7 @@ LAYERS = """
     metrics  stored  log_reader
     bucket_logs
     checkpoint  logs  step  generate  data.prepare  divergence
-    data.parts
+    data.parts  data.staleness
     data.own_tokenizer
     data.preparation  data.hub_shards  train_bpe
     convert.tokenizer_source
