@@ -65,11 +65,14 @@ class OptimConfig:
     """The optimizer and its learning-rate schedule: the schedule may change on resume, `name` may not."""
 
     name: Literal["adamw", "lion", "adafactor", "muon"] = "adamw"  # the optimizer
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # of the learning rate, after a linear warm-up
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # of the learning rate, after a linear warm-up
     peak_lr: NonNegative = 6e-4  # learning rate after the warm-up
     min_lr: NonNegative = 6e-5  # learning rate at the end of the run
     warmup_steps: Count = 2000  # steps in which the learning rate rises
     decay_fraction: Fraction = 0.2  # wsd: the last part of the run, in which the rate falls to min_lr
+    # wsd: how it falls, by the share x of the decay that is done: 1 - x, as a half cosine, 1 - sqrt(x), or (1 - x)**p.
+    decay_shape: Literal["linear", "cosine", "sqrt", "power"] = "linear"
+    decay_power: AtLeastOne = 2.0  # wsd: p of decay_shape=power
     weight_decay: NonNegative = 0.1  # on matrices and embeddings only
     beta1: Rate = 0.9  # decay of the first moment
     beta2: Rate = 0.95  # decay of the second moment

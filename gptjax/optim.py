@@ -19,9 +19,10 @@ Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
     """Returns a function step -> learning rate, float32 scalars; update n (from 0) uses schedule(n).
 
-    Warm-up is linear: update 0 is already above 0, and update `warmup_steps` is at peak_lr. Then `cosine` falls to
-    min_lr at `num_steps`. `wsd` (warm-up, stable, decay: Hu et al. 2024, "MiniCPM", section 4) keeps peak_lr, and falls
-    linearly to min_lr over the last decay_fraction of the run. `constant` keeps peak_lr.
+    Warm-up is linear: update 0 is already above 0, and update `warmup_steps` is at peak_lr. Then `cosine` and `linear`
+    fall to min_lr at `num_steps`. `wsd` (warm-up, stable, decay: Hu et al. 2024, "MiniCPM", section 4) keeps peak_lr,
+    and falls to min_lr over the last decay_fraction of the run, in the form of decay_shape (sqrt: Hägele et al. 2024,
+    "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations"). `constant` keeps peak_lr.
     """
     peak = config.peak_lr
     low = config.min_lr
@@ -35,11 +36,17 @@ def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
             decay_steps = max(num_steps - warmup, 1)
             done = jnp.clip((t - warmup) / decay_steps, 0.0, 1.0)
             after = low + (peak - low) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+        elif config.schedule == "linear":
+            # From the end of the warm-up on, as the cosine.
+            decay_steps = max(num_steps - warmup, 1)
+            done = jnp.clip((t - warmup) / decay_steps, 0.0, 1.0)
+            after = peak + (low - peak) * done
         elif config.schedule == "wsd":
             start = num_steps * (1 - config.decay_fraction)
             decay_steps = max(num_steps - start, 1)
             done = jnp.clip((t - start) / decay_steps, 0.0, 1.0)
-            after = peak + (low - peak) * done
+            # The same expression for every shape, so that `linear` has the bits that it had alone.
+            after = peak + (low - peak) * _fallen(done, config)
         else:
             after = jnp.full_like(t, peak)  # an array, like the other branches, for jnp.minimum
         is_warming_up = t < warmup
@@ -49,6 +56,19 @@ def make_schedule(config: OptimConfig, num_steps: int) -> Schedule:
         return jnp.where(is_warming_up, rising, after)
 
     return schedule
+
+
+def _fallen(done: jax.Array, config: OptimConfig) -> jax.Array:
+    """Returns how much of its fall the learning rate has behind it, in [0, 1]. done: of the decay's steps, float32."""
+    # A static branch, like those of the schedule: one shape is compiled.
+    # `linear` returns `done` itself, which keeps the bits of runs from before there were other shapes.
+    if config.decay_shape == "cosine":
+        return 0.5 * (1 - jnp.cos(jnp.pi * done))
+    if config.decay_shape == "sqrt":
+        return jnp.sqrt(done)
+    if config.decay_shape == "power":
+        return 1 - (1 - done) ** config.decay_power
+    return done
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:

@@ -61,6 +61,26 @@ def test_wsd_is_flat_then_linear():
     assert lr(schedule_config("wsd", decay_fraction=1.0, warmup_steps=0), 80, 0, 40) == pytest.approx([1.0, 0.55])
 
 
+def test_linear_schedule_falls_to_min_lr_and_stays():
+    config = schedule_config("linear", warmup_steps=20)
+    assert lr(config, 120, 20, 45, 70, 120, 10**6) == pytest.approx([1.0, 0.775, 0.55, 0.1, 0.1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "quarter", "half"),
+    [
+        ("linear", 0.25, 0.5),
+        ("cosine", 0.5 - 8**-0.5, 0.5),
+        ("sqrt", 0.5, 0.5**0.5),
+        ("power", 1 - 0.75**3, 1 - 0.5**3),
+    ],
+)
+def test_wsd_falls_in_the_shape_that_is_set(shape, quarter, half):
+    config = schedule_config("wsd", decay_fraction=0.4, decay_shape=shape, decay_power=3.0)
+    wanted = [1 - 0.9 * fallen for fallen in (0.0, quarter, half, 1.0, 1.0)]
+    assert lr(config, 100, 60, 70, 80, 100, 101) == pytest.approx(wanted, rel=1e-5)
+
+
 def test_constant_schedule_stays_at_the_peak():
     assert lr(schedule_config("constant"), 100, 9, 50, 100, 10**6) == [1.0] * 4
 
@@ -80,14 +100,14 @@ def test_a_run_shorter_than_its_warmup_stays_on_the_warmup(name, num_steps):
     assert all(np.isfinite(lr(schedule_config(name), num_steps, 9, 10, 11)))
 
 
-def test_schedules_are_three_and_traceable():
+def test_schedules_are_four_and_traceable():
     curves = {}
     for name in CHOICES["optim.schedule"]:
         schedule = make_schedule(schedule_config(name), 50)
         curves[name] = jit(jax.vmap(schedule))(jnp.arange(60))
         np.testing.assert_allclose(curves[name][30], schedule(30), rtol=1e-6)
         assert (curves[name] > 0).all()
-    assert len({tuple(curve.tolist()) for curve in curves.values()}) == 3
+    assert len({tuple(curve.tolist()) for curve in curves.values()}) == 4
 
 
 # Roles
