@@ -87,7 +87,7 @@
       const toX = state.hidden[run.name] ? null : axisOf(run);
       for (const line of toX ? data.panels[number].lines : []) {
         const curve = run.curves[line.name];
-        if (!curve || state.off[line.label]) continue;
+        if (!curve || (number === 0 && state.off[line.label])) continue;
         found.push({ run, index, line, curve, xs: curve.s.map(toX), ys: curve.v });
       }
     });
@@ -147,19 +147,20 @@
     }
     const unit = unitOf(right);
     const size = state.axis === "seconds" ? unit[0] : 1;
-    for (const x of ticks(left / size, right / size, Math.max(2, width / 110)).map((x) => x * size)) {
+    for (const x of ticks(left / size, right / size, Math.max(3, width / 80)).map((x) => x * size)) {
       const anchor = toX(x) > width - 30 ? "end" : toX(x) < 30 ? "start" : "middle";
       element(svg, "text", { x: toX(x), y: height - 6, "text-anchor": anchor }, shortX(x, unit));
     }
   };
 
   const drawMarks = (svg, { left, right, toX, height }) => {
-    for (const run of data.runs) {
+    for (const [index, run] of data.runs.entries()) {
       const toAxis = state.hidden[run.name] ? null : axisOf(run);
       for (const mark of toAxis ? run.marks : []) {
         const x = toAxis(mark.step);
         if (x < left || x > right) continue;
-        const line = element(svg, "line", { class: "mark", x1: toX(x), x2: toX(x), y1: MARGIN.top, y2: height - MARGIN.bottom });
+        const ends = { x1: toX(x), x2: toX(x), y1: MARGIN.top, y2: height - MARGIN.bottom };
+        const line = element(svg, "line", { class: `mark c${index % COLOURS}`, ...ends });
         element(line, "title", {}, `${run.name}, step ${mark.step}: ${mark.why}`);
       }
     }
@@ -245,7 +246,8 @@
     const log = figure.querySelector("button.log");
     press(log, Boolean(state.log[panel.title]));
     log.onclick = () => { state.log[panel.title] = !state.log[panel.title]; press(log, state.log[panel.title]); drawAll(); };
-    for (const { label } of panel.lines.filter((line) => line.label)) {
+    const isLarge = figure.classList.contains("large");
+    for (const { label } of panel.lines.filter((line) => line.label && isLarge)) {
       makeButton(figure.querySelector("figcaption"), label, {
         isPressed: !state.off[label],
         change: (button) => { state.off[label] = !state.off[label]; press(button, !state.off[label]); },

@@ -86,9 +86,15 @@ def has_run(workdir: str) -> bool:
     return any(os.path.lexists(os.path.join(workdir, name)) for name in (CONFIG_FILE, METRICS_FILE))
 
 
-def read_run(workdir: str, *, spent: Mapping[str, float] | None = None) -> RunData:
+def is_finished(run: RunData) -> bool:
+    """Returns whether a run has saved its last step, which it does after its last evaluation."""
+    return run.record is not None and 0 < run.num_steps <= run.record.step
+
+
+def read_run(workdir: str, *, logs: str = "", spent: Mapping[str, float] | None = None) -> RunData:
     """Returns everything that the page shows of a run. What cannot be read is missing, and the notes say so.
 
+    logs: the directory of its logs, if that is not the work directory: those of a run in a bucket are older there.
     spent: where the time went, by kind, if a running process knows it better than its files.
     """
     notes: list[str] = []
@@ -102,7 +108,7 @@ def read_run(workdir: str, *, spent: Mapping[str, float] | None = None) -> RunDa
             notes.append(f"{what} cannot be read: {one_line(error)}")
             return otherwise
 
-    config = attempt(CONFIG_FILE, lambda: _read_config(workdir), {})
+    config = attempt(CONFIG_FILE, lambda: _read_config(logs or workdir), {})
     record = attempt("checkpoints", lambda: _newest_record(workdir, notes), None)
     if record and not config:
         config = _flat(record.config)
@@ -112,11 +118,11 @@ def read_run(workdir: str, *, spent: Mapping[str, float] | None = None) -> RunDa
     return RunData(
         workdir=workdir,
         config=config,
-        series=attempt(METRICS_FILE, lambda: _read_metrics(workdir), {}),
-        samples=attempt(SAMPLES_FILE, lambda: _read_samples(workdir), []),
+        series=attempt(METRICS_FILE, lambda: _read_metrics(logs or workdir), {}),
+        samples=attempt(SAMPLES_FILE, lambda: _read_samples(logs or workdir), []),
         record=record,
         history=history,
-        tasks=attempt(TASKS_FILE, lambda: _read_tasks(workdir), {}),
+        tasks=attempt(TASKS_FILE, lambda: _read_tasks(logs or workdir), {}),
         replays=attempt("the list of its files", lambda: _find_replays(workdir), []),
         flops_per_step=attempt("the model's size", lambda: _flops_per_step(config), 0.0),
         notes=notes,

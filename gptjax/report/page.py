@@ -25,7 +25,7 @@ MOST_PANELS = 80
 MOST_NOTES = 20  # of a run
 COLLAPSED = "Other metrics"  # the group of panels that is closed at first
 LEAST_SHARE = 0.002  # of the time; shorter kinds have no part in the bar
-MISSING = "–"
+MISSING = "\N{EN DASH}"
 
 
 def render(runs: Sequence[RunData], *, page_directory: str = ".", reload_seconds: float = 0) -> str:
@@ -43,7 +43,8 @@ def render(runs: Sequence[RunData], *, page_directory: str = ".", reload_seconds
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src '{_hash(script)}'; base-uri 'none'"
     title = _text(names[0] if len(runs) == 1 else f"{names[0]} and {len(runs) - 1} more")
     parts = [
-        f'<!doctype html>\n<html lang=en><meta charset=utf-8><meta http-equiv=Content-Security-Policy content="{policy}">',
+        "<!doctype html>\n<html lang=en><meta charset=utf-8>",
+        f'<meta http-equiv=Content-Security-Policy content="{policy}">',
         f"<meta name=viewport content='width=device-width,initial-scale=1'><title>{title}</title>",
         f"<style>{_resource('page.css')}</style>\n<body data-reload={reload_seconds:g}>",
         f"<header><h1>{title}</h1>",
@@ -230,7 +231,8 @@ def _time_section(runs: Sequence[RunData], names: Sequence[str]) -> Iterator[str
         cells = [_time_cell(seconds, kind, total) for seconds, total in zip(spent, totals, strict=True)]
         rows[f"<span class='key k{number % COLOURS}'></span>{_kind(kind)}"] = cells
     yield _by_run(names, rows)
-    yield "<p class=hint>From the first start to the last account. Only the steps that the model still has are productive.</section>"
+    yield "<p class=hint>From the first start to the last account. Goodput is the share of the steps."
+    yield "</section>"
 
 
 def _kind(kind: str) -> str:
@@ -387,7 +389,11 @@ def _replay_section(runs: Sequence[RunData], names: Sequence[str], page_director
 
 
 def _note_section(runs: Sequence[RunData], names: Sequence[str], left_out: int) -> Iterator[str]:
-    notes = [f"{_text(name)}: {_text(note)}" for run, name in zip(runs, names, strict=True) for note in run.notes[:MOST_NOTES]]
+    notes = [
+        f"{_text(name)}: {_text(note)}"
+        for run, name in zip(runs, names, strict=True)
+        for note in run.notes[:MOST_NOTES]
+    ]
     if left_out:
         notes.append(f"{left_out} more metrics are in metrics.jsonl")
     if notes:

@@ -12,16 +12,16 @@ MOST_POINTS = 40_000  # of all curves together: about 600 kB of JSON
 POINTS_OF_A_COLUMN = 4  # at most, see series.thin
 SMOOTH_POINTS = 400
 TIME_POINTS = 300
-SMOOTHED = "smoothed"  # the name of the smoothed loss, which no row has
+SMOOTHED = "smoothed "  # begins the name of a smoothed metric, which no row has
 STDERR = "_stderr"  # the end of the name of a standard error
-FEWEST_SMOOTHED = 20  # rows; fewer are shown as they are
+FEWEST_SMOOTHED = 100  # rows; a mean of fewer would be over one
 DIGITS = 6  # significant, of a drawn value
 
 
 class Line(NamedTuple):
     """One metric in a panel."""
 
-    name: str  # in metrics.jsonl, or SMOOTHED
+    name: str  # in metrics.jsonl, or after SMOOTHED
     style: str  # "faint", "solid" or "dots"
     label: str = ""
 
@@ -40,7 +40,7 @@ LOSS = Panel(
     "Loss",
     (
         Line("loss", "faint", "one update"),
-        Line(SMOOTHED, "solid", "smoothed"),
+        Line(SMOOTHED + "loss", "solid", "smoothed"),
         Line("val_loss", "dots", "validation"),
     ),
 )
@@ -66,6 +66,7 @@ GROUPS = {
     "mfu": "Speed",
     "data_wait": "Speed",
 }
+NOISY = ("grad_norm", "update_norm", "tokens_per_second", "mfu", "step_seconds", "data_wait")
 PERCENT = ("mfu", "data_wait", "goodput")
 ORDER = ("Validation", "Tasks", "Training", "Speed", "Memory", "Other metrics")
 # Drawn elsewhere, or constant, or another view of a number that is drawn.
@@ -80,10 +81,15 @@ def choose_panels(runs: Iterable[RunData]) -> list[Panel]:
         if name not in names or name in LEFT_OUT or name.startswith("seconds/") or name.endswith(STDERR):
             continue
         del names[name]
-        style = "dots" if _group(name) in ("Validation", "Tasks") else "solid"
-        panels.append(Panel(_title(name), _group(name), (Line(name, style),), name in PERCENT))
+        panels.append(Panel(_title(name), _group(name), _lines(name), name in PERCENT))
     panels.sort(key=lambda panel: ORDER.index(panel.group))
     return [LOSS, *panels]
+
+
+def _lines(name: str) -> tuple[Line, ...]:
+    if name in NOISY:
+        return Line(name, "faint", "one row"), Line(SMOOTHED + name, "solid", "smoothed")
+    return (Line(name, "dots" if _group(name) in ("Validation", "Tasks") else "solid"),)
 
 
 def _title(name: str) -> str:
@@ -108,7 +114,7 @@ def drawing(runs: Sequence[RunData], names: Sequence[str], *, panels: Sequence[P
     names: of the runs, for the legend.
     """
     wanted = [line.name for panel in panels for line in panel.lines]
-    num_curves = sum(name in run.series for run in runs for name in (*wanted, "loss"))
+    num_curves = sum(name in run.series for run in runs for name in wanted)
     columns = MOST_POINTS // max(1, POINTS_OF_A_COLUMN * num_curves)
     columns = min(MOST_COLUMNS, max(FEWEST_COLUMNS, columns))
     return {
@@ -125,24 +131,24 @@ def _curves(run: RunData, name: str, *, wanted: Sequence[str], columns: int) -> 
     for one in list(curves):
         if one + STDERR in run.series:
             curves[one]["e"] = _errors(run.series[one], run.series[one + STDERR], columns)
-    losses = run.series.get("loss_mean") or run.series.get("loss")
-    reach = 0
-    if losses:
-        if losses.steps.size >= FEWEST_SMOOTHED:
-            smoothed, reach = smooth(losses, SMOOTH_POINTS)
-        else:
-            smoothed = losses
-        curves[SMOOTHED] = _encode(smoothed)
+    for one in wanted:
+        raw = run.series.get(one.removeprefix(SMOOTHED))
+        if one.startswith(SMOOTHED) and raw:
+            # Of the loss the mean since the last row, which is smoother than that of one update.
+            curves[one] = _encode(_smoothed(run.series.get("loss_mean", raw) if raw is run.series.get("loss") else raw))
     seconds = run.series.get("step_seconds")
     return {
         "name": name,
         "tokens": run.tokens_per_step,
         "flops": run.flops_per_step,
         "seconds": _encode(seconds_by_step(seconds, TIME_POINTS)) if seconds else None,
-        "smoothed_over": reach,
         "marks": [{"step": part.spike or part.step, "why": _why(part)} for part in run.history.skipped_ranges],
         "curves": curves,
     }
+
+
+def _smoothed(series: Series) -> Series:
+    return smooth(series, SMOOTH_POINTS) if series.steps.size >= FEWEST_SMOOTHED else series
 
 
 def _why(part: Any) -> str:

@@ -99,8 +99,10 @@ def _joined(blocks: list[tuple[np.ndarray, np.ndarray]]) -> Series:
 
 
 def thin(series: Series, columns: int) -> Series:
-    """Returns the points that a drawing of `columns` pixel columns needs: of each column the first, the last, the lowest
-    and the highest, so that a line through them covers the same pixels.
+    """Returns the points that a drawing needs of which each of `columns` pixel columns has the same number of steps.
+
+    Of each column these are the first, the last, the lowest and the highest, so that a line through them covers the
+    same pixels.
     """
     steps, values = series
     if steps.size <= 4 * columns:
@@ -115,27 +117,32 @@ def thin(series: Series, columns: int) -> Series:
     return Series(steps[kept], values[kept])
 
 
-def smooth(series: Series, points: int) -> tuple[Series, int]:
-    """Returns at most `points` means over neighbouring values, evenly spread, and over how many values each is.
+def smooth(series: Series, points: int) -> Series:
+    """Returns at most `points` means over neighbouring values, evenly spread; each is over 2 % of the values.
 
-    A mean is over as many values before its own as after it, and over fewer at both ends.
+    A mean is over as many values before its own as after it, and so over fewer near both ends.
     """
     steps, values = series
     reach = steps.size // 100
     sums = np.append(0.0, np.cumsum(values))
-    at = np.unique(np.linspace(0, steps.size - 1, min(points, steps.size)).astype(np.int64))
+    at = _spread(steps.size, points)
     side = np.minimum(reach, np.minimum(at, steps.size - 1 - at))
     means = (sums[at + side + 1] - sums[at - side]) / (2 * side + 1)
-    return Series(steps[at], means), 2 * reach + 1
+    return Series(steps[at], means)
+
+
+def _spread(size: int, points: int) -> np.ndarray:
+    """Returns at most `points` of the indices of an array, evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, size - 1, min(points, size)).astype(np.int64))
 
 
 def seconds_by_step(seconds: Series, points: int) -> Series:
     """Returns the seconds spent in steps up to each step, at most `points` of them.
 
-    seconds: of one step, for all steps since the value before it. A missing value, as after a compilation, is taken from
-        the next.
+    seconds: of one step, for all steps since the value before it. In place of a missing value, as after a compilation,
+        the next one counts.
     """
     steps = np.append(0, seconds.steps)
     spent = np.append(0.0, np.cumsum(np.diff(steps) * np.maximum(seconds.values, 0.0)))
-    at = np.unique(np.linspace(0, steps.size - 1, min(points, steps.size)).astype(np.int64))
+    at = _spread(steps.size, points)
     return Series(steps[at], spent[at])
