@@ -23,14 +23,10 @@ LAYERS = """
     train
     loop  result
     periodic  summary  report.__main__
-    report.write
-    report.page
-    report.panels
-    report.data
-    lm_eval
-    tasks.harness
-    tokenizer  fetch  sample  evaluate  convert.__main__  plan.__main__  replay.__main__
-    tasks.command
+    lm_eval  report.write
+    tasks.harness  report.page
+    report.panels  tokenizer  fetch  sample  evaluate  convert.__main__  plan.__main__  replay.__main__
+    tasks.command  report.data
     named_model
     plan.search  replay.update
     resume  replay.report  plan.report
