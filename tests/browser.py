@@ -104,9 +104,9 @@ class Browser:
         """Moves the mouse to a place in the window."""
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
-    def screenshot(self, path: pathlib.Path) -> None:
-        """Writes the whole page as a PNG file."""
-        found = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+    def screenshot(self, path: pathlib.Path, *, whole: bool = True) -> None:
+        """Writes the whole page, or what the window shows of it, as a PNG file."""
+        found = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(found["data"]))
 
 

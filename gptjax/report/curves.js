@@ -10,7 +10,7 @@
   const drawn = new Map(); // figure -> what `point` needs to find values
 
   // The choices of a reader survive a reload. In a notebook's frame there is no storage.
-  const state = { axis: "step", hidden: {}, log: {}, off: {}, open: {} };
+  const state = { axis: "step", zoom: null, hidden: {}, log: {}, off: {}, open: {} };
   const KEY = "gptjax " + location.pathname;
   try { Object.assign(state, JSON.parse(sessionStorage.getItem(KEY))); } catch { /* the defaults stay */ }
   const save = () => { try { sessionStorage.setItem(KEY, JSON.stringify(state)); } catch { /* they are lost */ } };
@@ -88,7 +88,11 @@
       for (const line of toX ? data.panels[number].lines : []) {
         const curve = run.curves[line.name];
         if (!curve || (number === 0 && state.off[line.label])) continue;
-        found.push({ run, index, line, curve, xs: curve.s.map(toX), ys: curve.v });
+        let points = curve.s.map((step, i) => [toX(step), curve.v[i], curve.e?.[i] || 0]);
+        if (state.zoom) points = points.filter(([x]) => x >= state.zoom[0] && x <= state.zoom[1]);
+        if (!points.length) continue;
+        const [xs, ys, errors] = [0, 1, 2].map((part) => points.map((point) => point[part]));
+        found.push({ run, index, line, xs, ys, errors });
       }
     });
     return found;
@@ -110,11 +114,12 @@
       return;
     }
     let [left, right, low, high] = [Infinity, -Infinity, Infinity, -Infinity];
-    for (const { xs, ys, curve } of lines) {
+    for (const { xs, ys, errors } of lines) {
       left = Math.min(left, xs[0]);
       right = Math.max(right, xs[xs.length - 1]);
-      ys.forEach((y, i) => { low = Math.min(low, y - (curve.e?.[i] || 0)); high = Math.max(high, y + (curve.e?.[i] || 0)); });
+      ys.forEach((y, i) => { low = Math.min(low, y - errors[i]); high = Math.max(high, y + errors[i]); });
     }
+    if (state.zoom) [left, right] = state.zoom;
     const isLog = Boolean(state.log[panel.title]) && low > 0;
     if (right <= left) { left -= 1; right += 1; }
     const scale = isLog ? Math.log10 : (y) => y;
@@ -123,21 +128,21 @@
     const toX = (x) => MARGIN.left + ((x - left) / (right - left)) * (width - MARGIN.left - MARGIN.right);
     const toY = (y) => MARGIN.top + ((top - scale(y)) / (top - bottom)) * (height - MARGIN.top - MARGIN.bottom);
     drawAxes(svg, { panel, isLog, left, right, low, high, bottom, top, toX, toY, width, height });
-    for (const { run, index, line, curve, xs, ys } of lines) {
+    for (const { run, index, line, xs, ys, errors } of lines) {
       const colour = `c${index % COLOURS}`;
       const path = xs.map((x, i) => `${i ? "L" : "M"}${toX(x).toFixed(1)} ${toY(ys[i]).toFixed(1)}`).join("");
       element(svg, "path", { d: path, class: `curve ${line.style} ${colour}`, "data-run": run.name, "data-name": line.name });
-      if (xs.length > 1 && (line.style !== "dots" || xs.length > 60) && !curve.e) continue;
+      if (xs.length > 1 && (line.style !== "dots" || xs.length > 60) && !errors.some(Boolean)) continue;
       xs.forEach((x, i) => {
         element(svg, "circle", { cx: toX(x), cy: toY(ys[i]), r: 2.6, class: colour });
-        const error = curve.e?.[i];
+        const error = errors[i];
         if (!error || (isLog && ys[i] <= error)) return;
         element(svg, "line", { x1: toX(x), x2: toX(x), y1: toY(ys[i] - error), y2: toY(ys[i] + error), class: `spread ${colour}` });
       });
     }
     if (figure.classList.contains("large")) drawMarks(svg, { left, right, toX, height });
     const cross = element(svg, "line", { class: "cross", y1: MARGIN.top, y2: height - MARGIN.bottom, visibility: "hidden" });
-    drawn.set(figure, { svg, lines, cross, left, right, toX, width, percent: panel.percent });
+    drawn.set(figure, { svg, lines, cross, left, right, toX, width, height, percent: panel.percent });
   };
 
   const drawAxes = (svg, { panel, isLog, left, right, low, high, bottom, top, toX, toY, width, height }) => {
@@ -178,20 +183,24 @@
     if (x === null || !found) return;
     const tip = document.createElement("div");
     tip.className = "tip";
-    const add = (colour, label, value) => {
+    const add = (...texts) => {
       const row = tip.appendChild(document.createElement("div"));
-      for (const text of [colour === null ? null : "", label, value].filter((part) => part !== null)) {
-        row.appendChild(document.createElement("span")).textContent = text;
-      }
-      if (colour !== null) row.firstChild.className = `key c${colour % COLOURS}`;
+      for (const text of texts) row.appendChild(document.createElement("span")).textContent = text;
+      return row;
     };
-    add(null, AXES[state.axis], shortX(x, unitOf(found.right)));
-    for (const { run, index, line, curve, xs, ys } of found.lines) {
+    add(AXES[state.axis], shortX(x, unitOf(found.right)));
+    const slack = (found.right - found.left) / 100; // a curve that ended before x has no value there
+    let last = null;
+    for (const { run, index, line, xs, ys, errors } of found.lines) {
+      if (x < xs[0] - slack || x > xs[xs.length - 1] + slack) continue;
+      if (run !== last && data.runs.length > 1) {
+        last = run;
+        add("", run.name).firstChild.className = `key c${index % COLOURS}`;
+      }
       let i = indexBefore(xs, x);
       if (i + 1 < xs.length && xs[i + 1] - x < x - xs[i]) i += 1;
-      const label = [data.runs.length > 1 ? run.name : "", line.label].filter(Boolean).join(" ");
-      const error = curve.e?.[i] ? ` ± ${short(curve.e[i], found.percent)}` : "";
-      add(index, label, short(ys[i], found.percent) + error);
+      const error = errors[i] ? ` ± ${short(errors[i], found.percent)}` : "";
+      add(line.label, short(ys[i], found.percent) + error);
     }
     figure.appendChild(tip);
     const at = found.svg.getBoundingClientRect();
@@ -202,18 +211,47 @@
     found.x = x;
   };
 
-  const pointAt = (figure, event) => {
-    const found = drawn.get(figure);
-    if (!found) return;
+  const xAt = (found, event) => {
     const box = found.svg.getBoundingClientRect();
     const px = ((event.clientX - box.left) * found.width) / box.width;
     const share = (px - MARGIN.left) / (found.width - MARGIN.left - MARGIN.right);
-    point(figure, found.left + Math.min(1, Math.max(0, share)) * (found.right - found.left));
+    return found.left + Math.min(1, Math.max(0, share)) * (found.right - found.left);
+  };
+
+  // With a mouse, a stretch that is dragged over becomes the whole width of every panel.
+  let drag = null; // { figure, from, shade }
+  const moved = (figure, event) => {
+    const found = drawn.get(figure);
+    if (!found) return;
+    const x = xAt(found, event);
+    if (drag?.figure === figure) {
+      drag.shade.setAttribute("x", found.toX(Math.min(x, drag.from)));
+      drag.shade.setAttribute("width", Math.abs(found.toX(x) - found.toX(drag.from)));
+    }
+    point(figure, x);
+  };
+  const pressed = (figure, event) => {
+    const found = drawn.get(figure);
+    if (found && event.pointerType === "mouse" && event.button === 0) {
+      event.preventDefault();
+      const shade = element(found.svg, "rect", { class: "zoom", y: MARGIN.top, height: found.height - MARGIN.top - MARGIN.bottom });
+      drag = { figure, from: xAt(found, event), shade };
+    }
+    moved(figure, event);
+  };
+  const released = (figure, event) => {
+    const found = drawn.get(figure);
+    if (!drag || !found || drag.figure !== figure) return;
+    const ends = [drag.from, xAt(found, event)].sort((a, b) => a - b);
+    drag.shade.remove();
+    drag = null;
+    if (found.toX(ends[1]) - found.toX(ends[0]) > 8) { state.zoom = ends; drawAll(); }
   };
 
   const press = (button, isPressed) => button.setAttribute("aria-pressed", isPressed);
   const drawAll = () => {
     figures.forEach((figure) => { if (figure.querySelector(".drawing").clientWidth) draw(figure); });
+    whole.hidden = !state.zoom;
     save();
   };
 
@@ -227,13 +265,15 @@
   };
 
   const axes = document.querySelector(".axes");
+  const whole = document.querySelector("button.whole");
+  whole.onclick = () => { state.zoom = null; drawAll(); };
   for (const [axis, label] of Object.entries(AXES)) {
     const isKnown = axis === "step" || data.runs.some((run) => run[axis]);
     if (!isKnown && state.axis === axis) state.axis = "step";
     if (!isKnown) continue;
     makeButton(axes, label, {
       isPressed: state.axis === axis,
-      change: (chosen) => { state.axis = axis; [...axes.children].forEach((button) => press(button, button === chosen)); },
+      change: (chosen) => { state.axis = axis; state.zoom = null; [...axes.children].forEach((button) => press(button, button === chosen)); },
     });
   }
   for (const button of document.querySelectorAll("button.run")) {
@@ -247,15 +287,18 @@
     press(log, Boolean(state.log[panel.title]));
     log.onclick = () => { state.log[panel.title] = !state.log[panel.title]; press(log, state.log[panel.title]); drawAll(); };
     const isLarge = figure.classList.contains("large");
-    for (const { label } of panel.lines.filter((line) => line.label && isLarge)) {
+    for (const { label, style } of panel.lines.filter((line) => line.label && isLarge)) {
       makeButton(figure.querySelector("figcaption"), label, {
         isPressed: !state.off[label],
+        name: `line is-${style}`,
         change: (button) => { state.off[label] = !state.off[label]; press(button, !state.off[label]); },
       });
     }
     const box = figure.querySelector(".drawing");
-    box.onpointermove = box.onpointerdown = (event) => pointAt(figure, event);
-    box.onpointerleave = () => point(figure, null);
+    box.onpointermove = (event) => moved(figure, event);
+    box.onpointerdown = (event) => pressed(figure, event);
+    box.onpointerup = (event) => released(figure, event);
+    box.onpointerleave = (event) => { released(figure, event); point(figure, null); };
     box.onkeydown = (event) => {
       const found = drawn.get(figure);
       const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];

@@ -18,6 +18,7 @@ from gptjax.report.data import RunData, Sample, differences, unlike_defaults
 from gptjax.report.panels import Panel, choose_panels, drawing
 
 COLOURS = 8  # of page.css; a ninth run has the first one again
+KINDS = 12  # of time, each with a colour in page.css
 MOST_SAMPLES = 12  # of a run, spread over its steps
 LONGEST_SAMPLE = 2000  # characters
 LONGEST_VALUE = 300  # characters of a value of the config
@@ -41,7 +42,8 @@ def render(runs: Sequence[RunData], *, page_directory: str = ".", reload_seconds
     script = _resource("curves.js")
     # The browser itself refuses any other script, and every request.
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src '{_hash(script)}'; base-uri 'none'"
-    title = _text(names[0] if len(runs) == 1 else f"{names[0]} and {len(runs) - 1} more")
+    others = names[1:] if len(names) == 2 else [f"{len(names) - 1} more"]
+    title = _text(" and ".join([names[0], *(others if len(names) > 1 else [])]))
     parts = [
         "<!doctype html>\n<html lang=en><meta charset=utf-8>",
         f'<meta http-equiv=Content-Security-Policy content="{policy}">',
@@ -177,14 +179,14 @@ def _last(run: RunData, name: str, form: str) -> str:
 def _count(value: float) -> str:
     if not value:
         return MISSING
-    for size, unit in ((1e15, ""), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"), (0, "")):
+    for size, unit in ((1e15, ""), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"), (0, "")):
         if abs(value) >= size:
             return f"{value:.3g}" if size == 1e15 or not size else f"{value / size:.3g}{unit}"
     return MISSING
 
 
 def _panel_sections(panels: Sequence[Panel], runs: Sequence[RunData], names: Sequence[str]) -> Iterator[str]:
-    yield "<nav><span class=axes></span>"
+    yield "<nav><span class=axes></span><button class=whole hidden>whole width</button>"
     if len(runs) > 1:
         yield "<span class=legend>"
         for index, name in enumerate(names):
@@ -224,12 +226,12 @@ def _time_section(runs: Sequence[RunData], names: Sequence[str]) -> Iterator[str
             share = seconds.get(kind, 0.0) / total
             if share > LEAST_SHARE:
                 tip = f"{_kind(kind)}: {goodput.duration(seconds[kind])}, {share:.1%}"
-                yield f"<span class='k{number % COLOURS}' style='width:{100 * share:.2f}%' title='{tip}'></span>"
+                yield f"<span class='k{number % KINDS}' style='width:{100 * share:.2f}%' title='{tip}'></span>"
         yield "</div>"
     rows = {}
     for number, kind in enumerate(kinds):
         cells = [_time_cell(seconds, kind, total) for seconds, total in zip(spent, totals, strict=True)]
-        rows[f"<span class='key k{number % COLOURS}'></span>{_kind(kind)}"] = cells
+        rows[f"<span class='key k{number % KINDS}'></span>{_kind(kind)}"] = cells
     yield _by_run(names, rows)
     yield "<p class=hint>From the first start to the last account. Goodput is the share of the steps."
     yield "</section>"
@@ -268,7 +270,8 @@ def _task_cell(result: dict[str, Any], metric: str) -> str:
     if type(value) not in (int, float):
         return MISSING
     spread = f" ± {error:.4f}" if type(error) in (int, float) else ""
-    about = [f"{result[key]} {key}" for key in ("count",) if key in result]
+    count = result.get("count")
+    about = [f"{count:,} questions"] if type(count) is int else []
     protocol = f"<br><small>{_text(', '.join([str(result.get('protocol', '')), *about]))}</small>"
     return f"{value:.4f}{spread}{protocol if metric == 'acc' else ''}"
 

@@ -11,6 +11,9 @@ from tests.report.conftest import HOSTILE, make_rows
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
 
+BOX = "(r => [r.left, r.top, r.width, r.height])(document.querySelector('svg').getBoundingClientRect())"
+TIP = "[...document.querySelectorAll('.tip div')].map(row => [...row.children].map(part => part.textContent))"
+
 
 @pytest.fixture(scope="module")
 def tab():
@@ -74,24 +77,43 @@ def test_drawn_points_are_those_of_the_metrics(tab, show, make_run):
 
 def test_hovering_shows_the_values_of_all_runs(tab, show, make_run):
     show(make_run("a"), make_run("b", offset=1.0))
-    box = tab.evaluate(
-        "(r => [r.left, r.top, r.width, r.height])(document.querySelector('svg').getBoundingClientRect())"
-    )
-    left, top, width, height = box
+    left, top, width, height = tab.evaluate(BOX)
     # Step 50 of 1 to 100, between the margins.
     tab.move(left + 54 + (width - 66) * 49.0 / 99, top + height / 2)
-    tip = tab.evaluate("document.querySelector('.tip').innerText").split("\n")
-    assert tip[:2] == ["step", "50"]
-    said = dict(zip([x for x in tip[2:] if not x[0].isdigit()], [x for x in tip[2:] if x[0].isdigit()], strict=True))
+    tip = tab.evaluate(TIP)
     expected = make_rows(50)[-1]["loss"]
-    assert float(said["a one update"]) == pytest.approx(expected, rel=1e-4)
-    assert float(said["b one update"]) == pytest.approx(expected + 1, rel=1e-4)
-    assert {"a smoothed", "a validation", "b smoothed", "b validation"} <= said.keys()
-    assert tab.evaluate(
-        "[...document.querySelectorAll('.cross')].every(c => c.getAttribute('visibility') === 'visible')"
-    )
+    assert tip[0] == ["step", "50"]
+    assert [row[1] for row in tip if row[0] == ""] == ["a", "b"]
+    assert [row[0] for row in tip if row[0]] == ["step", *["one update", "smoothed", "validation"] * 2]
+    assert float(tip[2][1]) == pytest.approx(expected, rel=1e-4)
+    assert float(tip[6][1]) == pytest.approx(expected + 1, rel=1e-4)
+    lines = "[...document.querySelectorAll('.cross')].map(line => line.getAttribute('visibility'))"
+    assert set(tab.evaluate(lines)) == {"visible"}, "in every panel"
     tab.move(2, 2)
     assert tab.evaluate("document.querySelector('.tip')") is None
+
+
+def test_values_are_not_shown_where_a_curve_has_ended(tab, show, make_run):
+    show(make_run("a"), make_run("b", steps=50))
+    left, top, width, height = tab.evaluate(BOX)
+    tab.move(left + width * 0.8, top + height / 2)
+    assert [row[1] for row in tab.evaluate(TIP) if row[0] == ""] == ["a"]
+
+
+def test_dragging_enlarges_every_panel(tab, show, make_run):
+    show(make_run("a"))
+    left, top, width, height = tab.evaluate(BOX)
+    button = "document.querySelector('button.whole')"
+    assert tab.evaluate(f"{button}.offsetWidth") == 0
+    for kind, share in (("mousePressed", 0.5), ("mouseMoved", 0.7), ("mouseReleased", 0.9)):
+        place = {"x": left + share * width, "y": top + height / 2}
+        tab.call("Input.dispatchMouseEvent", type=kind, button="left", buttons=1, clickCount=1, **place)
+    [loss] = points_drawn(tab, "runs/a", "loss")
+    assert 30 < loss < 50
+    assert points_drawn(tab, "runs/a", "lr") == [loss]
+    assert tab.evaluate(f"{button}.offsetWidth") > 0
+    tab.evaluate(f"{button}.click()")
+    assert points_drawn(tab, "runs/a", "loss") == [100]
 
 
 def test_legend_axis_and_log_switches_redraw(tab, show, make_run):
