@@ -65,8 +65,9 @@
     return state.axis === "step" && x < 1e6 ? Math.round(x).toLocaleString("en") : short(x);
   };
 
-  const ticks = (low, high, count) => {
-    const rough = (high - low) / count;
+  // Returns round numbers from low to high, about `count`, which differ by at least `least`.
+  const ticks = (low, high, count, least = 0) => {
+    const rough = Math.max(least, (high - low) / count);
     const power = 10 ** Math.floor(Math.log10(rough));
     const size = power * [1, 2, 5, 10].find((factor) => factor * power >= rough);
     const found = [];
@@ -79,6 +80,19 @@
     const inside = found.filter((value) => value >= low && value <= high);
     if (inside.length < 3) return ticks(low, high, 4).filter((value) => value > 0);
     return inside.length > 8 ? inside.filter((value) => /^1e/.test(value.toExponential())) : inside;
+  };
+
+  // Returns the first and the last x of all curves, so that all panels have the same axis.
+  const domain = () => {
+    let [left, right] = [Infinity, -Infinity];
+    for (const run of data.runs) {
+      const toX = state.hidden[run.name] ? null : axisOf(run);
+      for (const { s } of toX ? Object.values(run.curves) : []) {
+        left = Math.min(left, toX(s[0]));
+        right = Math.max(right, toX(s[s.length - 1]));
+      }
+    }
+    return right > left ? [left, right] : [left - 1, right + 1];
   };
 
   const linesOf = (number) => {
@@ -113,15 +127,12 @@
       element(svg, "text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, "no data on this axis");
       return;
     }
-    let [left, right, low, high] = [Infinity, -Infinity, Infinity, -Infinity];
-    for (const { xs, ys, errors } of lines) {
-      left = Math.min(left, xs[0]);
-      right = Math.max(right, xs[xs.length - 1]);
+    let [low, high] = [Infinity, -Infinity];
+    for (const { ys, errors } of lines) {
       ys.forEach((y, i) => { low = Math.min(low, y - errors[i]); high = Math.max(high, y + errors[i]); });
     }
-    if (state.zoom) [left, right] = state.zoom;
+    const [left, right] = state.zoom || domain();
     const isLog = Boolean(state.log[panel.title]) && low > 0;
-    if (right <= left) { left -= 1; right += 1; }
     const scale = isLog ? Math.log10 : (y) => y;
     const pad = 0.04 * (scale(high) - scale(low)) || Math.abs(0.1 * scale(high)) || 1;
     const [bottom, top] = [scale(low) - pad, scale(high) + pad];
@@ -152,7 +163,8 @@
     }
     const unit = unitOf(right);
     const size = state.axis === "seconds" ? unit[0] : 1;
-    for (const x of ticks(left / size, right / size, Math.max(3, width / 80)).map((x) => x * size)) {
+    const least = state.axis === "step" ? 1 : 0;
+    for (const x of ticks(left / size, right / size, Math.max(3, width / 80), least).map((x) => x * size)) {
       const anchor = toX(x) > width - 30 ? "end" : toX(x) < 30 ? "start" : "middle";
       element(svg, "text", { x: toX(x), y: height - 6, "text-anchor": anchor }, shortX(x, unit));
     }

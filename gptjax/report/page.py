@@ -150,7 +150,7 @@ def _overview(runs: Sequence[RunData], names: Sequence[str]) -> Iterator[str]:
 
 def _facts(run: RunData) -> dict[str, str]:
     """Returns what a reader asks first, as HTML."""
-    total = f" of {run.num_steps:,}" if run.num_steps else ""
+    total = f" <small>of {run.num_steps:,}</small>" if run.num_steps else ""
     best = MISSING
     if validation := run.series.get("val_loss"):
         at = int(validation.values.argmin())

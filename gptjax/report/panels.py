@@ -53,7 +53,7 @@ TITLES = {
     "tokens_per_second": "Tokens per second",
     "mfu": "MFU: share of the peak FLOPs",
     "step_seconds": "Seconds per step",
-    "data_wait": "Share of the time spent waiting for data",
+    "data_wait": "Time spent waiting for data",
     "goodput": "Goodput",
 }
 GROUPS = {

@@ -69,10 +69,10 @@ def test_watched_page_is_written_again_until_the_run_is_finished(make_run, monke
 
     monkeypatch.setattr(command.time, "sleep", sleep)
     command.main([str(workdir), "--watch"])
-    assert [f"<dd>{step} of 100" in page for step, page in zip((40, 60), pages, strict=True)] == [True, True]
+    assert [f"<dd>{step} <small>of 100" in page for step, page in zip((40, 60), pages, strict=True)] == [True, True]
     assert all("data-reload=5>" in page for page in pages)
     last = (workdir / "report.html").read_text()
-    assert "<dd>100 of 100" in last
+    assert "<dd>100 <small>of 100" in last
     assert "data-reload=0>" in last, "nothing will follow"
 
 
@@ -91,7 +91,7 @@ def test_run_writes_its_report_at_its_end(train_here, tmp_path, said):
     workdir = tmp_path / "run"
     assert train_here(workdir, train={"num_steps": 2}) == 0
     page = (workdir / "report.html").read_text()
-    assert "<dd>2 of 2" in page
+    assert "<dd>2 <small>of 2" in page
     assert "<th>jax<td>" in page
     assert ">checkpoint<td>" in page, "the time of the last save, which no row of the metrics has"
     assert said[-1] == f"  open in a browser: {workdir}/report.html"

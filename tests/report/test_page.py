@@ -170,7 +170,7 @@ def test_missing_fields_and_types_count_as_differences():
 def test_facts_samples_versions_events_and_links_are_shown(make_run, tmp_path):
     text = page_of(make_run("a"), page_directory=str(tmp_path))
     for part in (
-        "<dt>steps<dd>100 of 100",
+        "<dt>steps<dd>100 <small>of 100",
         "<dt>goodput<dd>73.5 %",
         "compile<td>3.0s <small>17.6%</small>",
         "<summary>step 40</summary><pre>Once</pre>",
