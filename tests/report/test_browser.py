@@ -66,13 +66,21 @@ def test_page_fits_loads_nothing_and_reports_no_error(width, dark, tab, show, ma
 def test_drawn_points_are_those_of_the_metrics(tab, show, make_run):
     workdir = make_run("a")
     show(workdir)
-    series = read_run(str(workdir)).series["lr"]
-    path = tab.evaluate("document.querySelector('path[data-name=lr]').getAttribute('d')")
-    ys = [float(part.split(" ")[1]) for part in path[1:].split("L")]
-    # lr rises with the step, so that its drawing is a straight line.
-    expected = [ys[0] + (ys[-1] - ys[0]) * n / 99 for n in range(100)]
-    assert ys == pytest.approx(expected, abs=0.11)
-    assert series.steps.size == len(ys)
+    figure = "document.querySelector('path[data-name=grad_norm]').closest('figure')"
+    path = tab.evaluate(f"{figure}.querySelector('path').getAttribute('d')")
+    points = [tuple(map(float, part.split(" "))) for part in path[1:].split("L")]
+    labels = (
+        f"[...{figure}.querySelectorAll('text')].map(t => [+t.textContent, +t.getAttribute('x'), +t.getAttribute('y')])"
+    )
+    *ys, (x_value, x, bottom) = [label for label in tab.evaluate(labels) if label[0] != 100]
+    (low, _, y_low), (high, _, y_high) = [label for label in ys if label[2] != bottom][:2]
+    # What the axes say about each point.
+    series = read_run(str(workdir)).series["grad_norm"]
+    found = [low + (y + 4 - y_low) * (high - low) / (y_high - y_low) for _, y in points]
+    assert found == pytest.approx(series.values.tolist(), abs=0.01)
+    left = points[0][0]
+    steps = [1 + (at - left) * (x_value - 1) / (x - left) for at, _ in points]
+    assert steps == pytest.approx(series.steps.tolist(), abs=0.1)
 
 
 def test_hovering_shows_the_values_of_all_runs(tab, show, make_run):
