@@ -43,7 +43,8 @@ def summarize(
         if not batches and len(sources) == 1 and split.bytes <= COMPRESSED_BYTES:
             reached.append(compare(split, run.tokenizer))
     here = os.path.join(os.getcwd(), "")
-    place = shlex.quote(workdir.removeprefix(here))
+    relative = workdir.removeprefix(here)
+    place = shlex.quote(relative)
     prompt = shlex.quote(run.config.train.sample_prompt or "The ")
     reached.append(f"everything is in {place}: checkpoints/, metrics.jsonl, config.json")
     lines = [
@@ -54,7 +55,7 @@ def summarize(
         f"  python -m gptjax evaluate --workdir={place}",
     ]
     if report:
-        lines.append(f"  open in a browser: {place}/{report}")
+        lines.append(f"  open in a browser: {shlex.quote(f'{relative}/{report}')}")
     return lines
 
 

@@ -6,6 +6,7 @@ Each run writes its own at its end. The command only reads the work directories,
 """
 
 import argparse
+import contextlib
 import glob
 import os
 import time
@@ -15,7 +16,7 @@ from gptjax.errors import ConfigError, WorkdirError
 from gptjax.redaction import print_error, say
 from gptjax.report.data import RunData, has_run, is_finished, read_run
 from gptjax.report.write import REPORT_FILE
-from gptjax.workdir import is_bucket, local_directory, replace_file
+from gptjax.workdir import check_bucket, is_bucket, local_directory, replace_file
 
 WATCH_SECONDS = 5.0
 BUSY_SHARE = 0.1  # of the time, at most, is spent on writing a watched page
@@ -27,6 +28,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
 
     Raises:
         ConfigError: a flag is wrong, or a directory has no run.
+        UnavailableError: a bucket cannot be reached.
     """
     parser = Parser(__doc__)
     parser.add_argument("workdirs", nargs="+", metavar="DIR", help="The work directories of one run or several.")
@@ -46,6 +48,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     if is_bucket(args.out):
         raise ConfigError("must be a file on this machine", field="--out", value=args.out)
     for workdir in args.workdirs:
+        check_bucket(workdir)
         if not has_run(workdir):
             raise _no_run(workdir)
     args.workdirs = list(dict.fromkeys(args.workdirs))
@@ -76,7 +79,8 @@ def main(arguments: list[str]) -> None:
     path = args.out or REPORT_FILE
     if not args.out and len(args.workdirs) == 1:
         directory = local_directory(args.workdirs[0])
-        os.makedirs(directory, exist_ok=True)  # of a run in a bucket that another machine trained
+        with contextlib.suppress(OSError):  # writing the file reports it
+            os.makedirs(directory, exist_ok=True)  # of a run in a bucket that another machine trained
         path = os.path.join(directory, REPORT_FILE)
     if args.watch:
         watch(path, args.workdirs)

@@ -80,10 +80,11 @@ class RunData:
 
 
 def has_run(workdir: str) -> bool:
-    """Returns whether a directory has the config or the metrics of a run."""
+    """Returns whether a directory, local or in a bucket, has the config or the metrics of a run."""
+    names = (CONFIG_FILE, METRICS_FILE)
     if is_bucket(workdir):
-        return True  # reading it says more than this could
-    return any(os.path.lexists(os.path.join(workdir, name)) for name in (CONFIG_FILE, METRICS_FILE))
+        return any((epath.Path(workdir) / name).exists() for name in names)
+    return any(os.path.lexists(os.path.join(workdir, name)) for name in names)
 
 
 def is_finished(run: RunData) -> bool:

@@ -4,9 +4,10 @@ import json
 import subprocess
 import sys
 
+from gptjax import record, workdir
 from gptjax.errors import ConfigError, WorkdirError
 from gptjax.report import __main__ as command
-from gptjax.report import write
+from gptjax.report import data, write
 from tests.helpers import raises
 from tests.report.conftest import make_rows
 
@@ -41,6 +42,8 @@ def test_wrong_directories_and_outputs_are_refused(make_run, tmp_path, monkeypat
         command.main(["runs"])
     with raises(ConfigError, "--out", value="gs://bucket/x.html"):
         command.main([str(workdir), "--out=gs://bucket/x.html"])
+    with raises(ConfigError, "nowhere://bucket/a"):
+        command.main(["nowhere://bucket/a"])
     with raises(WorkdirError, f"{tmp_path}/no/x.html", remedy="choose another with --out=FILE"):
         command.main([str(workdir), f"--out={tmp_path}/no/x.html"])
 
@@ -125,6 +128,19 @@ def test_report_of_a_run_in_a_bucket_is_copied_there(make_run, tmp_path, monkeyp
     (tmp_path / "stored").mkdir()
     assert write.report_end(str(workdir), "gs://bucket", spent={"step": 7.0}) == "report.html"
     assert (tmp_path / "stored" / "report.html").read_bytes() == (workdir / "report.html").read_bytes()
+
+
+def test_page_of_a_run_in_a_bucket_is_here(make_run, tmp_path, monkeypatch, capsys):
+    make_run("a")
+    real = workdir.epath.Path
+    for module in (data, record, workdir):
+        monkeypatch.setattr(module.epath, "Path", lambda p: real(str(p).replace("gs://bucket", str(tmp_path / "runs"))))
+    monkeypatch.chdir(tmp_path)
+    command.main(["gs://bucket/a"])
+    assert capsys.readouterr().out == "runs/gs-bucket-a/report.html\n"
+    assert "<dd>100 <small>of 100" in (tmp_path / "runs" / "gs-bucket-a" / "report.html").read_text()
+    with raises(ConfigError, "gs://bucket/none"):
+        command.main(["gs://bucket/none"])
 
 
 def test_training_does_not_import_the_report_before_its_end():
