@@ -18,6 +18,7 @@ COMMANDS = {
     "convert": "Bring weights from or to transformers, nanoGPT and llm.c.",
     "plan": "Compute memory, time and cost of a run before it starts.",
     "replay": "Compute one step of a run again, and look at it.",
+    "report": "Show what runs did, as a page for a browser.",
     "config": "List all config fields, or print a config.",
 }
 
@@ -91,6 +92,10 @@ def start(name: str) -> None:
             from gptjax.replay import __main__ as replay
 
             command = replay.cli
+        case "report":
+            from gptjax.report import __main__ as report
+
+            command = report.cli
         case _:
             from gptjax.describe import cli as command
     command()

@@ -57,6 +57,7 @@ from gptjax.generate import generate
 from gptjax.log_reader import newest_rows
 from gptjax.model import GPT
 from gptjax.model_flags import check_model_flags
+from gptjax.result import TrainResult
 from gptjax.sampling_flags import FLAGS
 from gptjax.sharding import make_mesh
 
@@ -64,16 +65,6 @@ from gptjax.sharding import make_mesh
 DEFAULTS = {name: default for name, (default, _) in FLAGS.items() if name != "num_samples"}
 SMALLEST_WINDOW = 16  # tokens; a window is padded to a power of two, so that few lengths are compiled
 EXIT_ERRORS = {kind.exit_code: kind for kind in (ConfigError, DataError, PlanError, UnavailableError)}
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """What a training returned, and what metrics.jsonl says."""
-
-    step: int  # the updates that are done
-    val_loss: float | None  # of the last validation, nats per token; None if there was none
-    history: list[dict[str, Any]]  # the rows of metrics.jsonl: one per logged step and one per validation
-    exit_code: int  # 0: all steps are done; 75: it was interrupted, and the same call resumes
 
 
 def load_config(config: str | os.PathLike[str], changes: Mapping[str, object] | None = None) -> Config:
@@ -115,6 +106,7 @@ def train(config: Config, workdir: str | os.PathLike[str], *, verbose: bool = Fa
         val_loss=losses[0] if losses else None,
         history=rows[::-1],
         exit_code=code,
+        workdir=directory,
     )
 
 

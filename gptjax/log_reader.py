@@ -24,7 +24,7 @@ def newest_rows(workdir: str, *, having: bytes = b"") -> Iterator[dict[str, Any]
     """
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(_open(workdir))
+            file = stack.enter_context(open_metrics(workdir))
         except FileNotFoundError:
             return
         for _, line in lines_backwards(file):
@@ -32,7 +32,13 @@ def newest_rows(workdir: str, *, having: bytes = b"") -> Iterator[dict[str, Any]
                 yield from parse_rows(line)
 
 
-def _open(workdir: str) -> BinaryIO:
+def open_metrics(workdir: str) -> BinaryIO:
+    """Returns a run's metrics.jsonl, open for reading; of one in a bucket, its content.
+
+    Raises:
+        FileNotFoundError: a local one is missing.
+        OSError: it cannot be read, or is not a regular file.
+    """
     if not is_bucket(workdir):
         return os.fdopen(open_regular(os.path.join(workdir, METRICS_FILE), os.O_RDONLY), "rb")
     try:

@@ -291,12 +291,19 @@ class Loop:
         is_worth_showing = self._history.restarts or jax.process_count() > 1
         for line in goodput.describe(tools.watch.spent):
             log.log(logging.INFO if is_worth_showing else logging.DEBUG, "%s", line)
+        report = ""
+        if jax.process_index() == 0:
+            # Imported only here, so that training neither loads the report's code nor waits for it.
+            from gptjax.report.write import report_end
+
+            report = report_end(tools.directory, str(tools.workdir), spent=tools.watch.spent)
         lines = summarize(
             run,
             str(tools.workdir),
             step=self._step,
             spent=tools.watch.spent,
             result=self._result,
+            report=report,
         )
         for line in lines:
             log.info("%s", line)

@@ -13,12 +13,19 @@ COLUMNS = 80
 
 
 def summarize(
-    run: Run, workdir: str, *, step: int, spent: Mapping[str, float], result: Mapping[str, float]
+    run: Run,
+    workdir: str,
+    *,
+    step: int,
+    spent: Mapping[str, float],
+    result: Mapping[str, float],
+    report: str = "",
 ) -> list[str]:
     """Returns the last lines of a finished run.
 
     spent: seconds by kind since the first start.
     result: of the last evaluation; {} if an earlier process made it.
+    report: the name of the report's file in the work directory; "" if there is none.
     """
     reached = []
     batches = run.config.train.eval_batches
@@ -36,16 +43,20 @@ def summarize(
         if not batches and len(sources) == 1 and split.bytes <= COMPRESSED_BYTES:
             reached.append(compare(split, run.tokenizer))
     here = os.path.join(os.getcwd(), "")
-    place = shlex.quote(workdir.removeprefix(here))
+    relative = workdir.removeprefix(here)
+    place = shlex.quote(relative)
     prompt = shlex.quote(run.config.train.sample_prompt or "The ")
     reached.append(f"everything is in {place}: checkpoints/, metrics.jsonl, config.json")
-    return [
+    lines = [
         f"done: {step:,} steps in {duration(sum(spent.values()))}",
         *(line for sentence in reached for line in _wrap(sentence)),
         "next:",
         f"  python -m gptjax sample --workdir={place} --prompt={prompt}",
         f"  python -m gptjax evaluate --workdir={place}",
     ]
+    if report:
+        lines.append(f"  open in a browser: {shlex.quote(f'{relative}/{report}')}")
+    return lines
 
 
 def _wrap(sentence: str) -> list[str]:

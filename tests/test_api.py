@@ -95,6 +95,9 @@ def test_training_returns_what_the_log_has(trained):
     assert result.history == rows(workdir)
     assert [row["step"] for row in result.history if "loss" in row] == [1, 2, 3, 4]
     assert result.val_loss == rows(workdir)[-1]["val_loss"]
+    page = result.report()
+    assert "<dd>4 <small>of 4" in page.html
+    assert page._repr_html_().startswith("<iframe srcdoc=")
 
 
 def test_verbose_training_prints_each_line_once(trained, lab, monkeypatch, capsys):

@@ -21,12 +21,12 @@ LAYERS = """
     __main__  api
     main  describe
     train
-    loop
-    periodic  summary
-    lm_eval
-    tasks.harness
-    tokenizer  fetch  sample  evaluate  convert.__main__  plan.__main__  replay.__main__
-    tasks.command
+    loop  result
+    periodic  summary  report.__main__
+    lm_eval  report.write
+    tasks.harness  report.page
+    report.panels  tokenizer  fetch  sample  evaluate  convert.__main__  plan.__main__  replay.__main__
+    tasks.command  report.data
     named_model
     plan.search  replay.update
     resume  replay.report  plan.report
@@ -44,7 +44,7 @@ LAYERS = """
     convert.card  convert.torch_file  convert.safetensors_file
     convert.weights
     convert.names  convert.beside  convert.model_ref
-    metrics  stored  log_reader
+    metrics  stored  log_reader  report.series
     bucket_logs
     checkpoint  logs  step  generate  data.prepare  divergence
     data.parts  data.staleness
@@ -87,7 +87,7 @@ LAYERS = """
 # Where a process starts, and its loop: only these use RUNTIME, the modules of processes and of their command lines.
 ENTRIES = {"__main__", "api", "main", "describe", "train", "loop", "sample", "evaluate", "data.prepare", "tokenizer"}
 ENTRIES |= {"fetch", "lm_eval"}
-ENTRIES |= {f"{package}.__main__" for package in ("convert", "plan", "replay")}
+ENTRIES |= {f"{package}.__main__" for package in ("convert", "plan", "replay", "report")}
 RUNTIME = {"cli", "config_flags", "distributed", "signals"}
 # Whatever computes, so that it runs anywhere those libraries do.
 COMPUTING = {"model", "compute", "sizes", "params", "attention", "loss", "kernels.cross_entropy", "kernels.pointwise"}

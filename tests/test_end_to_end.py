@@ -47,9 +47,12 @@ def assert_summary(said, workdir, logged, *, step):
     where = f"everything is in {workdir}: checkpoints/, metrics.jsonl, config.json"
     assert reached.endswith(f" (16 sequences) {per_token} {where}")
     assert all(len(line) <= 80 or f"{workdir}" in line for line in lines[:end]), "as a terminal is wide"
-    assert [line.split()[:5] for line in lines[end + 1 :]] == [
+    *commands, report = lines[end + 1 :]
+    assert [line.split()[:5] for line in commands] == [
         ["python", "-m", "gptjax", command, f"--workdir={workdir}"] for command in ("sample", "evaluate")
     ]
+    assert report == f"  open in a browser: {workdir}/report.html"
+    assert (workdir / "report.html").exists()
 
 
 def test_verbose_run_shows_parameters_and_goodput(lab, tmp_path):

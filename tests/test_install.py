@@ -78,10 +78,23 @@ def test_shipped_configs_work_by_name_from_any_directory(form, places, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_report_finds_its_script_and_style(form, places, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    _, printed = run(places[form], tmp_path, "report", "run")
+    assert printed == "run/report.html\n"
+    assert "<svg" not in (tmp_path / "run" / "report.html").read_text(), "its script draws"
+
+
 def test_wheel_has_what_the_checkout_has(places):
     """No file of the package or of configs/ is left out, and each is there once."""
     tree, wheel = places["checkout"], places["wheel"]
-    expected = {path.relative_to(tree) for path in (tree / "gptjax").rglob("*") if path.suffix in (".py", ".typed")}
+    expected = {
+        path.relative_to(tree)
+        for path in (tree / "gptjax").rglob("*")
+        if path.suffix in (".py", ".typed", ".js", ".css")
+    }
     expected |= {"gptjax" / path.relative_to(tree) for path in (tree / "configs").glob("*.py")}
     assert expected == {path.relative_to(wheel) for path in (wheel / "gptjax").rglob("*") if path.is_file()}
     assert expected == {path.relative_to(places["sdist"]) for path in (places["sdist"] / "gptjax").rglob("*.*")}

@@ -1,0 +1,176 @@
+"""Chooses the panels of the page, and turns the series of runs into the JSON that its script draws."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from gptjax.report.data import RunData
+from gptjax.report.series import Series, seconds_by_step, smooth, thin
+
+MOST_COLUMNS = 600  # pixel columns that a curve is thinned to; a panel is hardly wider
+FEWEST_COLUMNS = 30
+MOST_POINTS = 40_000  # of all curves together: about 600 kB of JSON
+POINTS_OF_A_COLUMN = 4  # at most, see series.thin
+SMOOTH_POINTS = 400
+TIME_POINTS = 300
+SMOOTHED = "smoothed "  # begins the name of a smoothed metric, which no row has
+STDERR = "_stderr"  # the end of the name of a standard error
+FEWEST_SMOOTHED = 100  # rows; a mean of fewer would be over one
+DIGITS = 6  # significant, of a drawn value
+
+
+class Line(NamedTuple):
+    """One metric in a panel."""
+
+    name: str  # in metrics.jsonl, or after SMOOTHED
+    style: str  # "faint", "solid" or "dots"
+    label: str = ""
+
+
+class Panel(NamedTuple):
+    """A drawing with one curve for each run and line."""
+
+    title: str
+    group: str
+    lines: tuple[Line, ...]
+    is_percent: bool = False
+
+
+LOSS = Panel(
+    "Loss",
+    "Loss",
+    (
+        Line("loss", "faint", "one update"),
+        Line(SMOOTHED + "loss", "solid", "smoothed"),
+        Line("val_loss", "dots", "validation"),
+    ),
+)
+TITLES = {
+    "val_loss": "Validation loss, nats per token",
+    "val_bits_per_byte": "Validation, bits per byte",
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "update_norm": "Update norm",
+    "tokens_per_second": "Tokens per second",
+    "mfu": "MFU: share of the peak FLOPs",
+    "step_seconds": "Seconds per step",
+    "data_wait": "Time spent waiting for data",
+    "goodput": "Goodput",
+}
+GROUPS = {
+    "val_loss": "Validation",
+    "val_bits_per_byte": "Validation",
+    "lr": "Training",
+    "grad_norm": "Training",
+    "update_norm": "Training",
+    "tokens_per_second": "Speed",
+    "mfu": "Speed",
+    "data_wait": "Speed",
+}
+NOISY = ("grad_norm", "update_norm", "tokens_per_second", "mfu", "step_seconds", "data_wait")
+PERCENT = ("mfu", "data_wait", "goodput")
+ORDER = ("Validation", "Tasks", "Training", "Speed", "Memory", "Other metrics")
+# Drawn elsewhere, or constant, or another view of a number that is drawn.
+LEFT_OUT = {"loss", "loss_mean", "tokens", "tokens_seen", "val_perplexity"}
+
+
+def choose_panels(runs: Iterable[RunData]) -> list[Panel]:
+    """Returns the panels for all metrics of the runs, the loss first."""
+    names = dict.fromkeys(name for run in runs for name in run.series)
+    panels = []
+    for name in (*TITLES, *names):
+        if name not in names or name in LEFT_OUT or name.startswith("seconds/") or name.endswith(STDERR):
+            continue
+        del names[name]
+        panels.append(Panel(_title(name), _group(name), _lines(name), name in PERCENT))
+    panels.sort(key=lambda panel: ORDER.index(panel.group))
+    return [LOSS, *panels]
+
+
+def _lines(name: str) -> tuple[Line, ...]:
+    if name in NOISY:
+        return Line(name, "faint", "one row"), Line(SMOOTHED + name, "solid", "smoothed")
+    return (Line(name, "dots" if _group(name) in ("Validation", "Tasks") else "solid"),)
+
+
+def _title(name: str) -> str:
+    if name in TITLES:
+        return TITLES[name]
+    return name.removeprefix("tasks/").replace("val_loss/", "Validation loss on ")
+
+
+def _group(name: str) -> str:
+    if name in GROUPS:
+        return GROUPS[name]
+    if name.startswith("val_loss/"):
+        return "Validation"
+    if name.startswith("tasks/"):
+        return "Tasks"
+    return "Memory" if "memory" in name else "Other metrics"
+
+
+def drawing(runs: Sequence[RunData], names: Sequence[str], *, panels: Sequence[Panel]) -> dict[str, Any]:
+    """Returns everything that curves.js draws, as JSON values.
+
+    names: of the runs, for the legend.
+    """
+    wanted = [line.name for panel in panels for line in panel.lines]
+    num_curves = sum(name in run.series for run in runs for name in wanted)
+    columns = MOST_POINTS // max(1, POINTS_OF_A_COLUMN * num_curves)
+    columns = min(MOST_COLUMNS, max(FEWEST_COLUMNS, columns))
+    return {
+        "panels": [
+            {"title": panel.title, "lines": [line._asdict() for line in panel.lines], "percent": panel.is_percent}
+            for panel in panels
+        ],
+        "runs": [_curves(run, name, wanted=wanted, columns=columns) for run, name in zip(runs, names, strict=True)],
+    }
+
+
+def _curves(run: RunData, name: str, *, wanted: Sequence[str], columns: int) -> dict[str, Any]:
+    curves = {one: _encode(thin(run.series[one], columns)) for one in wanted if one in run.series}
+    for one in list(curves):
+        if one + STDERR in run.series:
+            curves[one]["e"] = _errors(run.series[one], run.series[one + STDERR], columns)
+    for one in wanted:
+        raw = run.series.get(one.removeprefix(SMOOTHED))
+        if one.startswith(SMOOTHED) and raw:
+            # Of the loss the mean since the last row, which is smoother than that of one update.
+            curves[one] = _encode(_smoothed(run.series.get("loss_mean", raw) if raw is run.series.get("loss") else raw))
+    seconds = run.series.get("step_seconds")
+    return {
+        "name": name,
+        "tokens": run.tokens_per_step,
+        "flops": run.flops_per_step,
+        "seconds": _encode(seconds_by_step(seconds, TIME_POINTS)) if seconds else None,
+        "marks": [{"step": part.spike or part.step, "why": _why(part)} for part in run.history.skipped_ranges],
+        "curves": curves,
+    }
+
+
+def _smoothed(series: Series) -> Series:
+    return smooth(series, SMOOTH_POINTS) if series.steps.size >= FEWEST_SMOOTHED else series
+
+
+def _why(part: Any) -> str:
+    return f"rolled back to step {part.step}: {part.why}" if part.why else f"rolled back to step {part.step}"
+
+
+def _encode(series: Series) -> dict[str, list[float]]:
+    """Returns a series as the differences of its steps, which have few digits, and its values."""
+    steps = series.steps.tolist()
+    before = [0, *steps]
+    return {
+        "s": [step - last for step, last in zip(steps, before, strict=False)],
+        "v": [_rounded(value) for value in series.values.tolist()],
+    }
+
+
+def _rounded(value: float) -> float:
+    number = float(f"{value:.{DIGITS}g}")
+    return int(number) if number.is_integer() and abs(number) < 10**DIGITS else number
+
+
+def _errors(values: Series, errors: Series, columns: int) -> list[float]:
+    """Returns the standard error of each point that `thin` keeps of `values`; 0 where it is not known."""
+    known = dict(zip(errors.steps.tolist(), errors.values.tolist(), strict=True))
+    return [_rounded(known.get(step, 0.0)) for step in thin(values, columns).steps.tolist()]
