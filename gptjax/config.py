@@ -78,6 +78,11 @@ class OptimConfig:
     beta2: Rate = 0.95  # decay of the second moment
     eps: NonNegative = 1e-8  # added to the root of the second moment
     muon_beta: Rate = 0.95  # muon: momentum of the matrices; the other parameters have AdamW
+    muon_nesterov: bool = True  # muon: look one step of the momentum ahead
+    # muon: of the iteration that orthogonalizes. polar_express has others in each of its five steps, and comes nearer.
+    muon_coefficients: Literal["quintic", "polar_express"] = "quintic"
+    # muon: of an update. rms: as large as AdamW's; shape: sqrt(max(1, outputs / inputs)), which needs another rate.
+    muon_scale: Literal["rms", "shape"] = "rms"
     ema_decay: Rate = 0.0  # of an average of the parameters, which is then what is evaluated and exported; 0 means none
     grad_clip: NonNegative = 1.0  # largest global gradient norm; 0 means no clipping
 

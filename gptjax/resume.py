@@ -215,7 +215,9 @@ def compare_configs(old: Mapping[str, Any], new: Config) -> None:
     for name in changed:
         # The model and the optimizer must stay the same. Every other field may change.
         is_average = name == "optim.ema_decay" and not (before[name] and after[name])  # one begins, or ends
-        if name.startswith("model.") or name == "optim.name" or is_average:
+        # The state of Muon holds its coefficients.
+        is_fixed = name in ("optim.name", "optim.muon_coefficients")
+        if name.startswith("model.") or is_fixed or is_average:
             error = ConfigError(
                 f"the checkpoint has {before[name]!r}, the config {after[name]!r}",
                 field=name,

@@ -13,8 +13,8 @@ from gptjax.loss import cross_entropy
 from gptjax.model import GPT, unembedding
 from gptjax.optim import make_optimizer, make_schedule, parameter_table
 from gptjax.params import find
-from gptjax.sharding import param_spec
-from tests.helpers import abstract_params, by_path, jit
+from gptjax.sharding import param_shardings, param_spec
+from tests.helpers import abstract_params, by_path, jit, mesh_of
 
 OPTIMIZERS = CHOICES["optim.name"]
 CONFIG = GPTConfig(block_size=8, vocab_size=16, n_layer=2, n_head=2, n_embd=16, tie_embeddings=False)
@@ -121,9 +121,9 @@ def test_weight_decay_and_muon_apply_to_the_expected_parameters():
 
 
 @functools.cache
-def updates_of(name, weight_decay, zero_grads=False):
+def updates_of(name, weight_decay, zero_grads=False, **options):
     """Returns the optimizer's first updates, at learning rate 1, for the same parameters and gradients."""
-    optimizer = make_optimizer(OptimConfig(name=name, weight_decay=weight_decay))
+    optimizer = make_optimizer(OptimConfig(name=name, weight_decay=weight_decay, **options))
     params, grads = make_tree(0), make_tree(1)
     grads = jax.tree.map(jnp.zeros_like, grads) if zero_grads else grads
     updates, _ = jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))(grads, params)
@@ -160,6 +160,48 @@ def test_muon_orthogonalises_each_layer_and_query_key_and_value_apart():
             assert 0.5 < values.min() <= values.max() < 1.4, path
     raw = np.linalg.svd(np.asarray(by_path(make_tree(1))["h/attn/c_proj/kernel"]), compute_uv=False)
     assert (raw.max(axis=-1) / raw.min(axis=-1) > 5).all(), "the gradient itself is far from orthogonal"
+
+
+def test_polar_express_comes_nearer_to_orthogonal():
+    spread = {}
+    for coefficients in CHOICES["optim.muon_coefficients"]:
+        kernel = updates_of("muon", 0.0, muon_coefficients=coefficients)["h/mlp/c_proj/kernel"]
+        values = np.linalg.svd(np.asarray(kernel), compute_uv=False) / (0.2 * np.sqrt(64))
+        spread[coefficients] = np.abs(values - 1).max()
+    assert spread["polar_express"] < 0.15 < 0.2 < spread["quintic"]
+
+
+def test_muon_scales_by_the_shape_where_that_is_set():
+    rms, shape = (updates_of("muon", 0.0, muon_scale=scale) for scale in ("rms", "shape"))
+    for path, ratio in {"h/mlp/c_fc/kernel": 2.0, "h/mlp/c_proj/kernel": 1.0}.items():
+        longer = max(rms[path].shape[1:])
+        np.testing.assert_allclose(shape[path], rms[path] * ratio / (0.2 * np.sqrt(longer)), rtol=1e-4, atol=1e-6)
+    assert np.array_equal(rms["wte/embedding"], shape["wte/embedding"])
+
+
+@pytest.mark.parametrize("options", [{}, {"muon_coefficients": "polar_express", "muon_scale": "shape"}], ids=str)
+def test_muon_agrees_between_meshes(options):
+    alone = updates_of("muon", 0.0, **options)
+    optimizer = make_optimizer(OptimConfig(name="muon", weight_decay=0.0, **options))
+    shardings = param_shardings(abstract_params(CONFIG), mesh_of(2, 2, 2))
+    params, grads = (jax.device_put(make_tree(seed), shardings) for seed in (0, 1))
+    updates, _ = jit(lambda g, p: optimizer.update(g, optimizer.init(p), p))(grads, params)
+    for path, update in by_path(updates).items():
+        np.testing.assert_allclose(update, alone[path], rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+def test_muon_without_nesterov_takes_the_momentum_itself():
+    """The first momentum points along the gradient in both; the second step differs."""
+    found = []
+    for nesterov in (True, False):
+        optimizer = make_optimizer(OptimConfig(name="muon", weight_decay=0.0, muon_nesterov=nesterov))
+        params = make_tree(0)
+        state = optimizer.init(params)
+        for seed in (1, 2):
+            updates, state = jit(optimizer.update)(make_tree(seed), state, params)
+        found.append(by_path(updates))
+    assert not np.allclose(found[0]["h/mlp/c_fc/kernel"], found[1]["h/mlp/c_fc/kernel"], rtol=1e-2)
+    assert np.array_equal(found[0]["wte/embedding"], found[1]["wte/embedding"])
 
 
 def test_muon_updates_each_block_independently():
