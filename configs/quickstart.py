@@ -36,11 +36,11 @@ def get_config() -> Any:
     config.optim.beta2 = 0.99
     config.optim.muon_beta = 0.9
 
-    config.train.num_steps = 3000
+    config.train.num_steps = 2700
     config.train.log_every = 100
     config.train.eval_every = 1000
     config.train.eval_batches = 0
-    config.train.sample_every = 3000
+    config.train.sample_every = 2700
     config.train.sample_prompt = "def "
     config.checkpoint.save_every = 500
     return config
