@@ -86,7 +86,7 @@ def test_quickstart_has_the_outputs_of_one_whole_run():
     assert [cell.execution_count for cell in cells.values()] == list(range(1, len(cells) + 1))
     assert pictures(cells["curve"]) == ["iVBORw0K"]
     assert "step 2700/2700" in texts(cells["train"])
-    assert len(figures(cells)) == 13 + 1 + 3, "validations every 200 steps, the last one, and the evaluation"
+    assert len(figures(cells)) == 14 + 1 + 3, "validations every 200 steps, the last one, and the evaluation"
 
 
 def test_notebook_without_outputs_says_that_it_has_not_run():
