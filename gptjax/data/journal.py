@@ -41,6 +41,8 @@ class Journal:
     documents: int = 0  # taken from the source
     place: Place = Place()  # after them
     skipped: int = 0  # bad rows that were left out; known at the end
+    # The sha256 of each shard of a finished part, by its name: parts are copied between machines.
+    sha256: dict[str, str] = dataclasses.field(default_factory=dict)
     splits: dict[str, Counts] = dataclasses.field(default_factory=_no_counts)
     # By split, the share and the tokens of the documents nearest to the boundary between the splits, as many as the
     # other split may need; see assign.py.
@@ -81,7 +83,7 @@ def read_journal(partial: str) -> Journal | None:
 
 def _is_sound(journal: Journal) -> bool:
     """Returns whether the types and counts of a journal from a file are possible."""
-    if not isinstance(journal.settings, dict):
+    if not isinstance(journal.settings, dict) or not isinstance(journal.sha256, dict):
         return False
     if not isinstance(journal.near, dict) or set(journal.near) != set(SHARD_NAMES):
         return False

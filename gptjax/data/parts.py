@@ -25,7 +25,6 @@ from gptjax.errors import ConfigError, DataError
 from gptjax.workdir import sync_path
 
 CHUNK_TOKENS = 2**22
-HASHES = "sha256"  # of the shards, in a part's journal
 _NAME = re.compile(r"(\d+)-of-(\d+)")
 
 
@@ -66,8 +65,7 @@ def write_part(
     settings = settings | {"files": work.files, "stamp": source.stamp} | dataclasses.asdict(assignment)
     journal = write_documents(partial, settings, work, is_first=True)
     folder = os.path.join(partial, "shards")
-    # Parts are copied between machines, and the join makes the hashes of meta.json after that.
-    journal.settings[HASHES] = {name: hash_file(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
+    journal.sha256 = {name: hash_file(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
     write_journal(partial, journal)  # also of a part without documents
     shutil.rmtree(os.path.join(partial, "source"), ignore_errors=True)
     os.remove(os.path.join(partial, LOCK_FILE))  # a process that waits for it finds the part complete
@@ -184,7 +182,7 @@ def _check_settings(path: str, journal: Journal, settings: dict[str, Any]) -> No
 
 def _common(settings: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings that all parts share. Files that were copied have other times, and so another stamp."""
-    own = {"part", HASHES} | ({"stamp"} if settings["files"] else set())
+    own = {"part", "stamp"} if settings["files"] else {"part"}
     return {name: value for name, value in settings.items() if name not in own}
 
 
@@ -215,14 +213,13 @@ def _read_shards(folder: str, split: str, journal: Journal, tokenizer: Tokenizer
     """Yields the ids of a split of a part: uint16 or uint32 [at most CHUNK_TOKENS].
 
     Raises:
-        DataError: a shard is shorter than the journal counts.
+        DataError: a shard is missing, or is not the one that the journal records.
     """
     dtype = token_dtype(tokenizer.vocab_size)
     for index, length in enumerate(shard_writer.shard_lengths(journal, split)):
         path = os.path.join(folder, SHARD_NAMES[split].format(index))
-        hashes = journal.settings.get(HASHES, {})
         is_whole = os.path.exists(path) and os.path.getsize(path) == HEADER_BYTES + length * dtype.itemsize
-        if not is_whole or hash_file(path) != hashes.get(os.path.basename(path)):
+        if not is_whole or hash_file(path) != journal.sha256.get(os.path.basename(path)):
             raise DataError("is missing or damaged", field=path, remedy="prepare this part again, or copy it again")
         with open(path, "rb") as file:
             file.seek(HEADER_BYTES)
