@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +64,6 @@ def place_model(config: Config, params: Any, tokenizer: Tokenizer) -> tuple[Scor
     check_vocabulary(config, tokenizer)
     mesh = make_mesh(config.mesh)
     compute = resolve_compute(config, mesh)
-    model_config = dataclasses.replace(config.model, dropout=0.0)
-    model = GPT(model_config, compute, resolve_parallel(config, mesh))
+    model = GPT(config.model, compute, resolve_parallel(config, mesh))
     shardings = param_shardings(params, mesh)
     return Scorer(model, mesh), jax.tree.map(jax.device_put, params, shardings)

@@ -67,7 +67,7 @@ def _convert(protocol: Protocol, name: str, row: Mapping[str, Any]) -> dict[str,
     try:
         question = protocol.convert(row)
         json.dumps(question, ensure_ascii=False).encode()  # no half of a surrogate pair
-        parse_item({field: value for field, value in question.items() if field != "only_last_token"}, name)
+        parse_item(question, name)
         return question
     except DataError:
         raise
@@ -102,7 +102,7 @@ def _read_files(paths: list[str]) -> Rows:
         for number, row in enumerate(_rows_of(path)):
             name = f"{path}:{number + 1}"
             if labels and number >= len(labels):
-                raise DataError("has no label in the file beside it", field=name)
+                raise DataError("has no label in NAME-labels.lst", field=name)
             yield name, {"label": labels[number], **row} if labels else row
 
 
@@ -127,10 +127,10 @@ def _rows_of(path: str) -> Iterator[dict[str, Any]]:
 
 def _labels_of(path: str) -> list[int]:
     """Returns the labels that PIQA's authors publish in a file of their own, NAME-labels.lst; [] without one."""
-    beside = f"{os.path.splitext(path)[0]}-labels.lst"
-    if not os.path.isfile(beside):
+    labels = f"{os.path.splitext(path)[0]}-labels.lst"
+    if not os.path.isfile(labels):
         return []
-    with open(beside, encoding="ascii") as file:
+    with open(labels, encoding="ascii") as file:
         return [int(line) for line in file.read().split()]
 
 

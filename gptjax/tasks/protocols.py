@@ -25,6 +25,7 @@ class Protocol:
     split: str  # a word in the names of the files, and the split of TFDS
     tfds: str = ""  # the data set of TFDS; "" if it has none
     has_lengths: bool = True  # whether accuracy by length is a metric of the protocol
+    only_last_token: bool = False  # whether the question is the last token of the text, wherever a tokenizer cuts it
 
 
 def _clean(text: str) -> str:
@@ -43,9 +44,8 @@ def _last_word(row: Row) -> Question:
     return {"context": context, "continuation": f" {word}"}
 
 
-def _last_token(row: Row) -> Question:
-    # Where the last token begins depends on the tokenizer, so score.py cuts it.
-    return {"context": "", "continuation": _text(row), "only_last_token": True}
+def _whole_text(row: Row) -> Question:
+    return {"context": "", "continuation": _text(row)}
 
 
 def _text(row: Row) -> str:
@@ -101,10 +101,11 @@ _ALL = [
     ),
     Protocol(
         "lambada_last_token",
-        _last_token,
+        _whole_text,
         "the last token of OpenAI's de-tokenised text, as the figures of GPT-2's paper may have been made",
         "EleutherAI/lambada_openai",
         "test",
+        only_last_token=True,
     ),
     Protocol(
         "lambada_standard",

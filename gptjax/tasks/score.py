@@ -1,7 +1,6 @@
 """The log-likelihood of continuations after their contexts, sharded over the mesh of a model."""
 
 import bisect
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -174,7 +173,6 @@ def bucket_lengths(longest: int) -> list[int]:
     return [*lengths, longest]
 
 
-@functools.lru_cache
 def batch_rows(length: int, mesh: Any) -> int:
     """Returns the rows of a batch of sequences of `length` tokens: the same for each device."""
     return max(1, TOKENS_PER_DEVICE // length) * data_parallel_size(mesh)

@@ -97,7 +97,6 @@ def _open_task(name: str, *, limit: int, directory: str) -> Task:
             remedy=f"remove it and run: gptjax evaluate --fetch_tasks={name}",
         )
     rows = list(_parse_rows(content, path))
-    only_last_token = any(row.pop("only_last_token", False) for row in rows)
     rows = rows[: limit or None]
     items = tuple(parse_item(row, f"{path}:{number}") for number, row in enumerate(rows, 1))
     if not items:
@@ -110,7 +109,7 @@ def _open_task(name: str, *, limit: int, directory: str) -> Task:
         protocol=name if protocol else "file",
         items=items,
         has_lengths=protocol.has_lengths if protocol else True,
-        only_last_token=only_last_token,
+        only_last_token=protocol.only_last_token if protocol else False,
         sha256=sha256,
     )
 

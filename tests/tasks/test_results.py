@@ -35,7 +35,7 @@ ROWS = {
     "lambada_standard": ({"passage": "i said `` hi , anna"}, {"context": "i said `` hi ,", "continuation": " anna"}),
     "lambada_last_token": (
         {"text": "I said hi"},
-        {"context": "", "continuation": "I said hi", "only_last_token": True},
+        {"context": "", "continuation": "I said hi"},
     ),
     "piqa": (
         {"goal": "Open a jar.", "sol1": "Turn it", "sol2": "Eat it", "label": 0},

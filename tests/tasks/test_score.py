@@ -127,10 +127,8 @@ def test_each_bucket_compiles_once(monkeypatch):
 
     monkeypatch.setattr(score, "make_score_fn", counting)
     monkeypatch.setattr(score, "TOKENS_PER_DEVICE", 512)
-    score.batch_rows.cache_clear()
     scorer, params = scorer_on()
     scorer.score(params, PAIRS)
-    score.batch_rows.cache_clear()
     assert len(compiled) > 3
     assert set(compiled) == {(2, 8, 64), (2, 4, 128)}
 
