@@ -16,9 +16,9 @@ CHOSEN = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # variables of somebody wh
 def keep_freed_memory(environ: Mapping[str, str] = os.environ) -> bool:
     """Has this process keep the memory that it frees, and returns whether it does. It changes no result.
 
-    A program of XLA for the CPU allocates its temporaries anew in every step. glibc takes blocks of that size from the
-    system, and gives them back after the step, so that each step begins with a page fault for every 4 KiB: 15,000 in
-    the quickstart, which take a third of its time.
+    XLA allocates the temporary buffers of a CPU program again in every step. glibc takes blocks of that size from the
+    system and returns them after the step. So each step begins with a page fault for every 4 KiB: 15,000 in the
+    quickstart, a third of its time.
 
     Call it before JAX starts its threads. Nothing happens with another C library than glibc, or where a variable of
     the environment sets up its memory.

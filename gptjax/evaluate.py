@@ -5,6 +5,7 @@ With `--model=hf:DIR --data=SHARDS` it evaluates weights in any format that gptj
 
 import argparse
 import contextlib
+import dataclasses
 import gzip
 import lzma
 import math
@@ -88,12 +89,13 @@ def evaluate(
     if len(totals) == 1:
         result = totals[0].result()
     else:
-        # One token of each source for each of its shares: sequences of all sources have the same number of tokens.
-        shares = [share for _, share, _ in sources]
+        # As many tokens as were read, but of each source its share: sequences of all have the same number of tokens.
+        tokens = math.fsum(total.tokens for total in totals)
+        wanted = [share * tokens / total.tokens for (_, share, _), total in zip(sources, totals, strict=True)]
         result = _Sums(
-            loss=math.fsum(share * total.loss / total.tokens for share, total in zip(shares, totals, strict=True)),
-            tokens=1.0,
-            bytes=math.fsum(share * total.bytes / total.tokens for share, total in zip(shares, totals, strict=True)),
+            loss=math.fsum(weight * total.loss for weight, total in zip(wanted, totals, strict=True)),
+            tokens=tokens,
+            bytes=math.fsum(weight * total.bytes for weight, total in zip(wanted, totals, strict=True)),
         ).result()
     for (name, _, _), total in zip(sources, totals, strict=True):
         if name:
@@ -111,11 +113,10 @@ class _Sums(NamedTuple):
 
     def result(self) -> dict[str, float]:
         loss = self.loss / self.tokens
-        least_bytes = 1.0 if self.tokens > 1 else 1e-9  # of a whole split, or of one token
         return {
             "val_loss": loss,
             "val_perplexity": math.exp(min(loss, LARGEST_EXPONENT)),
-            "val_bits_per_byte": self.loss / math.log(2) / max(self.bytes, least_bytes),
+            "val_bits_per_byte": self.loss / math.log(2) / max(self.bytes, 1.0),
         }
 
 
@@ -266,11 +267,16 @@ def main(arguments: list[str]) -> None:
         evaluate_tasks(args, tasks)
         return
     distributed.start_jax()
+    from gptjax.run_data import open_validation_data  # start_jax configures JAX before this imports it
+
     # A directory may have a comma in its name.
     directories = [args.data] if os.path.isdir(args.data) else args.data.split(",")
+    args.data = directories[0]
+    run, params, name = load_run(args)
     for directory in directories:
-        args.data = directory
-        run, params, name = load_run(args)
+        if directory != args.data:
+            data = open_validation_data(run.config, directory, tokenizer=run.tokenizer, instead_of=run.validation_data)
+            run = dataclasses.replace(run, validation_data=data)
         with contextlib.closing(Screen(print_error, stderr=True)) as screen:
             result = evaluate_run(
                 run,
@@ -279,7 +285,7 @@ def main(arguments: list[str]) -> None:
                 on_batch=lambda done, total, screen=screen: screen.show_work("evaluating", done, total),
             )
         sequences = count_sequences(run.validation_data, args.batches)
-        place = f", {args.data}" if len(directories) > 1 else ""
+        place = f", {directory}" if len(directories) > 1 else ""
         say(f"{name}{place}: {describe(result, sequences)}")
         for line in describe_sources(result):
             say(line)

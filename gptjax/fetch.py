@@ -6,11 +6,10 @@ With more --tokens later, it adds shards. Train on them by --config.data.path=DI
 """
 
 import argparse
-import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
@@ -35,7 +34,7 @@ from gptjax.data.hub_shards import (
 )
 from gptjax.data.hub_source import FORM, Place, parse_place
 from gptjax.data.meta import Meta, ShardMeta, SplitMeta, read_meta, write_meta
-from gptjax.data.partial import hold, remove
+from gptjax.data.partial import hold, remove, reporting_write_errors
 from gptjax.data.progress import Log
 from gptjax.data.remote_files import require_local
 from gptjax.data.shards import Shard
@@ -91,7 +90,7 @@ def fetch(
         log(f"{out}: already complete")
         return
     made = missing_parts(os.path.dirname(partial))
-    with _reporting_write_errors(out), hold(partial, out, log):
+    with reporting_write_errors(out), hold(partial, out, log):
         if _is_complete(out, place, tokenizer, tokens=tokens):
             log(f"{out}: already complete, by another process or before a kill")
         else:
@@ -104,14 +103,6 @@ def fetch(
                     remove_directories(made)
                 raise
         remove(partial)
-
-
-@contextlib.contextmanager
-def _reporting_write_errors(out: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise WorkdirError(f"cannot be written: {error}", field=out) from error
 
 
 def _is_complete(out: str, place: Place, tokenizer: Tokenizer, *, tokens: float) -> bool:

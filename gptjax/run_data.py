@@ -101,6 +101,20 @@ def open_data(
     return train_data, validation_data, location
 
 
+def open_validation_data(
+    config: Config, directory: str, *, tokenizer: Tokenizer, instead_of: Dataset | Mixture
+) -> Dataset:
+    """Returns the validation data in a directory, for a step that was made for other data.
+
+    Raises:
+        DataError: they are missing, damaged, made with another tokenizer, or their documents end in another way.
+    """
+    data = open_dataset(config, directory, "validation", tokenizer=tokenizer)
+    [(_, _, first), *_] = instead_of.sources()
+    _check_same_eot([first, data])
+    return data
+
+
 def _check_same_eot(datasets: Sequence[Dataset]) -> None:
     """Checks that documents begin or end with the same token in all data of a mixture, as the compiled step assumes."""
     for dataset in datasets:

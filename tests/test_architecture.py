@@ -76,6 +76,7 @@ LAYERS = """
     orbax_context  disk_space  retention  convert.hub_download
     traces  convert.hub_listing  convert.hub_progress
     convert.files  convert.staging
+    output_file
     redaction  workdir  streams
     plan.hlo_kernels  plan.traffic
     screen

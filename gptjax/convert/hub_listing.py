@@ -164,7 +164,7 @@ def find_commit(repo: str, revision: str, *, token: str) -> str:
     if COMMIT.fullmatch(revision):
         return revision
     quoted = urllib.parse.quote(revision, safe="")
-    # Without `expand`, the answer lists all files, of which some data sets have a hundred thousand.
+    # Without `expand`, the answer lists all files. Some data sets have a hundred thousand.
     url = f"{constants.ENDPOINT}/api/datasets/{repo}/revision/{quoted}?expand=sha"
     answer, _ = with_retries(lambda: _request(url, token=token))
     try:

@@ -107,13 +107,14 @@ def _moved(near: list[Near], left: int, *, need: int, window: int, is_empty: boo
 
 
 def halves(
-    sections: Iterable[Document], *, val_fraction: float, tokenizer: Tokenizer, window: int
+    sections: Iterable[Document], *, val_fraction: float, tokenizer: Tokenizer | None = None, window: int = 0
 ) -> Iterator[Document]:
     """Yields the first and the last part of the only document, as two documents.
 
     The last part has `val_fraction` of the characters, or more: `window` tokens, if half of the text has as many.
 
     sections: the document, which is whole or in sections.
+    tokenizer: counts the tokens of the window; None if there is none yet, and no window.
     """
     done = 0  # characters
     for section in sections:
@@ -133,10 +134,10 @@ def halves(
             yield Document(f"{name}{LAST_PART}", text[cut:], section.place, section.whole, section.is_end)
 
 
-def _size_of_end(text: str, val_fraction: float, tokenizer: Tokenizer, window: int) -> int:
+def _size_of_end(text: str, val_fraction: float, tokenizer: Tokenizer | None, window: int) -> int:
     """Returns the number of characters of the last part."""
     size = max(1, round(val_fraction * len(text)))
     half = len(text) // 2
-    while size < half and len(tokenizer.encode(text[-size:])) < window:
+    while tokenizer and size < half and len(tokenizer.encode(text[-size:])) < window:
         size = min(2 * size, half)
     return size

@@ -12,12 +12,12 @@ import numpy as np
 
 from gptjax.convert.tokenizer_source import OWN, open_tokenizer
 from gptjax.data import sources
-from gptjax.data.assign import Assignment, shares_of
+from gptjax.data.assign import LAST_PART, Assignment, halves, shares_of
 from gptjax.data.journal import hash_text
 from gptjax.data.progress import Log
 from gptjax.data.readers import Reading
 from gptjax.data.shard_writer import TOKENIZER_FILE
-from gptjax.data.source import Source
+from gptjax.data.source import Place, Source
 from gptjax.data.text_files import PIPE
 from gptjax.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, make_tokenizer
 from gptjax.errors import ConfigError
@@ -153,21 +153,21 @@ def train_tokenizer(
 
 
 def divide(source: Source, val_fraction: float) -> Iterator[tuple[str, bool]]:
-    """Yields (text, whether it is for validation) of each document, by the rule of `gptjax prepare`.
+    """Yields (text, whether it is for validation) of each document or section, by the rule of `gptjax prepare`.
 
     The last part of a single document is for validation. `gptjax prepare` may move more text to a split that is smaller
     than a window; this does not.
     """
-    documents = (document for document in source.documents() if document[1])
+    documents = (document for document in source.read(Place(), None) if document.text)
     first = list(itertools.islice(documents, 2))
-    if len(first) == 1:
-        text = first[0][1]
-        size = max(1, round(val_fraction * len(text)))
-        yield text[:-size], False
-        yield text[-size:], True
+    both = itertools.chain(first, documents)
+    if source.total_documents == 1 or len(first) == 1:
+        for part in halves(both, val_fraction=val_fraction):
+            yield part.text, part.name.endswith(LAST_PART)
         return
     assignment = Assignment(val_fraction, names=source.validation)
-    for name, text in itertools.chain(first, documents):
-        hashes = np.frombuffer(hash_text(text.encode()), np.uint8)[None]
-        [is_validation] = assignment.is_validation([name], shares_of(hashes))
-        yield text, bool(is_validation)
+    for document in both:
+        text_hash = document.whole.text_hash if document.whole else hash_text(document.text.encode())
+        shares = shares_of(np.frombuffer(text_hash, np.uint8)[None])
+        [is_validation] = assignment.is_validation([document.name], shares)
+        yield document.text, bool(is_validation)

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 
+from gptjax.errors import WorkdirError
 from gptjax.workdir import lock_file, open_regular
 
 LOCK_FILE = "lock"
@@ -33,6 +34,15 @@ def hold(
         yield
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def reporting_write_errors(out: str) -> Iterator[None]:
+    """Raises WorkdirError about `out` for an OSError of the block."""
+    try:
+        yield
+    except OSError as error:
+        raise WorkdirError(f"cannot be written: {error}", field=out) from error
 
 
 def _try_lock(

@@ -25,7 +25,7 @@ BATCH_BYTES = 8 * 2**20  # of text that is written to disk at a time
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is read, and how it is done: none of it changes the bytes of the shards, but for the part that is read."""
+    """The source and how to read it. Only the source, its tokenizer and its part change the bytes of the shards."""
 
     source: Source
     reading: Reading

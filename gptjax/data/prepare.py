@@ -7,7 +7,6 @@ Several machines can share the work: each runs the command with another --part=k
 """
 
 import argparse
-import contextlib
 import functools
 import hashlib
 import logging
@@ -15,7 +14,7 @@ import numbers
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from gptjax.cli import Parser, run_cli
@@ -27,7 +26,7 @@ from gptjax.data.header import LARGEST_COUNT
 from gptjax.data.journal import read_journal
 from gptjax.data.meta import read_meta
 from gptjax.data.own_tokenizer import is_own, open_data_tokenizer
-from gptjax.data.partial import hold, remove
+from gptjax.data.partial import hold, remove, reporting_write_errors
 from gptjax.data.progress import Log
 from gptjax.data.readers import Reading
 from gptjax.data.remote_files import is_remote, require_local
@@ -36,7 +35,7 @@ from gptjax.data.text_files import PIPE
 from gptjax.data.tfds_source import is_tfds_directory
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.data.tokens import verify
-from gptjax.errors import ConfigError, UserError, WorkdirError
+from gptjax.errors import ConfigError, UserError
 from gptjax.redaction import say
 from gptjax.streams import go_on_without_output
 from gptjax.workdir import is_empty, missing_parts, remove_directories
@@ -109,7 +108,7 @@ def prepare(
         log(f"{out}: already prepared from {source}")
         return
     made = missing_parts(os.path.dirname(partial))
-    with _reporting_write_errors(target), hold(partial, target, log):
+    with reporting_write_errors(target), hold(partial, target, log):
         if _is_done(out, settings, tokenizer):
             log(f"{out}: already prepared from {source}, by another process or before a kill")
         elif target != out and os.path.exists(target):
@@ -216,14 +215,6 @@ def _is_done(out: str, settings: dict[str, Any], tokenizer: Tokenizer) -> bool:
             remedy="remove it and prepare again, or choose another --out",
         )
     return True
-
-
-@contextlib.contextmanager
-def _reporting_write_errors(out: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise WorkdirError(f"cannot be written: {error}", field=out) from error
 
 
 def default_path(source: str, tokenizer: str) -> str:

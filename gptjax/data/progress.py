@@ -19,7 +19,7 @@ Report = Callable[[Journal], None]
 def reporter(source: Source, log: Log, *, parts: int = 1) -> Iterator[Report]:
     """Yields a function that shows the progress: a bar on a terminal, otherwise a line every REPORT_SECONDS.
 
-    parts: of about equal size, of which this is one.
+    parts: the number of parts of about equal size; this preparation is one of them.
     """
     source = dataclasses.replace(
         source, total_bytes=source.total_bytes // parts, total_documents=source.total_documents // parts

@@ -13,10 +13,11 @@ from gptjax import distributed
 from gptjax.cli import Parser, run_cli
 from gptjax.config import Config, flatten, unknown_field
 from gptjax.config_flags import parse_overrides
-from gptjax.errors import ConfigError, WorkdirError
+from gptjax.errors import ConfigError
 from gptjax.former_names import current_name
+from gptjax.output_file import write_output
 from gptjax.redaction import say
-from gptjax.workdir import local_directory, replace_file
+from gptjax.workdir import local_directory
 
 FULL_ROWS = 64  # rows whose text the HTML file has by default
 
@@ -130,26 +131,10 @@ def main(arguments: list[str]) -> None:
     path = args.out or os.path.join(local_directory(args.workdir), f"replay-{args.step}.html")
     # The file comes first, so that an error on standard output does not lose it.
     content = "".join(report.render(replayed, full_rows=args.rows))
-    write(path, content)
+    write_output(path, content)
     for line in report.text_lines(replayed):
         say(line)
     say(f"\n{path}")
-
-
-def write(path: str, text: str) -> None:
-    """Writes the HTML page.
-
-    Raises:
-        WorkdirError: the file cannot be written.
-    """
-    try:
-        replace_file(path, text.encode())
-    except OSError as error:
-        raise WorkdirError(
-            f"cannot be written: {error.strerror}",
-            field=path,
-            remedy="choose another with --out=FILE",
-        ) from error
 
 
 def cli() -> None:

@@ -12,11 +12,12 @@ import os
 import time
 
 from gptjax.cli import Parser, run_cli
-from gptjax.errors import ConfigError, WorkdirError
+from gptjax.errors import ConfigError
+from gptjax.output_file import write_output
 from gptjax.redaction import print_error, say
 from gptjax.report.data import RunData, has_run, is_finished, read_run
 from gptjax.report.write import REPORT_FILE
-from gptjax.workdir import check_bucket, is_bucket, local_directory, replace_file
+from gptjax.workdir import check_bucket, is_bucket, local_directory
 
 WATCH_SECONDS = 5.0
 BUSY_SHARE = 0.1  # of the time, at most, is spent on writing a watched page
@@ -104,14 +105,7 @@ def write(path: str, workdirs: list[str], *, reload_seconds: float = 0) -> list[
 
     runs = [read_run(workdir) for workdir in workdirs]
     page = render(runs, page_directory=os.path.dirname(path) or ".", reload_seconds=reload_seconds)
-    try:
-        replace_file(path, page.encode())
-    except OSError as error:
-        raise WorkdirError(
-            f"cannot be written: {error.strerror}",
-            field=path,
-            remedy="choose another with --out=FILE",
-        ) from error
+    write_output(path, page)
     return runs
 
 

@@ -99,10 +99,9 @@ def _joined(blocks: list[tuple[np.ndarray, np.ndarray]]) -> Series:
 
 
 def thin(series: Series, columns: int) -> Series:
-    """Returns the points that a drawing needs of which each of `columns` pixel columns has the same number of steps.
+    """Returns the points that a drawing of `columns` pixel columns needs; each column has the same number of steps.
 
-    Of each column these are the first, the last, the lowest and the highest, so that a line through them covers the
-    same pixels.
+    Each column keeps its first, last, lowest and highest point, so that a line through them covers the same pixels.
     """
     steps, values = series
     if steps.size <= 4 * columns:

@@ -54,7 +54,7 @@ def test_processes_do_not_change_the_bytes(folder, tmp_path, many_tasks, monkeyp
 
 
 def test_processes_tokenize_at_the_same_time(many_tasks):
-    """Each of two documents waits for the other process: its tokenizer goes on when both have begun."""
+    """One of two processes is stopped. The other one tokenizes all that is left."""
     batches = [[Document(str(number), f"text {number}", Place())] for number in range(30)]
     with workers._Pool(BYTES, 2) as pool:
         first, second = pool._processes
