@@ -243,6 +243,9 @@ def test_missing_directory_and_other_end_of_text_are_named(mixed, lab, tmp_path)
     assert missing.startswith(f"data.mix={root}/long:1,{root}/none:2: no data in {root}/none; ")
     assert f"--out={root}/none" in missing
     assert not (tmp_path / "run").exists()
+    prepare.main([f"--source=text:{root}/text/short", "--tokenizer=gpt2", f"--out={tmp_path}/gpt2"])
+    refused = lab.refusal(tmp_path / "run", *settings, f"data.mix={root}/long:1,{tmp_path}/gpt2:2", expect=2)
+    assert refused.startswith(f"data.tokenizer=bytes: {tmp_path}/gpt2 was prepared with another tokenizer, 'gpt2'")
     shutil.copytree(root / "short", tmp_path / "first")
     meta = json.loads((tmp_path / "first" / "meta.json").read_text()) | {"eot_position": "first"}
     (tmp_path / "first" / "meta.json").write_text(json.dumps(meta))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.data import preparation, workers
+from gptjax.data import parts, preparation, workers
 from gptjax.data.characters import FORMAT
 from gptjax.data.prepare import main
 from gptjax.data.source import Document, Place
@@ -20,7 +20,7 @@ from gptjax.errors import ConfigError, DataError, UnavailableError
 from tests.data import corpus
 from tests.data.corpus import BYTES, TEXTS, WRITERS, as_text, as_tfds, compress, read_shards
 from tests.data.test_prepare import KILLER
-from tests.helpers import raises
+from tests.helpers import failing, raises
 
 prepared = functools.partial(corpus.prepared, shard_tokens=2000, window=50)
 
@@ -152,6 +152,15 @@ def test_bad_rows_of_parts_are_counted_together(tmp_path):
 def test_part_that_is_complete_is_not_written_again(folder, tmp_path):
     prepare_parts(folder, tmp_path / "out", 2)
     assert prepared(folder, tmp_path / "out", part="2/2") == [f"{tmp_path}/out.parts/2-of-2: already prepared"]
+
+
+def test_part_that_was_killed_at_its_end_is_not_tokenized_again(folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "sync_path", failing(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            prepared(folder, tmp_path / "out", part="1/2")
+    monkeypatch.setattr(workers, "encode_documents", failing(AssertionError("tokenized again")))
+    assert prepared(folder, tmp_path / "out", part="1/2")[0].startswith("continuing after")
 
 
 def test_missing_part_is_named(folder, tmp_path):

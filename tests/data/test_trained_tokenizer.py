@@ -10,9 +10,12 @@ import pytest
 from gptjax import setup
 from gptjax.config import Config, DataConfig, from_dict
 from gptjax.convert.tokenizer_source import open_tokenizer, saved_tokenizer
-from gptjax.data import own_tokenizer
+from gptjax.data import own_tokenizer, readers, sections
 from gptjax.data.dataset import Dataset
+from gptjax.data.file_sources import open_files
+from gptjax.data.own_tokenizer import divide
 from gptjax.data.prepare import default_path, ensure_prepared, main, prepare
+from gptjax.data.readers import Reading
 from gptjax.data.tokenizer import Tokenizer, load_tokenizer
 from gptjax.data.tokens import Split, open_split
 from gptjax.errors import ConfigError
@@ -169,3 +172,23 @@ def test_only_the_beginning_of_a_large_source_is_read(source: str, monkeypatch: 
 
 def train(source: str) -> Tokenizer:
     return open_tokenizer_of(Config(data=DataConfig(source=source, tokenizer="bpe:300")))
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_long_texts_are_divided_in_sections_as_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    for number in range(count):
+        (tmp_path / f"{number}.txt").write_text(f"document {number} of\nmany words " * 200)
+
+    def divided() -> dict[bool, str]:
+        found = {True: "", False: ""}
+        for text, is_validation in divide(open_files("text", str(tmp_path), Reading()), 0.3):
+            found[is_validation] += text
+        return found
+
+    expected = divided()
+    assert all(expected.values())
+    monkeypatch.setattr(readers, "LONG_TEXT", 1000)
+    monkeypatch.setattr(sections, "SECTION", 700)
+    assert divided() == expected
