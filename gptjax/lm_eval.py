@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
     try:
         from gptjax.tasks import harness
     except ImportError as error:
-        raise UnavailableError(f"needs the package lm_eval ({error})", remedy=install("lm_eval")) from error
+        raise UnavailableError(f"needs the package lm_eval ({error})", remedy=install("lm-eval")) from error
     return harness.GptjaxLM
 
 

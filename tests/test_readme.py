@@ -178,6 +178,20 @@ def test_core_installs_neither_torch_nor_tensorflow():
     assert core.isdisjoint({"torch", "tensorflow", "tensorflow-cpu", "tf-nightly", "tensorflow-text", "transformers"})
 
 
+def test_extras_have_names_that_every_pip_finds():
+    """A wheel's metadata has normalised names, and pip before 23.3 compares the name that it is given unchanged."""
+    declared = set(project()["optional-dependencies"])
+    assert declared == {distribution(extra) for extra in declared}
+    files = subprocess.check_output(
+        ["git", "ls-files", "*.py", "*.md", "*.sh", "*.toml", "*.ipynb", ".ci"], cwd=ROOT, text=True
+    )
+    text = "\n".join(read(name) for name in files.split() if name != "LOG.md")
+    named = re.findall(r"""(?:gptjax|install [^\n]*?\.|['" ]\.)\[([\w,-]+)\]""", text)
+    named += re.findall(r"""\binstall\(["'](\w[\w-]*)["']""", text)
+    assert {"test", "torch", "hub", "lm-eval"} <= (used := {extra for names in named for extra in names.split(",")})
+    assert used <= declared
+
+
 @pytest.mark.parametrize("name", ["docs/results.md", "benchmarks/README.md"])
 def test_cold_shards_are_described_as_links(name):
     """benchmarks/data.py gives ten files 300 names: a claim of 60 GB would be one about a disk that nobody filled."""

@@ -1,4 +1,4 @@
-"""A model of gptjax for EleutherAI's lm-eval, which needs the extra `lm_eval` and no torch."""
+"""A model of gptjax for EleutherAI's lm-eval, which needs the extra `lm-eval` and no torch."""
 
 import argparse
 import contextlib
