@@ -1,7 +1,7 @@
 """Runs EleutherAI's lm-eval on a model: `python -m gptjax.lm_eval --model_args workdir=DIR --tasks hellaswag`.
 
 The flags are those of lm-eval, and all of its tasks can be run. From Python:
-`lm_eval.simple_evaluate(model=GptjaxLM(workdir=DIR), tasks=["hellaswag"])`. It needs the extra lm_eval, and no torch.
+`lm_eval.simple_evaluate(model=GptjaxLM(workdir=DIR), tasks=["hellaswag"])`. It needs the extra lm-eval, and no torch.
 """
 
 import sys

@@ -149,5 +149,5 @@ def test_missing_harness_is_an_extra_to_install(monkeypatch):
 
     monkeypatch.delattr(gptjax.tasks, "harness")
     monkeypatch.setitem(sys.modules, "gptjax.tasks.harness", None)
-    with raises(UnavailableError, remedy="lm_eval", match="needs the package lm_eval"):
+    with raises(UnavailableError, remedy="gptjax[lm-eval]", match="needs the package lm_eval"):
         gptjax.lm_eval.GptjaxLM  # noqa: B018
