@@ -41,6 +41,19 @@ class TrainState:
         return self.params if self.average is None else self.average
 
 
+def move_average(state: TrainState, params: PyTree, decay: float) -> PyTree:
+    """Returns the average after an update that has made `params`, by Polyak's method with a decay that grows first.
+
+    Update n (from 0) has decay min(decay, (1 + n) / (10 + n)), as TensorFlow's ExponentialMovingAverage has it: the
+    first averages would otherwise be those of the random initial values.
+    """
+    # A function of the step alone, like the learning rate, so that a resume needs no count.
+    n = state.step.astype(jnp.float32)
+    rate = 1 - jnp.minimum(decay, (1 + n) / (10 + n))
+    # Elementwise, so each device moves its own shards.
+    return jax.tree.map(lambda old, new: old + rate * (new - old), state.average, params)
+
+
 def make_init(
     model: GPT,
     optimizer: optax.GradientTransformation,

@@ -24,7 +24,7 @@ from gptjax.model import GPT, unembedding
 from gptjax.optim import Schedule, make_schedule
 from gptjax.params import PyTree
 from gptjax.sharding import BATCH_AXES, BATCH_SPEC, param_specs
-from gptjax.state import TrainState
+from gptjax.state import TrainState, move_average
 
 # All are pure functions. A LossFn takes this device's arrays, the others global ones. model.py explains the letters.
 Metrics = dict[str, jax.Array]
@@ -302,7 +302,7 @@ def make_train_step(
             # The condition is static: without an average the program is the one from before averages existed.
             if config.optim.ema_decay:
                 # A skipped update leaves the average as it is, too.
-                average = _move_average(state, params, config.optim.ema_decay)
+                average = move_average(state, params, config.optim.ema_decay)
                 new_state = dataclasses.replace(new_state, average=_select(finite, average, state.average))
         # The sums are replicated, so each process can read these without a collective.
         metrics = {
@@ -316,19 +316,6 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
-
-
-def _move_average(state: TrainState, params: PyTree, decay: float) -> PyTree:
-    """Returns the average after an update that has made `params`, by Polyak's method with a decay that grows first.
-
-    Update n (from 0) has decay min(decay, (1 + n) / (10 + n)), as TensorFlow's ExponentialMovingAverage has it: the
-    first averages would otherwise be those of the random initial values.
-    """
-    # A function of the step alone, like the learning rate, so that a resume needs no count.
-    n = state.step.astype(jnp.float32)
-    rate = 1 - jnp.minimum(decay, (1 + n) / (10 + n))
-    # Elementwise, so each device moves its own shards.
-    return jax.tree.map(lambda old, new: old + rate * (new - old), state.average, params)
 
 
 def _select(
