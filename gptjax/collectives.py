@@ -11,7 +11,7 @@ Every function takes a `Parallel`. Along a mesh axis of size 1 it sends nothing.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,10 @@ from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 
 from gptjax.params import PyTree, find
-from gptjax.sharding import AXES, BATCH_AXES, param_spec, path_name
+from gptjax.sharding import AXES, BATCH_AXES, BATCH_SPEC, param_spec, param_specs, path_name
 
 LANES = 128  # of a TPU's tile
+ShardFn = Callable[[PyTree, jax.Array, jax.Array], PyTree]  # takes this device's shards
 Groups = list[list[int]] | None  # axis_index_groups of a collective; None means all devices in one group
 
 
@@ -62,6 +63,43 @@ class Parallel:
 
 
 ONE_DEVICE = Parallel()
+
+
+def on_shards(
+    function: ShardFn,
+    parallel: Parallel,
+    *,
+    out_specs: Callable[[PyTree], PyTree],
+) -> ShardFn:
+    """Wraps function(params, tokens_ABT, replicated) in jax.shard_map; returns it unchanged for one device.
+
+    Params are sharded by PARAM_SPECS, tokens_ABT (int32 [A, B, T+1]) over data and fsdp, and each device has all of
+    `replicated`.
+
+    out_specs: returns the specs of the result, given those of params.
+    """
+    # On one device nothing is wrapped, so that its program is plain JAX.
+    if not parallel.axes():
+        return function
+
+    def sharded(
+        params: PyTree,
+        tokens_ABT: jax.Array,
+        replicated: jax.Array,
+    ) -> PyTree:
+        specs = param_specs(params)
+        # check_vma=False: JAX does not check that a result with spec P() is equal on all devices. psum_all and
+        # all_reduce_gradients make it equal.
+        run = jax.shard_map(
+            function,
+            mesh=parallel.mesh,
+            in_specs=(specs, BATCH_SPEC, P()),
+            out_specs=out_specs(specs),
+            check_vma=False,
+        )
+        return run(params, tokens_ABT, replicated)
+
+    return sharded
 
 
 def data_parallel_index(parallel: Parallel) -> jax.typing.ArrayLike:

@@ -14,6 +14,7 @@ from gptjax.collectives import (
     all_gather_embeddings,
     all_reduce_gradients,
     local_sequence,
+    on_shards,
     psum_all,
 )
 from gptjax.config import Config
@@ -23,7 +24,7 @@ from gptjax.loss import LossSums, cross_entropy, token_losses
 from gptjax.model import GPT, unembedding
 from gptjax.optim import Schedule, make_schedule
 from gptjax.params import PyTree
-from gptjax.sharding import BATCH_AXES, BATCH_SPEC, param_specs
+from gptjax.sharding import BATCH_AXES
 from gptjax.state import TrainState, move_average
 
 # All are pure functions. A LossFn takes this device's arrays, the others global ones. model.py explains the letters.
@@ -35,44 +36,6 @@ EvalFn = Callable[[PyTree, jax.Array, jax.Array], tuple[LossSums, jax.Array]]
 GradientFn = Callable[[PyTree, jax.Array, jax.Array], tuple[PyTree, LossSums]]
 # (params, tokens [B, T+1], dropout_key) -> sums
 LossFn = Callable[[PyTree, jax.Array, jax.Array | None], LossSums]
-ShardFn = Callable[[PyTree, jax.Array, jax.Array], PyTree]
-
-
-def on_shards(
-    function: ShardFn,
-    parallel: Parallel,
-    *,
-    out_specs: Callable[[PyTree], PyTree],
-) -> ShardFn:
-    """Wraps function(params, tokens_ABT, replicated) in jax.shard_map; returns it unchanged for one device.
-
-    Params are sharded by PARAM_SPECS, tokens_ABT (int32 [A, B, T+1]) over data and fsdp, and each device has all of
-    `replicated`.
-
-    out_specs: returns the specs of the result, given those of params.
-    """
-    # On one device nothing is wrapped, so that its program is plain JAX.
-    if not parallel.axes():
-        return function
-
-    def sharded(
-        params: PyTree,
-        tokens_ABT: jax.Array,
-        replicated: jax.Array,
-    ) -> PyTree:
-        specs = param_specs(params)
-        # check_vma=False: JAX does not check that a result with spec P() is equal on all devices. psum_all and
-        # all_reduce_gradients make it equal.
-        run = jax.shard_map(
-            function,
-            mesh=parallel.mesh,
-            in_specs=(specs, BATCH_SPEC, P()),
-            out_specs=out_specs(specs),
-            check_vma=False,
-        )
-        return run(params, tokens_ABT, replicated)
-
-    return sharded
 
 
 def make_loss_fn(model: GPT, config: Config, *, eot: EndOfText) -> LossFn:

@@ -10,11 +10,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax.collectives import all_gather_embeddings, all_gather_sequence
+from gptjax.collectives import all_gather_embeddings, all_gather_sequence, on_shards
 from gptjax.loss import masked_logits
 from gptjax.model import GPT, unembedding
 from gptjax.sharding import BATCH_AXES, BATCH_SPEC, data_parallel_size
-from gptjax.step import on_shards
 from gptjax.tasks.item import Score
 
 if TYPE_CHECKING:
