@@ -127,6 +127,7 @@ class TrainConfig:
     eval_every: Count = 1000  # steps between two validations; 0 means only after the last step
     eval_batches: Count = 20  # global batches of a validation, of each source of a mixture; 0 means all
     sample_every: Count = 0  # steps between two samples; 0 means never
+    stats_every: Count = 0  # steps between two rows of statistics of each layer; 0 means never
     sample_prompt: str = ""  # the text that samples continue
     seed: Seed = 0  # seed of initialisation and dropout
     # The reaction to a non-finite step. Only rollback looks for spikes, too.
@@ -208,7 +209,14 @@ for _path, _kind in FIELD_TYPES.items():
     elif hasattr(_kind, "__metadata__"):  # Annotated[int, Bounds(...)]
         BOUNDS[_path] = _kind.__metadata__[0]
 # The host sees only the ends of dispatches, so these must be multiples of train.steps_per_dispatch.
-PERIODS = ("train.log_every", "train.eval_every", "train.sample_every", "checkpoint.save_every", "train.num_steps")
+PERIODS = (
+    "train.log_every",
+    "train.eval_every",
+    "train.sample_every",
+    "train.stats_every",
+    "checkpoint.save_every",
+    "train.num_steps",
+)
 
 
 def default_config() -> Any:

@@ -15,6 +15,7 @@ PREFIXES = {
     "val_": "eval/",
     "seconds/": "time/",
     "tasks/": "tasks/",
+    "stats/": "stats/",
 }  # of the names in metrics.jsonl, and what they become
 
 

@@ -20,6 +20,7 @@ from gptjax.errors import WorkdirError
 from gptjax.goodput import Stopwatch, duration
 from gptjax.history import History
 from gptjax.identity import Identity
+from gptjax.layer_stats import UPDATE_STATS, as_row
 from gptjax.metrics import Reporter, is_logged
 from gptjax.periodic import validate, write_samples
 from gptjax.setup import Run, write_files
@@ -56,6 +57,7 @@ class _Pending(NamedTuple):
     end: int  # state.step after it
     metrics: Any  # on the devices
     answer: Any  # of StopVote.submit, on the devices
+    observed: Any  # of the stats step, on the devices; None where none is due
 
 
 class Loop:
@@ -143,9 +145,10 @@ class Loop:
                 log.info("compiled the train step in %s", duration(time.perf_counter() - called))
             # A collective, so all processes must enqueue it at the same place between steps.
             answer = tools.stop_vote.submit()
+            observed = self._observe(tokens, is_first=is_first)
             # Without this wait, a trace would end before the step runs, and the first run would not count as `compile`.
             if is_first or is_traced:
-                jax.block_until_ready(metrics)
+                jax.block_until_ready((metrics, observed))
         if is_first:
             tools.watch.lap("compile")
             self._reporter.screen.show_work("")
@@ -154,9 +157,20 @@ class Loop:
         self._prefetcher.start(self._step)
         # Blocks until the previous dispatch is done, while the devices continue with this one.
         self._drain_pending()
-        self._pending = _Pending(self._step, metrics, answer)
+        is_observed = is_due(self._step, train.stats_every)
+        self._pending = _Pending(self._step, metrics, answer, observed if is_observed else None)
         self._compiled = True
         fault_point("step")
+
+    def _observe(self, tokens: jax.Array, *, is_first: bool) -> Any:
+        """Returns the statistics of the layers after a dispatch on `tokens`, on the devices; None if none are due."""
+        train = self._run.config.train
+        stats_step = self._run.stats_step
+        # In the first dispatch as well, so that its compilation is booked with the train step's.
+        if stats_step is None or not (is_first or is_due(self._step + train.steps_per_dispatch, train.stats_every)):
+            return None
+        # Enqueued before the next dispatch donates the parameters.
+        return stats_step(self._state.params, tokens)
 
     def _drain_pending(self) -> None:
         """Waits for the pending dispatch, if any, and processes its metrics and stop vote."""
@@ -171,6 +185,7 @@ class Loop:
             self._history,
             end=pending.end,
             metrics=pending.metrics,
+            observed=pending.observed,
             last_saved=self._saved,
             workdir=self._tools.workdir,
         )
@@ -330,12 +345,14 @@ def process_metrics(
     *,
     end: int,
     metrics: Any,
+    observed: Any,
     last_saved: int | None,
     workdir: Any,
 ) -> History:
     """Waits for the metrics of the dispatch that ended at step `end`, applies train.nan_policy, and reports them.
 
-    metrics: float32 [] by name, or [K] for K steps per dispatch.
+    metrics: float32 [] by name, or [K] for K steps per dispatch; with UPDATE_STATS those of an update's layers.
+    observed: of the stats step; None means that no statistics are reported.
 
     Returns:
         The history after that step.
@@ -346,7 +363,8 @@ def process_metrics(
     """
     count = run.config.train.steps_per_dispatch
     # np.asarray blocks until the dispatch is done, so this lap is the time that the devices took.
-    host = {name: np.reshape(np.asarray(value), (count,)) for name, value in metrics.items()}
+    scalars = {name: value for name, value in metrics.items() if name != UPDATE_STATS}
+    host = {name: np.reshape(np.asarray(value), (count,)) for name, value in scalars.items()}
     reporter.watch.lap("step")
     for index in range(count):
         step = end - count + index + 1
@@ -377,4 +395,8 @@ def process_metrics(
         reporter.report_step(step, row, skipped=history.skipped_steps)
         if is_logged(step, run.config.train):
             history = history.without_losses()
+    if observed is not None:
+        # Of the last step of the dispatch: the arrays are [K, parts], or [parts] where K is 1.
+        of_update = {name: np.asarray(x).reshape(count, -1)[-1] for name, x in metrics[UPDATE_STATS].items()}
+        reporter.report_stats(end, as_row(of_update | observed, run.config.model))
     return history

@@ -113,6 +113,10 @@ class Reporter:
         for of_source in describe_sources(result):
             log.info("%s", of_source)
 
+    def report_stats(self, step: int, row: dict[str, float]) -> None:
+        """Reports the statistics of the layers, in the log files only."""
+        self._log.write({"step": step, **row})
+
     def report_sample(self, step: int, text: str) -> None:
         """Reports a sampled text: in TensorBoard, samples.txt and on the screen."""
         self._log.write_text("sample", text, step)

@@ -29,6 +29,7 @@ from gptjax.exhaustion import show, show_bytes
 from gptjax.goodput import duration
 from gptjax.history import SkippedRange
 from gptjax.identity import Identity
+from gptjax.layer_stats import StatsFn, jit_stats_step
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer, parameter_table
 from gptjax.params import count_params
@@ -66,6 +67,7 @@ class Run:
     init: Callable[[], TrainState]  # jitted: creates each shard on its device
     train_step: StepFn  # jitted, donates the state; takes [K, A, B, T+1] where train.steps_per_dispatch is above 1
     eval_step: EvalFn  # jitted, donates nothing
+    stats_step: StatsFn | None  # jitted; takes the tokens of a dispatch. None unless train.stats_every is set
     train_data: Dataset | Mixture
     validation_data: Dataset | Mixture
     tasks: tuple[Asked, ...]  # of config.tasks
@@ -143,6 +145,9 @@ def make_run(config: Config, *, tokenizer: Tokenizer | None = None, has_tasks: b
     train_data, validation_data, location = open_data(config, tokenizer)
     # Traced and compiled at the first call, not here.
     train_step, eval_step = jit_steps(model, optimizer, config, abstract=abstract, eot=train_data.eot)
+    stats_step = None
+    if config.train.stats_every:
+        stats_step = jit_stats_step(model, config, eot=train_data.eot, sharding=abstract.step.sharding)
     return Run(
         config=config,
         mesh=mesh,
@@ -152,6 +157,7 @@ def make_run(config: Config, *, tokenizer: Tokenizer | None = None, has_tasks: b
         init=init,
         train_step=train_step,
         eval_step=eval_step,
+        stats_step=stats_step,
         train_data=train_data,
         validation_data=validation_data,
         tasks=tasks,

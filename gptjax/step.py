@@ -20,6 +20,7 @@ from gptjax.collectives import (
 from gptjax.config import Config
 from gptjax.documents import EndOfText
 from gptjax.examples import make_examples
+from gptjax.layer_stats import UPDATE_STATS, update_stats
 from gptjax.loss import LossSums, cross_entropy, token_losses
 from gptjax.model import GPT, unembedding
 from gptjax.optim import Schedule, make_schedule
@@ -28,7 +29,7 @@ from gptjax.sharding import BATCH_AXES
 from gptjax.state import TrainState, move_average
 
 # All are pure functions. A LossFn takes this device's arrays, the others global ones. model.py explains the letters.
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]  # float32, by name
 StepFn = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
 # (params, tokens_ABT, token_bytes_V) -> (sums, bytes)
 EvalFn = Callable[[PyTree, jax.Array, jax.Array], tuple[LossSums, jax.Array]]
@@ -217,7 +218,8 @@ def make_train_step(
 
     It makes one update from the mean gradient over all tokens of the A micro-batches. If loss, gradient or update is
     not finite, params and optimizer state stay the same and only `step` increases. Metrics are float32 scalars: loss,
-    grad_norm (before clipping), update_norm, lr, tokens, finite (1 or 0).
+    grad_norm (before clipping), update_norm, lr, tokens, finite (1 or 0); with train.stats_every also those of
+    `update_stats`.
     """
     clip = config.optim.grad_clip
     gradient_fn = make_gradient_fn(loss_fn, config=config, parallel=parallel)
@@ -231,6 +233,7 @@ def make_train_step(
         # norm covers all shards, and the optimizer needs no explicit collectives.
         with jax.named_scope("update"):
             grad_norm = optax.tree.norm(grads)
+            unclipped = grads
             if clip:
                 # 1e-6 as in PyTorch's clip_grad_norm_. If the norm is not finite, `finite` below discards the update.
                 grads = jax.tree.map(
@@ -268,7 +271,7 @@ def make_train_step(
                 average = move_average(state, params, config.optim.ema_decay)
                 new_state = dataclasses.replace(new_state, average=_select(finite, average, state.average))
         # The sums are replicated, so each process can read these without a collective.
-        metrics = {
+        metrics: Metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
             "update_norm": update_norm,
@@ -276,6 +279,9 @@ def make_train_step(
             "tokens": sums.tokens,
             "finite": finite.astype(jnp.float32),
         }
+        # Static, too. Every step computes them, so that all steps of a run are the same program.
+        if config.train.stats_every:
+            metrics[UPDATE_STATS] = update_stats(unclipped, updates, config.model)
         return new_state, metrics
 
     return train_step
@@ -389,7 +395,9 @@ def jit_steps(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     # The state is donated: the new state reuses the buffers of the old one, so memory holds one state, not two.
     # out_shardings fix the shardings of the new state; if XLA chose others, the second call would recompile.
-    train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    # The metrics are scalars, which are replicated anyway; the statistics of layers are not.
+    metrics_sharding = shardings.step if config.train.stats_every else None
+    train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, metrics_sharding))
     eval_step = make_eval_step(
         loss_fn,
         config,

@@ -24,6 +24,17 @@ def logits(params, tokens_BT, *, n_head, document_starts_BT=None):
     return _forward(_map(_float64, params), tokens_BT, n_head, document_starts_BT)[0]
 
 
+def largest_scores(params, tokens_BT, *, n_head, document_starts_BT=None):
+    """The largest attention score of each layer, and the residual streams: before the first layer and after each."""
+    _, cache = _forward(_map(_float64, params), tokens_BT, n_head, document_starts_BT)
+    largest = []
+    for layer in cache["layers"]:
+        _, q_BTNH, k_BSNH, _, weights_BNTS, _ = layer["attn"]
+        scores_BNTS = einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / np.sqrt(q_BTNH.shape[-1])
+        largest.append(scores_BNTS[weights_BNTS > 0].max())
+    return largest, cache["streams"]
+
+
 def loss(params, tokens_BT, targets_BT, *, n_head, document_starts_BT=None):
     """Mean cross-entropy in nats over the targets that are not -1."""
     logits_BTV = logits(params, tokens_BT, n_head=n_head, document_starts_BT=document_starts_BT)
@@ -56,13 +67,15 @@ def _forward(params, tokens_BT, n_head, document_starts_BT):
     mask_BTS = (index_T[:, None] >= index_T[None, :]) & (document_BT[:, :, None] == document_BT[:, None, :])
 
     x_BTD = params["wte"]["embedding"][tokens_BT] + params["wpe"]["embedding"][position_BT]
-    layers = []
+    layers, streams = [], [x_BTD]
     for layer in range(len(params["h"]["ln_1"]["scale"])):
         x_BTD, layer_cache = _block(x_BTD, _layer(params["h"], layer), mask_BTS, n_head)
         layers.append(layer_cache)
+        streams.append(x_BTD)
     y_BTD, ln_f = _layer_norm(x_BTD, params["ln_f"])
     logits_BTV = einsum("BTD,DV->BTV", y_BTD, _head(params))
-    return logits_BTV, {"position_BT": position_BT, "layers": layers, "ln_f": ln_f, "y_BTD": y_BTD}
+    cache = {"position_BT": position_BT, "layers": layers, "streams": streams, "ln_f": ln_f, "y_BTD": y_BTD}
+    return logits_BTV, cache
 
 
 def _backward(params, cache, dlogits_BTV, tokens_BT):

@@ -1,0 +1,178 @@
+"""Statistics of each layer: the RMS of parameters, gradients, updates and residual stream, and the largest logit."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax.collectives import Parallel, all_gather_embeddings, all_gather_layer, on_shards, psum_all
+from gptjax.config import Config, GPTConfig
+from gptjax.documents import EndOfText
+from gptjax.examples import make_examples, position_ids
+from gptjax.kernels.pointwise import add_bias
+from gptjax.model import GPT, Block
+from gptjax.params import Param, PyTree, rows
+
+PREFIX = "stats/"  # begins the names in metrics.jsonl, as in stats/grad_rms/h0
+UPDATE_STATS = "layer_stats"  # the metric of the train step that holds those of an update
+EMBEDDED = "embedding"  # the residual stream before the first layer
+# (params, tokens_ABT) -> {"param_rms": [parts], "residual_rms": [L+1], "attention_logit": [L]}
+StatsFn = Callable[[PyTree, jax.Array], dict[str, jax.Array]]
+
+
+def part_names(config: GPTConfig) -> list[str]:
+    """Returns the parts of the parameters: the layers, and then each module outside of them.
+
+    >>> part_names(GPTConfig(n_layer=2))
+    ['h0', 'h1', 'wte', 'wpe', 'ln_f']
+    """
+    layers = [f"h{layer}" for layer in range(config.n_layer)]
+    return layers + list(dict.fromkeys(_module(param) for param in rows(config) if not param.layered))
+
+
+def _module(param: Param) -> str:
+    return param.path.split("/")[0]
+
+
+def part_rms(tree: PyTree, config: GPTConfig) -> jax.Array:
+    """Returns the root mean square of each part: float32 [parts], in the order of `part_names`.
+
+    tree: the parameters, or gradients or updates of them: global arrays, not this device's shards.
+    """
+    squares: dict[str, jax.Array] = {}
+    counts: dict[str, int] = {}
+    for param in rows(config):
+        leaf = functools.reduce(lambda node, name: node[name], param.path.split("/"), tree)
+        if "V" in param.dims:
+            # The rows of padding are no tokens: their values are random, and their gradients 0.
+            axis = param.dims.index("V")
+            leaf = jax.lax.slice_in_dim(leaf, 0, config.vocab_size, axis=axis)
+        summed_axes = tuple(range(int(param.layered), leaf.ndim))
+        square = jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=summed_axes)
+        part = "h" if param.layered else _module(param)
+        squares[part] = squares[part] + square if part in squares else square
+        counts[part] = counts.get(part, 0) + math.prod(leaf.shape[int(param.layered) :])
+    means = [jnp.atleast_1d(squares[part] / counts[part]) for part in ("h", *part_names(config)[config.n_layer :])]
+    return jnp.sqrt(jnp.concatenate(means))
+
+
+def update_stats(gradients: PyTree, updates: PyTree, config: GPTConfig) -> dict[str, jax.Array]:
+    """Returns the statistics of one update, each float32 [parts].
+
+    gradients: before clipping. updates: what is added to the parameters.
+    """
+    return {"grad_rms": part_rms(gradients, config), "update_rms": part_rms(updates, config)}
+
+
+def make_stats_step(model: GPT, config: Config, *, eot: EndOfText) -> StatsFn:
+    """Returns stats_step(params, tokens_ABT), which looks at the parameters and at one forward pass, without dropout.
+
+    The pass is over the first micro-batch of tokens_ABT, int32 [A, B, T+1]. All results are float32.
+    """
+    observe = functools.partial(_observe, model=model, config=config, eot=eot)
+    forward = on_shards(observe, model.parallel, out_specs=lambda _: P())
+
+    def stats_step(params: PyTree, tokens_ABT: jax.Array) -> dict[str, jax.Array]:
+        unused = jnp.zeros((), jnp.int32)  # on_shards passes a third argument, of which there is no need
+        seen = forward(params, tokens_ABT[:1], unused)
+        return {"param_rms": part_rms(params, config.model), **seen}
+
+    return stats_step
+
+
+def jit_stats_step(model: GPT, config: Config, *, eot: EndOfText, sharding: NamedSharding) -> StatsFn:
+    """Returns the stats step jitted, with all results in `sharding`. It takes the tokens of a dispatch.
+
+    Those of K steps are int32 [K, A, B, T+1], and the last step's are looked at.
+    """
+    stats_step = make_stats_step(model, config, eot=eot)
+    is_stacked = config.train.steps_per_dispatch > 1
+
+    def of_dispatch(params: PyTree, tokens: jax.Array) -> dict[str, jax.Array]:
+        return stats_step(params, tokens[-1] if is_stacked else tokens)
+
+    return jax.jit(of_dispatch, out_shardings=sharding)
+
+
+def _observe(
+    params: PyTree, tokens_ABT: jax.Array, _: jax.Array, *, model: GPT, config: Config, eot: EndOfText
+) -> dict[str, jax.Array]:
+    parallel = model.parallel
+    params = all_gather_embeddings(params, parallel)
+    inputs_BT, starts_BT, _ = make_examples(tokens_ABT[0], config, eot=eot)
+    segments_BT = None if starts_BT is None else jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32)
+    position_BT = position_ids(inputs_BT.shape, starts_BT)
+    x_BTD: Any = model.apply({"params": params}, inputs_BT, position_BT, method="embed")
+    block = Block(config.model, model.compute, parallel)
+
+    # The same loop over the layers as in GPT.layers, with the run's own kernels. What it sees of the inside of a layer
+    # Flax captures, so that the model has no line for it.
+    def layer(x_BTD: jax.Array, params: PyTree) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        variables = {"params": all_gather_layer(params, parallel)}
+        result: Any = block.apply(
+            variables,
+            x_BTD,
+            segments_BT,
+            capture_intermediates=lambda module, _: module.name == "c_attn",
+            mutable=["intermediates"],
+        )
+        (y_BTD, _), seen = result
+        [qkv] = seen["intermediates"]["attn"]["c_attn"]["__call__"]
+        logit = _largest_logit(add_bias(*qkv), segments_BT, head_width=config.model.n_embd // config.model.n_head)
+        return y_BTD, (_square_sum(y_BTD), logit)
+
+    embedded = _square_sum(x_BTD)
+    _, (square_L, logit_L) = jax.lax.scan(layer, x_BTD, params["h"])
+    squares = jnp.concatenate([embedded[None], square_L])
+    count = jnp.float32(x_BTD.size)  # of this device's shard
+    squares, count = psum_all((squares, count), parallel)
+    return {"residual_rms": jnp.sqrt(squares / count), "attention_logit": _largest(logit_L, parallel)}
+
+
+def _square_sum(x_BTD: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(x_BTD.astype(jnp.float32)))
+
+
+def _largest(x: jax.Array, parallel: Parallel) -> jax.Array:
+    axes = parallel.axes()
+    return jax.lax.pmax(x, axes) if axes else x
+
+
+def _largest_logit(qkv_BT3D: jax.Array, segments_BT: jax.Array | None, *, head_width: int) -> jax.Array:
+    """Returns the largest score q k / sqrt(H) that a query gives to a key it attends to: float32, of this device.
+
+    segments_BT: int32 segment ids; None means one document per row.
+    """
+    T = qkv_BT3D.shape[1]
+    causal = jnp.tril(jnp.ones((T, T), bool))
+
+    def of_sequence(sequence: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        qkv_T3D, segments_T = sequence
+        q_TNH = qkv_T3D[:, 0].reshape(T, -1, head_width)
+        k_SNH = qkv_T3D[:, 1].reshape(T, -1, head_width)
+        scores_NTS = jnp.einsum("TNH,SNH->NTS", q_TNH, k_SNH, preferred_element_type=jnp.float32)
+        mask = causal if segments_T is None else causal & (segments_T[:, None] == segments_T[None, :])
+        return jnp.max(jnp.where(mask[None], scores_NTS, -jnp.inf)) / math.sqrt(head_width)
+
+    # One sequence at a time: where a fused kernel is used, the scores of a whole batch may not fit.
+    return jnp.max(jax.lax.map(of_sequence, (qkv_BT3D, segments_BT)))
+
+
+def as_row(found: Mapping[str, Any], config: GPTConfig) -> dict[str, float]:
+    """Returns statistics as metrics, such as {"stats/grad_rms/h0": 0.01, ...}.
+
+    found: of `update_stats` or of a stats step.
+    """
+    layers = part_names(config)[: config.n_layer]
+    names = {"residual_rms": [EMBEDDED, *layers], "attention_logit": layers}
+    row = {}
+    for statistic, values in found.items():
+        for part, value in zip(names.get(statistic, part_names(config)), np.asarray(values).tolist(), strict=True):
+            row[f"{PREFIX}{statistic}/{part}"] = value
+    return row

@@ -1,0 +1,179 @@
+"""Statistics of each layer: their values, that they are the same on any mesh and after a kill, and where they go."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.collectives import ONE_DEVICE
+from gptjax.compute import ResolvedCompute
+from gptjax.config import from_dict
+from gptjax.documents import EndOfText
+from gptjax.layer_stats import UPDATE_STATS, as_row, make_stats_step, part_names
+from gptjax.model import GPT
+from gptjax.optim import make_optimizer, make_schedule
+from gptjax.setup import train_step_hash
+from gptjax.state import TrainState
+from gptjax.step import make_loss_fn, make_train_step
+from tests import reference_gpt2
+from tests.helpers import jit, random_params
+from tests.runs import copy_until, losses, make_run_on, rows
+
+MODEL = {"block_size": 16, "vocab_size": 40, "n_layer": 3, "n_head": 2, "n_embd": 16}
+EOT = EndOfText(3, "last")
+LAYERS = ["h0", "h1", "h2"]
+
+
+def make_config(**sections):
+    optim = {"warmup_steps": 1, "peak_lr": 1e-2, "grad_clip": 0.01}
+    train = {"num_steps": 10, "log_every": 1, "stats_every": 1}
+    sections["model"] = MODEL | sections.get("model", {})
+    return from_dict({"optim": optim, "train": train} | sections)
+
+
+def rms(*arrays):
+    squares = np.concatenate([np.square(np.asarray(x, np.float64)).ravel() for x in arrays])
+    return math.sqrt(squares.mean())
+
+
+def unpadded(tree, config):
+    """`tree` without the rows that pad the vocabulary."""
+    tree = tree | {"wte": {"embedding": tree["wte"]["embedding"][: config.vocab_size]}}
+    if "lm_head" in tree:
+        tree["lm_head"] = {"kernel": tree["lm_head"]["kernel"][:, : config.vocab_size]}
+    return tree
+
+
+def parts_rms(tree, config):
+    """The RMS of each part, without padding."""
+    found = {}
+    for layer in range(config.n_layer):
+        found[f"h{layer}"] = rms(*(leaf[layer] for leaf in jax.tree.leaves(tree["h"])))
+    others = {name: jax.tree.leaves(part) for name, part in unpadded(tree, config).items() if name != "h"}
+    return found | {name: rms(*others[name]) for name in ("wte", "wpe", "ln_f", "lm_head") if name in others}
+
+
+def named(statistic, values):
+    return {f"stats/{statistic}/{part}": value for part, value in values.items()}
+
+
+def batch(config, *shape):
+    return np.random.default_rng(0).integers(config.vocab_size, size=(*shape, 17)).astype(np.int32)
+
+
+@pytest.mark.parametrize("sections", [{}, {"data": {"document_mask": True}}, {"model": {"tie_embeddings": False}}])
+def test_forward_pass_is_that_of_numpy(sections):
+    config = make_config(**sections)
+    params = random_params(config.model)
+    tokens_ABT = batch(config.model, 2, 4)
+    stats_step = make_stats_step(GPT(config.model, ResolvedCompute()), config, eot=EOT)
+    found = as_row(jit(stats_step)(params, tokens_ABT), config.model)
+    inputs_BT = tokens_ABT[0, :, :-1]
+    starts_BT = None
+    if config.data.document_mask:
+        starts_BT = np.roll(inputs_BT == EOT.id, 1, axis=1)
+        starts_BT[:, 0] = True
+    scores, streams = reference_gpt2.largest_scores(params, inputs_BT, n_head=2, document_starts_BT=starts_BT)
+    stream_rms = dict(zip(["embedding", *LAYERS], map(rms, streams), strict=True))
+    expected = named("param_rms", parts_rms(params, config.model))
+    expected |= named("residual_rms", stream_rms)
+    expected |= named("attention_logit", dict(zip(LAYERS, scores, strict=True)))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_and_updates_are_those_of_numpy(tied):
+    """Gradients before clipping, which here shortens them; updates are the change of the parameters."""
+    config = make_config(model={"tie_embeddings": tied})
+    params = random_params(config.model)
+    tokens_ABT = batch(config.model, 1, 4)
+    optimizer = make_optimizer(config.optim)
+    loss_fn = make_loss_fn(GPT(config.model, ResolvedCompute()), config, eot=EOT)
+    schedule = make_schedule(config.optim, 10)
+    step = make_train_step(loss_fn, optimizer, schedule, config=config, parallel=ONE_DEVICE)
+    state = TrainState(jnp.int32(1), params, optimizer.init(params))
+    new_state, metrics = jit(step)(state, tokens_ABT)
+    found = as_row(metrics[UPDATE_STATS], config.model)
+    true_params = unpadded(params, config.model)  # so that no probability goes to padding
+    _, gradients = reference_gpt2.loss_and_grads(true_params, tokens_ABT[0, :, :-1], tokens_ABT[0, :, 1:], n_head=2)
+    changes = jax.tree.map(lambda new, old: np.float64(new) - np.float64(old), new_state.params, params)
+    expected = named("grad_rms", parts_rms(gradients, config.model))
+    expected |= named("update_rms", parts_rms(changes, config.model))
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert list(found)[: len(part_names(config.model))] == list(named("grad_rms", parts_rms(params, config.model)))
+
+
+def observe(lab, devices, **sections):
+    """The row of statistics after the first update of a run on so many devices."""
+    run = make_run_on(lab.config(train={"micro_batch_size": 0, "stats_every": 1}, **sections), devices=devices)
+    tokens_ABT = run.batch(0)
+    state, metrics = run.train_step(run.init(), tokens_ABT)
+    found = run.stats_step(state.params, tokens_ABT)
+    assert all(array.sharding.is_fully_replicated for array in jax.tree.leaves((metrics, found)))
+    return as_row(metrics[UPDATE_STATS] | found, run.config.model)
+
+
+def test_statistics_do_not_depend_on_the_mesh(lab):
+    model = {"dropout": 0.0}
+    one = observe(lab, 1, model=model)
+    eight = observe(lab, 8, model=model, mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    assert eight == pytest.approx(one, rel=1e-4)
+    assert len(one) == 3 * 5 + 3 + 2
+
+
+def test_without_them_nothing_is_added(lab):
+    off, on = (make_run_on(lab.config(train={"stats_every": every})) for every in (0, 4))
+    assert off.stats_step is None
+    _, metrics = off.train_step(off.init(), off.batch(0))
+    assert UPDATE_STATS not in metrics
+    assert train_step_hash(off) != train_step_hash(on)
+    other = make_run_on(dataclasses.replace(off.config, train=dataclasses.replace(off.config.train, seed=1)))
+    assert train_step_hash(off) != train_step_hash(other), "the hash sees a constant of the program"
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def observed(lab, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("stats") / "run"
+    lab.train(workdir, "train.stats_every=4", "checkpoint.keep=8")
+    return workdir
+
+
+def statistics(workdir):
+    return {row.pop("step"): row for row in rows(workdir) if any(name.startswith("stats/") for name in row)}
+
+
+def test_run_reports_them_at_their_steps(observed, reference):
+    found = statistics(observed)
+    assert list(found) == [4, 8, 12, 16]
+    names = {name.rpartition("/")[0].removeprefix("stats/") for name in found[4]}
+    assert names == {"grad_rms", "update_rms", "param_rms", "residual_rms", "attention_logit"}
+    assert all(value > 0 for row in found.values() for value in row.values())
+    assert losses(observed) == losses(reference), "on a CPU, updates keep their bits"
+
+
+@pytest.mark.parametrize("fault", ["step:11:kill", "save:2:kill"])
+def test_killed_run_reports_the_same(observed, lab, tmp_path, fault):
+    settings = ["train.stats_every=4", "checkpoint.keep=8"]
+    lab.train(tmp_path / "run", *settings, expect=-9, GPTJAX_FAULT=fault)
+    lab.train(tmp_path / "run", *settings)
+    assert statistics(tmp_path / "run") == statistics(observed)
+    assert losses(tmp_path / "run") == losses(observed)
+
+
+def test_several_steps_per_dispatch_report_the_last(observed, lab, tmp_path):
+    lab.train(tmp_path / "run", "train.stats_every=4", "train.steps_per_dispatch=4", "train.log_every=4")
+    for step, row in statistics(tmp_path / "run").items():
+        assert row == pytest.approx(statistics(observed)[step], rel=1e-5)
+    assert list(statistics(tmp_path / "run")) == [4, 8, 12, 16]
+
+
+def test_run_may_begin_to_report_them(reference, lab, tmp_path):
+    workdir = copy_until(reference, tmp_path / "run", 8)
+    lab.train(workdir, "train.stats_every=4", "checkpoint.keep=8")
+    assert list(statistics(workdir)) == [12, 16]
