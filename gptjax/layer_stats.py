@@ -16,10 +16,10 @@ from gptjax.config import Config, GPTConfig
 from gptjax.documents import EndOfText
 from gptjax.examples import make_examples, position_ids
 from gptjax.kernels.pointwise import add_bias
+from gptjax.log_tags import STATS
 from gptjax.model import GPT, Block
 from gptjax.params import Param, PyTree, rows
 
-PREFIX = "stats/"  # begins the names in metrics.jsonl, as in stats/grad_rms/h0
 UPDATE_STATS = "layer_stats"  # the metric of the train step that holds those of an update
 EMBEDDED = "embedding"  # the residual stream before the first layer
 # (params, tokens_ABT) -> {"param_rms": [parts], "residual_rms": [L+1], "attention_logit": [L]}
@@ -174,5 +174,5 @@ def as_row(found: Mapping[str, Any], config: GPTConfig) -> dict[str, float]:
     row = {}
     for statistic, values in found.items():
         for part, value in zip(names.get(statistic, part_names(config)), np.asarray(values).tolist(), strict=True):
-            row[f"{PREFIX}{statistic}/{part}"] = value
+            row[f"{STATS}{statistic}/{part}"] = value
     return row

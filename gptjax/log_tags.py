@@ -11,11 +11,12 @@ TAGS = {
     "data_wait": "perf/data_wait",
     "goodput": "time/goodput",
 }
+STATS = "stats/"  # begins the names of statistics of layers, as in stats/grad_rms/h0
 PREFIXES = {
     "val_": "eval/",
     "seconds/": "time/",
     "tasks/": "tasks/",
-    "stats/": "stats/",
+    STATS: STATS,
 }  # of the names in metrics.jsonl, and what they become
 
 

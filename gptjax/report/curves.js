@@ -4,6 +4,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const SVG = "http://www.w3.org/2000/svg";
   const COLOURS = 8;
+  const MOST_ROWS = 14; // of the values of one run next to the pointer
   const MARGIN = { left: 54, right: 12, top: 8, bottom: 22 };
   const AXES = { step: "step", tokens: "tokens", seconds: "time", flops: "FLOPs" };
   const figures = [...document.querySelectorAll("figure")];
@@ -141,11 +142,12 @@
     drawAxes(svg, { panel, isLog, left, right, low, high, bottom, top, toX, toY, width, height });
     for (const { run, index, line, xs, ys, errors } of lines) {
       const colour = `c${index % COLOURS}`;
+      const opacity = 0.2 + 0.8 * line.depth;
       const path = xs.map((x, i) => `${i ? "L" : "M"}${toX(x).toFixed(1)} ${toY(ys[i]).toFixed(1)}`).join("");
-      element(svg, "path", { d: path, class: `curve ${line.style} ${colour}`, "data-run": run.name, "data-name": line.name });
+      element(svg, "path", { d: path, class: `curve ${line.style} ${colour}`, "data-run": run.name, "data-name": line.name, "stroke-opacity": opacity });
       if (xs.length > 1 && (line.style !== "dots" || xs.length > 60) && !errors.some(Boolean)) continue;
       xs.forEach((x, i) => {
-        element(svg, "circle", { cx: toX(x), cy: toY(ys[i]), r: 2.6, class: colour });
+        element(svg, "circle", { cx: toX(x), cy: toY(ys[i]), r: 2.6, class: colour, opacity });
         const error = errors[i];
         if (!error || (isLog && ys[i] <= error)) return;
         element(svg, "line", { x1: toX(x), x2: toX(x), y1: toY(ys[i] - error), y2: toY(ys[i] + error), class: `spread ${colour}` });
@@ -202,17 +204,24 @@
     };
     add(AXES[state.axis], shortX(x, unitOf(found.right)));
     const slack = (found.right - found.left) / 100; // a curve that ended before x has no value there
-    let last = null;
-    for (const { run, index, line, xs, ys, errors } of found.lines) {
-      if (x < xs[0] - slack || x > xs[xs.length - 1] + slack) continue;
-      if (run !== last && data.runs.length > 1) {
-        last = run;
-        add("", run.name).firstChild.className = `key c${index % COLOURS}`;
+    for (const [index, run] of data.runs.entries()) {
+      let values = [];
+      for (const { run: owner, line, xs, ys, errors } of found.lines) {
+        if (owner !== run || x < xs[0] - slack || x > xs[xs.length - 1] + slack) continue;
+        let i = indexBefore(xs, x);
+        if (i + 1 < xs.length && xs[i + 1] - x < x - xs[i]) i += 1;
+        values.push({ label: line.label, y: ys[i], error: errors[i] });
       }
-      let i = indexBefore(xs, x);
-      if (i + 1 < xs.length && xs[i + 1] - x < x - xs[i]) i += 1;
-      const error = errors[i] ? ` ± ${short(errors[i], found.percent)}` : "";
-      add(line.label, short(ys[i], found.percent) + error);
+      if (!values.length) continue;
+      if (data.runs.length > 1) add("", run.name).firstChild.className = `key c${index % COLOURS}`;
+      if (values.length > MOST_ROWS) {
+        values.sort((a, b) => b.y - a.y);
+        const middle = values[values.length >> 1];
+        values = [values[0], { ...middle, label: `median, ${middle.label}` }, values[values.length - 1]];
+      }
+      for (const { label, y, error } of values) {
+        add(label, short(y, found.percent) + (error ? ` ± ${short(error, found.percent)}` : ""));
+      }
     }
     figure.appendChild(tip);
     const at = found.svg.getBoundingClientRect();

@@ -15,7 +15,7 @@ from typing import Any
 from gptjax import __version__, goodput
 from gptjax.redaction import redact, shown
 from gptjax.report.data import RunData, Sample, differences, unlike_defaults
-from gptjax.report.panels import Panel, choose_panels, drawing
+from gptjax.report.panels import LAYERS, Panel, choose_panels, drawing
 
 COLOURS = 8  # of page.css; a ninth run has the first one again
 KINDS = 12  # of time, each with a colour in page.css
@@ -24,6 +24,7 @@ LONGEST_SAMPLE = 2000  # characters
 LONGEST_VALUE = 300  # characters of a value of the config
 MOST_PANELS = 80
 MOST_NOTES = 20  # of a run
+LAYERS_HINT = "A curve for each layer: the first is light, the last is dark. Dashed: what is outside of the layers."
 COLLAPSED = "Other metrics"  # the group of panels that is closed at first
 LEAST_SHARE = 0.002  # of the time; shorter kinds have no part in the bar
 MISSING = "\N{EN DASH}"
@@ -201,6 +202,8 @@ def _panel_sections(panels: Sequence[Panel], runs: Sequence[RunData], names: Seq
         tag, heading = "section", f"<h2>{group}</h2>"
         if group == COLLAPSED:
             tag, heading = "details", f"<summary><h2>{group}</h2></summary>"
+        if group == LAYERS:
+            heading += f"<p class=hint>{LAYERS_HINT}</p>"
         yield f"<{tag} class=panels id='{group.split()[0].lower()}'>{heading}<div class=grid>"
         for number, panel in members:
             yield f"<figure class='{'large' if group == 'Loss' else 'small'}' data-panel={number}><figcaption>"

@@ -1,14 +1,18 @@
 """Chooses the panels of the page, and turns the series of runs into the JSON that its script draws."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gptjax.log_tags import STATS
 from gptjax.report.data import RunData
 from gptjax.report.series import Series, seconds_by_step, smooth, thin
 
 MOST_COLUMNS = 600  # pixel columns that a curve is thinned to; a panel is hardly wider
 FEWEST_COLUMNS = 30
 MOST_POINTS = 40_000  # of all curves together: about 600 kB of JSON
+MOST_LAYER_POINTS = 16_000  # of all curves of layers, which are many
+FEWEST_LAYER_COLUMNS = 8
 POINTS_OF_A_COLUMN = 4  # at most, see series.thin
 SMOOTH_POINTS = 400
 TIME_POINTS = 300
@@ -22,8 +26,9 @@ class Line(NamedTuple):
     """One metric in a panel."""
 
     name: str  # in metrics.jsonl, or after SMOOTHED
-    style: str  # "faint", "solid" or "dots"
+    style: str  # "faint", "solid", "dots" or "dashed"
     label: str = ""
+    depth: float = 1.0  # of a layer, from 0 for the first to 1 for the last
 
 
 class Panel(NamedTuple):
@@ -66,9 +71,19 @@ GROUPS = {
     "mfu": "Speed",
     "data_wait": "Speed",
 }
+# Each a panel with a line for each layer.
+STATISTICS = {
+    "grad_rms": "Gradients, RMS",
+    "update_rms": "Updates, RMS",
+    "param_rms": "Parameters, RMS",
+    "residual_rms": "Residual stream, RMS",
+    "attention_logit": "Largest attention logit",
+}
+LAYER = re.compile(r"h(\d{1,4})")  # the name of a layer after that of a statistic
 NOISY = ("grad_norm", "update_norm", "tokens_per_second", "mfu", "step_seconds", "data_wait")
 PERCENT = ("mfu", "data_wait", "goodput")
-ORDER = ("Validation", "Tasks", "Training", "Speed", "Memory", "Other metrics")
+LAYERS = "Layers"
+ORDER = ("Validation", "Tasks", "Training", LAYERS, "Speed", "Memory", "Other metrics")
 # Drawn elsewhere, or constant, or another view of a number that is drawn.
 LEFT_OUT = {"loss", "loss_mean", "tokens", "tokens_seen", "val_perplexity"}
 
@@ -78,12 +93,34 @@ def choose_panels(runs: Iterable[RunData]) -> list[Panel]:
     names = dict.fromkeys(name for run in runs for name in run.series)
     panels = []
     for name in (*TITLES, *names):
-        if name not in names or name in LEFT_OUT or name.startswith("seconds/") or name.endswith(STDERR):
+        if name not in names or name in LEFT_OUT or name.startswith(("seconds/", STATS)) or name.endswith(STDERR):
             continue
         del names[name]
         panels.append(Panel(_title(name), _group(name), _lines(name), name in PERCENT))
+    panels += _layer_panels(names)
     panels.sort(key=lambda panel: ORDER.index(panel.group))
     return [LOSS, *panels]
+
+
+def _layer_panels(names: Iterable[str]) -> list[Panel]:
+    """Returns a panel for each statistic of layers among `names`: first the layers, then what is outside of them."""
+    parts: dict[str, list[str]] = {statistic: [] for statistic in STATISTICS}
+    for name in names:
+        statistic, slash, part = name.removeprefix(STATS).partition("/")
+        if name.startswith(STATS) and slash:
+            parts.setdefault(statistic, []).append(part)
+    panels = []
+    for statistic, found in parts.items():
+        layers = sorted(int(match[1]) for match in map(LAYER.fullmatch, found) if match)
+        lines = [
+            Line(f"{STATS}{statistic}/h{layer}", "solid", f"layer {layer}", layer / max(1, layers[-1]))
+            for layer in layers
+        ]
+        outside = [part for part in found if not LAYER.fullmatch(part)]
+        lines += [Line(f"{STATS}{statistic}/{part}", "dashed", part) for part in outside]
+        if lines:
+            panels.append(Panel(STATISTICS.get(statistic, statistic), LAYERS, tuple(lines)))
+    return panels
 
 
 def _lines(name: str) -> tuple[Line, ...]:
@@ -114,23 +151,35 @@ def drawing(runs: Sequence[RunData], names: Sequence[str], *, panels: Sequence[P
     names: of the runs, for the legend.
     """
     wanted = [line.name for panel in panels for line in panel.lines]
-    num_curves = sum(name in run.series for run in runs for name in wanted)
-    columns = MOST_POINTS // max(1, POINTS_OF_A_COLUMN * num_curves)
-    columns = min(MOST_COLUMNS, max(FEWEST_COLUMNS, columns))
+    drawn = [name for run in runs for name in wanted if name in run.series]
+    num_layer_curves = sum(name.startswith(STATS) for name in drawn)
+    columns = _columns(MOST_POINTS, len(drawn) - num_layer_curves, fewest=FEWEST_COLUMNS)
+    layer_columns = _columns(MOST_LAYER_POINTS, num_layer_curves, fewest=FEWEST_LAYER_COLUMNS)
+    columns_of = {name: layer_columns if name.startswith(STATS) else columns for name in wanted}
     return {
         "panels": [
             {"title": panel.title, "lines": [line._asdict() for line in panel.lines], "percent": panel.is_percent}
             for panel in panels
         ],
-        "runs": [_curves(run, name, wanted=wanted, columns=columns) for run, name in zip(runs, names, strict=True)],
+        "runs": [_curves(run, name, columns_of) for run, name in zip(runs, names, strict=True)],
     }
 
 
-def _curves(run: RunData, name: str, *, wanted: Sequence[str], columns: int) -> dict[str, Any]:
-    curves = {one: _encode(thin(run.series[one], columns)) for one in wanted if one in run.series}
+def _columns(points: int, num_curves: int, *, fewest: int) -> int:
+    """Returns the columns that each curve is thinned to, so that all of them together have about so many points."""
+    columns = points // max(1, POINTS_OF_A_COLUMN * num_curves)
+    return min(MOST_COLUMNS, max(fewest, columns))
+
+
+def _curves(run: RunData, name: str, wanted: Mapping[str, int]) -> dict[str, Any]:
+    """Returns all that is drawn of a run.
+
+    wanted: the names of the lines, with the columns that each is thinned to.
+    """
+    curves = {one: _encode(thin(run.series[one], columns)) for one, columns in wanted.items() if one in run.series}
     for one in list(curves):
         if one + STDERR in run.series:
-            curves[one]["e"] = _errors(run.series[one], run.series[one + STDERR], columns)
+            curves[one]["e"] = _errors(run.series[one], run.series[one + STDERR], wanted[one])
     for one in wanted:
         raw = run.series.get(one.removeprefix(SMOOTHED))
         if one.startswith(SMOOTHED) and raw:

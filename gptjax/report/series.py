@@ -1,7 +1,7 @@
 """Reads every number of a run's metrics as series over its steps, and thins them so that each spike stays visible."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from gptjax.logs import LONGEST_LINE, parse_rows
 
 BLOCK_BYTES = 2**20
-MOST_NAMES = 400  # of metrics; a run has a few dozen, and a damaged file may have any number
+MOST_NAMES = 1000  # of metrics; a run has a few dozen and some of each layer, and a damaged file may have any number
 LARGEST_STEP = 2**53  # JavaScript's integers are exact up to here
 LARGEST_VALUE = 1e300  # a larger one is damage, and differences of two would overflow
 
@@ -30,22 +30,38 @@ def read_series(file: BinaryIO) -> dict[str, Series]:
     Raises:
         OSError: it cannot be read.
     """
-    parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    parts: dict[str, list[_Part]] = {}
+    num_rows = 0
     for rows in _row_blocks(file):
-        steps = np.array([row["step"] for row in rows], np.int64)
-        for name in dict.fromkeys(key for row in _different_rows(rows) for key in row):
+        for name, numbers, values in _columns(rows):
             if name == "step" or (name not in parts and len(parts) >= MOST_NAMES):
                 continue
-            values = _numbers([row.get(name) for row in rows])
-            is_finite = np.abs(values) < LARGEST_VALUE  # False for nan, and so where a row lacks it
-            parts.setdefault(name, []).append((steps[is_finite], values[is_finite]))
-    series = {name: _joined(blocks) for name, blocks in parts.items()}
+            steps = np.array([rows[number]["step"] for number in numbers], np.int64)
+            is_finite = np.abs(values) < LARGEST_VALUE  # False for nan
+            places = num_rows + np.array(numbers)
+            parts.setdefault(name, []).append(_Part(places[is_finite], steps[is_finite], values[is_finite]))
+        num_rows += len(rows)
+    series = {name: _joined(of_name) for name, of_name in parts.items()}
     return {name: one for name, one in series.items() if one.steps.size}
 
 
-def _different_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns one row of each set of keys."""
-    return list({tuple(row): row for row in rows}.values())
+class _Part(NamedTuple):
+    places: np.ndarray  # int64 [N], of the rows in the file
+    steps: np.ndarray  # int64 [N]
+    values: np.ndarray  # float64 [N]
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[int], np.ndarray]]:
+    """Yields (name, indices of rows that have it, their values), for each set of keys that rows have.
+
+    So a row of a few metrics costs nothing for the hundreds that rows of statistics have.
+    """
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for number, row in enumerate(rows):
+        alike.setdefault(tuple(row), []).append(number)
+    for names, numbers in alike.items():
+        for name in names:
+            yield name, numbers, _numbers([rows[number][name] for number in numbers])
 
 
 def _row_blocks(file: BinaryIO) -> Iterator[list[dict[str, Any]]]:
@@ -89,10 +105,9 @@ def _number(value: object) -> float:
     return np.nan
 
 
-def _joined(blocks: list[tuple[np.ndarray, np.ndarray]]) -> Series:
-    steps = np.concatenate([steps for steps, _ in blocks])
-    values = np.concatenate([values for _, values in blocks])
-    order = np.argsort(steps, kind="stable")  # so that of equal steps the last one of the file stays last
+def _joined(parts: list[_Part]) -> Series:
+    places, steps, values = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.lexsort((places, steps))  # of equal steps the last one of the file comes last
     steps = steps[order]
     is_last = np.append(steps[1:] != steps[:-1], True)[: steps.size]
     return Series(steps[is_last], values[order][is_last])

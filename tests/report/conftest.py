@@ -46,6 +46,21 @@ def make_rows(steps: int, *, offset: float = 0.0) -> list[dict[str, Any]]:
     return rows
 
 
+def add_layers(workdir: pathlib.Path, layers: int, *, every: int = 10, steps: int = 100) -> list[dict[str, Any]]:
+    """Appends rows of statistics of layers to a run's metrics, and returns them."""
+    rows = []
+    for step in range(every, steps + 1, every):
+        row: dict[str, Any] = {"step": step}
+        for statistic in ("attention_logit", "grad_rms", "update_rms", "param_rms", "residual_rms"):
+            # The layer in the middle has the highest value.
+            for layer in range(layers):
+                row[f"stats/{statistic}/h{layer}"] = step + 100 - abs(layer - layers // 2)
+        rows.append(row | {"stats/grad_rms/wte": step / 2, "stats/residual_rms/embedding": 1.0})
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return rows
+
+
 @pytest.fixture
 def make_run(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
     """make_run("a", steps=100, changes={"optim": {...}}, text="...") writes runs/a below tmp_path."""

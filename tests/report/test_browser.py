@@ -7,7 +7,7 @@ import pytest
 from gptjax.report.data import read_run
 from gptjax.report.page import render
 from tests.browser import CHROMIUM, browser
-from tests.report.conftest import HOSTILE, make_rows
+from tests.report.conftest import HOSTILE, add_layers, make_rows
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
 
@@ -99,6 +99,29 @@ def test_hovering_shows_the_values_of_all_runs(tab, show, make_run):
     assert set(tab.evaluate(lines)) == {"visible"}, "in every panel"
     tab.move(2, 2)
     assert tab.evaluate("document.querySelector('.tip')") is None
+
+
+@pytest.mark.parametrize("layers", [3, 20])
+def test_hovering_over_layers_shows_all_or_the_extremes(layers, tab, show, make_run):
+    workdir = make_run("a")
+    add_layers(workdir, layers)
+    path = show(workdir)
+    assert points_drawn(tab, "runs/a", "stats/grad_rms/h0") == [10]
+    opacity = "document.querySelector('path[data-name=\"stats/grad_rms/h%d\"]').getAttribute('stroke-opacity')"
+    assert [float(tab.evaluate(opacity % layer)) for layer in (0, layers - 1)] == [0.2, 1.0]
+    svg = "document.querySelector('path[data-name=\"stats/attention_logit/h0\"]').closest('svg')"
+    tab.evaluate(f"{svg}.scrollIntoView({{block: 'center'}})")
+    left, top, width, height = tab.evaluate(BOX.replace("document.querySelector('svg')", svg))
+    tab.move(left + 54 + (width - 66) * 49.0 / 99, top + height / 2)
+    _, *tip = tab.evaluate(TIP)
+    highest, first, last = f"layer {layers // 2}", "layer 0", f"layer {layers - 1}"
+    if layers == 3:
+        assert tip == [[first, "149"], [highest, "150"], [last, "149"]]
+    else:
+        assert [row[0] for row in tip] == [highest, tip[1][0], first]
+        assert tip[1][0].startswith("median, layer ")
+        assert [row[1] for row in tip] == ["150", "145", "140"]
+    is_quiet(tab, path)
 
 
 def test_values_are_not_shown_where_a_curve_has_ended(tab, show, make_run):

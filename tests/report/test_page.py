@@ -16,7 +16,7 @@ from gptjax.report.data import differences, is_finished, read_run
 from gptjax.report.page import render
 from gptjax.report.panels import SMOOTHED, choose_panels
 from gptjax.report.write import Report
-from tests.report.conftest import HOSTILE, SPIKE
+from tests.report.conftest import HOSTILE, SPIKE, add_layers
 
 
 class Elements(html.parser.HTMLParser):
@@ -100,6 +100,36 @@ def test_page_of_a_million_rows_is_small_and_takes_seconds(make_run):
 def test_page_of_many_runs_is_small(make_run):
     runs = [read_run(str(make_run(f"run{n}", steps=3000))) for n in range(12)]
     assert len(render(runs)) < 1_000_000
+
+
+def test_layers_share_a_panel_of_each_statistic(make_run):
+    workdir = make_run("a")
+    rows = add_layers(workdir, 12)
+    panels = choose_panels([read_run(str(workdir))])
+    layered = [panel for panel in panels if panel.group == "Layers"]
+    assert [panel.title.split(",")[0] for panel in layered] == [
+        "Gradients", "Updates", "Parameters", "Residual stream", "Largest attention logit",
+    ]  # fmt: skip
+    gradients = layered[0].lines
+    assert [line.label for line in gradients] == [*(f"layer {n}" for n in range(12)), "wte"]
+    assert [line.depth for line in gradients[:12:11]] == [0, 1]
+    assert gradients[-1].style == "dashed"
+    [run] = Elements(page_of(workdir)).drawing["runs"]
+    for line in (line for panel in layered for line in panel.lines):
+        assert points(run["curves"][line.name]) == {row["step"]: row[line.name] for row in rows}
+    assert len(choose_panels([read_run(str(make_run("b")))])) == len(panels) - 5
+
+
+def test_many_layers_leave_the_page_small_and_the_loss_as_it_is(make_run):
+    runs = [make_run(f"run{n}", steps=5000) for n in range(4)]
+    without = Elements(page_of(*runs)).drawing["runs"][0]["curves"]["loss"]
+    for workdir in runs:
+        add_layers(workdir, 48, every=20, steps=5000)
+    page = page_of(*runs)
+    assert len(page) < 1_000_000
+    curves = Elements(page).drawing["runs"][0]["curves"]
+    assert curves["loss"] == without
+    assert len(points(curves["stats/grad_rms/h47"])) >= 16
 
 
 def test_every_metric_has_a_panel_and_a_group(make_run):

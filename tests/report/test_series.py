@@ -70,6 +70,17 @@ def test_last_row_of_a_repeated_step_counts():
     }
 
 
+def test_last_row_of_a_repeated_step_counts_whatever_else_it_has():
+    rows = [
+        {"step": 1, "loss": 1},
+        {"step": 1, "loss": 2, "lr": 3},
+        {"step": 2, "loss": 4, "lr": 5},
+        {"step": 2, "loss": 6},
+    ]
+    expected = {"loss": {1: 2.0, 2: 6.0}, "lr": {1: 3.0, 2: 5.0}}
+    assert of("".join(json.dumps(row) + "\n" for row in rows)) == expected
+
+
 def test_rows_are_found_across_blocks_and_after_a_hole(monkeypatch):
     monkeypatch.setattr(series, "BLOCK_BYTES", 64)
     monkeypatch.setattr(series, "LONGEST_LINE", 200)
