@@ -26,7 +26,7 @@ def with_stats(config: Config, every: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, stats_every=every))
 
 
-def measure(case: str, *, every: int, seconds: float) -> dict[str, Any]:
+def measure(case: str, *, every: int, seconds: float, rounds: int) -> dict[str, Any]:
     config = make_config(case, 0, {"steps_per_dispatch": 1})
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     off, on = make_ours(config), make_ours(with_stats(config, every))
@@ -37,7 +37,7 @@ def measure(case: str, *, every: int, seconds: float) -> dict[str, Any]:
     def look() -> None:
         jax.block_until_ready(stats_step(on.state.params, on.tokens))
 
-    times = bench.interleave({"off": off, "on": on, "look": look}, seconds=seconds, rounds=40)
+    times = bench.interleave({"off": off, "on": on, "look": look}, seconds=seconds, rounds=rounds)
     step, observed, seen = (bench.median(times[name]) for name in ("off", "on", "look"))
     return {
         "case": case,
@@ -54,10 +54,11 @@ def main() -> None:
     parser.add_argument("--cases", default="toy,char,small-cpu", help=f"of {', '.join(CASES)}")
     parser.add_argument("--every", type=int, default=100, help="train.stats_every")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each case")
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each")
     parser.add_argument("--out", default="", help="directory of the JSON file; default benchmarks/results")
     args = parser.parse_args()
     machine = bench.machine()
-    rows = [measure(case, every=args.every, seconds=args.seconds) for case in args.cases.split(",")]
+    rows = [measure(case, every=args.every, seconds=args.seconds, rounds=args.rounds) for case in args.cases.split(",")]
     print(bench.table(rows))
     print(bench.write("layer_stats", rows, machine, args.out))
 

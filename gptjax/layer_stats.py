@@ -2,12 +2,13 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -45,29 +46,43 @@ def part_rms(tree: PyTree, config: GPTConfig) -> jax.Array:
 
     tree: the parameters, or gradients or updates of them: global arrays, not this device's shards.
     """
-    squares: dict[str, jax.Array] = {}
+    return _norm_and_rms(tree, config)[1]
+
+
+def norm_and_rms(tree: PyTree, config: Config) -> tuple[jax.Array, jax.Array | None]:
+    """Returns (the global norm of a tree, the RMS of each part), as float32 [] and [parts].
+
+    Without train.stats_every the second is None, and the first is Optax's. Otherwise the norm is the root of the sum of
+    the parts, so that statistics read the tree no second time. The two norms differ in their last bits.
+    """
+    if not config.train.stats_every:
+        return optax.tree.norm(tree), None
+    return _norm_and_rms(tree, config.model)
+
+
+def _norm_and_rms(tree: PyTree, config: GPTConfig) -> tuple[jax.Array, jax.Array]:
+    squares: dict[str, jax.Array] = {}  # [L] for the layers, [] for others
     counts: dict[str, int] = {}
+    padding = jnp.zeros((), jnp.float32)
     for param in rows(config):
         leaf = functools.reduce(lambda node, name: node[name], param.path.split("/"), tree)
         if "V" in param.dims:
-            # The rows of padding are no tokens: their values are random, and their gradients 0.
+            # The padding of the vocabulary counts in the norm alone: its values are random, and no token has them.
             axis = param.dims.index("V")
+            rest = jax.lax.slice_in_dim(leaf, config.vocab_size, None, axis=axis)
             leaf = jax.lax.slice_in_dim(leaf, 0, config.vocab_size, axis=axis)
-        summed_axes = tuple(range(int(param.layered), leaf.ndim))
-        square = jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=summed_axes)
+            padding += _square_sum(rest)
         part = "h" if param.layered else _module(param)
+        square = _square_sum(leaf, range(int(param.layered), leaf.ndim))
         squares[part] = squares[part] + square if part in squares else square
         counts[part] = counts.get(part, 0) + math.prod(leaf.shape[int(param.layered) :])
+    total = padding + sum(jnp.sum(square) for square in squares.values())
     means = [jnp.atleast_1d(squares[part] / counts[part]) for part in ("h", *part_names(config)[config.n_layer :])]
-    return jnp.sqrt(jnp.concatenate(means))
+    return jnp.sqrt(total), jnp.sqrt(jnp.concatenate(means))
 
 
-def update_stats(gradients: PyTree, updates: PyTree, config: GPTConfig) -> dict[str, jax.Array]:
-    """Returns the statistics of one update, each float32 [parts].
-
-    gradients: before clipping. updates: what is added to the parameters.
-    """
-    return {"grad_rms": part_rms(gradients, config), "update_rms": part_rms(updates, config)}
+def _square_sum(x: jax.Array, axes: Iterable[int] | None = None) -> jax.Array:
+    return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=None if axes is None else tuple(axes))
 
 
 def make_stats_step(model: GPT, config: Config, *, eot: EndOfText) -> StatsFn:
@@ -135,10 +150,6 @@ def _observe(
     return {"residual_rms": jnp.sqrt(squares / count), "attention_logit": _largest(logit_L, parallel)}
 
 
-def _square_sum(x_BTD: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(x_BTD.astype(jnp.float32)))
-
-
 def _largest(x: jax.Array, parallel: Parallel) -> jax.Array:
     axes = parallel.axes()
     return jax.lax.pmax(x, axes) if axes else x
@@ -167,7 +178,7 @@ def _largest_logit(qkv_BT3D: jax.Array, segments_BT: jax.Array | None, *, head_w
 def as_row(found: Mapping[str, Any], config: GPTConfig) -> dict[str, float]:
     """Returns statistics as metrics, such as {"stats/grad_rms/h0": 0.01, ...}.
 
-    found: of `update_stats` or of a stats step.
+    found: the metrics UPDATE_STATS of a train step, or the result of a stats step.
     """
     layers = part_names(config)[: config.n_layer]
     names = {"residual_rms": [EMBEDDED, *layers], "attention_logit": layers}

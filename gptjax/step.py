@@ -20,7 +20,7 @@ from gptjax.collectives import (
 from gptjax.config import Config
 from gptjax.documents import EndOfText
 from gptjax.examples import make_examples
-from gptjax.layer_stats import UPDATE_STATS, update_stats
+from gptjax.layer_stats import UPDATE_STATS, norm_and_rms
 from gptjax.loss import LossSums, cross_entropy, token_losses
 from gptjax.model import GPT, unembedding
 from gptjax.optim import Schedule, make_schedule
@@ -218,8 +218,8 @@ def make_train_step(
 
     It makes one update from the mean gradient over all tokens of the A micro-batches. If loss, gradient or update is
     not finite, params and optimizer state stay the same and only `step` increases. Metrics are float32 scalars: loss,
-    grad_norm (before clipping), update_norm, lr, tokens, finite (1 or 0); with train.stats_every also those of
-    `update_stats`.
+    grad_norm (before clipping), update_norm, lr, tokens, finite (1 or 0); with train.stats_every also
+    UPDATE_STATS, float32 [parts] each: the RMS of gradients before clipping, and of updates.
     """
     clip = config.optim.grad_clip
     gradient_fn = make_gradient_fn(loss_fn, config=config, parallel=parallel)
@@ -232,8 +232,7 @@ def make_train_step(
         # Outside of shard_map arrays are global, and XLA partitions the program by the shardings of the state. So a
         # norm covers all shards, and the optimizer needs no explicit collectives.
         with jax.named_scope("update"):
-            grad_norm = optax.tree.norm(grads)
-            unclipped = grads
+            grad_norm, grad_rms = norm_and_rms(grads, config)
             if clip:
                 # 1e-6 as in PyTorch's clip_grad_norm_. If the norm is not finite, `finite` below discards the update.
                 grads = jax.tree.map(
@@ -250,7 +249,7 @@ def make_train_step(
             )
             updates = jax.tree.map(lambda u: lr * u, updates)
             loss = sums.loss / sums.tokens
-            update_norm = optax.tree.norm(updates)
+            update_norm, update_rms = norm_and_rms(updates, config)
             # If any entry is not finite, the norm is not finite. The device decides, because the host reads these
             # metrics only after it has dispatched the next step, which would start from a broken state.
             finite = jnp.isfinite(loss)
@@ -279,9 +278,9 @@ def make_train_step(
             "tokens": sums.tokens,
             "finite": finite.astype(jnp.float32),
         }
-        # Static, too. Every step computes them, so that all steps of a run are the same program.
+        # Static, too. Every step has them, so that all steps of a run are the same program.
         if config.train.stats_every:
-            metrics[UPDATE_STATS] = update_stats(unclipped, updates, config.model)
+            metrics[UPDATE_STATS] = {"grad_rms": grad_rms, "update_rms": update_rms}
         return new_state, metrics
 
     return train_step
