@@ -345,7 +345,7 @@ def process_metrics(
     *,
     end: int,
     metrics: Any,
-    observed: Any,
+    observed: Any = None,
     last_saved: int | None,
     workdir: Any,
 ) -> History:

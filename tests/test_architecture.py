@@ -54,7 +54,7 @@ LAYERS = """
     convert.tokenizer_files
     data.progress  data.shard_writer  data.workers
     data.encoding
-    state  optim  data.mixture  plan.estimate  decode  plan.topology
+    state  optim  layer_stats  data.mixture  plan.estimate  decode  plan.topology
     data.dataset
     model  convert.tokenizer_json  data.tokens  data.journal  data.sources  data.partial  data.assign
     data.tfds_source  data.hub_source
@@ -92,7 +92,7 @@ ENTRIES |= {f"{package}.__main__" for package in ("convert", "plan", "replay", "
 RUNTIME = {"cli", "config_flags", "distributed", "signals"}
 # Whatever computes, so that it runs anywhere those libraries do.
 COMPUTING = {"model", "compute", "sizes", "params", "attention", "loss", "kernels.cross_entropy", "kernels.pointwise"}
-COMPUTING |= {"collectives", "dropout", "kv_cache", "examples", "sharding", "optim", "state", "step"}
+COMPUTING |= {"collectives", "dropout", "kv_cache", "examples", "sharding", "optim", "state", "step", "layer_stats"}
 NUMERICAL = {"jax", "flax", "optax", "numpy"}
 # What a train step goes through, from the command line on.
 SPINE = {"main", "config", "setup", "resume", "train", "step", "model", "collectives", "sharding", "loss", "attention"}

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,12 @@ from jax.flatten_util import ravel_pytree
 from gptjax.collectives import ONE_DEVICE
 from gptjax.compute import ResolvedCompute
 from gptjax.config import from_dict
+from gptjax.divergence import RollBackError
 from gptjax.documents import EndOfText
+from gptjax.goodput import Stopwatch
+from gptjax.history import History
 from gptjax.layer_stats import UPDATE_STATS, as_row, make_stats_step, part_names
+from gptjax.loop import process_metrics
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer, make_schedule
 from gptjax.setup import train_step_hash
@@ -168,6 +174,45 @@ def test_killed_run_reports_the_same(observed, lab, tmp_path, fault):
     lab.train(tmp_path / "run", *settings)
     assert statistics(tmp_path / "run") == statistics(observed)
     assert losses(tmp_path / "run") == losses(observed)
+
+
+def test_update_of_a_run_with_statistics_is_replayed(observed, lab, tmp_path):
+    module = [sys.executable, "-m", "gptjax.replay", f"--workdir={observed}", f"--out={tmp_path}/page.html"]
+    assert "equal to metrics.jsonl, bit for bit" in lab.call([*module, "--step=11"]).stdout
+
+
+class Recorder:
+    """As much of a Reporter as process_metrics needs."""
+
+    def __init__(self):
+        self.watch, self.rows = Stopwatch(), {}
+
+    def report_step(self, step, row, *, skipped):
+        pass
+
+    def report_stats(self, step, row):
+        self.rows[step] = row
+
+
+def process(recorder, loss, policy):
+    config = from_dict({"model": MODEL, "train": {"nan_policy": policy, "log_every": 7}})
+    run = types.SimpleNamespace(config=config, train_data=None)
+    values = np.full(len(part_names(config.model)), loss)
+    metrics = {"loss": [loss], "grad_norm": [1.0], "update_norm": [1.0], "finite": [float(np.isfinite(loss))]}
+    metrics[UPDATE_STATS] = {"grad_rms": values, "update_rms": values}
+    about = {"end": 8, "metrics": metrics, "observed": {"attention_logit": [1.0, 2.0, 3.0]}}
+    process_metrics(run, recorder, History(), last_saved=None, workdir="runs/x", **about)
+    return recorder.rows
+
+
+def test_undone_steps_report_no_statistics():
+    recorder = Recorder()
+    with pytest.raises(RollBackError):
+        process(recorder, math.nan, "rollback")
+    assert recorder.rows == {}
+    assert math.isnan(process(recorder, math.nan, "skip")[8]["stats/grad_rms/h0"])
+    assert process(recorder, 2.0, "rollback")[8]["stats/grad_rms/ln_f"] == 2.0
+    assert recorder.rows[8]["stats/attention_logit/h2"] == 3.0
 
 
 def test_several_steps_per_dispatch_report_the_last(observed, lab, tmp_path):
