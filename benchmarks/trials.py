@@ -47,10 +47,8 @@ COMPARED = [  # (what, with what): the difference is of the first to the second
 
 def train(workdir: pathlib.Path, source: str, *, settings: Mapping[str, Any], steps: int, seed: int) -> None:
     """Trains a run to its end, or continues it."""
-    data = workdir.parent / re.sub(r"\W+", "-", pathlib.Path(source).name)
     fixed = {
         "data.source": source,
-        "data.path": data,
         "data.seed": seed,
         "train.seed": seed,
         "train.num_steps": steps,
@@ -64,20 +62,24 @@ def train(workdir: pathlib.Path, source: str, *, settings: Mapping[str, Any], st
     flags = [f"--config.{name}={value}" for name, value in changed.items()]
     command = [sys.executable, "-m", "gptjax.main", "--config=quickstart", f"--workdir={workdir}", *flags]
     with open(workdir.with_suffix(".log"), "w") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+        # The data are prepared once, below the directory in which the commands run.
+        subprocess.run(command, check=True, cwd=workdir.parent, stdout=log, stderr=subprocess.STDOUT)
 
 
-def bits_per_byte(workdir: pathlib.Path) -> float:
+def last_validation(workdir: pathlib.Path) -> dict[str, float]:
     """Returns what the run measured at its end."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [row["val_bits_per_byte"] for row in rows if "val_bits_per_byte" in row][-1]
+    return [row for row in rows if "val_bits_per_byte" in row][-1]
 
 
 def raw_bits_per_byte(workdir: pathlib.Path) -> float:
     """Returns it for the parameters themselves, of a run that keeps their average."""
     command = [sys.executable, "-m", "gptjax.evaluate", f"--workdir={workdir}", "--raw", "--batches=60"]
-    shown = subprocess.check_output(command, text=True)
-    return float(re.findall(r"([0-9.]+) bits per byte", shown)[0])
+    shown = subprocess.check_output(command, cwd=workdir.parent, text=True)
+    [loss] = re.findall(r"raw weights: validation loss ([0-9.]+)", shown)
+    averaged = last_validation(workdir)
+    # Both are over the same tokens, and the printed loss has more digits than the printed bits per byte.
+    return averaged["val_bits_per_byte"] * float(loss) / averaged["val_loss"]
 
 
 def run_all(args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -96,7 +98,7 @@ def run_all(args: argparse.Namespace) -> dict[str, dict[str, float]]:
                 if key in found.get(averaged, {}):
                     continue
                 train(workdir, source, settings=settings, steps=args.steps, seed=seed)
-                found.setdefault(averaged, {})[key] = bits_per_byte(workdir)
+                found.setdefault(averaged, {})[key] = last_validation(workdir)["val_bits_per_byte"]
                 # The updates do not depend on the average, so one run shows both.
                 if decay and "," not in name:
                     found.setdefault(name, {})[key] = raw_bits_per_byte(workdir)

@@ -19,6 +19,7 @@ from gptjax.workdir import (
     LOGS,
     METRICS_FILE,
     SAMPLES_FILE,
+    TASKS_FILE,
     TENSORBOARD,
     is_bucket,
     read_file,
@@ -39,7 +40,7 @@ def fetch_logs(workdir: str, local: str) -> None:
     directory = pathlib.Path(local)
     with _warning_only(workdir):
         directory.mkdir(parents=True, exist_ok=True)
-        for name in LOGS:
+        for name in (*LOGS, TASKS_FILE):
             copy = directory / name
             original = epath.Path(workdir) / name
             if not original.exists():
@@ -47,6 +48,7 @@ def fetch_logs(workdir: str, local: str) -> None:
             content = original.read_bytes()
             if copy.exists() and not _has_newer_steps(name, content, copy):
                 continue
+            copy.parent.mkdir(exist_ok=True)
             replace_file(copy, content)
             if name == METRICS_FILE:  # the run re-creates TensorBoard's events from it
                 shutil.rmtree(directory / TENSORBOARD, ignore_errors=True)
@@ -64,10 +66,11 @@ def store_logs(local: str, workdir: str) -> None:
     if not is_bucket(workdir):
         return
     with _warning_only(workdir):
-        for name in LOGS:
+        for name in (*LOGS, TASKS_FILE):
             content = read_file(local, name)
             if content:
                 stored = epath.Path(workdir) / name
+                stored.parent.mkdir(parents=True, exist_ok=True)
                 stored.write_bytes(_earlier_part(name, content, stored) + content)
 
 

@@ -306,23 +306,30 @@ class Loop:
         is_worth_showing = self._history.restarts or jax.process_count() > 1
         for line in goodput.describe(tools.watch.spent):
             log.log(logging.INFO if is_worth_showing else logging.DEBUG, "%s", line)
-        report = ""
-        if jax.process_index() == 0:
-            # Imported only here, so that training neither loads the report's code nor waits for it.
-            from gptjax.report.write import report_end
-
-            report = report_end(tools.directory, str(tools.workdir), spent=tools.watch.spent)
         lines = summarize(
             run,
             str(tools.workdir),
             step=self._step,
             spent=tools.watch.spent,
             result=self._result,
-            report=report,
+            report=write_report(tools),
         )
         for line in lines:
             log.info("%s", line)
         return errors.OK
+
+
+def write_report(tools: Tools) -> str:
+    """Writes the report of a run that has ended, and returns the name of its file; "" if there is none.
+
+    Only process 0 writes it. A failure is a warning.
+    """
+    if jax.process_index() != 0:
+        return ""
+    # Imported only here, so that training neither loads the report's code nor waits for it.
+    from gptjax.report.write import report_end
+
+    return report_end(tools.directory, str(tools.workdir), spent=tools.watch.spent)
 
 
 def evaluation_due(config: Config, step: int, history: History) -> bool:

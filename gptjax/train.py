@@ -19,13 +19,13 @@ from gptjax.convert.tokenizer_source import saved_tokenizer
 from gptjax.data.dataset import Prefetcher, batch_index
 from gptjax.distributed import StopVote, barrier, check_agreement, gather_json
 from gptjax.divergence import RollBackError, Spike, history_after, replay_command
-from gptjax.errors import ConfigError, first_line
+from gptjax.errors import ConfigError, DivergedError, first_line
 from gptjax.exhaustion import bytes_asked_for
 from gptjax.goodput import Stopwatch
 from gptjax.history import History
 from gptjax.identity import Identity, read_identity
 from gptjax.logs import rows_after
-from gptjax.loop import Loop, Tools, evaluation_due
+from gptjax.loop import Loop, Tools, evaluation_due, write_report
 from gptjax.metrics import Reporter
 from gptjax.orbax_context import suppress_tensorstore_metrics
 from gptjax.redaction import print_error
@@ -105,8 +105,14 @@ def train(config: Config, workdir: str, *, started: float | None = None, owns_pr
         # Like goodput at the end: where a run was restarted or has several processes, people look closer.
         has_roles = history.restarts > 0 or jax.process_count() > 1
         write_description(run, local, identity, has_roles=has_roles)
-        with exit_on_peer_failure():
-            return run_with_rollbacks(run, state, history, tools=tools)
+        try:
+            with exit_on_peer_failure():
+                return run_with_rollbacks(run, state, history, tools=tools)
+        except DivergedError:
+            # The run ends here, and its curves show how it came to that.
+            if report := write_report(tools):
+                log.info("open in a browser: %s", os.path.join(tools.directory, report))
+            raise
 
 
 def check_same_start(config: Config, workdir: str) -> None:

@@ -27,6 +27,7 @@ PARAMETERS_FILE = "parameters.json"
 TOKENIZER_FILE = "tokenizer.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.txt"
+TASKS_FILE = os.path.join("results", "tasks.json")  # the newest answers to tasks
 DESCRIPTION = (CONFIG_FILE, PARAMETERS_FILE, TOKENIZER_FILE)  # written at each start of a run
 LOGS = (*DESCRIPTION, METRICS_FILE, SAMPLES_FILE)
 TENSORBOARD = "tensorboard"  # directory

@@ -37,6 +37,15 @@ def test_stored_logs_are_fetched_on_another_machine(bucket, here, tmp_path):
     assert not (there / "samples.txt").exists()
 
 
+def test_answers_to_tasks_are_stored_and_fetched(bucket, here, tmp_path):
+    (here / "results").mkdir()
+    for answers in ("{}", '{"model": "step 8"}'):
+        (here / "results" / "tasks.json").write_text(answers)
+        bucket_logs.store_logs(str(here), bucket)
+    bucket_logs.fetch_logs(bucket, str(tmp_path / "there"))
+    assert (tmp_path / "there" / "results" / "tasks.json").read_text() == '{"model": "step 8"}'
+
+
 def test_fetching_never_overwrites_newer_logs(bucket, here):
     (here / "metrics.jsonl").write_text("old\n")
     bucket_logs.store_logs(str(here), bucket)

@@ -15,14 +15,13 @@ from gptjax.log_reader import open_metrics
 from gptjax.record import CorruptCheckpointError, Record, read_record
 from gptjax.report.series import Series, read_series
 from gptjax.strict_json import InvalidTextError, parse_json
-from gptjax.workdir import CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, is_bucket, local_directory, read_file
+from gptjax.workdir import CONFIG_FILE, METRICS_FILE, SAMPLES_FILE, TASKS_FILE, is_bucket, local_directory, read_file
 
 IDENTITY = ("run_id", "adopted_steps")  # in config.json, next to the config
 STEP_NAME = re.compile(r"0|[1-9][0-9]{0,15}")
 REPLAY_NAME = re.compile(r"replay-(\d{1,16})\.html")
 SAMPLE_HEADER = re.compile(r"^--- step (\d{1,16})\n", re.MULTILINE)
 LARGEST_SAMPLES = 2**24  # bytes of samples.txt that are read, from its end
-TASKS_FILE = os.path.join("results", "tasks.json")
 T = TypeVar("T")
 
 

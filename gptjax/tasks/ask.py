@@ -10,12 +10,10 @@ from gptjax.errors import DataError
 from gptjax.tasks.results import summarize
 from gptjax.tasks.score import Pair, Scorer, encode_pair
 from gptjax.tasks.store import Task
-from gptjax.workdir import replace_file
+from gptjax.workdir import TASKS_FILE, replace_file
 
 if TYPE_CHECKING:
     from gptjax.data.tokenizer import Tokenizer
-
-RESULTS_FILE = os.path.join("results", "tasks.json")
 
 
 class Asked(NamedTuple):
@@ -90,7 +88,7 @@ def write_results(directory: str, model: str, results: Mapping[str, Mapping[str,
     Raises:
         OSError: it cannot be written.
     """
-    path = os.path.join(directory, RESULTS_FILE)
+    path = os.path.join(directory, TASKS_FILE)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     merged = dict(results)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none, or of somebody else
