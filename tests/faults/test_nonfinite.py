@@ -103,6 +103,9 @@ def test_g2_stop_error_names_step_rows_and_resume_command(train_here, tiny_run, 
     assert inspect.remedy.endswith(f" python -m gptjax.replay --workdir={workdir} --step=6")
     assert checkpoint_steps(workdir) == [4]
     assert_finite_checkpoints(workdir, tiny_run.abstract_state)
+    report = workdir / "report.html"
+    assert "<dd>5 <small>of" in report.read_text(), "it shows how the run came to that"
+    report.unlink()
     assert train_here(workdir, train=SHORT) == 0
     train_here(reference, train=SHORT)
     assert losses(workdir) == losses(reference)
