@@ -13,6 +13,7 @@ from gptjax.collectives import ONE_DEVICE
 from gptjax.compute import resolve_compute, resolve_parallel
 from gptjax.config import Config, GPTConfig, MeshConfig
 from gptjax.documents import EndOfText
+from gptjax.layer_stats import jit_stats_step
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer
 from gptjax.plan.__main__ import LIBTPU
@@ -58,6 +59,17 @@ def test_evaluation_compiles_with_the_splash_kernel(parts):
         'custom_call_target="tpu_custom_call"'
         in eval_step.lower(abstract.params, tokens, token_bytes).compile().as_text()
     )
+
+
+def test_statistics_of_layers_need_little_memory_and_are_replicated(parts):
+    config, mesh, model, abstract, _ = parts
+    sharding = abstract.step.sharding
+    stats_step = jit_stats_step(model, config, eot=EndOfText(50256, "last"), sharding=sharding)
+    tokens = jax.ShapeDtypeStruct((2, 32, 1025), jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
+    compiled = stats_step.lower(abstract.params, tokens).compile()
+    assert 'custom_call_target="tpu_custom_call"' in compiled.as_text(), "the forward pass has the run's own kernel"
+    assert all(found.is_fully_replicated for found in jax.tree.leaves(compiled.output_shardings))
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**29
 
 
 def test_save_checks_compile_without_all_gather(parts):
