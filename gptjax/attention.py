@@ -1,6 +1,5 @@
 """Causal self-attention with several backends, chosen by name or by device."""
 
-import functools
 import math
 from typing import Any
 
@@ -11,9 +10,9 @@ from gptjax.collectives import ONE_DEVICE, Parallel
 from gptjax.dropout import dropout_mask
 from gptjax.errors import ConfigError
 
-SPLASH_HEAD_WIDTH = 128  # TPU lanes: narrower heads are padded with zeros
 SPLASH_BLOCK = 128  # the sequence must be a multiple of this
-LARGEST_SPLASH_BLOCK = 512
+MOST_FUSED_BLOCKS = 4  # of keys: the fused backward pass of splash attention holds a gradient of q for each
+DEFAULT_SPLASH_BLOCK = 512  # of chips for which chips.py has no other
 QUERY_BLOCKS = 4  # of plain attention
 SHORTEST_IN_BLOCKS = 128  # positions; shorter sequences are computed in one block
 
@@ -118,6 +117,7 @@ def causal_attention(
     v_BTNH: jax.Array,
     *,
     backend: str,
+    splash_block: int = DEFAULT_SPLASH_BLOCK,
     segments_BT: jax.Array | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
@@ -139,7 +139,7 @@ def causal_attention(
             implementation="cudnn",
         )
     if backend == "splash":
-        return splash_attention(q_BTNH, k_BTNH, v_BTNH, segments_BT=segments_BT)
+        return splash_attention(q_BTNH, k_BTNH, v_BTNH, segments_BT=segments_BT, largest_block=splash_block)
     if dropout_key is None:
         dropout = 0.0
     # Queries are taken in blocks, each over the keys up to the block's end. With four blocks 5/8 of all scores are
@@ -244,22 +244,24 @@ def splash_attention(
     v_BTNH: jax.Array,
     *,
     segments_BT: jax.Array | None = None,
+    largest_block: int = DEFAULT_SPLASH_BLOCK,
     interpret: bool = False,
 ) -> jax.Array:
-    """Returns TPU splash attention [B, T, N, H] on one device, heads padded to the kernel's width.
+    """Returns TPU splash attention [B, T, N, H] on one device.
 
-    q, k, v: [B, T, N, H]. segments_BT: int32, as in causal_attention. interpret: use Pallas's interpret mode, which
-    runs on any platform.
+    q, k, v: [B, T, N, H]. segments_BT: int32, as in causal_attention. largest_block: positions of a block of queries or
+    keys, at most. interpret: use Pallas's interpret mode, which runs on any platform.
 
     On a mesh it must run under shard_map: XLA cannot partition a Pallas kernel.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # TPU only, and slow to import
 
-    if segments_BT is None:
-        segments_BT = jnp.zeros(q_BTNH.shape[:2], jnp.int32)  # one document per row
     T, N, H = q_BTNH.shape[1:]
     # All blocks have one size, which divides T: choose_backend has checked that T is a multiple of SPLASH_BLOCK.
-    block = math.gcd(T, LARGEST_SPLASH_BLOCK)
+    block = math.gcd(T, largest_block)
+    # Fused, one kernel computes all three gradients, and the weights only once. It writes a gradient of q for each
+    # block of keys, which are summed after it: of a long sequence these would take much memory.
+    is_fused = T // block <= MOST_FUSED_BLOCKS
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -267,8 +269,9 @@ def splash_attention(
         block_q_dkv=block,
         block_kv_dkv=block,
         block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
+        block_q_dq=None if is_fused else block,
+        block_kv_dq=None if is_fused else block,
+        use_fused_bwd_kernel=is_fused,
     )
     # Causal blocks above the diagonal are skipped; the segment ids below mask within the others.
     mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * N)
@@ -277,27 +280,21 @@ def splash_attention(
         block_sizes=sizes,
         interpret=interpret,
     )
-    # Heads are padded with zeros. These add nothing to q k^T, and the extra columns of y are dropped at the end. q is
-    # scaled by the unpadded width, because the kernel does not scale.
-    # -(-a // b) rounds up.
-    width = -(-H // SPLASH_HEAD_WIDTH) * SPLASH_HEAD_WIDTH
-    padding = ((0, 0), (0, 0), (0, 0), (0, width - H))
-    pad = functools.partial(jnp.pad, pad_width=padding)
-    q_BTNH = q_BTNH / math.sqrt(H)
-    q_BNTH = jnp.moveaxis(pad(q_BTNH), 2, 1)
-    k_BNTH = jnp.moveaxis(pad(k_BTNH), 2, 1)
-    v_BNTH = jnp.moveaxis(pad(v_BTNH), 2, 1)
+    # The kernel does not scale.
+    q_BNTH = jnp.moveaxis(q_BTNH / math.sqrt(H), 2, 1)
+    k_BNTH = jnp.moveaxis(k_BTNH, 2, 1)
+    v_BNTH = jnp.moveaxis(v_BTNH, 2, 1)
 
     # The kernel takes one sequence, [N, T, H]; vmap adds the batch as a dimension of its grid.
     def attend(
         q_NTH: jax.Array,
         k_NTH: jax.Array,
         v_NTH: jax.Array,
-        segments_T: jax.Array,
+        segments_T: jax.Array | None,
     ) -> Any:
-        segment_ids = splash.SegmentIds(segments_T, segments_T)
+        segment_ids = None if segments_T is None else splash.SegmentIds(segments_T, segments_T)
         return kernel(q_NTH, k_NTH, v_NTH, segment_ids)
 
+    # Without documents there are no segment ids, which the kernel would read and compare for each pair.
     y_BNTH = jax.vmap(attend)(q_BNTH, k_BNTH, v_BNTH, segments_BT)
-    y_BTNH = jnp.moveaxis(y_BNTH, 1, 2)
-    return y_BTNH[..., :H]
+    return jnp.moveaxis(y_BNTH, 1, 2)

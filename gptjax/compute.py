@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gptjax.attention import choose_backend
-from gptjax.chips import has_bfloat16
+from gptjax.attention import DEFAULT_SPLASH_BLOCK, choose_backend
+from gptjax.chips import find_chip, has_bfloat16
 from gptjax.collectives import Parallel
 from gptjax.config import Config
 from gptjax.config_values import nearest_divisors
@@ -24,6 +24,7 @@ class ResolvedCompute:
     """ComputeConfig with every `auto` resolved for the target device."""
 
     attention: str = "xla"
+    splash_block: int = DEFAULT_SPLASH_BLOCK  # positions of a block of splash attention, at most
     loss: str = "xla"
     remat: str = "none"
     scan_unroll: int = 1
@@ -58,8 +59,10 @@ def resolve_compute(config: Config, mesh: Mesh) -> ResolvedCompute:
     _check_tensor(config, tensor)
     if reason:
         log.info("attention: xla, because %s", reason)
+    chip = find_chip(getattr(device, "device_kind", ""))
     return ResolvedCompute(
         attention=attention,
+        splash_block=chip.splash_block if chip and chip.splash_block else DEFAULT_SPLASH_BLOCK,
         loss=choose_loss(compute.loss, platform=platform, tensor=tensor),
         remat=compute.remat,
         scan_unroll=choose_unroll(compute.scan_unroll, model.n_layer, platform),

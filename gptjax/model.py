@@ -135,6 +135,7 @@ class CausalSelfAttention(nn.Module):
                 k_BTNH,
                 v_BTNH,
                 backend=self.compute.attention,
+                splash_block=self.compute.splash_block,
                 segments_BT=segments_BT,
                 dropout=c.dropout,
                 dropout_key=fold_key(dropout_key, DROP_ATTENTION_WEIGHTS),

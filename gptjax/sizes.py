@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from gptjax.attention import SPLASH_HEAD_WIDTH, query_blocks
+from gptjax.attention import query_blocks
+from gptjax.collectives import LANES
 from gptjax.compute import ResolvedCompute
 from gptjax.config import GPTConfig
 from gptjax.params import leaf_shape, padded_vocab_size, rows
@@ -85,7 +86,8 @@ def activation_bytes_per_sequence(
     padding = 0
     if compute.attention == "splash":
         head_width = D // config.n_head
-        padding = max(0, SPLASH_HEAD_WIDTH / head_width - 1)
+        # A kernel's operands [.., T, H] lie in tiles of 128 lanes, which a narrower head does not fill.
+        padding = max(0, LANES / head_width - 1)
     widths = kept_widths(config)
     # Bytes per token of one layer. 4: q, k, v and the output of splash.
     sharded = D + widths.inputs + widths.outputs + 4 * padding * D

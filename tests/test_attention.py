@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax import attention
 from gptjax.attention import (
     SHORTEST_IN_BLOCKS,
     causal_attention,
@@ -153,15 +154,31 @@ def test_a_kernel_of_another_platform_is_refused(name, platform):
 
 @pytest.fixture(scope="module")
 def long_qkv():
-    return make_qkv(2, 128, 2, 64)
+    return make_qkv(2, 256, 2, 64)
 
 
-SEGMENTS_BT = np.asarray([[0] * 50 + [1] * 78, [0] * 127 + [1]], np.int32)
+SEGMENTS_BT = np.asarray([[0] * 50 + [1] * 206, [0] * 255 + [1]], np.int32)
 
 
-def test_splash_equals_xla_with_documents_and_narrow_heads(long_qkv):
-    splash_BTNH = splash_attention(*long_qkv, segments_BT=jnp.asarray(SEGMENTS_BT), interpret=True)
-    xla_BTNH = causal_attention(*long_qkv, backend="xla", segments_BT=SEGMENTS_BT)
-    whole_BTNH = causal_attention(*long_qkv, backend="xla")
-    assert not np.allclose(xla_BTNH, whole_BTNH, atol=1e-3)
-    np.testing.assert_allclose(splash_BTNH, xla_BTNH, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(("documents", "most_fused"), [(True, 2), (False, 2), (False, 1)])
+def test_splash_and_its_gradients_equal_xla(long_qkv, documents, most_fused, monkeypatch):
+    """With heads narrower than the lanes, and two blocks, over which the gradient of q is summed if it is fused."""
+    monkeypatch.setattr(attention, "MOST_FUSED_BLOCKS", most_fused)
+    segments_BT = jnp.asarray(SEGMENTS_BT) if documents else None
+    weight_BTNH = jnp.asarray(np.random.default_rng(1).standard_normal(long_qkv[0].shape), jnp.float32)
+
+    def with_gradients(attend):
+        def weighted(qkv):
+            y_BTNH = attend(*qkv, segments_BT=segments_BT)
+            return jnp.sum(y_BTNH * weight_BTNH), y_BTNH
+
+        (_, y_BTNH), gradients = jax.value_and_grad(weighted, has_aux=True)(long_qkv)
+        return y_BTNH, *gradients
+
+    splash = with_gradients(functools.partial(splash_attention, largest_block=128, interpret=True))
+    xla = with_gradients(functools.partial(causal_attention, backend="xla"))
+    for found, expected in zip(splash, xla, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    if documents:
+        whole_BTNH = causal_attention(*long_qkv, backend="xla")
+        assert not np.allclose(splash[0], whole_BTNH, atol=1e-3)

@@ -29,10 +29,11 @@ ELEMENTWISE = {"bitcast", "reshape", "transpose", "copy", "convert", "add", "sub
 ATTENTION = {
     "__cudnn$fmhaSoftmaxBackward": 5,
     "__cudnn$fmhaSoftmax": 2,
-    "splash_mha_dkv": 4,
+    "splash_mha_dkv": 4,  # 5 where it returns dq as well, see FUSED_BACKWARD
     "splash_mha_dq": 3,
     "splash_mha_fwd": 2,
 }
+FUSED_BACKWARD = "splash_mha_dkv"
 ATTENTION_DTYPES = ("bf16", "f16", "f32")
 
 
@@ -317,6 +318,8 @@ def _call_flops(call: Instruction, given: list[Instruction]) -> float:
     matmuls = _attention_matmuls(kernel)
     if not matmuls:
         return 0.0
+    if kernel.startswith(FUSED_BACKWARD) and _gradients(call) == 3:
+        matmuls += 1  # dq = ds k; its weights are those of dk and dv
     heads = []  # the operands with a head dimension; others are masks, block tables and statistics
     for operand in given:
         heads += [a for a in arrays(operand.shape) if len(a.dims) == 4 and a.dtype in ATTENTION_DTYPES]
@@ -325,6 +328,11 @@ def _call_flops(call: Instruction, given: list[Instruction]) -> float:
     positions = key.dims[1 if target.startswith("__cudnn") else 2]
     # Each query meets half of the positions: every attention kernel of gptjax is causal.
     return matmuls * 2 * query.size * positions / 2
+
+
+def _gradients(call: Instruction) -> int:
+    """Returns how many of q, k and v a kernel returns gradients of; dq has a dimension more, the blocks of keys."""
+    return sum(len(array.dims) >= 4 and array.dtype in ATTENTION_DTYPES for array in arrays(call.shape))
 
 
 def _attention_matmuls(kernel: str) -> int:

@@ -183,6 +183,14 @@ def test_fused_attention_multiplies_half_of_all_pairs(name, target, shape, produ
     assert kernel.bytes == 4 * 2 * 128 * 3 * 64 * 2
 
 
+def test_backward_kernel_that_returns_three_gradients_has_five_products():
+    shape = "bf16[2,3,128,64]{3,2,1,0}"
+    lines = [f"%{letter} = {shape} parameter({at})" for at, letter in enumerate("qkv")]
+    results = f"(f32[2,128,64]{{2,1,0}}, bf16[2,1,3,128,64]{{4,3,2,1,0}}, {shape}, {shape})"
+    call = f'%splash_mha_dkv_no_residuals = {results} custom-call(%q, %k, %v), custom_call_target="tpu_custom_call"'
+    assert only(program(*lines, call)).flops == 5 * 2 * (2 * 3 * 128 * 128 * 64) / 2
+
+
 @pytest.mark.parametrize(
     ("lhs", "rhs", "result", "how", "flops"),
     [
