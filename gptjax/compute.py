@@ -24,7 +24,6 @@ class ResolvedCompute:
     """ComputeConfig with every `auto` resolved for the target device."""
 
     attention: str = "xla"
-    splash_block: int = DEFAULT_SPLASH_BLOCK  # positions of a block of splash attention, at most
     loss: str = "xla"
     remat: str = "none"
     scan_unroll: int = 1
@@ -32,6 +31,7 @@ class ResolvedCompute:
     # Linear layers multiply [B*T, D]. That is faster on CPU and GPU, and slower on TPU. Under tensor parallelism it
     # would need an all-gather.
     flatten_tokens: bool = True
+    splash_block: int = DEFAULT_SPLASH_BLOCK  # positions of a block of splash attention, at most
 
 
 def resolve_compute(config: Config, mesh: Mesh) -> ResolvedCompute:
@@ -62,12 +62,12 @@ def resolve_compute(config: Config, mesh: Mesh) -> ResolvedCompute:
     chip = find_chip(getattr(device, "device_kind", ""))
     return ResolvedCompute(
         attention=attention,
-        splash_block=chip.splash_block if chip and chip.splash_block else DEFAULT_SPLASH_BLOCK,
         loss=choose_loss(compute.loss, platform=platform, tensor=tensor),
         remat=compute.remat,
         scan_unroll=choose_unroll(compute.scan_unroll, model.n_layer, platform),
         dtype=dtype,
         flatten_tokens=platform != "tpu" and tensor == 1,
+        splash_block=(chip.splash_block if chip else 0) or DEFAULT_SPLASH_BLOCK,
     )
 
 

@@ -1,6 +1,9 @@
 """What `auto` becomes on which device."""
 
+import types
+
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from gptjax.collectives import Parallel
@@ -18,6 +21,13 @@ def test_compute_is_resolved_from_the_devices_of_the_mesh():
     cpu = resolve_compute(config, make_mesh(MeshConfig()))
     assert cpu == ResolvedCompute("xla", "xla", "dots", 2, jnp.dtype(jnp.float32), flatten_tokens=True)
     assert not resolve_compute(config, make_mesh(MeshConfig(tensor=2))).flatten_tokens
+
+
+@pytest.mark.parametrize(("kind", "block"), [("TPU v6 lite", 1024), ("TPU v5 lite", 512), ("TPU v9", 512)])
+def test_block_of_splash_attention_is_that_of_the_chip(kind, block):
+    device = types.SimpleNamespace(platform="tpu", device_kind=kind)
+    mesh = types.SimpleNamespace(devices=np.array([device]), shape={"data": 1, "fsdp": 1, "tensor": 1})
+    assert resolve_compute(Config(), mesh).splash_block == block
 
 
 def test_parallel_is_resolved_from_the_mesh():
