@@ -47,8 +47,9 @@ COMPARED = [  # (what, with what): the difference is of the first to the second
 
 def train(workdir: pathlib.Path, source: str, *, settings: Mapping[str, Any], steps: int, seed: int) -> None:
     """Trains a run to its end, or continues it."""
+    kind, _, path = source.partition(":")
     fixed = {
-        "data.source": source,
+        "data.source": f"{kind}:{pathlib.Path(path).resolve()}",
         "data.seed": seed,
         "train.seed": seed,
         "train.num_steps": steps,
@@ -84,7 +85,7 @@ def raw_bits_per_byte(workdir: pathlib.Path) -> float:
 
 def run_all(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Returns {variant: {"source seed": bits per byte}}."""
-    root = pathlib.Path(args.dir)
+    root = pathlib.Path(args.dir).resolve()  # the commands run in it
     root.mkdir(parents=True, exist_ok=True)
     stored = root / "results.json"
     found: dict[str, dict[str, float]] = json.loads(stored.read_text()) if stored.exists() else {}

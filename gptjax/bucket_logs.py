@@ -16,6 +16,7 @@ from etils import epath
 from gptjax.errors import one_line
 from gptjax.logs import parse_rows
 from gptjax.workdir import (
+    DESCRIPTION,
     LOGS,
     METRICS_FILE,
     SAMPLES_FILE,
@@ -40,22 +41,22 @@ def fetch_logs(workdir: str, local: str) -> None:
     directory = pathlib.Path(local)
     with _warning_only(workdir):
         directory.mkdir(parents=True, exist_ok=True)
-        for name in (*LOGS, TASKS_FILE):
+        is_behind = False  # whether the bucket has later steps than this machine
+        for name in (METRICS_FILE, *DESCRIPTION, SAMPLES_FILE, TASKS_FILE):
             copy = directory / name
             original = epath.Path(workdir) / name
             if not original.exists():
                 continue
             content = original.read_bytes()
-            if copy.exists() and not _has_newer_steps(name, content, copy):
+            if name == METRICS_FILE:
+                is_behind = copy.exists() and _last_step(content) > _last_step(read_regular(copy))
+            is_newer = is_behind and name in (METRICS_FILE, TASKS_FILE)
+            if copy.exists() and not is_newer:
                 continue
             copy.parent.mkdir(exist_ok=True)
             replace_file(copy, content)
             if name == METRICS_FILE:  # the run re-creates TensorBoard's events from it
                 shutil.rmtree(directory / TENSORBOARD, ignore_errors=True)
-
-
-def _has_newer_steps(name: str, content: bytes, copy: pathlib.Path) -> bool:
-    return name == METRICS_FILE and _last_step(content) > _last_step(read_regular(copy))
 
 
 def store_logs(local: str, workdir: str) -> None:

@@ -22,6 +22,7 @@ from gptjax.model import GPT, Block
 from gptjax.params import Param, PyTree, rows
 
 UPDATE_STATS = "layer_stats"  # the metric of the train step that holds those of an update
+QUERY_BLOCK = 512  # queries whose scores are in memory at a time
 EMBEDDED = "embedding"  # the residual stream before the first layer
 # (params, tokens_ABT) -> {"param_rms": [parts], "residual_rms": [L+1], "attention_logit": [L]}
 StatsFn = Callable[[PyTree, jax.Array], dict[str, jax.Array]]
@@ -66,36 +67,41 @@ def _norm_and_rms(tree: PyTree, config: GPTConfig) -> tuple[jax.Array, jax.Array
     padding = jnp.zeros((), jnp.float32)
     for param in rows(config):
         leaf = functools.reduce(lambda node, name: node[name], param.path.split("/"), tree)
-        if "V" in param.dims:
-            # The padding of the vocabulary counts in the norm alone: its values are random, and no token has them.
-            axis = param.dims.index("V")
-            rest = jax.lax.slice_in_dim(leaf, config.vocab_size, None, axis=axis)
-            leaf = jax.lax.slice_in_dim(leaf, 0, config.vocab_size, axis=axis)
-            padding += _square_sum(rest)
         part = "h" if param.layered else _module(param)
-        square = _square_sum(leaf, range(int(param.layered), leaf.ndim))
+        if "V" in param.dims:
+            # The padding of the vocabulary counts in the norm alone: its values are random, and no token has them. It
+            # is masked after the sum over the width: a slice would copy the table, and cut through a device's shard.
+            square_V = _square_sum(leaf, [axis for axis, letter in enumerate(param.dims) if letter != "V"])
+            is_token_V = jnp.arange(square_V.size) < config.vocab_size
+            square = jnp.sum(jnp.where(is_token_V, square_V, 0.0))
+            padding += jnp.sum(jnp.where(is_token_V, 0.0, square_V))
+            count = leaf.size // square_V.size * config.vocab_size
+        else:
+            square = _square_sum(leaf, range(int(param.layered), leaf.ndim))
+            count = math.prod(leaf.shape[int(param.layered) :])
         squares[part] = squares[part] + square if part in squares else square
-        counts[part] = counts.get(part, 0) + math.prod(leaf.shape[int(param.layered) :])
+        counts[part] = counts.get(part, 0) + count
     total = padding + sum(jnp.sum(square) for square in squares.values())
     means = [jnp.atleast_1d(squares[part] / counts[part]) for part in ("h", *part_names(config)[config.n_layer :])]
     return jnp.sqrt(total), jnp.sqrt(jnp.concatenate(means))
 
 
-def _square_sum(x: jax.Array, axes: Iterable[int] | None = None) -> jax.Array:
-    return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=None if axes is None else tuple(axes))
+def _square_sum(x: jax.Array, axes: Iterable[int]) -> jax.Array:
+    return jnp.sum(jnp.square(x.astype(jnp.float32)), axis=tuple(axes))
 
 
 def make_stats_step(model: GPT, config: Config, *, eot: EndOfText) -> StatsFn:
     """Returns stats_step(params, tokens_ABT), which looks at the parameters and at one forward pass, without dropout.
 
-    The pass is over the first micro-batch of tokens_ABT, int32 [A, B, T+1]. All results are float32.
+    The pass is over all of tokens_ABT, int32 [A, B, T+1], so that the results do not depend on how many micro-batches
+    it is divided into. All are float32.
     """
     observe = functools.partial(_observe, model=model, config=config, eot=eot)
     forward = on_shards(observe, model.parallel, out_specs=lambda _: P())
 
     def stats_step(params: PyTree, tokens_ABT: jax.Array) -> dict[str, jax.Array]:
         unused = jnp.zeros((), jnp.int32)  # on_shards passes a third argument, of which there is no need
-        seen = forward(params, tokens_ABT[:1], unused)
+        seen = forward(params, tokens_ABT, unused)
         return {"param_rms": part_rms(params, config.model), **seen}
 
     return stats_step
@@ -120,16 +126,39 @@ def _observe(
 ) -> dict[str, jax.Array]:
     parallel = model.parallel
     params = all_gather_embeddings(params, parallel)
-    inputs_BT, starts_BT, _ = make_examples(tokens_ABT[0], config, eot=eot)
+
+    def observe_microbatch(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _observe_microbatch(params, tokens, model=model, config=config, eot=eot)
+
+    # A loop, as the train step has it: one micro-batch is in memory.
+    square_AL, logit_AL = jax.lax.map(observe_microbatch, tokens_ABT)
+    num_sequences, positions = tokens_ABT.shape[0] * tokens_ABT.shape[1], tokens_ABT.shape[2] - 1
+    count = jnp.float32(num_sequences * positions // parallel.tensor * config.model.n_embd)  # on this device
+    square_L, count = psum_all((jnp.sum(square_AL, axis=0), count), parallel)
+    return {
+        "residual_rms": jnp.sqrt(square_L / count),
+        "attention_logit": _largest(jnp.max(logit_AL, axis=0), parallel),
+    }
+
+
+def _observe_microbatch(
+    params: PyTree, tokens: jax.Array, *, model: GPT, config: Config, eot: EndOfText
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (squares of the residual stream, summed: before the first layer and after each; largest logits).
+
+    params: with the embedding tables all-gathered. tokens: int32 [B, T+1], this device's sequences. Results are float32
+    [L+1] and [L], of this device.
+    """
+    inputs_BT, starts_BT, _ = make_examples(tokens, config, eot=eot)
     segments_BT = None if starts_BT is None else jnp.cumsum(starts_BT, axis=1, dtype=jnp.int32)
     position_BT = position_ids(inputs_BT.shape, starts_BT)
     x_BTD: Any = model.apply({"params": params}, inputs_BT, position_BT, method="embed")
-    block = Block(config.model, model.compute, parallel)
+    block = Block(config.model, model.compute, model.parallel)
 
     # The same loop over the layers as in GPT.layers, with the run's own kernels. What it sees of the inside of a layer
     # Flax captures, so that the model has no line for it.
     def layer(x_BTD: jax.Array, params: PyTree) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        variables = {"params": all_gather_layer(params, parallel)}
+        variables = {"params": all_gather_layer(params, model.parallel)}
         result: Any = block.apply(
             variables,
             x_BTD,
@@ -140,19 +169,21 @@ def _observe(
         (y_BTD, _), seen = result
         [qkv] = seen["intermediates"]["attn"]["c_attn"]["__call__"]
         logit = _largest_logit(add_bias(*qkv), segments_BT, head_width=config.model.n_embd // config.model.n_head)
-        return y_BTD, (_square_sum(y_BTD), logit)
+        return y_BTD, (_square_sum(y_BTD, range(3)), logit)
 
-    embedded = _square_sum(x_BTD)
+    embedded = _square_sum(x_BTD, range(3))
     _, (square_L, logit_L) = jax.lax.scan(layer, x_BTD, params["h"])
-    squares = jnp.concatenate([embedded[None], square_L])
-    count = jnp.float32(x_BTD.size)  # of this device's shard
-    squares, count = psum_all((squares, count), parallel)
-    return {"residual_rms": jnp.sqrt(squares / count), "attention_logit": _largest(logit_L, parallel)}
+    return jnp.concatenate([embedded[None], square_L]), logit_L
 
 
 def _largest(x: jax.Array, parallel: Parallel) -> jax.Array:
+    """Returns the maximum of x, float32, over all devices; NaN if it is NaN on any of them."""
     axes = parallel.axes()
-    return jax.lax.pmax(x, axes) if axes else x
+    if not axes:
+        return x
+    # pmax leaves NaN out.
+    is_nan = jax.lax.psum(jnp.isnan(x).astype(jnp.int32), axes) > 0
+    return jnp.where(is_nan, jnp.nan, jax.lax.pmax(x, axes))
 
 
 def _largest_logit(qkv_BT3D: jax.Array, segments_BT: jax.Array | None, *, head_width: int) -> jax.Array:
@@ -161,18 +192,29 @@ def _largest_logit(qkv_BT3D: jax.Array, segments_BT: jax.Array | None, *, head_w
     segments_BT: int32 segment ids; None means one document per row.
     """
     T = qkv_BT3D.shape[1]
-    causal = jnp.tril(jnp.ones((T, T), bool))
+    size = min(T, QUERY_BLOCK)
+    num_blocks = -(-T // size)  # rounded up
+    index_T = jnp.arange(T)
 
     def of_sequence(sequence: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         qkv_T3D, segments_T = sequence
         q_TNH = qkv_T3D[:, 0].reshape(T, -1, head_width)
         k_SNH = qkv_T3D[:, 1].reshape(T, -1, head_width)
-        scores_NTS = jnp.einsum("TNH,SNH->NTS", q_TNH, k_SNH, preferred_element_type=jnp.float32)
-        mask = causal if segments_T is None else causal & (segments_T[:, None] == segments_T[None, :])
-        return jnp.max(jnp.where(mask[None], scores_NTS, -jnp.inf)) / math.sqrt(head_width)
 
-    # One sequence at a time: where a fused kernel is used, the scores of a whole batch may not fit.
-    return jnp.max(jax.lax.map(of_sequence, (qkv_BT3D, segments_BT)))
+        def of_block(block: jax.Array) -> jax.Array:
+            # The last block begins earlier where it would be shorter: queries may be looked at twice.
+            start = jnp.minimum(block * size, T - size)
+            q = jax.lax.dynamic_slice_in_dim(q_TNH, start, size)
+            scores_NTS = jnp.einsum("TNH,SNH->NTS", q, k_SNH, preferred_element_type=jnp.float32)
+            mask = (start + jnp.arange(size))[:, None] >= index_T[None, :]
+            if segments_T is not None:
+                mask &= jax.lax.dynamic_slice_in_dim(segments_T, start, size)[:, None] == segments_T[None, :]
+            return jnp.max(jnp.where(mask[None], scores_NTS, -jnp.inf))
+
+        return jnp.max(jax.lax.map(of_block, jnp.arange(num_blocks)))
+
+    # A block of one sequence at a time: where a fused kernel is used, the scores of a whole batch may not fit.
+    return jnp.max(jax.lax.map(of_sequence, (qkv_BT3D, segments_BT))) / math.sqrt(head_width)
 
 
 def as_row(found: Mapping[str, Any], config: GPTConfig) -> dict[str, float]:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from gptjax.config import Config
 from gptjax.errors import install
-from gptjax.log_tags import tagged
+from gptjax.log_tags import STATS, tagged
 from gptjax.redaction import shown
 from gptjax.strict_json import InvalidTextError, parse_json
 from gptjax.workdir import LARGEST_FILE, METRICS_FILE, TENSORBOARD, is_at, open_file, open_regular
@@ -365,6 +365,8 @@ def rows_after(directory: str, step: int) -> Iterator[dict[str, Any]]:
 def thinned_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     """Yields the rows of a metrics file; if it has more than SHOWN_ROWS, every n-th row and all validations.
 
+    Rows of steps and of statistics are counted separately: they alternate, and a stride could leave one kind out.
+
     Raises:
         OSError: it cannot be read.
     """
@@ -374,9 +376,12 @@ def thinned_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
         stride = 1 + num_lines // SHOWN_ROWS
         file.seek(0)
         lines = iter(lambda: file.readline(LONGEST_LINE), b"")  # bounded: a hole has no line end
-        for number, line in enumerate(lines):
-            if number % stride == 0 or b'"val_loss"' in line:
+        counts = {True: 0, False: 0}
+        for line in lines:
+            is_stats = f'"{STATS}'.encode() in line
+            if counts[is_stats] % stride == 0 or b'"val_loss"' in line:
                 yield from parse_rows(line)
+            counts[is_stats] += 1
 
 
 def lines_backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

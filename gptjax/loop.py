@@ -372,6 +372,7 @@ def process_metrics(
     # np.asarray blocks until the dispatch is done, so this lap is the time that the devices took.
     scalars = {name: value for name, value in metrics.items() if name != UPDATE_STATS}
     host = {name: np.reshape(np.asarray(value), (count,)) for name, value in scalars.items()}
+    seen = {name: np.asarray(x) for name, x in (observed or {}).items()}
     reporter.watch.lap("step")
     for index in range(count):
         step = end - count + index + 1
@@ -405,5 +406,5 @@ def process_metrics(
     if observed is not None:
         # Of the last step of the dispatch: the arrays are [K, parts], or [parts] where K is 1.
         of_update = {name: np.asarray(x).reshape(count, -1)[-1] for name, x in metrics[UPDATE_STATS].items()}
-        reporter.report_stats(end, as_row(of_update | observed, run.config.model))
+        reporter.report_stats(end, as_row(of_update | seen, run.config.model))
     return history

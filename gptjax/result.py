@@ -12,7 +12,7 @@ class TrainResult:
 
     step: int  # the updates that are done
     val_loss: float | None  # of the last validation, nats per token; None if there was none
-    history: list[dict[str, Any]]  # the rows of metrics.jsonl: one per logged step and one per validation
+    history: list[dict[str, Any]]  # the rows of metrics.jsonl: of logged steps, validations and statistics
     exit_code: int  # 0: all steps are done; 75: it was interrupted, and the same call resumes
     workdir: str = ""
 

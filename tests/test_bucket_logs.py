@@ -46,6 +46,20 @@ def test_answers_to_tasks_are_stored_and_fetched(bucket, here, tmp_path):
     assert (tmp_path / "there" / "results" / "tasks.json").read_text() == '{"model": "step 8"}'
 
 
+def test_machine_that_is_behind_takes_the_answers_of_the_bucket(bucket, here, tmp_path):
+    there = tmp_path / "there"
+    for machine, step in ((here, 1), (there, 2)):
+        (machine / "results").mkdir(parents=True)
+        (machine / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
+        (machine / "results" / "tasks.json").write_text(f'{{"model": "step {step}"}}')
+        bucket_logs.store_logs(str(machine), bucket)
+    bucket_logs.fetch_logs(bucket, str(there))
+    bucket_logs.fetch_logs(bucket, str(here))
+    assert [(machine / "results" / "tasks.json").read_text() for machine in (here, there)] == [
+        '{"model": "step 2"}'
+    ] * 2
+
+
 def test_fetching_never_overwrites_newer_logs(bucket, here):
     (here / "metrics.jsonl").write_text("old\n")
     bucket_logs.store_logs(str(here), bucket)

@@ -138,6 +138,14 @@ def test_w3_empty_tensorboard_is_filled_from_the_log(tmp_path):
     assert event_steps(tmp_path, "train/loss") == [1, 2, 3]
 
 
+def test_long_log_keeps_steps_and_statistics_that_alternate(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "SHOWN_ROWS", 5)
+    rows = [{"step": n // 2, ("loss" if n % 2 else "stats/grad_rms/h0"): 1.0} for n in range(20)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = list(logs.thinned_rows(tmp_path / "metrics.jsonl"))
+    assert [sum(name in row for row in kept) for name in ("loss", "stats/grad_rms/h0")] == [2, 2]
+
+
 def test_long_log_is_thinned_but_keeps_validations(tmp_path, monkeypatch):
     monkeypatch.setattr(logs, "SHOWN_ROWS", 10)
     rows = [{"step": step, "val_loss" if step == 8 else "loss": 1.0} for step in range(1, 41)]

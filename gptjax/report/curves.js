@@ -4,7 +4,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const SVG = "http://www.w3.org/2000/svg";
   const COLOURS = 8;
-  const MOST_ROWS = 14; // of the values of one run next to the pointer
+  const MOST_LAYERS = 12; // whose values are all shown next to the pointer
   const MARGIN = { left: 54, right: 12, top: 8, bottom: 22 };
   const AXES = { step: "step", tokens: "tokens", seconds: "time", flops: "FLOPs" };
   const figures = [...document.querySelectorAll("figure")];
@@ -113,6 +113,8 @@
     return found;
   };
 
+  const wantsLog = (panel) => state.log[panel.title] ?? panel.log;
+
   const draw = (figure) => {
     const number = +figure.dataset.panel;
     const panel = data.panels[number];
@@ -133,16 +135,18 @@
       ys.forEach((y, i) => { low = Math.min(low, y - errors[i]); high = Math.max(high, y + errors[i]); });
     }
     const [left, right] = state.zoom || domain();
-    const isLog = Boolean(state.log[panel.title]) && low > 0;
+    const isLog = wantsLog(panel) && low > 0;
     const scale = isLog ? Math.log10 : (y) => y;
     const pad = 0.04 * (scale(high) - scale(low)) || Math.abs(0.1 * scale(high)) || 1;
     const [bottom, top] = [scale(low) - pad, scale(high) + pad];
     const toX = (x) => MARGIN.left + ((x - left) / (right - left)) * (width - MARGIN.left - MARGIN.right);
     const toY = (y) => MARGIN.top + ((top - scale(y)) / (top - bottom)) * (height - MARGIN.top - MARGIN.bottom);
+    const deepest = []; // the last layer of each run
+    for (const { index, line } of lines) deepest[index] = Math.max(deepest[index] ?? 0, line.layer);
     drawAxes(svg, { panel, isLog, left, right, low, high, bottom, top, toX, toY, width, height });
     for (const { run, index, line, xs, ys, errors } of lines) {
       const colour = `c${index % COLOURS}`;
-      const opacity = 0.2 + 0.8 * line.depth;
+      const opacity = line.layer < 0 ? 1 : 0.2 + 0.8 * (deepest[index] ? line.layer / deepest[index] : 1);
       const path = xs.map((x, i) => `${i ? "L" : "M"}${toX(x).toFixed(1)} ${toY(ys[i]).toFixed(1)}`).join("");
       element(svg, "path", { d: path, class: `curve ${line.style} ${colour}`, "data-run": run.name, "data-name": line.name, "stroke-opacity": opacity });
       if (xs.length > 1 && (line.style !== "dots" || xs.length > 60) && !errors.some(Boolean)) continue;
@@ -210,14 +214,15 @@
         if (owner !== run || x < xs[0] - slack || x > xs[xs.length - 1] + slack) continue;
         let i = indexBefore(xs, x);
         if (i + 1 < xs.length && xs[i + 1] - x < x - xs[i]) i += 1;
-        values.push({ label: line.label, y: ys[i], error: errors[i] });
+        values.push({ label: line.label, layer: line.layer, y: ys[i], error: errors[i] });
       }
       if (!values.length) continue;
       if (data.runs.length > 1) add("", run.name).firstChild.className = `key c${index % COLOURS}`;
-      if (values.length > MOST_ROWS) {
-        values.sort((a, b) => b.y - a.y);
-        const middle = values[values.length >> 1];
-        values = [values[0], { ...middle, label: `median, ${middle.label}` }, values[values.length - 1]];
+      const layers = values.filter(({ layer }) => layer >= 0).sort((a, b) => b.y - a.y);
+      if (layers.length > MOST_LAYERS) {
+        const middle = layers[layers.length >> 1];
+        const others = values.filter(({ layer }) => layer < 0);
+        values = [layers[0], { ...middle, label: `median, ${middle.label}` }, layers[layers.length - 1], ...others];
       }
       for (const { label, y, error } of values) {
         add(label, short(y, found.percent) + (error ? ` ± ${short(error, found.percent)}` : ""));
@@ -305,8 +310,8 @@
   for (const figure of figures) {
     const panel = data.panels[+figure.dataset.panel];
     const log = figure.querySelector("button.log");
-    press(log, Boolean(state.log[panel.title]));
-    log.onclick = () => { state.log[panel.title] = !state.log[panel.title]; press(log, state.log[panel.title]); drawAll(); };
+    press(log, wantsLog(panel));
+    log.onclick = () => { state.log[panel.title] = !wantsLog(panel); press(log, wantsLog(panel)); drawAll(); };
     const isLarge = figure.classList.contains("large");
     for (const { label, style } of panel.lines.filter((line) => line.label && isLarge)) {
       makeButton(figure.querySelector("figcaption"), label, {

@@ -28,7 +28,7 @@ class Line(NamedTuple):
     name: str  # in metrics.jsonl, or after SMOOTHED
     style: str  # "faint", "solid", "dots" or "dashed"
     label: str = ""
-    depth: float = 1.0  # of a layer, from 0 for the first to 1 for the last
+    layer: int = -1  # -1: of no layer
 
 
 class Panel(NamedTuple):
@@ -38,6 +38,7 @@ class Panel(NamedTuple):
     group: str
     lines: tuple[Line, ...]
     is_percent: bool = False
+    is_log: bool = False  # whether its axis is logarithmic at first
 
 
 LOSS = Panel(
@@ -112,14 +113,13 @@ def _layer_panels(names: Iterable[str]) -> list[Panel]:
     panels = []
     for statistic, found in parts.items():
         layers = sorted(int(match[1]) for match in map(LAYER.fullmatch, found) if match)
-        lines = [
-            Line(f"{STATS}{statistic}/h{layer}", "solid", f"layer {layer}", layer / max(1, layers[-1]))
-            for layer in layers
-        ]
+        lines = [Line(f"{STATS}{statistic}/h{layer}", "solid", f"layer {layer}", layer) for layer in layers]
         outside = [part for part in found if not LAYER.fullmatch(part)]
         lines += [Line(f"{STATS}{statistic}/{part}", "dashed", part) for part in outside]
         if lines:
-            panels.append(Panel(STATISTICS.get(statistic, statistic), LAYERS, tuple(lines)))
+            # Embeddings and LayerNorms are of another size than the layers, which a linear axis would flatten.
+            is_log = bool(outside)
+            panels.append(Panel(STATISTICS.get(statistic, statistic), LAYERS, tuple(lines), is_log=is_log))
     return panels
 
 
@@ -158,7 +158,12 @@ def drawing(runs: Sequence[RunData], names: Sequence[str], *, panels: Sequence[P
     columns_of = {name: layer_columns if name.startswith(STATS) else columns for name in wanted}
     return {
         "panels": [
-            {"title": panel.title, "lines": [line._asdict() for line in panel.lines], "percent": panel.is_percent}
+            {
+                "title": panel.title,
+                "lines": [line._asdict() for line in panel.lines],
+                "percent": panel.is_percent,
+                "log": panel.is_log,
+            }
             for panel in panels
         ],
         "runs": [_curves(run, name, columns_of) for run, name in zip(runs, names, strict=True)],

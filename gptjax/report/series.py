@@ -6,10 +6,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from gptjax.log_tags import STATS
 from gptjax.logs import LONGEST_LINE, parse_rows
 
 BLOCK_BYTES = 2**20
-MOST_NAMES = 1000  # of metrics; a run has a few dozen and some of each layer, and a damaged file may have any number
+# Of metrics: a run has a few dozen, and five for each layer. A damaged file may have any number.
+MOST_NAMES = 400
+MOST_LAYER_NAMES = 1200
 LARGEST_STEP = 2**53  # JavaScript's integers are exact up to here
 LARGEST_VALUE = 1e300  # a larger one is damage, and differences of two would overflow
 
@@ -22,7 +25,7 @@ class Series(NamedTuple):
 
 
 def read_series(file: BinaryIO) -> dict[str, Series]:
-    """Returns all metrics of a metrics.jsonl by name, of at most MOST_NAMES names.
+    """Returns all metrics of a metrics.jsonl by name, of at most so many names.
 
     Lines that are no rows, and values that are no finite numbers, are left out. Of rows that repeat a step, as after a
     file could not be truncated, the last one counts.
@@ -31,11 +34,15 @@ def read_series(file: BinaryIO) -> dict[str, Series]:
         OSError: it cannot be read.
     """
     parts: dict[str, list[_Part]] = {}
+    num_names = {True: 0, False: 0}  # of layers, and others
     num_rows = 0
     for rows in _row_blocks(file):
         for name, numbers, values in _columns(rows):
-            if name == "step" or (name not in parts and len(parts) >= MOST_NAMES):
+            is_of_layer = name.startswith(STATS)
+            most = MOST_LAYER_NAMES if is_of_layer else MOST_NAMES
+            if name == "step" or (name not in parts and num_names[is_of_layer] >= most):
                 continue
+            num_names[is_of_layer] += name not in parts
             steps = np.array([rows[number]["step"] for number in numbers], np.int64)
             is_finite = np.abs(values) < LARGEST_VALUE  # False for nan
             places = num_rows + np.array(numbers)

@@ -101,7 +101,7 @@ def test_hovering_shows_the_values_of_all_runs(tab, show, make_run):
     assert tab.evaluate("document.querySelector('.tip')") is None
 
 
-@pytest.mark.parametrize("layers", [3, 20])
+@pytest.mark.parametrize("layers", [3, 12, 20])
 def test_hovering_over_layers_shows_all_or_the_extremes(layers, tab, show, make_run):
     workdir = make_run("a")
     add_layers(workdir, layers)
@@ -109,14 +109,17 @@ def test_hovering_over_layers_shows_all_or_the_extremes(layers, tab, show, make_
     assert points_drawn(tab, "runs/a", "stats/grad_rms/h0") == [10]
     opacity = "document.querySelector('path[data-name=\"stats/grad_rms/h%d\"]').getAttribute('stroke-opacity')"
     assert [float(tab.evaluate(opacity % layer)) for layer in (0, layers - 1)] == [0.2, 1.0]
-    svg = "document.querySelector('path[data-name=\"stats/attention_logit/h0\"]').closest('svg')"
+    # In this panel there is also a part that is no layer.
+    svg = "document.querySelector('path[data-name=\"stats/grad_rms/h0\"]').closest('svg')"
     tab.evaluate(f"{svg}.scrollIntoView({{block: 'center'}})")
     left, top, width, height = tab.evaluate(BOX.replace("document.querySelector('svg')", svg))
     tab.move(left + 54 + (width - 66) * 49.0 / 99, top + height / 2)
-    _, *tip = tab.evaluate(TIP)
-    highest, first, last = f"layer {layers // 2}", "layer 0", f"layer {layers - 1}"
-    if layers == 3:
-        assert tip == [[first, "149"], [highest, "150"], [last, "149"]]
+    _, *tip, table = tab.evaluate(TIP)
+    assert table == ["wte", "25"]
+    highest, first = f"layer {layers // 2}", "layer 0"
+    if layers <= 12:
+        assert [row[0] for row in tip] == [f"layer {layer}" for layer in range(layers)]
+        assert dict(tip)[highest] == "150"
     else:
         assert [row[0] for row in tip] == [highest, tip[1][0], first]
         assert tip[1][0].startswith("median, layer ")

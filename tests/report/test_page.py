@@ -112,8 +112,9 @@ def test_layers_share_a_panel_of_each_statistic(make_run):
     ]  # fmt: skip
     gradients = layered[0].lines
     assert [line.label for line in gradients] == [*(f"layer {n}" for n in range(12)), "wte"]
-    assert [line.depth for line in gradients[:12:11]] == [0, 1]
+    assert [line.layer for line in gradients] == [*range(12), -1]
     assert gradients[-1].style == "dashed"
+    assert [panel.is_log for panel in layered] == [True, False, False, True, False], "where there is more than layers"
     [run] = Elements(page_of(workdir)).drawing["runs"]
     for line in (line for panel in layered for line in panel.lines):
         assert points(run["curves"][line.name]) == {row["step"]: row[line.name] for row in rows}

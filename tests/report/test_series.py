@@ -96,6 +96,13 @@ def test_names_are_bounded():
     assert len(found["loss"]) == len(lines)
 
 
+def test_names_of_layers_leave_room_for_the_others():
+    layers = {f"stats/grad_rms/h{n}": 1.0 for n in range(series.MOST_LAYER_NAMES + 50)}
+    found = of(json.dumps({"step": 5} | layers) + "\n" + '{"step": 10, "loss": 2.0}\n')
+    assert found.pop("loss") == {10: 2.0}
+    assert len(found) == series.MOST_LAYER_NAMES
+
+
 def test_thinned_curve_has_the_extremes_of_every_column():
     whole = noise(10_000)
     thinned = thin(whole, 50)
