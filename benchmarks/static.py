@@ -53,6 +53,8 @@ SNAPSHOT_CASES: tuple[Case, ...] = (
     ("h200", "small", 32, {"attention": "cudnn"}),
     ("v5e", "small", 8, {"attention": "splash"}),
     ("v5e", "small", 8, {"attention": "splash", "scan_unroll": 1}),
+    ("v5p", "small", 32, {"attention": "splash", "scan_unroll": 1}),
+    ("v6e", "small", 16, {"attention": "splash", "scan_unroll": 1}),
 )
 DEFAULTS = {"attention": "auto", "remat": "none", "scan_unroll": 0, "loss": "xla", "loss_chunk": 0, "dtype": "auto"}
 FIGURES = ("kernels", "GB/step", "TFLOP/step", "temp GiB", "roof ms")

@@ -86,6 +86,8 @@ def test_snapshot_has_every_case_within_its_limits(static):
     assert rows["h200", 64, "attention=cudnn loss=triton"]["roof tokens/s"] >= 720_000
     assert rows["h200", 64, "attention=cudnn loss=triton"]["temp GiB"] <= 30
     assert rows["v5e", 8, "attention=splash"]["GB/step"] <= 43
+    assert rows["v5e", 8, "attention=splash scan_unroll=1"]["roof tokens/s"] >= 127_000
+    assert rows["v6e", 16, "attention=splash scan_unroll=1"]["roof tokens/s"] >= 345_000
 
 
 def test_differences_beyond_five_percent_are_reported(static):
