@@ -95,6 +95,24 @@ def test_forward_pass_is_that_of_numpy(sections, monkeypatch):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("positions", [1, 5, 16, 18])
+@pytest.mark.parametrize("documents", [True, False])
+def test_largest_logit_is_of_a_key_that_may_be_seen(positions, documents, monkeypatch):
+    """Keys are longer the later they come, so that a masked pair would have the largest score."""
+    monkeypatch.setattr(layer_stats, "QUERY_BLOCK", 5)
+    rng = np.random.default_rng(positions)
+    qkv_BT3D = rng.standard_normal((2, positions, 3, 16)).astype(np.float32)
+    qkv_BT3D[:, :, 1] *= 1 + np.arange(positions)[None, :, None] ** 2
+    segments_BT = np.cumsum(rng.random((2, positions)) < 0.3, axis=1).astype(np.int32) if documents else None
+    found = layer_stats._largest_logit(jnp.asarray(qkv_BT3D), segments_BT, head_width=8)
+    q_BTNH, k_BSNH = (qkv_BT3D[:, :, part].reshape(2, positions, 2, 8) for part in (0, 1))
+    scores_BNTS = np.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / math.sqrt(8)
+    mask_BTS = np.tril(np.ones((1, positions, positions), bool))
+    if documents:
+        mask_BTS = mask_BTS & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    assert found == pytest.approx(scores_BNTS[np.broadcast_to(mask_BTS[:, None], scores_BNTS.shape)].max(), rel=1e-5)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_and_updates_are_those_of_numpy(tied):
     """Gradients before clipping, which here shortens them; updates are the change of the parameters."""
