@@ -101,11 +101,11 @@ def test_largest_logit_is_of_a_key_that_may_be_seen(positions, documents, monkey
     """Keys are longer the later they come, so that a masked pair would have the largest score."""
     monkeypatch.setattr(layer_stats, "QUERY_BLOCK", 5)
     rng = np.random.default_rng(positions)
-    qkv_BT3D = rng.standard_normal((2, positions, 3, 16)).astype(np.float32)
+    qkv_BT3D = rng.standard_normal((8, positions, 3, 16)).astype(np.float32)
     qkv_BT3D[:, :, 1] *= 1 + np.arange(positions)[None, :, None] ** 2
-    segments_BT = np.cumsum(rng.random((2, positions)) < 0.3, axis=1).astype(np.int32) if documents else None
+    segments_BT = np.cumsum(rng.random((8, positions)) < 0.3, axis=1).astype(np.int32) if documents else None
     found = layer_stats._largest_logit(jnp.asarray(qkv_BT3D), segments_BT, head_width=8)
-    q_BTNH, k_BSNH = (qkv_BT3D[:, :, part].reshape(2, positions, 2, 8) for part in (0, 1))
+    q_BTNH, k_BSNH = (qkv_BT3D[:, :, part].reshape(8, positions, 2, 8) for part in (0, 1))
     scores_BNTS = np.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) / math.sqrt(8)
     mask_BTS = np.tril(np.ones((1, positions, positions), bool))
     if documents:
