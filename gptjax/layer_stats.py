@@ -68,17 +68,16 @@ def _norm_and_rms(tree: PyTree, config: GPTConfig) -> tuple[jax.Array, jax.Array
     for param in rows(config):
         leaf = functools.reduce(lambda node, name: node[name], param.path.split("/"), tree)
         part = "h" if param.layered else _module(param)
-        if "V" in param.dims:
-            # The padding of the vocabulary counts in the norm alone: its values are random, and no token has them. It
-            # is masked after the sum over the width: a slice would copy the table, and cut through a device's shard.
-            square_V = _square_sum(leaf, [axis for axis, letter in enumerate(param.dims) if letter != "V"])
-            is_token_V = jnp.arange(square_V.size) < config.vocab_size
-            square = jnp.sum(jnp.where(is_token_V, square_V, 0.0))
-            padding += jnp.sum(jnp.where(is_token_V, 0.0, square_V))
-            count = leaf.size // square_V.size * config.vocab_size
-        else:
-            square = _square_sum(leaf, range(int(param.layered), leaf.ndim))
-            count = math.prod(leaf.shape[int(param.layered) :])
+        square = _square_sum(leaf, range(int(param.layered), leaf.ndim))
+        count = math.prod(leaf.shape[int(param.layered) :])
+        if "V" in param.dims and config.vocab_size < (rows_V := leaf.shape[param.dims.index("V")]):
+            # The padding of the vocabulary counts in the norm alone: its values are random, and no token has them. Only
+            # its few rows are sliced: a slice of the others would copy the table.
+            axis = param.dims.index("V")
+            unused = _square_sum(jax.lax.slice_in_dim(leaf, config.vocab_size, None, axis=axis), range(leaf.ndim))
+            square -= unused
+            padding += unused
+            count = count // rows_V * config.vocab_size
         squares[part] = squares[part] + square if part in squares else square
         counts[part] = counts.get(part, 0) + count
     total = padding + sum(jnp.sum(square) for square in squares.values())
