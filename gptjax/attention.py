@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gptjax.chips import DEFAULT_SPLASH_BLOCK
 from gptjax.collectives import ONE_DEVICE, Parallel
 from gptjax.dropout import dropout_mask
 from gptjax.errors import ConfigError
 
 SPLASH_BLOCK = 128  # the sequence must be a multiple of this
 MOST_FUSED_BLOCKS = 4  # of keys: the fused backward pass of splash attention holds a gradient of q for each
-DEFAULT_SPLASH_BLOCK = 512  # of chips for which chips.py has no other
 QUERY_BLOCKS = 4  # of plain attention
 SHORTEST_IN_BLOCKS = 128  # positions; shorter sequences are computed in one block
 

@@ -9,6 +9,7 @@ from gptjax.gpu_memory import planned_fraction
 
 GB = 1e9  # data sheets of GPUs and of bandwidths
 GIB = 2.0**30  # TPU documentation
+DEFAULT_SPLASH_BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Chip:
     links: int  # to other chips: two for each dimension of a torus; 1 to a switch
     network_bandwidth: float  # bytes/s per direction to other slices or nodes: the chip's share of its host's
     has_bfloat16: bool = True  # matrix units for bfloat16
-    splash_block: int = 0  # positions of a block of TPU splash attention; 0: its default
+    splash_block: int = DEFAULT_SPLASH_BLOCK  # positions of a block of TPU splash attention, at most
     extra: str = ""  # the extra of pyproject.toml that installs jax for the chip, where the usual one does not
 
     @property

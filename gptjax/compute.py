@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gptjax.attention import DEFAULT_SPLASH_BLOCK, choose_backend
-from gptjax.chips import find_chip, has_bfloat16
+from gptjax.attention import choose_backend
+from gptjax.chips import DEFAULT_SPLASH_BLOCK, find_chip, has_bfloat16
 from gptjax.collectives import Parallel
 from gptjax.config import Config
 from gptjax.config_values import nearest_divisors
@@ -67,7 +67,7 @@ def resolve_compute(config: Config, mesh: Mesh) -> ResolvedCompute:
         scan_unroll=choose_unroll(compute.scan_unroll, model.n_layer, platform),
         dtype=dtype,
         flatten_tokens=platform != "tpu" and tensor == 1,
-        splash_block=(chip.splash_block if chip else 0) or DEFAULT_SPLASH_BLOCK,
+        splash_block=chip.splash_block if chip else DEFAULT_SPLASH_BLOCK,
     )
 
 

@@ -178,7 +178,7 @@ def test_splash_and_its_gradients_equal_xla(long_qkv, documents, most_fused, mon
     splash = with_gradients(functools.partial(splash_attention, largest_block=128, interpret=True))
     xla = with_gradients(functools.partial(causal_attention, backend="xla"))
     for found, expected in zip(splash, xla, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     if documents:
         whole_BTNH = causal_attention(*long_qkv, backend="xla")
         assert not np.allclose(splash[0], whole_BTNH, atol=1e-3)
