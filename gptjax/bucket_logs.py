@@ -42,16 +42,15 @@ def fetch_logs(workdir: str, local: str) -> None:
     with _warning_only(workdir):
         directory.mkdir(parents=True, exist_ok=True)
         is_behind = False  # whether the bucket has later steps than this machine
-        for name in (METRICS_FILE, *DESCRIPTION, SAMPLES_FILE, TASKS_FILE):
+        for name in (METRICS_FILE, *DESCRIPTION, SAMPLES_FILE, TASKS_FILE):  # the first one decides about the others
             copy = directory / name
             original = epath.Path(workdir) / name
             if not original.exists():
                 continue
             content = original.read_bytes()
             if name == METRICS_FILE:
-                is_behind = copy.exists() and _last_step(content) > _last_step(read_regular(copy))
-            is_newer = is_behind and name in (METRICS_FILE, TASKS_FILE)
-            if copy.exists() and not is_newer:
+                is_behind = not copy.exists() or _last_step(content) > _last_step(read_regular(copy))
+            if copy.exists() and not is_behind:
                 continue
             copy.parent.mkdir(exist_ok=True)
             replace_file(copy, content)

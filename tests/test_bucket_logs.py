@@ -46,18 +46,24 @@ def test_answers_to_tasks_are_stored_and_fetched(bucket, here, tmp_path):
     assert (tmp_path / "there" / "results" / "tasks.json").read_text() == '{"model": "step 8"}'
 
 
-def test_machine_that_is_behind_takes_the_answers_of_the_bucket(bucket, here, tmp_path):
+@pytest.mark.parametrize("removed", [False, True])
+def test_machine_that_is_behind_takes_all_logs_of_the_bucket(bucket, here, tmp_path, removed):
+    """Its own earlier samples and answers would otherwise replace those of the bucket at its next save."""
     there = tmp_path / "there"
     for machine, step in ((here, 1), (there, 2)):
         (machine / "results").mkdir(parents=True)
         (machine / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
         (machine / "results" / "tasks.json").write_text(f'{{"model": "step {step}"}}')
+        (machine / "samples.txt").write_text("".join(f"--- step {n}\ntext\n" for n in range(1, step + 1)))
         bucket_logs.store_logs(str(machine), bucket)
-    bucket_logs.fetch_logs(bucket, str(there))
+    if removed:
+        (here / "metrics.jsonl").unlink()
     bucket_logs.fetch_logs(bucket, str(here))
-    assert [(machine / "results" / "tasks.json").read_text() for machine in (here, there)] == [
-        '{"model": "step 2"}'
-    ] * 2
+    bucket_logs.store_logs(str(here), bucket)
+    stored = tmp_path / "bucket"
+    for directory in (here, stored):
+        assert (directory / "results" / "tasks.json").read_text() == '{"model": "step 2"}'
+        assert "step 2" in (directory / "samples.txt").read_text()
 
 
 def test_fetching_never_overwrites_newer_logs(bucket, here):
