@@ -20,7 +20,7 @@ from gptjax.errors import WorkdirError
 from gptjax.goodput import Stopwatch, duration
 from gptjax.history import History
 from gptjax.identity import Identity
-from gptjax.layer_stats import UPDATE_STATS, as_row
+from gptjax.layer_stats import UPDATE_STATS, as_row, last_update
 from gptjax.metrics import Reporter, is_logged
 from gptjax.periodic import validate, write_samples
 from gptjax.setup import Run, write_files
@@ -148,7 +148,7 @@ class Loop:
             observed = self._observe(tokens, is_first=is_first)
             # Without this wait, a trace would end before the step runs, and the first run would not count as `compile`.
             if is_first or is_traced:
-                jax.block_until_ready((metrics, observed))
+                jax.block_until_ready(metrics)
         if is_first:
             tools.watch.lap("compile")
             self._reporter.screen.show_work("")
@@ -157,20 +157,22 @@ class Loop:
         self._prefetcher.start(self._step)
         # Blocks until the previous dispatch is done, while the devices continue with this one.
         self._drain_pending()
-        is_observed = is_due(self._step, train.stats_every)
-        self._pending = _Pending(self._step, metrics, answer, observed if is_observed else None)
+        self._pending = _Pending(self._step, metrics, answer, observed)
         self._compiled = True
         fault_point("step")
 
     def _observe(self, tokens: jax.Array, *, is_first: bool) -> Any:
-        """Returns the statistics of the layers after a dispatch on `tokens`, on the devices; None if none are due."""
+        """Returns the result of the stats step after a dispatch on `tokens`, on the devices; None if none is due."""
         train = self._run.config.train
         stats_step = self._run.stats_step
-        # In the first dispatch as well, so that its compilation is booked with the train step's.
-        if stats_step is None or not (is_first or is_due(self._step + train.steps_per_dispatch, train.stats_every)):
+        is_reported = is_due(self._step + train.steps_per_dispatch, train.stats_every)
+        if stats_step is None or not (is_reported or is_first):
             return None
         # Enqueued before the next dispatch donates the parameters.
-        return stats_step(self._state.params, tokens)
+        observed = stats_step(self._state.params, tokens)
+        if is_first:  # so that it compiles while the time counts as `compile`
+            jax.block_until_ready(observed)
+        return observed if is_reported else None
 
     def _drain_pending(self) -> None:
         """Waits for the pending dispatch, if any, and processes its metrics and stop vote."""
@@ -179,16 +181,21 @@ class Loop:
             return
         # Reset first: if process_metrics raises, nothing must process the same metrics twice.
         self._pending = None
+        # Here, so that the wait counts as the step's.
+        jax.block_until_ready(pending.observed)
         self._history = process_metrics(
             self._run,
             self._reporter,
             self._history,
             end=pending.end,
             metrics=pending.metrics,
-            observed=pending.observed,
             last_saved=self._saved,
             workdir=self._tools.workdir,
         )
+        # Not reached if the step was rolled back.
+        if pending.observed is not None:
+            row = as_row(last_update(pending.metrics) | pending.observed, self._run.config.model)
+            self._reporter.report_stats(pending.end, row)
         self._tools.stop_vote.result(pending.answer)
         # Beats only here, because only a finished dispatch shows that the devices make progress.
         self._tools.watchdog.beat()
@@ -352,14 +359,12 @@ def process_metrics(
     *,
     end: int,
     metrics: Any,
-    observed: Any = None,
     last_saved: int | None,
     workdir: Any,
 ) -> History:
     """Waits for the metrics of the dispatch that ended at step `end`, applies train.nan_policy, and reports them.
 
-    metrics: float32 [] by name, or [K] for K steps per dispatch; with UPDATE_STATS those of an update's layers.
-    observed: of the stats step; None means that no statistics are reported.
+    metrics: float32 [] by name, or [K] for K steps per dispatch. It leaves UPDATE_STATS out.
 
     Returns:
         The history after that step.
@@ -372,7 +377,6 @@ def process_metrics(
     # np.asarray blocks until the dispatch is done, so this lap is the time that the devices took.
     scalars = {name: value for name, value in metrics.items() if name != UPDATE_STATS}
     host = {name: np.reshape(np.asarray(value), (count,)) for name, value in scalars.items()}
-    seen = {name: np.asarray(x) for name, x in (observed or {}).items()}
     reporter.watch.lap("step")
     for index in range(count):
         step = end - count + index + 1
@@ -403,8 +407,4 @@ def process_metrics(
         reporter.report_step(step, row, skipped=history.skipped_steps)
         if is_logged(step, run.config.train):
             history = history.without_losses()
-    if observed is not None:
-        # Of the last step of the dispatch: the arrays are [K, parts], or [parts] where K is 1.
-        of_update = {name: np.asarray(x).reshape(count, -1)[-1] for name, x in metrics[UPDATE_STATS].items()}
-        reporter.report_stats(end, as_row(of_update | seen, run.config.model))
     return history

@@ -218,8 +218,8 @@ def make_train_step(
 
     It makes one update from the mean gradient over all tokens of the A micro-batches. If loss, gradient or update is
     not finite, params and optimizer state stay the same and only `step` increases. Metrics are float32 scalars: loss,
-    grad_norm (before clipping), update_norm, lr, tokens, finite (1 or 0); with train.stats_every also
-    UPDATE_STATS, float32 [parts] each: the RMS of gradients before clipping, and of updates.
+    grad_norm (before clipping), update_norm, lr, tokens, finite (1 or 0). With train.stats_every there is also
+    UPDATE_STATS: grad_rms (before clipping) and update_rms, float32 [parts].
     """
     clip = config.optim.grad_clip
     gradient_fn = make_gradient_fn(loss_fn, config=config, parallel=parallel)
