@@ -377,8 +377,9 @@ def thinned_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
         file.seek(0)
         lines = iter(lambda: file.readline(LONGEST_LINE), b"")  # bounded: a hole has no line end
         counts = {True: 0, False: 0}
+        stats_key = f'"{STATS}'.encode()
         for line in lines:
-            is_stats = f'"{STATS}'.encode() in line
+            is_stats = stats_key in line
             if counts[is_stats] % stride == 0 or b'"val_loss"' in line:
                 yield from parse_rows(line)
             counts[is_stats] += 1

@@ -1,4 +1,4 @@
-"""The train state: arrays only, created already sharded."""
+"""The train state: arrays only, created already sharded; and how the average in it moves."""
 
 import dataclasses
 from collections.abc import Callable

@@ -171,7 +171,7 @@ def drawing(runs: Sequence[RunData], names: Sequence[str], *, panels: Sequence[P
 
 
 def _columns(points: int, num_curves: int, *, fewest: int) -> int:
-    """Returns the columns that each curve is thinned to, so that all of them together have about so many points."""
+    """Returns the number of columns that each curve is thinned to: about `points` in all curves together."""
     columns = points // max(1, POINTS_OF_A_COLUMN * num_curves)
     return min(MOST_COLUMNS, max(fewest, columns))
 

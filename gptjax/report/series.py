@@ -25,7 +25,7 @@ class Series(NamedTuple):
 
 
 def read_series(file: BinaryIO) -> dict[str, Series]:
-    """Returns all metrics of a metrics.jsonl by name, of at most so many names.
+    """Returns the metrics of a metrics.jsonl by name: at most MOST_LAYER_NAMES of layers and MOST_NAMES others.
 
     Lines that are no rows, and values that are no finite numbers, are left out. Of rows that repeat a step, as after a
     file could not be truncated, the last one counts.
