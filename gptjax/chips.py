@@ -28,6 +28,11 @@ class Chip:
     extra: str = ""  # the extra of pyproject.toml that installs jax for the chip, where the usual one does not
 
     @property
+    def ring_bandwidth(self) -> float:
+        """The bytes/s that a chip sends in a ring: in both directions of a torus dimension, where it has two links."""
+        return min(2, self.links) * self.link_bandwidth
+
+    @property
     def is_tpu(self) -> bool:
         """Whether the chip is a TPU; otherwise it is a GPU."""
         return self.kind.startswith("TPU")

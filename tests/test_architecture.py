@@ -78,6 +78,7 @@ LAYERS = """
     convert.files  convert.staging
     output_file
     redaction  workdir  streams
+    plan.overlap
     plan.hlo_kernels  plan.traffic
     screen
     convert.transfer  plan.hlo  goodput  convert.byte_level

@@ -66,6 +66,11 @@ def _make_parser() -> Parser:
         help="Rank the meshes, micro-batches and remat policies that fit, and plan the fastest.",
     )
     parser.add_argument(
+        "--overlap",
+        action="store_true",
+        help="Also print how much of each collective the compiled schedule hides behind computation.",
+    )
+    parser.add_argument(
         "--json",
         default="",
         metavar="FILE",
@@ -105,6 +110,9 @@ def main(arguments: list[str]) -> None:
 
     for line in report.describe(found):
         say(line)
+    if args.overlap:
+        for line in report.describe_overlap(found):
+            say(line)
     if args.search:
         say(f"start it with: {command(found, args)}")
 

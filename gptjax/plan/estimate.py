@@ -237,11 +237,10 @@ def roofline(setting: Candidate, chip: Chip, traffic: Traffic) -> Roofline:
     devices = math.prod(setting.shape.mesh.values())
     # Full remat repeats the forward pass, a third of a step's FLOPs.
     repeated = 4 / 3 if setting.compute.remat == "full" else 1
-    ring_bandwidth = min(2, chip.links) * chip.link_bandwidth  # both directions of a torus dimension, where it has two
     return Roofline(
         matrix_units=step_flops(setting.config) * repeated / devices / chip.peak_flops,
         memory=_memory_traffic(setting) / chip.memory_bandwidth,
-        links=link_bytes / ring_bandwidth,
+        links=link_bytes / chip.ring_bandwidth,
         network=network_bytes / chip.network_bandwidth,
     )
 

@@ -15,6 +15,7 @@ CONTROL = {"while", "call", "conditional", "async-start"}  # run other computati
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "add-dependency",
     "async-done", "async-update", "copy-done", "slice-done", "partition-id", "replica-id",
+    "send", "send-done", "recv", "recv-done",
 }  # fmt: skip
 FREE_CALLS = {"ConcatBitcast", "AllocateBuffer", "AssumeGatherIndicesInBound", "Sharding"}
 COPIES = {"copy-start", "slice-start"}  # a TPU's DMA next to kernels: takes memory bandwidth, and no launch
@@ -70,13 +71,14 @@ def read_kernels(text: str) -> list[Kernel]:
             continue
         by_name = _by_name(instructions)
         for instruction in instructions:
-            if _is_kernel(instruction):
-                kernel = _read_kernel(instruction, by_name, computations)
+            if is_kernel(instruction):
+                kernel = read_kernel(instruction, by_name, computations)
                 found.append(dataclasses.replace(kernel, count=runs[name]))
     return found
 
 
-def _is_kernel(instruction: Instruction) -> bool:
+def is_kernel(instruction: Instruction) -> bool:
+    """Returns whether a device launches a kernel, or a copy, for an instruction."""
     if instruction.opcode in FREE or instruction.opcode in CONTROL:
         return False
     return _target(instruction) not in FREE_CALLS
@@ -93,7 +95,7 @@ def buffers(text: str) -> Iterator[Array]:
             yield from arrays(instruction.shape)
 
 
-def _read_kernel(
+def read_kernel(
     instruction: Instruction,
     by_name: Mapping[str, Instruction],
     computations: Computations,

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.metadata
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from gptjax.chips import GIB, find_chip
@@ -20,8 +20,9 @@ from gptjax.plan.estimate import (
     roofline,
     step_flops,
 )
+from gptjax.plan.overlap import Overlap, Speeds, hidden_share, read_overlaps
 from gptjax.plan.topology import Topology
-from gptjax.plan.traffic import Collective, read_collectives, sum_traffic
+from gptjax.plan.traffic import NETWORK, Collective, read_collectives, sum_traffic
 
 
 def make_report(
@@ -40,7 +41,10 @@ def make_report(
     minimum = minimum_traffic(setting)
     if compiled:
         source = f"{compiler_version(topology)}: memory and communication; by formulas: FLOP and times"
-        collectives = read_traffic(compiled, setting.shape, topology)
+        text = compiled.as_text()
+        collectives = read_traffic(text, setting.shape, topology)
+        overlaps = read_overlap(text, setting.shape, topology)
+        efficiency = dataclasses.replace(TYPICAL, exposed_communication=1 - hidden_share(overlaps))
         traffic = sum_traffic(collectives)
         memory = measured_memory(estimate_memory(setting), peak_bytes(compiled))
     else:
@@ -48,10 +52,12 @@ def make_report(
         if not topology.is_tpu:
             source += f"; to compile without a GPU: {install(topology.chip.extra or 'cuda')}"
         collectives = []
+        overlaps = []
+        efficiency = TYPICAL
         traffic = minimum
         memory = estimate_memory(setting)
     roof = roofline(setting, chip, traffic)
-    typical = TYPICAL.seconds(roof)
+    typical = efficiency.seconds(roof)
     flops = step_flops(config)
     hours = target / tokens_per_step * roof.seconds / 3600
     chip_hours = hours * topology.devices
@@ -81,7 +87,8 @@ def make_report(
         "typical_seconds": typical,
         "typical_mfu": flops / (typical * topology.devices * chip.peak_flops),
         "typical_tokens_per_second": tokens_per_step / typical,
-        "typical_efficiencies": dataclasses.asdict(TYPICAL),
+        "typical_efficiencies": dataclasses.asdict(efficiency),
+        "overlap": summarize_overlap(overlaps),
         "target_tokens": target,
         "hours": hours,
         "chip_hours": chip_hours,
@@ -98,26 +105,75 @@ def compiler_version(topology: Topology) -> str:
 
 
 def read_traffic(
-    compiled: Any,
+    text: str,
     shape: StepLayout,
     topology: Topology,
 ) -> list[Collective]:
     """Returns the collectives of a compiled step; those between slices or nodes are separate entries."""
-    text = compiled.as_text()
     if topology.is_tpu:
         return read_collectives(text, shape.mesh, shape.slices)
     found = []
     for collective in read_collectives(text, shape.mesh):
-        crosses_nodes = shape.slices > 1 and "data" in collective.axes and collective.kind == "all-reduce"
-        if crosses_nodes:
-            found += _split_by_network(collective, shape)
-        else:
-            found.append(collective)
+        found += _split_by_network(collective, shape)
     return found
 
 
+def read_overlap(
+    text: str,
+    shape: StepLayout,
+    topology: Topology,
+) -> list[Overlap]:
+    """Returns the collectives of a compiled step, and how much of each the schedule hides, at typical efficiencies."""
+    chip = topology.chip
+    slices = shape.slices if topology.is_tpu else 1
+
+    def send(collective: Collective) -> float:
+        parts = [collective] if topology.is_tpu else _split_by_network(collective, shape)
+        seconds = 0.0
+        for part in parts:
+            if part.kind == NETWORK:
+                seconds += part.bytes / (TYPICAL.network * chip.network_bandwidth)
+            else:
+                seconds += part.bytes / (TYPICAL.links * chip.ring_bandwidth)
+        return seconds
+
+    speeds = Speeds(
+        memory=TYPICAL.memory * chip.memory_bandwidth,
+        flops=TYPICAL.matrix_units * chip.peak_flops,
+        send=send,
+    )
+    return read_overlaps(text, shape.mesh, slices, speeds=speeds)
+
+
+def summarize_overlap(overlaps: Iterable[Overlap]) -> list[dict[str, Any]]:
+    """Returns a row for each kind, axes, dtype and place in the model, the longest wait first; times per step."""
+    rows: dict[Any, dict[str, Any]] = {}
+    for overlap in overlaps:
+        collective = overlap.collective
+        place = _place(collective.where)
+        key = collective.kind, collective.axes, collective.dtype, place
+        empty = {"runs": 0, "bytes": 0.0, "seconds": 0.0, "hidden_seconds": 0.0}
+        about = {"kind": collective.kind, "axes": list(collective.axes), "dtype": collective.dtype, "where": place}
+        row = rows.setdefault(key, about | empty)
+        row["runs"] += collective.count
+        row["bytes"] += collective.total_bytes
+        row["seconds"] += overlap.seconds
+        row["hidden_seconds"] += overlap.hidden
+    return sorted(rows.values(), key=lambda row: row["hidden_seconds"] - row["seconds"])
+
+
+def _place(where: str) -> str:
+    """Returns a short name of the part of the step that a name scope belongs to."""
+    if "GPT.layers" not in where:
+        return "step"
+    return "layers, backward" if "transpose" in where or "rematted" in where else "layers, forward"
+
+
 def _split_by_network(collective: Collective, shape: StepLayout) -> Iterator[Collective]:
-    """Yields the parts of an all-reduce over all nodes: XLA has one collective, which NCCL does hierarchically."""
+    """Yields the parts of a GPU's all-reduce over all nodes, which NCCL does hierarchically; others as they are."""
+    if shape.slices == 1 or "data" not in collective.axes or collective.kind != "all-reduce":
+        yield collective
+        return
     devices = math.prod(shape.mesh[axis] for axis in collective.axes)
     amount = collective.bytes / 2 * devices / (devices - 1)  # the ring sends 2 (n - 1) / n of the operand's bytes
     parts = hierarchical_all_reduce(shape, collective.axes, amount)
@@ -177,10 +233,28 @@ def describe_typical(r: dict[str, Any]) -> str:
     shares = {name.replace("_", " "): f"{100 * share:.0f}%" for name, share in r["typical_efficiencies"].items()}
     exposed = shares.pop("exposed communication")
     assumed = ", ".join(f"{name} {share}" for name, share in shares.items())
+    origin = "by the schedule" if r["overlap"] else "assumed"
     return (
         f"typical case: {100 * r['typical_mfu']:.1f}% MFU, {r['typical_tokens_per_second']:,.0f} tokens/s "
-        f"(estimate; assumes of the peak: {assumed}; {exposed} of communication not hidden)"
+        f"(estimate; assumes of the peak: {assumed}; {exposed} of communication not hidden, {origin})"
     )
+
+
+def describe_overlap(r: dict[str, Any]) -> list[str]:
+    """Returns the lines of a report on how much of each collective the compiled schedule hides."""
+    if not r["overlap"]:
+        return ["nothing is sent, or nothing was compiled: there is no schedule to read"]
+    total = sum(row["seconds"] for row in r["overlap"])
+    hidden = sum(row["hidden_seconds"] for row in r["overlap"])
+    lines = [f"hidden by the compiled schedule: {1e3 * hidden:.2f} of {1e3 * total:.2f} ms per step (estimate)"]
+    for row in r["overlap"]:
+        axes = "+".join(row["axes"])
+        times = f"{1e3 * row['seconds']:>8.2f} ms, hidden {1e3 * row['hidden_seconds']:.2f} ms"
+        lines.append(
+            f"  {row['kind']:<27} {axes:<12} {row['dtype']:<5} {row['where']:<17} {row['runs']:>6} times "
+            f"{row['bytes'] / 1e6:>9.1f} MB {times}"
+        )
+    return lines
 
 
 def _describe_chip(r: dict[str, Any]) -> list[str]:

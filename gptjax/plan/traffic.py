@@ -17,6 +17,7 @@ SCATTERED = "all-reduce-scatter"  # prefix of a fusion that is a reduce-scatter,
 # An asynchronous collective appears where it starts, in each fusion that it overlaps, and where it ends. Only the
 # start counts; these mark the others.
 OVERLAPPED = "async_collective_fusion"
+STARTS = 'custom_call_target="AsyncCollectiveStart"'
 DONE = 'custom_call_target="AsyncCollectiveDone"'
 ACROSS = "_xla_megascale_transfer_type"  # marks a transfer to another slice
 NETWORK = "all-reduce (DCN)"
@@ -52,26 +53,35 @@ def read_collectives(
     Raises:
         ValueError: the text has a loop or a group of devices of a form that is not known.
     """
+    return list(collectives_by_place(parse(text), mesh_shape, slices).values())
+
+
+def collectives_by_place(
+    computations: Mapping[str, list[Instruction]],
+    mesh_shape: Mapping[str, int],
+    slices: int = 1,
+) -> dict[tuple[str, str], Collective]:
+    """Returns the collectives of read_collectives by the names of their computation and instruction."""
     slice_shape = dict(mesh_shape)
     if "data" in slice_shape:
         slice_shape["data"] //= slices
-    computations = parse(text)
     counts = count_runs(computations)
-    found = []
+    found = {}
     for name, instructions in computations.items():
-        if not counts.get(name) or _continues_a_collective(name, instructions):
+        if not counts.get(name) or continues_a_collective(name, instructions):
             continue
         for instruction in instructions:
             kind = instruction.opcode.removesuffix("-start")
+            place = name, instruction.name
             if kind in KINDS:
                 collective = _read_collective(instruction, name, mesh_shape=slice_shape)
-                found.append(dataclasses.replace(collective, count=counts[name]))
+                found[place] = dataclasses.replace(collective, count=counts[name])
             elif kind == "send" and ACROSS in instruction.text:
-                found.append(_read_send(instruction, counts[name], slices))
+                found[place] = _read_send(instruction, counts[name], slices)
     return found
 
 
-def _continues_a_collective(name: str, instructions: Iterable[Instruction]) -> bool:
+def continues_a_collective(name: str, instructions: Iterable[Instruction]) -> bool:
     """Returns whether a computation continues or ends a collective that another one starts."""
     return name.startswith(OVERLAPPED) or any(DONE in i.text for i in instructions)
 

@@ -87,6 +87,7 @@ def test_typical_case_names_the_efficiencies_that_it_assumes(tmp_path):
     _, out, _ = plan(SMALL, "--topology=h100:8")
     typical = r"typical case: [\d.]+% MFU, [\d,]+ tokens/s \(estimate; assumes of the peak: matrix units 60%"
     assert re.search(typical, out)
+    assert "50% of communication not hidden, assumed)" in out
     assert "pip install 'gptjax[cuda]'" in out, "how to compile instead"
 
 
@@ -209,6 +210,16 @@ def test_missing_tpu_compiler_error_states_what_to_install():
     assert "pip install 'gptjax[plan]'" in line
 
 
+def check_overlap(report):
+    """Checks that the rows of the schedule are all of the traffic, and that the typical case uses what they hide."""
+    rows = report["overlap"]
+    if report["slices"] == 1:  # a GPU's all-reduce over nodes is one row here, and two parts in the traffic
+        assert sum(row["bytes"] for row in rows) == pytest.approx(report["traffic_bytes"])
+    seconds, hidden = (sum(row[name] for row in rows) for name in ("seconds", "hidden_seconds"))
+    assert all(0 <= row["hidden_seconds"] <= row["seconds"] for row in rows)
+    assert report["typical_efficiencies"]["exposed_communication"] == pytest.approx(1 - hidden / seconds)
+
+
 @pytest.mark.plan
 @pytest.mark.skipif(not has_compiler(parse_topology("h100:8", 1)), reason="needs jax[cuda], several GB")
 class TestCompiledForGpus:
@@ -222,6 +233,7 @@ class TestCompiledForGpus:
     )  # fmt: skip
     def test_gpu_step_traffic_equals_the_minimum(self, tmp_path, flags):
         report = report_of(tmp_path, *flags)
+        check_overlap(report)
         assert report["source"].startswith("compiled with jaxlib")
         assert report["attention"] == "cudnn"
         least, sent = report["minimum_traffic_bytes"], report["traffic_bytes"]
@@ -255,7 +267,11 @@ class TestCompiled:
 
     def test_tpu_report_has_memory_and_collectives(self, tmp_path):
         settings = ("data=1", "fsdp=16", "--config.data.global_batch_size=128")
-        report, out = report_and_text(tmp_path, "v5e:4x4", *settings)
+        report, out = report_and_text(tmp_path, "v5e:4x4", *settings, "--overlap")
+        hidden = sum(row["hidden_seconds"] for row in report["overlap"])
+        assert hidden > 0, "XLA fuses all-gathers of layers with matmuls"
+        assert f"hidden by the compiled schedule: {1e3 * hidden:.2f} of" in out
+        assert "of communication not hidden, by the schedule)" in out
         assert report["source"].startswith("compiled with libtpu")
         assert report["attention"] == "splash", "the kernel compiles"
         memory = report["memory_bytes"]
@@ -275,6 +291,7 @@ class TestCompiled:
     )  # fmt: skip
     def test_tpu_step_traffic_is_near_the_minimum(self, tmp_path, flags):
         report = report_of(tmp_path, "v5e:4x4", *flags)
+        check_overlap(report)
         least, sent = report["minimum_traffic_bytes"], report["traffic_bytes"]
         assert 0.99 * least < sent < 1.2 * least
         rows = collections.Counter()
