@@ -1,6 +1,7 @@
 """Causal self-attention with several backends, chosen by name or by device."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from gptjax.errors import ConfigError
 
 SPLASH_BLOCK = 128  # the sequence must be a multiple of this
 MOST_FUSED_BLOCKS = 4  # of keys: the fused backward pass of splash attention holds a gradient of q for each
+SPLASH_RESULTS = "splash"  # checkpoint name of the kernel's output and log sums, which its backward pass needs
 QUERY_BLOCKS = 4  # of plain attention
 SHORTEST_IN_BLOCKS = 128  # positions; shorter sequences are computed in one block
 
@@ -238,6 +240,19 @@ def _attend(
     return jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH)
 
 
+def keep_only_product(attend: Callable[[jax.Array], jax.Array], backend: str) -> Callable[[jax.Array], jax.Array]:
+    """Returns attend(qkv_BT3D), changed so that the backward pass of splash attention makes q, k and v from qkv again.
+
+    Otherwise a loop over layers stores all three a second time, with heads of 64 in tiles of 128 lanes, and copies them
+    out of its stack. attend: takes the product of c_attn. backend: others than splash keep views of the product.
+    """
+    if backend != "splash":
+        return attend
+    policy = jax.checkpoint_policies.save_only_these_names(SPLASH_RESULTS)
+    # Without barriers: where layers are unrolled, XLA may keep q, k and v.
+    return jax.checkpoint(attend, policy=policy, prevent_cse=False)
+
+
 def splash_attention(
     q_BTNH: jax.Array,
     k_BTNH: jax.Array,
@@ -279,6 +294,7 @@ def splash_attention(
         mask,
         block_sizes=sizes,
         interpret=interpret,
+        residual_checkpoint_name=SPLASH_RESULTS,
     )
     # The kernel does not scale.
     q_BNTH = jnp.moveaxis(q_BTNH / math.sqrt(H), 2, 1)

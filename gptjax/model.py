@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gptjax.attention import causal_attention, masked_attention
+from gptjax.attention import causal_attention, keep_only_product, masked_attention
 from gptjax.collectives import (
     ONE_DEVICE,
     Parallel,
@@ -125,23 +125,29 @@ class CausalSelfAttention(nn.Module):
         # The kernel is [D, 3, D], so that `tensor` shards q, k and v alike, by heads. Shards of a [D, 3 D] kernel,
         # GPT-2's own layout, would hold q of some heads and k or v of others.
         heads = (B, T, local_heads, c.n_embd // c.n_head)
-        q_BTNH = qkv_BT3D[..., 0, :].reshape(heads)
-        k_BTNH = qkv_BT3D[..., 1, :].reshape(heads)
-        v_BTNH = qkv_BT3D[..., 2, :].reshape(heads)
+
+        def split_heads(qkv_BT3D: jax.Array) -> list[jax.Array]:
+            return [qkv_BT3D[..., n, :].reshape(heads) for n in range(3)]
+
         if cache is None:
             # Training and evaluation. Only this branch can use fused kernels, because a cache needs a mask of its own.
-            y_BTNH = causal_attention(
-                q_BTNH,
-                k_BTNH,
-                v_BTNH,
-                backend=self.compute.attention,
-                splash_block=self.compute.splash_block,
-                segments_BT=segments_BT,
-                dropout=c.dropout,
-                dropout_key=fold_key(dropout_key, DROP_ATTENTION_WEIGHTS),
-                parallel=parallel,
-            )
+            def attend(qkv_BT3D: jax.Array) -> jax.Array:
+                q_BTNH, k_BTNH, v_BTNH = split_heads(qkv_BT3D)
+                return causal_attention(
+                    q_BTNH,
+                    k_BTNH,
+                    v_BTNH,
+                    backend=self.compute.attention,
+                    splash_block=self.compute.splash_block,
+                    segments_BT=segments_BT,
+                    dropout=c.dropout,
+                    dropout_key=fold_key(dropout_key, DROP_ATTENTION_WEIGHTS),
+                    parallel=parallel,
+                )
+
+            y_BTNH = keep_only_product(attend, self.compute.attention)(qkv_BT3D)
         else:
+            q_BTNH, k_BTNH, v_BTNH = split_heads(qkv_BT3D)
             cache, mask = extend_cache(cache, k_BTNH, v_BTNH)
             y_BTNH = masked_attention(q_BTNH, cache.k_BNSH, cache.v_BNSH, mask=mask)
         projection = Linear(

@@ -13,6 +13,7 @@ from gptjax.attention import (
     SHORTEST_IN_BLOCKS,
     causal_attention,
     choose_backend,
+    keep_only_product,
     masked_attention,
     query_blocks,
     splash_attention,
@@ -182,3 +183,31 @@ def test_splash_and_its_gradients_equal_xla(long_qkv, documents, most_fused, mon
     if documents:
         whole_BTNH = causal_attention(*long_qkv, backend="xla")
         assert not np.allclose(splash[0], whole_BTNH, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["splash", "xla"])
+def test_splash_keeps_the_product_of_q_k_and_v_and_not_the_three(long_qkv, backend):
+    """For the backward pass. In a loop over layers the three would be stacked a second time."""
+    qkv_BT3D = jnp.stack([x.reshape(2, 256, 128) for x in long_qkv], axis=2)
+    by_name = {
+        "splash": functools.partial(splash_attention, largest_block=128, interpret=True),
+        "xla": functools.partial(causal_attention, backend="xla"),
+    }
+
+    def attend(qkv_BT3D):
+        return by_name[backend](*(qkv_BT3D[..., n, :].reshape(2, 256, 2, 64) for n in range(3)))
+
+    def residuals(attend):
+        _, backward = jax.vjp(attend, qkv_BT3D)
+        return [x.shape for x in jax.tree.leaves(backward)]
+
+    heads_BNTH = (2, 2, 256, 64)
+    kept = keep_only_product(attend, backend)
+    if backend == "xla":
+        assert kept is attend
+        return
+    assert residuals(attend).count(heads_BNTH) == 4
+    assert residuals(kept).count(heads_BNTH) == 1  # the result
+    assert residuals(kept).count(qkv_BT3D.shape) == 1
+    gradient, expected = (jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(x))))(qkv_BT3D) for f in (kept, attend))
+    np.testing.assert_array_equal(gradient, expected)
