@@ -249,7 +249,7 @@ def keep_only_product(attend: Callable[[jax.Array], jax.Array], backend: str) ->
     if backend != "splash":
         return attend
     policy = jax.checkpoint_policies.save_only_these_names(SPLASH_RESULTS)
-    # Without barriers: where layers are unrolled, XLA may keep q, k and v.
+    # No barriers: the loop separates the recomputation from the forward pass, as in GPT.layers.
     return jax.checkpoint(attend, policy=policy, prevent_cse=False)
 
 

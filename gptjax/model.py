@@ -145,7 +145,9 @@ class CausalSelfAttention(nn.Module):
                     parallel=parallel,
                 )
 
-            y_BTNH = keep_only_product(attend, self.compute.attention)(qkv_BT3D)
+            if self.compute.scan_unroll < c.n_layer:
+                attend = keep_only_product(attend, self.compute.attention)
+            y_BTNH = attend(qkv_BT3D)
         else:
             q_BTNH, k_BTNH, v_BTNH = split_heads(qkv_BT3D)
             cache, mask = extend_cache(cache, k_BTNH, v_BTNH)
