@@ -126,6 +126,7 @@ class CausalSelfAttention(nn.Module):
         # GPT-2's own layout, would hold q of some heads and k or v of others.
         heads = (B, T, local_heads, c.n_embd // c.n_head)
 
+        # Views of the product, which XLA fuses into what reads them.
         def split_heads(qkv_BT3D: jax.Array) -> list[jax.Array]:
             return [qkv_BT3D[..., n, :].reshape(heads) for n in range(3)]
 
@@ -145,6 +146,7 @@ class CausalSelfAttention(nn.Module):
                     parallel=parallel,
                 )
 
+            # Unrolled layers have no stack of residuals, and there XLA itself decides what to keep.
             if self.compute.scan_unroll < c.n_layer:
                 attend = keep_only_product(attend, self.compute.attention)
             y_BTNH = attend(qkv_BT3D)
