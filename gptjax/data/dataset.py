@@ -149,7 +149,7 @@ class Dataset:
 
     def batch(
         self,
-        step: int,
+        step: int | Sequence[int],
         *,
         sharding: jax.sharding.Sharding,
         num_microbatches: int,
@@ -158,6 +158,7 @@ class Dataset:
 
         Returns:
             int32 [A, B, T+1] with A = num_microbatches and A * B = global_batch_size: row r is at [r // B, r % B].
+            For K steps int32 [K, A, B, T+1].
 
         Raises:
             DataError: as `read`.
@@ -217,7 +218,7 @@ class Dataset:
 
     def _place(
         self,
-        index: int,
+        index: int | Sequence[int],
         order: Callable[[np.ndarray], np.ndarray],
         sharding: jax.sharding.Sharding,
         num_microbatches: int,
@@ -231,10 +232,13 @@ class Dataset:
         )
 
 
-def example_indices(step: int, global_batch_size: int) -> np.ndarray:
-    """Returns the numbers of the step's sequences, counted since step 0: int64 [global_batch_size]."""
-    first = step * global_batch_size
-    return np.arange(first, first + global_batch_size, dtype=np.int64)
+def example_indices(step: int | Sequence[int], global_batch_size: int) -> np.ndarray:
+    """Returns the numbers of the step's sequences, counted since step 0: int64 [global_batch_size].
+
+    For K steps int64 [K, global_batch_size].
+    """
+    first = np.asarray(step, np.int64) * global_batch_size
+    return first[..., None] + np.arange(global_batch_size, dtype=np.int64)
 
 
 def place_batch(
@@ -247,24 +251,24 @@ def place_batch(
 ) -> jax.Array:
     """Returns the tokens of samples on the devices. This process reads only the rows of its own devices.
 
-    samples: int64 [A * B].
+    samples: int64 [A * B], or [K, A * B].
     read_samples: returns the tokens of some of them, int32 [n, T+1] of int64 [n].
 
     Returns:
-        int32 [A, B, T+1] with A = num_microbatches.
+        int32 [A, B, T+1] with A = num_microbatches, or [K, A, B, T+1].
     """
-    samples_AB = samples.reshape(num_microbatches, -1)
+    samples_AB = samples.reshape(*samples.shape[:-1], num_microbatches, -1)  # or [K, A, B]
     shape = (*samples_AB.shape, block_size + 1)
     # By the bounds of A and B: devices that replicate rows share one reading of them.
-    cache: dict[tuple[Bounds, Bounds], np.ndarray] = {}
+    cache: dict[tuple[Bounds, ...], np.ndarray] = {}
 
     def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        """Returns the tokens that one device holds: int32, the slices `index` of A, B and T+1."""
+        """Returns the tokens that one device holds: int32, the slices `index` of (K,) A, B and T+1."""
         assert index is not None
-        steps, rows, positions = index
-        key = (steps.indices(shape[0]), rows.indices(shape[1]))
+        *rows, positions = index
+        key = tuple(part.indices(size) for part, size in zip(rows, samples_AB.shape, strict=True))
         if key not in cache:
-            local_AB = samples_AB[steps, rows]
+            local_AB = samples_AB[tuple(rows)]
             tokens = read_samples(local_AB.ravel())
             cache[key] = tokens.reshape(*local_AB.shape, -1)
         return cache[key][..., positions]

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -128,12 +128,12 @@ class Mixture:
 
     def batch(
         self,
-        step: int,
+        step: int | Sequence[int],
         *,
         sharding: jax.sharding.Sharding,
         num_microbatches: int,
     ) -> jax.Array:
-        """Returns the batch of `step`: int32 [A, B, T+1], as `Dataset.batch`.
+        """Returns the batch of `step`: int32 [A, B, T+1], or [K, A, B, T+1] of K steps, as `Dataset.batch`.
 
         Raises:
             DataError: as `Dataset.read`.

@@ -122,6 +122,16 @@ def test_o1_batches_do_not_depend_on_processes_or_accumulation():
         assert np.array_equal(whole.reshape(8, 11), dataset.read(rows[step]))
 
 
+def test_batches_of_several_steps_are_read_at_once():
+    dataset = make_dataset(1501, 501, batch=8)
+    sharding = NamedSharding(Mesh(np.array(jax.devices()[:4]), ("data",)), PartitionSpec(None, None, "data"))
+    batches = dataset.batch([24, 25, 24], sharding=sharding, num_microbatches=2)
+    rows = [dataset.read(dataset.window_ids(step)).reshape(2, 4, 11) for step in (24, 25)]
+    assert batches.shape == (3, 2, 4, 11)
+    assert np.array_equal(batches, [*rows, rows[0]])
+    assert not np.array_equal(*rows)
+
+
 def test_batch_rows_fill_the_micro_batches_in_order():
     dataset = make_dataset(1001, batch=24)
     batch = dataset.batch(3, sharding=make_sharding((2, 4, 1)), num_microbatches=3)
