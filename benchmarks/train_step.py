@@ -29,12 +29,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gptjax.chips import find_chip
 from gptjax.compute import resolve_compute, resolve_parallel
 from gptjax.config import Config, from_dict
+from gptjax.dispatch import Batches, tokens_sharding
 from gptjax.documents import EndOfText
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer
 from gptjax.params import padded_vocab_size
 from gptjax.plan.aot import peak_bytes
-from gptjax.sharding import BATCH_SPEC, make_mesh
+from gptjax.sharding import make_mesh
 from gptjax.sizes import train_flops_per_token
 from gptjax.state import make_init
 from gptjax.step import jit_steps
@@ -82,7 +83,7 @@ class Ours:
     config: Config
     step: Any
     state: Any
-    tokens: jax.Array
+    tokens: Any  # of a dispatch
     compile_seconds: float
 
     def __call__(self) -> None:
@@ -96,11 +97,13 @@ def make_ours(config: Config, *, devices: int = 1, options: dict[str, Any] | Non
     optimizer = make_optimizer(config.optim)
     abstract, init = make_init(model, optimizer, mesh=mesh, seed=0)
     step: Any = jit_steps(model, optimizer, config, abstract=abstract, eot=EndOfText(0, "last"))[0]
-    tokens, spec = random_tokens(config), BATCH_SPEC
-    if config.train.steps_per_dispatch > 1:
-        tokens = np.broadcast_to(tokens, (config.train.steps_per_dispatch, *tokens.shape))
-        spec = PartitionSpec(None, *spec)
-    tokens = jax.device_put(tokens, NamedSharding(mesh, spec))
+    count = config.train.steps_per_dispatch
+    tokens: Any = random_tokens(config)
+    if count > 1:
+        tokens = np.broadcast_to(tokens, (count, *tokens.shape))
+    tokens = jax.device_put(tokens, tokens_sharding(mesh, count))
+    if count > 1:
+        tokens = Batches(tokens, jax.device_put(np.int32(count), NamedSharding(mesh, PartitionSpec())))
     start = time.perf_counter()
     compiled = step.lower(abstract, tokens).compile(compiler_options=options)
     return Ours(config, compiled, init(), tokens, time.perf_counter() - start)

@@ -122,7 +122,7 @@ class TrainConfig:
 
     num_steps: Count = 600_000  # updates of the whole run
     micro_batch_size: Count = 0  # sequences per data-parallel rank and accumulation step; 0: chosen by memory
-    steps_per_dispatch: Positive = 1  # steps in one jitted call; saves, logs and stops happen between calls
+    steps_per_dispatch: Count = 0  # most steps in one jitted call, which stops wait for; 0: chosen by a step's time
     log_every: Positive = 10  # steps between two lines of metrics
     eval_every: Count = 1000  # steps between two validations; 0 means only after the last step
     eval_batches: Count = 20  # global batches of a validation, of each source of a mixture; 0 means all
@@ -208,7 +208,7 @@ for _path, _kind in FIELD_TYPES.items():
         CHOICES[_path] = typing.get_args(_kind)
     elif hasattr(_kind, "__metadata__"):  # Annotated[int, Bounds(...)]
         BOUNDS[_path] = _kind.__metadata__[0]
-# The host sees only the ends of dispatches, so these must be multiples of train.steps_per_dispatch.
+# The host sees only the ends of dispatches, so these must be multiples of a train.steps_per_dispatch that is not 0.
 PERIODS = (
     "train.log_every",
     "train.eval_every",
@@ -406,7 +406,7 @@ def _mesh_conflicts(mesh: MeshConfig) -> list[ConfigError]:
 
 
 def _period_conflicts(config: Config, flat: dict[str, Value]) -> list[ConfigError]:
-    every = config.train.steps_per_dispatch
+    every = config.train.steps_per_dispatch or 1  # chosen automatically, it follows the periods
     errors = []
     for path in PERIODS:
         period = int(flat[path])

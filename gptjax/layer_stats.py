@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.collectives import Parallel, all_gather_embeddings, all_gather_layer, on_shards, psum_all
 from gptjax.config import Config, GPTConfig
+from gptjax.dispatch import Tokens, last_batch
 from gptjax.documents import EndOfText
 from gptjax.examples import make_examples, position_ids
 from gptjax.kernels.pointwise import add_bias
@@ -25,8 +26,9 @@ from gptjax.sharding import path_name
 UPDATE_STATS = "layer_stats"  # the metric of the train step that holds those of an update
 QUERY_BLOCK = 512  # queries whose scores are in memory at a time
 EMBEDDED = "embedding"  # the residual stream before the first layer
-# (params, tokens_ABT) -> {"param_rms": [parts], "residual_rms": [L+1], "attention_logit": [L]}
-StatsFn = Callable[[PyTree, jax.Array], dict[str, jax.Array]]
+# (params, tokens_ABT, or the tokens of a dispatch) -> {"param_rms": [parts], "residual_rms": [L+1],
+# "attention_logit": [L]}
+StatsFn = Callable[[PyTree, Any], dict[str, jax.Array]]
 
 
 def part_names(config: GPTConfig) -> list[str]:
@@ -110,13 +112,12 @@ def make_stats_step(model: GPT, config: Config, *, eot: EndOfText) -> StatsFn:
 def jit_stats_step(model: GPT, config: Config, *, eot: EndOfText, sharding: NamedSharding) -> StatsFn:
     """Returns the stats step jitted, with all results in `sharding`. It takes the tokens of a dispatch.
 
-    Those of K steps are int32 [K, A, B, T+1], and the last step's are looked at.
+    The batch of the dispatch's last step is looked at.
     """
     stats_step = make_stats_step(model, config, eot=eot)
-    is_stacked = config.train.steps_per_dispatch > 1
 
-    def of_dispatch(params: PyTree, tokens: jax.Array) -> dict[str, jax.Array]:
-        return stats_step(params, tokens[-1] if is_stacked else tokens)
+    def of_dispatch(params: PyTree, tokens: Tokens) -> dict[str, jax.Array]:
+        return stats_step(params, last_batch(tokens))
 
     return jax.jit(of_dispatch, out_shardings=sharding)
 
@@ -217,10 +218,13 @@ def _largest_logit(qkv_BT3D: jax.Array, segments_BT: jax.Array | None, *, head_w
     return jnp.max(jax.lax.map(of_sequence, (qkv_BT3D, segments_BT))) / math.sqrt(head_width)
 
 
-def last_update(metrics: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns the statistics of the last update of a dispatch, float32 [parts] each, from its metrics."""
-    # The arrays are [parts], or [K, parts] for K steps per dispatch.
-    return {name: np.atleast_2d(np.asarray(value))[-1] for name, value in metrics[UPDATE_STATS].items()}
+def last_update(metrics: Mapping[str, Any], count: int) -> dict[str, np.ndarray]:
+    """Returns the statistics of the last update of a dispatch, float32 [parts] each, from its metrics.
+
+    count: the number of its steps.
+    """
+    # The arrays are [parts], or [K, parts] for up to K steps per dispatch.
+    return {name: np.atleast_2d(np.asarray(value))[count - 1] for name, value in metrics[UPDATE_STATS].items()}
 
 
 def as_row(found: Mapping[str, Any], config: GPTConfig) -> dict[str, float]:

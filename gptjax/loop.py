@@ -14,6 +14,7 @@ from gptjax.bucket_logs import store_logs
 from gptjax.checkpoint import Checkpointer
 from gptjax.config import Config
 from gptjax.data.dataset import Prefetcher, batch_index
+from gptjax.dispatch import Tokens
 from gptjax.distributed import StopVote, barrier
 from gptjax.divergence import RollBackError, Spike, divergence_error, judge
 from gptjax.errors import WorkdirError
@@ -54,6 +55,7 @@ class Tools:
 class _Pending(NamedTuple):
     """A dispatch whose metrics have not been read."""
 
+    start: int  # state.step before it
     end: int  # state.step after it
     metrics: Any  # on the devices
     answer: Any  # of StopVote.submit, on the devices
@@ -86,7 +88,8 @@ class Loop:
         self._state = state  # donated by each dispatch, so no other reference may be used
         self._history = history  # up to the last drained dispatch, while _step and _state are one ahead
         self._compiled = compiled
-        self._step = int(state.step)
+        self._start = int(state.step)
+        self._step = self._start
         # The step of the newest checkpoint; None before the first one. A preemption may have saved step 0.
         has_checkpoint = self._step > 0 or 0 in tools.checkpointer.steps()
         self._saved = self._step if has_checkpoint else None
@@ -128,12 +131,12 @@ class Loop:
 
     def _dispatch(self) -> None:
         """Dispatches the next train step(s), then processes the metrics of the previous dispatch."""
-        train = self._run.config.train
         tools = self._tools
         tokens = self._prefetcher.get(self._step)
         tools.watch.lap("data_wait")
-        # The trace is of a dispatch, which may be of several steps.
-        is_traced = self._step <= train.profile_step < self._step + train.steps_per_dispatch
+        start = self._step
+        end = self._run.dispatch_end(start, start=self._start)
+        is_traced = start == self._run.config.train.profile_step
         is_first = not self._compiled
         if is_first:
             self._reporter.screen.show_work("compiling the train step")
@@ -145,27 +148,26 @@ class Loop:
                 log.info("compiled the train step in %s", duration(time.perf_counter() - called))
             # A collective, so all processes must enqueue it at the same place between steps.
             answer = tools.stop_vote.submit()
-            observed = self._observe(tokens, is_first=is_first)
+            observed = self._observe(tokens, end, is_first=is_first)
             # Without this wait, a trace would end before the step runs, and the first run would not count as `compile`.
             if is_first or is_traced:
                 jax.block_until_ready(metrics)
         if is_first:
             tools.watch.lap("compile")
             self._reporter.screen.show_work("")
-        self._step += train.steps_per_dispatch
+        self._step = end
         # Lets the threads read the next batches. `get` does not: on a busy CPU they would delay the dispatch.
         self._prefetcher.start(self._step)
         # Blocks until the previous dispatch is done, while the devices continue with this one.
         self._drain_pending()
-        self._pending = _Pending(self._step, metrics, answer, observed)
+        self._pending = _Pending(start, end, metrics, answer, observed)
         self._compiled = True
         fault_point("step")
 
-    def _observe(self, tokens: jax.Array, *, is_first: bool) -> Any:
-        """Returns the result of the stats step after a dispatch on `tokens`, on the devices; None if none is due."""
-        train = self._run.config.train
+    def _observe(self, tokens: Tokens, end: int, *, is_first: bool) -> Any:
+        """Returns the result of the stats step after the dispatch on `tokens`, on the devices; None if none is due."""
         stats_step = self._run.stats_step
-        is_reported = is_due(self._step + train.steps_per_dispatch, train.stats_every)
+        is_reported = is_due(end, self._run.config.train.stats_every)
         if stats_step is None or not (is_reported or is_first):
             return None
         # Enqueued before the next dispatch donates the parameters.
@@ -187,6 +189,7 @@ class Loop:
             self._run,
             self._reporter,
             self._history,
+            start=pending.start,
             end=pending.end,
             metrics=pending.metrics,
             last_saved=self._saved,
@@ -194,7 +197,8 @@ class Loop:
         )
         # Not reached if the step was rolled back.
         if pending.observed is not None:
-            row = as_row(last_update(pending.metrics) | pending.observed, self._run.config.model)
+            update = last_update(pending.metrics, pending.end - pending.start)
+            row = as_row(update | pending.observed, self._run.config.model)
             self._reporter.report_stats(pending.end, row)
         self._tools.stop_vote.result(pending.answer)
         # Beats only here, because only a finished dispatch shows that the devices make progress.
@@ -357,14 +361,15 @@ def process_metrics(
     reporter: Reporter,
     history: History,
     *,
+    start: int,
     end: int,
     metrics: Any,
     last_saved: int | None,
     workdir: Any,
 ) -> History:
-    """Waits for the metrics of the dispatch that ended at step `end`, applies train.nan_policy, and reports them.
+    """Waits for the metrics of the dispatch from step `start` to `end`, applies train.nan_policy, and reports them.
 
-    metrics: float32 [] by name, or [K] for K steps per dispatch. It leaves UPDATE_STATS out.
+    metrics: float32 [] by name, or [K] for up to K steps per dispatch. It leaves UPDATE_STATS out.
 
     Returns:
         The history after that step.
@@ -373,16 +378,15 @@ def process_metrics(
         RollBackError: a step spiked, and train.nan_policy is `rollback`.
         DivergedError: a step was not finite under policy `stop`, or no further skip or rollback is allowed.
     """
-    count = run.config.train.steps_per_dispatch
     # np.asarray blocks until the dispatch is done, so this lap is the time that the devices took.
     scalars = {name: value for name, value in metrics.items() if name != UPDATE_STATS}
-    host = {name: np.reshape(np.asarray(value), (count,)) for name, value in scalars.items()}
+    host = {name: np.atleast_1d(np.asarray(value)) for name, value in scalars.items()}
     reporter.watch.lap("step")
-    for index in range(count):
-        step = end - count + index + 1
+    for index in range(end - start):
+        step = start + index + 1
         row = {name: float(values[index]) for name, values in host.items()}
         verdict = judge(history, row, run.config.train, finite=bool(row.pop("finite")))
-        # All K steps of the dispatch have run. After a spike, the metrics of the later ones are discarded here.
+        # All steps of the dispatch have run. After a spike, the metrics of the later ones are discarded here.
         if verdict.action == "roll back":
             raise RollBackError(Spike(step, verdict.why))
         if verdict.action == "stop":

@@ -53,7 +53,7 @@ class Reporter:
         self._since = resumed_from
         self._spent = dict(watch.spent)
         if not compiled:
-            self._since += config.train.steps_per_dispatch
+            self._since += 1  # the first dispatch has one step
         self._samples: GrowingFile | None = None  # opened by the first sample
         self.screen = Screen(log.info, step=resumed_from, num_steps=config.train.num_steps)
 

@@ -23,6 +23,14 @@ from gptjax.data.dataset import Dataset, batch_index
 from gptjax.data.mixture import Mixture
 from gptjax.data.own_tokenizer import is_own, own_size
 from gptjax.data.tokenizer import Tokenizer
+from gptjax.dispatch import (
+    Batches,
+    Tokens,
+    abstract_tokens,
+    choose_steps_per_dispatch,
+    dispatch_end,
+    tokens_sharding,
+)
 from gptjax.documents import NO_EOT
 from gptjax.errors import ConfigError, OutOfMemoryError, WorkdirError
 from gptjax.exhaustion import show, show_bytes
@@ -34,10 +42,10 @@ from gptjax.model import GPT
 from gptjax.optim import make_optimizer, parameter_table
 from gptjax.params import count_params
 from gptjax.run_data import describe_sources, identify, open_data, open_tokenizer_of
-from gptjax.sharding import BATCH_SPEC, bytes_per_device, data_parallel_size, make_mesh
+from gptjax.sharding import bytes_per_device, data_parallel_size, make_mesh
 from gptjax.sizes import activation_bytes_per_sequence, train_flops_per_token
 from gptjax.state import TrainState, make_init
-from gptjax.step import EvalFn, StepFn, jit_steps
+from gptjax.step import DispatchFn, EvalFn, jit_steps
 from gptjax.tasks.ask import Asked, encode_task
 from gptjax.tasks.score import Scorer
 from gptjax.tasks.store import open_tasks, parse_names
@@ -65,7 +73,7 @@ class Run:
     model: GPT
     abstract_state: TrainState  # of jax.ShapeDtypeStruct with shardings, for restoring and for compiling ahead of time
     init: Callable[[], TrainState]  # jitted: creates each shard on its device
-    train_step: StepFn  # jitted, donates the state; takes [K, A, B, T+1] where train.steps_per_dispatch is above 1
+    train_step: DispatchFn  # jitted, donates the state; takes what `batch` returns
     eval_step: EvalFn  # jitted, donates nothing
     stats_step: StatsFn | None  # jitted; takes the tokens of a dispatch. None unless train.stats_every is set
     train_data: Dataset | Mixture
@@ -75,6 +83,7 @@ class Run:
     tokenizer: Tokenizer
     token_bytes_V: jax.Array  # int32, replicated; for bits per byte
     num_microbatches: int  # A, accumulation steps per update
+    steps_per_dispatch: int  # K, the most steps of a dispatch
     batch_sharding: NamedSharding  # of [A, B, T+1]
     data_identity: dict[str, str | int]  # a resume compares it with the one in the checkpoint
     data_location: dict[str, str | int]  # where the data are and how many tokens: saved for messages and evaluation
@@ -95,22 +104,31 @@ class Run:
         # Checkpoints record it, because the bits of a run depend on it.
         return f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind}"
 
-    def batch(self, step: int, skipped: Sequence[SkippedRange] = ()) -> jax.Array:
-        """Returns the tokens of the dispatch that starts at `step`: int32 [A, B, T+1], or [K, A, B, T+1] for K steps.
+    def dispatch_end(self, step: int, *, start: int | None = None) -> int:
+        """Returns the step after the dispatch that begins at `step`; start is as in dispatch.dispatch_end."""
+        return dispatch_end(self.config, step, at_most=self.steps_per_dispatch, start=start)
+
+    def batch(self, step: int, skipped: Sequence[SkippedRange] = (), *, end: int | None = None) -> Tokens:
+        """Returns the tokens of a dispatch from `step` to `end`.
 
         skipped: the ranges of data that rollbacks skip.
+        end: at most steps_per_dispatch steps later; None means a dispatch of one step.
         """
-        count = self.config.train.steps_per_dispatch
-        batches = []
-        for update in range(step, step + count):
-            batch = self.train_data.batch(
-                batch_index(update, skipped),
-                sharding=self.batch_sharding,
-                num_microbatches=self.num_microbatches,
-            )
-            batches.append(batch)
-        # For K = 1 there is no axis K, because that step has no scan over K.
-        return batches[0] if count == 1 else jnp.stack(batches)
+        # Where every dispatch has one step, the program has no loop, and its tokens no axis K.
+        if self.steps_per_dispatch == 1:
+            return self._read_batch(batch_index(step, skipped))
+        last = step if end is None else end - 1
+        # The last batch is repeated up to K, so that the arrays of all dispatches have one shape.
+        steps = [min(update, last) for update in range(step, step + self.steps_per_dispatch)]
+        tokens_KABT = self._read_batch([batch_index(update, skipped) for update in steps])
+        return Batches(tokens_KABT, on_each_device(np.asarray(last + 1 - step, np.int32), self.mesh))
+
+    def _read_batch(self, index: int | list[int]) -> jax.Array:
+        return self.train_data.batch(
+            index,
+            sharding=tokens_sharding(self.mesh, self.steps_per_dispatch),
+            num_microbatches=self.num_microbatches,
+        )
 
 
 def make_run(config: Config, *, tokenizer: Tokenizer | None = None, has_tasks: bool = False) -> Run:
@@ -165,7 +183,8 @@ def make_run(config: Config, *, tokenizer: Tokenizer | None = None, has_tasks: b
         tokenizer=tokenizer,
         token_bytes_V=on_each_device(np.asarray(tokenizer.token_bytes()), mesh),
         num_microbatches=num_microbatches,
-        batch_sharding=NamedSharding(mesh, BATCH_SPEC),
+        steps_per_dispatch=choose_steps_per_dispatch(config, mesh),
+        batch_sharding=tokens_sharding(mesh, 1),
         data_identity=identify(config, train_data),
         data_location=location,
     )
@@ -173,16 +192,13 @@ def make_run(config: Config, *, tokenizer: Tokenizer | None = None, has_tasks: b
 
 def train_step_hash(run: Run) -> str:
     """Returns the sha256 (hex) of the train step's StableHLO, the program that XLA compiles. It compiles nothing."""
-    config = run.config
-    batch = config.data.global_batch_size // run.num_microbatches
-    # The global shape. Inside the step each device sees its shard.
-    shape: tuple[int, ...] = (run.num_microbatches, batch, config.model.block_size + 1)
-    spec = BATCH_SPEC
-    if config.train.steps_per_dispatch > 1:
-        shape = (config.train.steps_per_dispatch, *shape)
-        spec = P(None, *spec)  # K is not sharded
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(run.mesh, spec))
-    step: Any = run.train_step  # StepFn does not declare `lower`
+    tokens = abstract_tokens(
+        run.config,
+        run.mesh,
+        num_microbatches=run.num_microbatches,
+        steps_per_dispatch=run.steps_per_dispatch,
+    )
+    step: Any = run.train_step  # DispatchFn does not declare `lower`
     stablehlo = step.lower(run.abstract_state, tokens).as_text()
     return hashlib.sha256(stablehlo.encode()).hexdigest()
 

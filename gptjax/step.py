@@ -18,6 +18,7 @@ from gptjax.collectives import (
     psum_all,
 )
 from gptjax.config import Config
+from gptjax.dispatch import Batches, Tokens
 from gptjax.documents import EndOfText
 from gptjax.examples import make_examples
 from gptjax.layer_stats import UPDATE_STATS, norm_and_rms
@@ -31,6 +32,7 @@ from gptjax.state import TrainState, move_average
 # All are pure functions. A LossFn takes this device's arrays, the others global ones. model.py explains the letters.
 Metrics = dict[str, Any]  # float32, by name
 StepFn = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
+DispatchFn = Callable[[TrainState, Tokens], tuple[TrainState, Metrics]]
 # (params, tokens_ABT, token_bytes_V) -> (sums, bytes)
 EvalFn = Callable[[PyTree, jax.Array, jax.Array], tuple[LossSums, jax.Array]]
 # (params, tokens_ABT, step) -> (gradients, sums)
@@ -324,11 +326,29 @@ def accumulate(run_microbatch: Callable[..., PyTree], tokens_ABT: jax.Array) -> 
     return total
 
 
-def make_multi_step(train_step: StepFn) -> StepFn:
-    """Returns train_step over K batches, int32 [K, A, B, T+1], in one dispatch; metrics gain a leading dim K."""
-    # The result is bit-identical to K dispatches, because state.step increases inside the scan. The host waits for all
-    # K metrics at once.
-    return lambda state, batches: jax.lax.scan(train_step, state, batches)
+def make_multi_step(train_step: StepFn) -> Callable[[TrainState, Batches], tuple[TrainState, Metrics]]:
+    """Returns the train step for Batches: it makes their first `num_steps` steps in one dispatch.
+
+    Metrics gain a leading dim K, and those from index `num_steps` on are 0.
+    """
+
+    # state.step increases inside the loop, so the result is bit-identical to that of as many dispatches of one step.
+    def multi_step(state: TrainState, batches: Batches) -> tuple[TrainState, Metrics]:
+        tokens_KABT = batches.tokens_KABT
+        _, shapes = jax.eval_shape(train_step, state, tokens_KABT[0])
+        no_metrics = jax.tree.map(lambda one: jnp.zeros((len(tokens_KABT), *one.shape), one.dtype), shapes)
+
+        def run_step(index: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+            state, metrics = carry
+            tokens_ABT = jax.lax.dynamic_index_in_dim(tokens_KABT, index, keepdims=False)
+            state, measured = train_step(state, tokens_ABT)
+            return state, jax.tree.map(lambda all_K, one: all_K.at[index].set(one), metrics, measured)
+
+        # The number of iterations is no constant of the program. So one program makes dispatches of all lengths, and
+        # XLA cannot compile the body of a short one in another way, with other last bits.
+        return jax.lax.fori_loop(0, batches.num_steps, run_step, (state, no_metrics))
+
+    return multi_step
 
 
 def make_eval_step(
@@ -377,8 +397,11 @@ def jit_steps(
     *,
     abstract: TrainState,
     eot: EndOfText,
-) -> tuple[StepFn, EvalFn]:
-    """Returns (train_step, eval_step) of `model`, jitted; the output state keeps the shardings of `abstract`."""
+) -> tuple[DispatchFn, EvalFn]:
+    """Returns (train_step, eval_step) of `model`, jitted; the output state keeps the shardings of `abstract`.
+
+    train_step makes one step on int32 [A, B, T+1], and several on Batches.
+    """
     loss_fn = make_loss_fn(model, config, eot=eot)
     schedule = make_schedule(config.optim, config.train.num_steps)
     step = make_train_step(
@@ -388,19 +411,24 @@ def jit_steps(
         config=config,
         parallel=model.parallel,
     )
-    # One step per dispatch has no leading K, neither in the batches nor in the metrics.
-    if config.train.steps_per_dispatch > 1:
-        step = make_multi_step(step)
+    multi_step = make_multi_step(step)
+
+    # A run calls it with one of the two only, so jit compiles one program.
+    def train_step(state: TrainState, tokens: Tokens) -> tuple[TrainState, Metrics]:
+        if isinstance(tokens, Batches):
+            return multi_step(state, tokens)
+        return step(state, tokens)
+
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     # The state is donated: the new state reuses the buffers of the old one, so memory holds one state, not two.
     # out_shardings fix the shardings of the new state; if XLA chose others, the second call would recompile.
     # The metrics are scalars, which are replicated anyway; the statistics of layers are not.
     metrics_sharding = shardings.step if config.train.stats_every else None
-    train_step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, metrics_sharding))
+    jitted_step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, metrics_sharding))
     eval_step = make_eval_step(
         loss_fn,
         config,
         parallel=model.parallel,
         eot=eot,
     )
-    return train_step, jax.jit(eval_step)
+    return jitted_step, jax.jit(eval_step)

@@ -17,6 +17,7 @@ from gptjax.chips import peak_flops
 from gptjax.config import Config, flatten
 from gptjax.convert.tokenizer_source import saved_tokenizer
 from gptjax.data.dataset import Prefetcher, batch_index
+from gptjax.dispatch import Tokens
 from gptjax.distributed import StopVote, barrier, check_agreement, gather_json
 from gptjax.divergence import RollBackError, Spike, history_after, replay_command
 from gptjax.errors import ConfigError, DivergedError, first_line
@@ -209,13 +210,17 @@ def run_until_spike(run: Run, state: TrainState, history: History, *, tools: Too
     """
     step = int(state.step)
     compiled = after == "rollback"  # jit compiles once per process, so after a rollback the step is compiled already
-    batch = functools.partial(run.batch, skipped=history.skipped_ranges)
+    dispatch_end = functools.partial(run.dispatch_end, start=step)
+
+    def batch(first: int) -> Tokens:
+        return run.batch(first, skipped=history.skipped_ranges, end=dispatch_end(first))
+
     # Closed in reverse order: first the prefetch threads, then the logs.
     with contextlib.ExitStack() as stack:
         reporter = make_reporter(run, history, tools=tools, resumed_from=step, compiled=compiled)
         stack.enter_context(contextlib.closing(reporter))
         # Starts to read the first batch now, while the step compiles.
-        prefetcher = Prefetcher(batch, step, step=run.config.train.steps_per_dispatch)
+        prefetcher = Prefetcher(batch, step, following=dispatch_end)
         stack.enter_context(contextlib.closing(prefetcher))
         stack.enter_context(exit_on_peer_failure())
         # The time since the last lap was start-up or rollback. From here on the loop counts its own time.

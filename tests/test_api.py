@@ -138,7 +138,7 @@ def test_interrupt_saves_and_returns_and_leaves_no_handler(lab, tmp_path, monkey
 
 def test_step_is_that_of_the_checkpoint_not_of_the_log(lab, tmp_path, monkeypatch):
     monkeypatch.setenv("GPTJAX_FAULT", "step:3:int")
-    result = gptjax.train(config(lab, train__log_every=100), str(tmp_path / "run"))
+    result = gptjax.train(config(lab, train__log_every=100, train__steps_per_dispatch=1), str(tmp_path / "run"))
     assert (result.step, result.exit_code, result.history) == (3, 75, [])
 
 

@@ -61,7 +61,7 @@ LAYERS = """
     data.file_sources  data.foreign
     data.readers
     data.text_files  data.sections
-    data.remote_files
+    data.remote_files  dispatch
     sizes
     compute
     attention  loss  kernels.pointwise  data.tokenizer  data.shards  data.shuffle  data.meta  kv_cache
@@ -94,10 +94,11 @@ RUNTIME = {"cli", "config_flags", "distributed", "signals"}
 # Whatever computes, so that it runs anywhere those libraries do.
 COMPUTING = {"model", "compute", "sizes", "params", "attention", "loss", "kernels.cross_entropy", "kernels.pointwise"}
 COMPUTING |= {"collectives", "dropout", "kv_cache", "examples", "sharding", "optim", "state", "step", "layer_stats"}
+COMPUTING |= {"dispatch"}
 NUMERICAL = {"jax", "flax", "optax", "numpy"}
 # What a train step goes through, from the command line on.
 SPINE = {"main", "config", "setup", "resume", "train", "step", "model", "collectives", "sharding", "loss", "attention"}
-SPINE |= {"loop", "optim", "state", "dropout", "kv_cache", "examples"}
+SPINE |= {"loop", "optim", "state", "dropout", "kv_cache", "examples", "dispatch"}
 SPINE |= {"kernels.cross_entropy", "kernels.pointwise"}
 # Data know nothing of models, and models nothing of data.
 DATA_MAY_IMPORT = {"config", "documents", "errors", "cli", "history", "strict_json", "workdir", "redaction", "streams"}

@@ -128,17 +128,6 @@ def test_resume_modes_refuse_unsuitable_work_directories(lab, tmp_path, resume, 
     assert left == (["run", "run/notes.txt"] if exists else [])
 
 
-def test_steps_per_dispatch_changes_speed_only(lab, reference, tmp_path):
-    workdir = tmp_path / "four"
-    lab.train(workdir, "train.steps_per_dispatch=4", "train.log_every=4", "train.profile_step=5")
-    assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 1, "of the dispatch that has step 5"
-    together = [row for row in rows(workdir) if "loss" in row]
-    alone = [row for row in rows(reference) if "loss" in row and row["step"] % 4 == 0]
-    assert [row["step"] for row in together] == [4, 8, 12, 16]
-    for key in ("loss", "grad_norm", "lr"):
-        assert [row[key] for row in together] == pytest.approx([row[key] for row in alone], rel=1e-5)
-
-
 def test_init_from_takes_the_parameters_and_nothing_else(lab, reference, tmp_path):
     workdir = tmp_path / "tuned"
     first = lab.train(workdir, f"init_from={reference}", "train.num_steps=4", "train.eval_every=0")

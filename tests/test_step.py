@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from gptjax.collectives import ONE_DEVICE
 from gptjax.compute import ResolvedCompute
 from gptjax.config import from_dict
+from gptjax.dispatch import Batches
 from gptjax.documents import EndOfText
 from gptjax.loss import NOT_COUNTED, LossSums
 from gptjax.model import GPT
@@ -311,9 +312,13 @@ def test_many_steps_at_once_equal_single_steps():
     step = make_step(config, stub_loss_fn)
     batches = jnp.asarray(np.random.default_rng(0).integers(1, 9, size=(3, 2, 4, 2)), jnp.int32)
     first = state = make_state(config, {"wte/embedding": jnp.asarray([2.0, 0.5])})
-    last, metrics = jit(make_multi_step(step))(state, batches)
+    many = jit(make_multi_step(step))
+    last, metrics = many(state, Batches(batches, jnp.int32(3)))
     assert {value.shape for value in metrics.values()} == {(3,)}
     assert len(set(np.asarray(metrics["lr"]).tolist())) == 3
+    fewer, first_metrics = many(state, Batches(batches, jnp.int32(2)))
+    assert int(fewer.step) == 2
+    np.testing.assert_array_equal(first_metrics["loss"], [*metrics["loss"][:2], 0.0])
     single = []
     for tokens_ABT in batches:
         state, measured = step(state, tokens_ABT)

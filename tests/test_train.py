@@ -122,10 +122,11 @@ class FakeRun:
 
 
 def test_a_dispatch_of_several_steps_is_reported_step_by_step():
-    train = TrainConfig(steps_per_dispatch=3, nan_policy="skip", log_every=8)
+    train = TrainConfig(nan_policy="skip", log_every=8)
     run, reporter = FakeRun(Config(train=train)), Recorder()
     metrics = {"loss": [3.0, math.nan, 2.0], "grad_norm": [1.0, 1.0, 1.0], "finite": [1.0, 0.0, 1.0]}
-    after = process_metrics(run, reporter, History(), end=9, metrics=metrics, last_saved=6, workdir="runs/x")
+    metrics = {name: [*values, 0.0] for name, values in metrics.items()}  # it might have had a fourth step
+    after = process_metrics(run, reporter, History(), start=6, end=9, metrics=metrics, last_saved=6, workdir="runs/x")
     assert [step for step, _, _ in reporter.steps] == [7, 8, 9]
     assert [skipped for _, _, skipped in reporter.steps] == [0, 1, 1]
     recent = {"loss": (3.0, 2.0), "grad_norm": (1.0, 1.0)}
@@ -136,7 +137,7 @@ def test_a_dispatch_of_several_steps_is_reported_step_by_step():
 def test_mean_loss_of_an_interval_without_updates_is_nan():
     run, reporter = FakeRun(Config(train=TrainConfig(nan_policy="skip"))), Recorder()
     metrics = {"loss": [math.nan], "grad_norm": [1.0], "finite": [0.0]}
-    process_metrics(run, reporter, History(), end=9, metrics=metrics, last_saved=6, workdir="runs/x")
+    process_metrics(run, reporter, History(), start=8, end=9, metrics=metrics, last_saved=6, workdir="runs/x")
     assert math.isnan(reporter.means[0])
 
 
@@ -163,9 +164,9 @@ def test_divergence_error_names_step_and_resume_command():
     run = FakeRun(Config(train=TrainConfig(nan_policy="skip", max_consecutive_nonfinite=2)))
     metrics = {"loss": [math.inf], "grad_norm": [1.0], "finite": [0.0]}
     about = {"last_saved": 5, "workdir": "runs/x"}
-    after = process_metrics(run, Recorder(), History(), end=7, metrics=metrics, **about)
+    after = process_metrics(run, Recorder(), History(), start=6, end=7, metrics=metrics, **about)
     with raises(DivergedError, "step 8", remedy="train.max_consecutive_nonfinite") as caught:
-        process_metrics(run, Recorder(), after, end=8, metrics=metrics, **about)
+        process_metrics(run, Recorder(), after, start=7, end=8, metrics=metrics, **about)
     cause, restart, inspect = map(str, caught.value.errors)
     assert re.search(r"inf, .* 1: 2 ", cause)
     assert str(list(range(700, 708))) in cause, "the batch of the update that made step 8 is batch(7)"
@@ -217,9 +218,9 @@ def test_next_step_is_dispatched_before_metrics_are_read(train_here, tiny_run, t
 def test_batches_are_made_by_prefetch_threads(train_here, tmp_path, monkeypatch):
     makers, batch = {}, run_setup.Run.batch
 
-    def make(run, step, **skipped):
+    def make(run, step, **how):
         makers.setdefault(step, []).append(threading.current_thread().name[:8])
-        return batch(run, step, **skipped)
+        return batch(run, step, **how)
 
     monkeypatch.setattr(run_setup.Run, "batch", make)
     assert train_here(tmp_path / "run", train=FIVE) == 0

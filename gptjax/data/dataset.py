@@ -295,7 +295,7 @@ class Prefetcher(Generic[T]):
     Args:
         make: called from several threads at a time.
         start: the first step.
-        step: the difference between one step and the next, above 1 where a dispatch makes several steps.
+        following: returns the step that comes after a step; None: the next number.
         depth: the number of steps ahead; 0 makes each result in `get`, without threads.
     """
 
@@ -304,11 +304,11 @@ class Prefetcher(Generic[T]):
         make: Callable[[int], T],
         start: int,
         *,
-        step: int = 1,
+        following: Callable[[int], int] | None = None,
         depth: int = 2,
     ) -> None:
         self._make = make
-        self._step = step
+        self._following = following or (lambda step: step + 1)
         self._depth = depth
         self._futures: dict[int, Future[T]] = {}
         self._pool: ThreadPoolExecutor | None = None
@@ -336,14 +336,15 @@ class Prefetcher(Generic[T]):
 
     def start(self, first: int) -> None:
         """Lets the threads make `depth` steps from `first` on, and no others."""
-        wanted: set[int] = set()
-        if self._pool:
-            end = first + self._depth * self._step
-            wanted.update(range(first, end, self._step))
-        for step in set(self._futures) - wanted:
+        wanted: list[int] = []
+        step = first
+        while self._pool and len(wanted) < self._depth:
+            wanted.append(step)
+            step = self._following(step)
+        for step in set(self._futures).difference(wanted):
             future = self._futures.pop(step)
             future.cancel()
-        for step in sorted(wanted):
+        for step in wanted:
             if self._pool and step not in self._futures:
                 future = self._pool.submit(self._make, step)
                 self._futures[step] = future

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
 from gptjax import sharding
 from gptjax.chips import GIB, device_memory, find_chip
 from gptjax.config import Config
+from gptjax.dispatch import abstract_tokens
 from gptjax.documents import EndOfText
 from gptjax.errors import ConfigError, PlanError, UnavailableError, install, one_line
 from gptjax.model import GPT
@@ -207,25 +207,15 @@ def _lower_step(setting: Candidate, mesh: Any) -> Any:
         abstract=abstract_state,
         eot=eot,
     )[0]
-    with quiet_compiler():
-        return train_step.lower(abstract_state, _abstract_tokens(setting, mesh))
-
-
-def _abstract_tokens(setting: Candidate, mesh: Any) -> jax.ShapeDtypeStruct:
-    """Returns the shape of the train step's token batch: int32 [A, B, T+1], or [K, A, B, T+1] with K steps."""
-    config = setting.config
-    num_microbatches = setting.shape.num_microbatches
-    sequences = config.data.global_batch_size // num_microbatches
-    shape = (num_microbatches, sequences, config.model.block_size + 1)
-    if config.train.steps_per_dispatch > 1:
-        shape = (config.train.steps_per_dispatch, *shape)
-    unsharded = [None] * (len(shape) - 3)
-    spec = jax.sharding.PartitionSpec(*unsharded, *sharding.BATCH_SPEC)
-    return jax.ShapeDtypeStruct(
-        shape,
-        jnp.int32,
-        sharding=jax.NamedSharding(mesh, spec),
+    # The figures are those of one step. A dispatch of several steps loops over this program, and holds their tokens.
+    tokens = abstract_tokens(
+        config,
+        mesh,
+        num_microbatches=setting.shape.num_microbatches,
+        steps_per_dispatch=1,
     )
+    with quiet_compiler():
+        return train_step.lower(abstract_state, tokens)
 
 
 def peak_bytes(compiled: Any) -> float:

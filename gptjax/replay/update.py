@@ -16,6 +16,7 @@ from gptjax.checkpoint import Checkpointer
 from gptjax.config import Config, MeshConfig, from_dict
 from gptjax.config_files import settings_in
 from gptjax.data.dataset import batch_index
+from gptjax.dispatch import last_batch
 from gptjax.errors import CheckpointError, ConfigError, one_line
 from gptjax.former_names import rename_fields
 from gptjax.history import History, SkippedRange
@@ -195,14 +196,8 @@ def replay(
     state = restore_before(run, workdir, number, records=records, skipped=skipped)
     origin = int(state.step)
     index = batch_index(target, skipped)
-    state, at = advance(run, state, target, skipped=skipped)
-    metrics, losses, norms = compute(
-        run,
-        state,
-        at=at,
-        target=target,
-        skipped=skipped,
-    )
+    state = advance(run, state, target, skipped=skipped)
+    metrics, losses, norms = compute(run, state, target, skipped=skipped)
     source = f"the checkpoint of step {origin}" if origin in records else "the initial state"
     rollbacks = f", after {len(skipped)} rollback(s)" if skipped else ""
     notes = [
@@ -272,54 +267,39 @@ def advance(
     target: int,
     *,
     skipped: Ranges,
-) -> tuple[TrainState, int]:
-    """Returns (state, step) at the start of the dispatch that contains the update from step `target`.
-
-    `state` is donated. Only whole dispatches run, as in the run, so that the bits are the same.
-    """
+) -> TrainState:
+    """Returns the state at step `target`; `state` is donated."""
     first = int(state.step)
     at = first
-    count = run.config.train.steps_per_dispatch
     last_report = time.monotonic()
-    while at + count <= target:
-        state, metrics = run.train_step(state, run.batch(at, skipped))
-        at += count
+    while at < target:
+        end = min(run.dispatch_end(at), target)
+        state, metrics = run.train_step(state, run.batch(at, skipped, end=end))
+        at = end
         jax.block_until_ready(metrics)
         if time.monotonic() - last_report > PROGRESS_SECONDS:
             log.info("replay: step %d of %d, from %d", at, target, first)
             last_report = time.monotonic()
-    return state, at
+    return state
 
 
 def compute(
     run: Run,
     state: TrainState,
-    *,
-    at: int,
     target: int,
+    *,
     skipped: Ranges,
 ) -> tuple[dict[str, float], np.ndarray, dict[str, np.ndarray]]:
     """Returns (metrics, token losses, gradient norms) of the update from step `target`.
 
-    state: at step `at`, where the update's dispatch starts; it is donated.
-    Losses are float [sequences, T]; norms are as in `look`. Metrics come from the whole dispatch, as the run makes it.
+    state: at step `target`; it is donated.
+    Losses are float [sequences, T]; norms are as in `look`.
     """
-    batches = run.batch(at, skipped)  # [K, A, B, T+1] with several steps per dispatch, otherwise [A, B, T+1]
-    inside = target - at
-    if inside:
-        # The dispatch runs twice: on a copy for the metrics, and up to the update for its state.
-        copy = jax.tree.map(jnp.copy, state)
-        _, metrics = run.train_step(copy, batches)
-        state, _ = run.train_step(state, batches[:inside])
-        losses, norms = look(run, state, batches[inside])
-    else:
-        is_stacked = run.config.train.steps_per_dispatch > 1
-        losses, norms = look(run, state, batches[0] if is_stacked else batches)
-        _, metrics = run.train_step(state, batches)
-    values = {}
-    for name in COMPARED:
-        steps = np.reshape(np.asarray(metrics[name]), -1)
-        values[name] = float(steps[inside])
+    tokens = run.batch(target, skipped)
+    losses, norms = look(run, state, last_batch(tokens))
+    _, metrics = run.train_step(state, tokens)
+    # Each is [], or [K] where a dispatch may have several steps.
+    values = {name: float(np.atleast_1d(np.asarray(metrics[name]))[0]) for name in COMPARED}
     return values, losses, norms
 
 

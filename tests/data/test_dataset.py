@@ -255,7 +255,9 @@ def wait_for(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize(("stride", "depth"), [(1, 2), (4, 3)])
 def test_prefetcher_makes_each_batch_ahead_and_once(stride, depth):
     made = []
-    prefetcher = Prefetcher(lambda step: made.append(step) or step * 10, 5, step=stride, depth=depth)
+    prefetcher = Prefetcher(
+        lambda step: made.append(step) or step * 10, 5, following=lambda step: step + stride, depth=depth
+    )
     for number, step in enumerate(range(5, 5 + 4 * stride, stride)):
         wait_for(lambda number=number: sorted(made) == [5 + n * stride for n in range(depth + number)])
         assert prefetcher.get(step) == step * 10

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from gptjax.checkpoint import Checkpointer
-from gptjax.config import ComputeConfig, Config, GPTConfig, MeshConfig, OptimConfig
+from gptjax.config import ComputeConfig, Config, GPTConfig, MeshConfig, OptimConfig, TrainConfig
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer
 from gptjax.record import FORMAT
@@ -28,6 +28,7 @@ CONFIG = Config(
     model=GPTConfig(block_size=8, vocab_size=100, n_layer=2, n_head=2, n_embd=16),
     compute=ComputeConfig(scan_unroll=1),  # the default when format 1 was written
     optim=OptimConfig(),
+    train=TrainConfig(steps_per_dispatch=1),  # the default then, too
 )
 
 
