@@ -75,7 +75,7 @@ def cross_entropy(
     chunk: positions per chunk, a divisor of T; 0 means all at once. The backward pass recomputes the logits of each
     chunk, so that at most B * chunk * V of them exist. backend: the result of choose_loss.
     """
-    log_z_BT, label_BT = _in_chunks(
+    log_z_BT, second_BT = _in_chunks(
         x_BTD,
         head_DV,
         targets_BT,
@@ -88,7 +88,7 @@ def cross_entropy(
     # Its loss is finite, and the weight 0 removes it from the sums.
     counted_BT = local_sequence(targets_BT, parallel) >= 0
     weight_BT = counted_BT.astype(jnp.float32)
-    nats_BT = log_z_BT - label_BT
+    nats_BT = _nats(log_z_BT, second_BT, backend)
     # Sums, not means: micro-batches and devices may count different numbers of targets, and the caller divides once.
     return LossSums(
         loss=jnp.sum(nats_BT * weight_BT),
@@ -112,7 +112,7 @@ def token_losses(
     The arguments are those of cross_entropy. Under tensor parallelism the result is [B, T / tensor], the local
     sequence.
     """
-    log_z_BT, label_BT = _in_chunks(
+    log_z_BT, second_BT = _in_chunks(
         x_BTD,
         head_DV,
         targets_BT,
@@ -123,7 +123,14 @@ def token_losses(
     )
     # jnp.where, unlike a weight, also hides a NaN; nothing is differentiated here.
     counted_BT = local_sequence(targets_BT, parallel) >= 0
-    return jnp.where(counted_BT, log_z_BT - label_BT, NOT_COUNTED)
+    return jnp.where(counted_BT, _nats(log_z_BT, second_BT, backend), NOT_COUNTED)
+
+
+def _nats(log_z_BT: jax.Array, second_BT: jax.Array, backend: str) -> jax.Array:
+    """Returns the loss of each token, from the two arrays of _in_chunks."""
+    if backend == "triton":
+        return second_BT
+    return log_z_BT - second_BT
 
 
 def _in_chunks(
@@ -136,14 +143,17 @@ def _in_chunks(
     backend: str,
     parallel: Parallel,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (logsumexp of the logits, the target's logit) at each position of the local sequence."""
+    """Returns (logsumexp of the logits, the target's logit) at each position of the local sequence.
 
-    def log_z_and_label(
+    With triton the second array is the loss in nats: the kernel's gradient is that of the loss, not that of its parts.
+    """
+
+    def reduce_logits(
         x_BTD: jax.Array,
         targets_BT: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         if backend == "triton":
-            return _log_z_and_label_by_triton(
+            return _log_z_and_nats_by_triton(
                 x_BTD,
                 head_DV,
                 targets_BT,
@@ -163,14 +173,14 @@ def _in_chunks(
     T = targets_BT.shape[1]
     # A single chunk needs no loop, so XLA may save the logits for the backward pass instead of recomputing them.
     if chunk in (0, T):
-        log_z_BT, label_BT = log_z_and_label(x_BTD, targets_BT)
+        log_z_BT, second_BT = reduce_logits(x_BTD, targets_BT)
     else:
-        log_z_BT, label_BT = _map_chunks(log_z_and_label, x_BTD, targets_BT, chunk=chunk)
+        log_z_BT, second_BT = _map_chunks(reduce_logits, x_BTD, targets_BT, chunk=chunk)
     # Only two [B, T] arrays are reduced over `tensor`; logits are never sent. The label's logit is a plain sum: it is 0
     # on all devices except the one whose vocabulary shard has the target.
     log_z_BT = logsumexp_over_tensor(log_z_BT, parallel)
-    label_BT = reduce_scatter_sequence(label_BT, parallel)
-    return log_z_BT, label_BT
+    second_BT = reduce_scatter_sequence(second_BT, parallel)
+    return log_z_BT, second_BT
 
 
 def _map_chunks(
@@ -217,21 +227,21 @@ def _log_z_and_label(
     return log_z_BT, jnp.sum(label_BTV, axis=-1)
 
 
-def _log_z_and_label_by_triton(
+def _log_z_and_nats_by_triton(
     x_BTD: jax.Array,
     head_DV: jax.Array,
     targets_BT: jax.Array,
     *,
     vocab_size: int,
 ) -> tuple[jax.Array, jax.Array]:
-    # The kernel takes logits in the compute dtype, and masks the padded columns itself.
-    logits_BTV = _logits(x_BTD, head_DV)
-    rows_MV = logits_BTV.reshape(-1, logits_BTV.shape[2])
-    targets_M = targets_BT.reshape(-1)
-    log_z_M, label_M = kernel.log_z_and_label(rows_MV, targets_M, vocab_size=vocab_size)
-    log_z_BT = log_z_M.reshape(targets_BT.shape)
-    label_BT = label_M.reshape(targets_BT.shape)
-    return log_z_BT, label_BT
+    # The kernel takes the head in the compute dtype, and masks the padded columns itself.
+    nats_M, log_z_M = kernel.linear_cross_entropy(
+        x_BTD.reshape(-1, x_BTD.shape[2]),
+        head_DV.astype(x_BTD.dtype),
+        targets_BT.reshape(-1),
+        vocab_size=vocab_size,
+    )
+    return log_z_M.reshape(targets_BT.shape), nats_M.reshape(targets_BT.shape)
 
 
 def _logits(x_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:

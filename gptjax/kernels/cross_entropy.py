@@ -2,91 +2,206 @@
 
 import functools
 import typing
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-CHUNK = 4096  # logits of a row that a program holds at a time
-WARPS = 8  # of 32 threads each, which share a chunk
+CHUNK = 16384  # logits of a row that a program holds at a time
+LOGITS_PER_WARP = 512  # 16 for each of its 32 threads
 
 
-def log_z_and_label(
-    logits_MV: jax.Array,
+def linear_cross_entropy(
+    x_MD: jax.Array,
+    head_DV: jax.Array,
     targets_M: jax.Array,
     *,
     vocab_size: int,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns each row's log of the sum of exponentials, and its target's logit: both float32 [M].
+    """Returns each row's loss in nats, and its log of the sum of exponentials: both float32 [M].
 
-    The logit is 0 for a target that is no column. One pass reads the logits, with the maximum of those read so far; XLA
-    reads them for the maximum and a second time for the sum. Source: Milakov and Gimelshein 2018, "Online normalizer
-    calculation for softmax", algorithm 3.
+    The loss of a row is that log minus the target's logit, and the logit of a negative target is 0.
 
-    logits_MV: [M, V] in the compute dtype. targets_M: int32 [M]. vocab_size: columns from there on are padding.
-    interpret: run the kernel in plain JAX, anywhere.
+    If it is differentiated, the forward pass replaces the logits by the gradient of the loss, softmax minus one-hot, in
+    the same memory. The backward pass consists of the two matmuls that read this gradient. The cotangents are one
+    number per row, so they scale rows of x and of its gradient, and not the [M, V] gradient. Otherwise no gradient is
+    written.
+
+    x_MD: [M, D] in the compute dtype. head_DV: [D, V] in the same dtype. targets_M: int32 [M], below vocab_size.
+    vocab_size: columns from there on are padding. interpret: run the kernel in plain JAX, on any platform.
+
+    Sources: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax", algorithm 3; Hsu and others 2024,
+    "Liger Kernel: Efficient Triton Kernels for LLM Training", which writes the gradient in place of the logits, too.
     """
-    return typing.cast(Any, _log_z_and_label(logits_MV, targets_M, vocab_size, interpret))
+    return typing.cast(Any, _linear_cross_entropy(x_MD, head_DV, targets_M, vocab_size, interpret))
 
 
 # JAX cannot differentiate a Pallas kernel. custom_vjp takes positional arguments only, hence this second function.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _log_z_and_label(
-    logits_MV: jax.Array,
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _linear_cross_entropy(
+    x_MD: jax.Array,
+    head_DV: jax.Array,
     targets_M: jax.Array,
     vocab_size: int,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
+    logits_MV = _matmul(x_MD, head_DV)
+    log_z_M, label_M = _reduce_rows(logits_MV, targets_M, vocab_size=vocab_size, interpret=interpret)
+    return log_z_M - label_M, log_z_M
+
+
+def _forward(
+    x: Any,
+    head: Any,
+    targets: Any,
+    vocab_size: int,
+    interpret: bool,
+) -> Any:
+    # With symbolic_zeros, an argument comes with a flag that says whether it is differentiated.
+    x_MD, head_DV, targets_M = x.value, head.value, targets.value
+    logits_MV = _matmul(x_MD, head_DV)
+    log_z_M, label_M, grad_MV = _reduce_rows(
+        logits_MV,
+        targets_M,
+        vocab_size=vocab_size,
+        with_gradient=True,
+        interpret=interpret,
+    )
+    return (log_z_M - label_M, log_z_M), (x_MD, head_DV, targets_M, grad_MV)
+
+
+def _backward(
+    vocab_size: int,
+    interpret: bool,
+    residuals: Any,
+    cotangents: Any,
+) -> tuple[jax.Array, jax.Array, None]:
+    """Returns the gradients of x [M, D] and of the head [D, V], in their dtypes."""
+    x_MD, head_DV, targets_M, grad_MV = residuals
+    loss_g_M, log_z_g_M = cotangents
+    has_log_z = not isinstance(log_z_g_M, SymbolicZero)
+    if isinstance(loss_g_M, SymbolicZero):
+        loss_g_M = jnp.zeros(targets_M.shape)
+    # The gradient of log Z is that of the loss plus one-hot of the target.
+    scale_M = loss_g_M
+    if has_log_z:
+        scale_M = scale_M + log_z_g_M
+    scaled_x_MD = _scale_rows(x_MD, scale_M)
+    [x_grad_MD] = jax.linear_transpose(lambda x: _matmul(x, head_DV), x_MD)(grad_MV)
+    [head_grad_DV] = jax.linear_transpose(lambda head: _matmul(scaled_x_MD, head), head_DV)(grad_MV)
+    x_grad_MD = _scale_rows(x_grad_MD, scale_M)
+    # The one-hot term is the gradient of the target's logit: M columns of the head, not all V. Without z-loss nothing
+    # depends on log Z, JAX says so by SymbolicZero, and the program does not have this term.
+    if has_log_z:
+        _, label_vjp = jax.vjp(lambda x, head: _label_logits(x, head, targets_M), x_MD, head_DV)
+        x_part_MD, head_part_DV = label_vjp(log_z_g_M)
+        x_grad_MD = x_grad_MD + x_part_MD
+        head_grad_DV = head_grad_DV + head_part_DV
+    return x_grad_MD, head_grad_DV, None
+
+
+_linear_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _matmul(x_MD: jax.Array, head_DV: jax.Array) -> jax.Array:
+    return jnp.einsum("MD,DV->MV", x_MD, head_DV)
+
+
+def _scale_rows(x_MD: jax.Array, scale_M: jax.Array) -> jax.Array:
+    # The product is in float32, and is rounded once. A scale of 1 or 0, as in training without z-loss, is exact.
+    scaled_MD = x_MD.astype(jnp.float32) * scale_M[:, None]
+    return scaled_MD.astype(x_MD.dtype)
+
+
+def _label_logits(x_MD: jax.Array, head_DV: jax.Array, targets_M: jax.Array) -> jax.Array:
+    """Returns each target's logit, float32 [M], and 0 for a negative target."""
+    # Float32 before the lookup: its transpose then adds the gradients of frequent tokens in float32.
+    head_VD = head_DV.astype(jnp.float32).T
+    head_MD = head_VD[jnp.maximum(targets_M, 0)]
+    label_M = jnp.sum(x_MD.astype(jnp.float32) * head_MD, axis=1)
+    return jnp.where(targets_M >= 0, label_M, 0.0)
+
+
+def _reduce_rows(
+    logits_MV: jax.Array,
+    targets_M: jax.Array,
+    *,
+    vocab_size: int,
+    with_gradient: bool = False,
+    interpret: bool,
+) -> Any:
+    """Returns (log Z, label's logit) of each row, float32 [M], and the gradient [M, V] if it is asked for.
+
+    The gradient takes the memory of the logits. Memory is read once: the second read of a row comes from the L2 cache.
+    """
     M, V = logits_MV.shape
     # One program per row: it gets the row of logits, and one entry of each vector.
     row = pl.BlockSpec((1, V), lambda n: (n, 0))
     one = pl.BlockSpec((1,), lambda n: (n,))
-    width = min(CHUNK, pl.next_power_of_2(V))  # Triton takes powers of 2 only
-    kernel = functools.partial(
-        _log_z_kernel,
-        width=width,
-        vocab_size=min(vocab_size, V),
-    )
+    width = min(CHUNK, pl.next_power_of_2(vocab_size))  # Triton takes powers of 2 only
     result = jax.ShapeDtypeStruct((M,), jnp.float32)
+    out_specs, out_shape, aliases = (one, one), (result, result), {}
+    if with_gradient:
+        out_specs += (row,)
+        out_shape += (jax.ShapeDtypeStruct((M, V), logits_MV.dtype),)
+        aliases = {0: 2}
+    # Many warps share a row, so that few rows are in work at a time and all of them fit in the cache.
+    warps = max(1, width // LOGITS_PER_WARP)
     call = pl.pallas_call(
-        kernel,
+        functools.partial(_kernel, width=width, vocab_size=min(vocab_size, V)),
         grid=(M,),
         in_specs=[row, one],
-        out_specs=(one, one),
-        out_shape=(result, result),
-        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=2),
+        out_specs=out_specs,
+        out_shape=out_shape,
+        input_output_aliases=aliases,
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=2),
         interpret=interpret,
-        name="log_z_and_label",
+        name="cross_entropy_with_gradient" if with_gradient else "cross_entropy",
     )
     return call(logits_MV, targets_M)
 
 
-def _log_z_kernel(
+def _kernel(
     logits_ref: Any,
     target_ref: Any,
     log_z_ref: Any,
     label_ref: Any,
+    grad_ref: Any = None,
     *,
     width: int,
     vocab_size: int,
 ) -> None:
+    """Reduces one row, and then writes its gradient to grad_ref, which is the memory of logits_ref."""
     target = target_ref[0]  # negative for padding: equal to no column, so its label stays 0
 
+    def load(
+        first: jax.typing.ArrayLike,
+        size: int,
+        is_padded: bool,
+    ) -> tuple[tuple[Any, Any], jax.Array, jax.Array]:
+        """Returns the place of `size` logits from column `first` on, their columns, and the logits in float32."""
+        place = (pl.ds(0, 1), pl.ds(first, size))
+        column_W = first + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
+        if not is_padded:
+            return place, column_W, triton.load(logits_ref.at[place]).astype(jnp.float32)
+        # The mask keeps the load within the row, and -inf has exponential 0.
+        mask_W = column_W < vocab_size
+        x_W = triton.load(logits_ref.at[place], mask=mask_W, other=0.0)
+        return place, column_W, jnp.where(mask_W, x_W.astype(jnp.float32), -jnp.inf)
+
     def add_chunk(
-        chunk: jax.Array,
+        first: jax.typing.ArrayLike,
+        size: int,
+        is_padded: bool,
         carry: tuple[jax.Array, ...],
     ) -> tuple[jax.Array, ...]:
         highest, total, label = carry
-        first = chunk * width
-        column_W = first + jax.lax.broadcasted_iota(jnp.int32, (1, width), 1)
-        place = logits_ref.at[pl.ds(0, 1), pl.ds(chunk * width, width)]
-        # The last chunk may reach beyond the row: the mask keeps the load within it, and -inf has exponential 0.
-        x_W = triton.load(place, mask=column_W < vocab_size, other=0.0)
-        x_W = x_W.astype(jnp.float32)
-        x_W = jnp.where(column_W < vocab_size, x_W, -jnp.inf)
+        _, column_W, x_W = load(first, size, is_padded)
         # `total` is relative to the maximum so far, and is rescaled whenever that grows.
         higher = jnp.maximum(highest, jnp.max(x_W))
         rescaled = total * jnp.exp(highest - higher)
@@ -97,44 +212,56 @@ def _log_z_kernel(
     # The lowest finite value, not -inf: exp(-inf - -inf) would be NaN.
     lowest = jnp.float32(jnp.finfo(jnp.float32).min)
     start = (lowest, jnp.float32(0.0), jnp.float32(0.0))
-    chunks = pl.cdiv(vocab_size, width)
-    # Chunks that hold nothing but padding are not read.
-    highest, total, label = jax.lax.fori_loop(0, chunks, add_chunk, start)
+    over_chunks = functools.partial(_over_chunks, width=width, vocab_size=vocab_size)
+    highest, total, label = over_chunks(add_chunk, start, end=vocab_size)  # padding is not read
     log_z_ref[0] = highest + jnp.log(total)
     label_ref[0] = label
+    if grad_ref is None:
+        return
+    inverse = 1.0 / total
+
+    def write_chunk(
+        first: jax.typing.ArrayLike,
+        size: int,
+        is_padded: bool,
+        carry: int,
+    ) -> int:
+        place, column_W, x_W = load(first, size, is_padded)
+        # Relative to the maximum, not to log Z: log Z of large logits has few digits after the point.
+        softmax_W = jnp.exp(x_W - highest) * inverse
+        grad_W = jnp.where(column_W == target, softmax_W - 1.0, softmax_W)
+        grad_W = grad_W.astype(grad_ref.dtype)
+        # The gradient of the padding is 0, the exponential of its -inf.
+        mask_W = column_W < grad_ref.shape[1] if is_padded else None
+        triton.store(grad_ref.at[place], grad_W, mask=mask_W)
+        return carry
+
+    # The sums above have waited for all loads of the row, so no logit is overwritten before it was read.
+    over_chunks(write_chunk, 0, end=grad_ref.shape[1])
 
 
-def _log_z_forward(
-    logits_MV: jax.Array,
-    targets_M: jax.Array,
+def _over_chunks(
+    body: Callable[..., Any],
+    carry: Any,
+    *,
+    width: int,
     vocab_size: int,
-    interpret: bool,
+    end: int,
 ) -> Any:
-    result = _log_z_and_label(logits_MV, targets_M, vocab_size, interpret)
-    log_z_M, label_M = typing.cast(Any, result)
-    # The logits are kept as they came, in the compute dtype; probabilities follow from them and log_z.
-    return (log_z_M, label_M), (logits_MV, targets_M, log_z_M)
+    """Runs body(first column, number of columns, is_padded, carry) over the chunks of a row, up to column `end`.
 
-
-def _log_z_backward(
-    vocab_size: int,
-    interpret: bool,
-    residuals: Any,
-    g: Any,
-) -> tuple[jax.Array, None]:
-    """Returns the gradient of the logits, [M, V] in their dtype. XLA computes it in one pass over the logits."""
-    # Plain JAX is enough: one element-wise pass, whose result two matmuls read. The log of the sum of exponentials has
-    # the softmax as its gradient, the label's logit a one-hot row.
-    logits_MV, targets_M, log_z_M = residuals
-    log_z_g_M, label_g_M = g
-    column_MV = jax.lax.broadcasted_iota(jnp.int32, logits_MV.shape, 1)
-    softmax_MV = jnp.exp(logits_MV.astype(jnp.float32) - log_z_M[:, None])
-    grad_MV = softmax_MV * log_z_g_M[:, None]
-    is_label_MV = column_MV == targets_M[:, None]
-    grad_MV += jnp.where(is_label_MV, label_g_M[:, None], 0.0)
-    # The padding was not part of the sum; its softmax here is not 0.
-    grad_MV = jnp.where(column_MV < vocab_size, grad_MV, 0.0)
-    return grad_MV.astype(logits_MV.dtype), None
-
-
-_log_z_and_label.defvjp(_log_z_forward, _log_z_backward)
+    Only chunks that have padding or reach beyond the row need masks. They are outside of the loop.
+    """
+    whole = vocab_size // width
+    rest = end - whole * width
+    carry = jax.lax.fori_loop(0, whole, lambda n, carry: body(n * width, width, False, carry), carry)
+    if not rest:
+        return carry
+    # Usually one chunk, and smaller than the others.
+    size = min(width, pl.next_power_of_2(rest))
+    return jax.lax.fori_loop(
+        0,
+        pl.cdiv(rest, size),
+        lambda n, carry: body(whole * width + n * size, size, True, carry),
+        carry,
+    )
