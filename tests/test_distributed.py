@@ -51,10 +51,11 @@ LOWERED = """
 import jax, gptjax
 from gptjax import distributed
 from gptjax.coordinator import check_coordinator, is_cluster
-from gptjax.kernels.cross_entropy import log_z_and_label
+from gptjax.kernels.cross_entropy import linear_cross_entropy
 distributed.start_jax()
-shapes = jax.ShapeDtypeStruct((64, 512), "bfloat16"), jax.ShapeDtypeStruct((64,), "int32")
-step = jax.jit(lambda logits, targets: log_z_and_label(logits, targets, vocab_size=257))
+shapes = [jax.ShapeDtypeStruct(*one) for one in (((64, 16), "bfloat16"), ((16, 512), "bfloat16"), ((64,), "int32"))]
+loss = lambda x, head, targets: linear_cross_entropy(x, head, targets, vocab_size=257)[0].sum()
+step = jax.jit(lambda *arrays: (loss(*arrays), jax.grad(loss)(*arrays)))
 gpu = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 print(gptjax.__file__)
 with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=gpu)):
