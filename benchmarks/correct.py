@@ -50,6 +50,7 @@ RISKY = {"cudnn", "splash", "triton"}  # kernels that XLA does not compile
 STEPS = 20
 MASKED = {"data": {"document_mask": True}}
 DROPPED = {"model": {"dropout": 0.1}}
+LARGE = {"model": {"vocab_size": 50257}, "train": {"z_loss": 1e-2}}  # rows of several chunks for the Triton kernel
 PATHS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {  # name: (compute, other sections, limit)
     "float32, no loop": ({"scan_unroll": 0}, {}, EXACT),
     "float32, loss in chunks": ({"loss_chunk": 16}, {}, EXACT),
@@ -63,6 +64,8 @@ PATHS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {  # name: (com
     "bfloat16, cudnn, no loop": ({"dtype": "bfloat16", "attention": "cudnn", "scan_unroll": 0}, {}, ROUNDED),
     "bfloat16, cudnn, full remat": ({"dtype": "bfloat16", "attention": "cudnn", "remat": "full"}, {}, ROUNDED),
     "bfloat16, loss by triton": ({"dtype": "bfloat16", "loss": "triton"}, {}, ROUNDED),
+    "float32, loss by triton in chunks": ({"loss": "triton", "loss_chunk": 16}, {}, EXACT),
+    "float32, loss by triton, 50,257 tokens, z-loss": ({"loss": "triton"}, LARGE, EXACT),
     "bfloat16, splash": ({"dtype": "bfloat16", "attention": "splash"}, {}, ROUNDED),
     "bfloat16, document mask, no loop": ({"dtype": "bfloat16", "scan_unroll": 0}, MASKED, ROUNDED),
     "bfloat16, dropout, no loop": ({"dtype": "bfloat16", "scan_unroll": 0}, DROPPED, ROUNDED),
@@ -83,7 +86,7 @@ def make_config(case: str, compute: dict[str, Any], sections: dict[str, Any]) ->
             "model": model | sections.get("model", {}),
             "compute": compute,
             "data": {"global_batch_size": batch} | sections.get("data", {}),
-            "train": {"num_steps": STEPS, "micro_batch_size": batch},
+            "train": {"num_steps": STEPS, "micro_batch_size": batch} | sections.get("train", {}),
             "optim": optim,
         }
     )
@@ -126,7 +129,8 @@ def lower_gradients(config: Config, params: Any, tokens: np.ndarray) -> Any:
 
     def mean(params: Any) -> jax.Array:
         sums = loss_fn(params, jnp.asarray(tokens[0]), key)
-        return sums.loss / sums.tokens
+        total = sums.loss + config.train.z_loss * sums.z_loss if config.train.z_loss else sums.loss
+        return total / sums.tokens
 
     with precision(config):
         return jax.jit(jax.value_and_grad(mean)).lower(params)

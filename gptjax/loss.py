@@ -128,6 +128,8 @@ def token_losses(
 
 def _nats(log_z_BT: jax.Array, second_BT: jax.Array, backend: str) -> jax.Array:
     """Returns the loss of each token, from the two arrays of _in_chunks."""
+    # A subtraction here would hide from the kernel whether log Z is used for anything else, which costs a further term
+    # of the gradient.
     if backend == "triton":
         return second_BT
     return log_z_BT - second_BT

@@ -63,6 +63,7 @@ def _forward(
     interpret: bool,
 ) -> Any:
     # With symbolic_zeros, an argument comes with a flag that says whether it is differentiated.
+    # The logits have no other use, so XLA does not copy them before the kernel overwrites them.
     x_MD, head_DV, targets_M = x.value, head.value, targets.value
     logits_MV = _matmul(x_MD, head_DV)
     log_z_M, label_M, grad_MV = _reduce_rows(
@@ -85,6 +86,7 @@ def _backward(
     x_MD, head_DV, targets_M, grad_MV = residuals
     loss_g_M, log_z_g_M = cotangents
     has_log_z = not isinstance(log_z_g_M, SymbolicZero)
+    # A derivative of log Z alone. The gradient of the loss then only serves to compute that of log Z.
     if isinstance(loss_g_M, SymbolicZero):
         loss_g_M = jnp.zeros(targets_M.shape)
     # The gradient of log Z is that of the loss plus one-hot of the target.
@@ -92,6 +94,7 @@ def _backward(
     if has_log_z:
         scale_M = scale_M + log_z_g_M
     scaled_x_MD = _scale_rows(x_MD, scale_M)
+    # The matmuls that JAX would derive, in the compute dtype.
     [x_grad_MD] = jax.linear_transpose(lambda x: _matmul(x, head_DV), x_MD)(grad_MV)
     [head_grad_DV] = jax.linear_transpose(lambda head: _matmul(scaled_x_MD, head), head_DV)(grad_MV)
     x_grad_MD = _scale_rows(x_grad_MD, scale_M)
@@ -153,7 +156,7 @@ def _reduce_rows(
     if with_gradient:
         out_specs += (row,)
         out_shape += (jax.ShapeDtypeStruct((M, V), logits_MV.dtype),)
-        aliases = {0: 2}
+        aliases = {0: 2}  # the third result is written to the memory of the first argument
     # Many warps share a row, so that few rows are in work at a time. With GPT-2's vocabulary the H200 compiler gives 64
     # registers to a thread: 2 rows on each of 132 multiprocessors, 27 MB of 50 MB of L2.
     warps = max(1, width // LOGITS_PER_WARP)
@@ -185,7 +188,7 @@ def _kernel(
     target = target_ref[0]  # negative for padding: equal to no column, so its label stays 0
 
     def load(
-        first: jax.typing.ArrayLike,
+        first: jax.Array,
         size: int,
         is_padded: bool,
     ) -> tuple[tuple[Any, Any], jax.Array, jax.Array]:
@@ -200,7 +203,7 @@ def _kernel(
         return place, column_W, jnp.where(mask_W, x_W.astype(jnp.float32), -jnp.inf)
 
     def add_chunk(
-        first: jax.typing.ArrayLike,
+        first: jax.Array,
         size: int,
         is_padded: bool,
         carry: tuple[jax.Array, ...],
@@ -221,12 +224,13 @@ def _kernel(
     highest, total, label = over_chunks(add_chunk, start, end=vocab_size)  # padding is not read
     log_z_ref[0] = highest + jnp.log(total)
     label_ref[0] = label
+    # An evaluation ends here.
     if grad_ref is None:
         return
     inverse = 1.0 / total
 
     def write_chunk(
-        first: jax.typing.ArrayLike,
+        first: jax.Array,
         size: int,
         is_padded: bool,
         carry: int,
@@ -236,7 +240,7 @@ def _kernel(
         softmax_W = jnp.exp(x_W - highest) * inverse
         grad_W = jnp.where(column_W == target, softmax_W - 1.0, softmax_W)
         grad_W = grad_W.astype(grad_ref.dtype)
-        # The gradient of the padding is 0, the exponential of its -inf.
+        # The gradient of the padding is 0, the exponential of its -inf. It is written too, because matmuls read it.
         mask_W = column_W < grad_ref.shape[1] if is_padded else None
         triton.store(grad_ref.at[place], grad_W, mask=mask_W)
         return carry
@@ -262,7 +266,8 @@ def _over_chunks(
     carry = jax.lax.fori_loop(0, whole, lambda n, carry: body(n * width, width, False, carry), carry)
     if not rest:
         return carry
-    # Usually one chunk, and smaller than the others.
+    # Usually one chunk, and smaller than the others: 1,152 columns of GPT-2's 50,304. A loop, because Pallas refuses
+    # slices known to reach beyond an array, masked or not.
     size = min(width, pl.next_power_of_2(rest))
     return jax.lax.fori_loop(
         0,
