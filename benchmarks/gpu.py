@@ -75,6 +75,11 @@ def race(part: str, case: str, seconds: float, *arguments: str) -> tuple[str, ..
     return script("race", f"--part={part}", f"--case={case}", f"--seconds={seconds}", *arguments)
 
 
+def losses(batch: int) -> tuple[str, str]:
+    """Returns the contestants of the two losses, which take turns: the default is kept unless Triton wins here."""
+    return f"gptjax --batch={batch} {BEST}", f"gptjax --batch={batch} --loss=triton {BEST}"
+
+
 def carried_data() -> tuple[str, ...]:
     """Returns the flag for the data that gpu_carry.py prepared, none if they are not there."""
     return (f"--data={CARRY / 'data'}",) if (CARRY / "data").exists() else ()
@@ -95,7 +100,7 @@ def gpu_parts(out: str) -> list[Part]:
         Part("train", 120, (race("train", "small", 4, "--alone", "gptjax --batch=64", "gptjax --batch=32"),)),
         Part("peer", 120, (race("peer", "small", 24, "--memory=0.24", f"gptjax --batch=32 {BEST}", *torch),)),
         Part("triton-loss", 60, (
-            race("triton-loss", "small", 4, "--alone", f"gptjax --batch=64 --loss=triton {BEST}"),
+            race("triton-loss", "small", 8, "--memory=0.42", *losses(64)),
         )),
         Part("decode", 60, tuple(script("sample", f"--batch={batch}", *decode) for batch in (1, 256))),
         Part("xl", 120, (  # it takes 73 s to compile on two cores
@@ -123,7 +128,7 @@ def toy_parts(out: str, host_gb: str) -> list[Part]:
         Part("train", TOY_LIMIT, (race("train", "mini", 0.5, "--alone", "gptjax --batch=2", "gptjax --batch=1"),)),
         Part("peer", TOY_LIMIT, (race("peer", "mini", 2, f"gptjax --batch=2 {BEST}", *torch),)),
         Part("triton-loss", TOY_LIMIT, (
-            race("triton-loss", "mini", 0.5, "--alone", f"gptjax --batch=2 --loss=triton {BEST}"),
+            race("triton-loss", "mini", 1, *losses(2)),
         )),
         Part("decode", TOY_LIMIT, tuple(script("sample", f"--batch={batch}", *decode) for batch in (1, 4))),
         Part("xl", TOY_LIMIT, (race("xl", "mini", 0.5, "--alone", "gptjax --batch=2,1"),)),

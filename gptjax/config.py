@@ -56,7 +56,7 @@ class ComputeConfig:
     scan_unroll: AtLeastMinusOne = -1  # layers per iteration; 0: all, without a loop; -1: all on a GPU, otherwise 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmul inputs; parameters are float32
     reduce_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of gradients in collectives; auto: as dtype
-    loss: Literal["xla", "triton"] = "xla"  # triton reads the logits once; NVIDIA GPUs only, and not yet run on one
+    loss: Literal["xla", "triton"] = "xla"  # triton: one kernel for loss and gradient; NVIDIA GPUs; not yet run on one
     loss_chunk: Count = 0  # tokens per chunk of the loss; 0 means all at once
 
 
