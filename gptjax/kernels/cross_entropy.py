@@ -11,6 +11,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+Carry = typing.TypeVar("Carry")
+
 CHUNK = 8192  # logits of a row that a program holds at a time
 LOGITS_PER_WARP = 512  # of a chunk: 16 for each of its 32 threads
 
@@ -251,14 +253,14 @@ def _kernel(
 
 
 def _over_chunks(
-    body: Callable[..., Any],
-    carry: Any,
+    body: Callable[..., Carry],
+    carry: Carry,
     *,
     width: int,
     vocab_size: int,
     end: int,
     backwards: bool = False,
-) -> Any:
+) -> Carry:
     """Runs body(first column, number of columns, is_padded, carry) over the chunks of a row, up to column `end`.
 
     Only chunks that have padding or reach beyond the row need masks. They are outside of the loop over the others.
@@ -269,11 +271,11 @@ def _over_chunks(
     # slices known to reach beyond an array, masked or not.
     size = min(width, pl.next_power_of_2(max(1, rest)))
 
-    def run_whole(n: jax.Array, carry: Any) -> Any:
+    def run_whole(n: jax.Array, carry: Carry) -> Carry:
         chunk = whole - 1 - n if backwards else n
         return body(chunk * width, width, False, carry)
 
-    def run_rest(n: jax.Array, carry: Any) -> Any:
+    def run_rest(n: jax.Array, carry: Carry) -> Carry:
         return body(whole * width + n * size, size, True, carry)
 
     loops = [(whole, run_whole), (pl.cdiv(rest, size), run_rest)]
