@@ -147,9 +147,9 @@ class CausalSelfAttention(nn.Module):
                 )
 
             # Unrolled layers have no stack of residuals, and there XLA itself decides what to keep.
-            if self.compute.scan_unroll < c.n_layer:
-                attend = keep_only_product(attend, self.compute.attention)
-            y_BTNH = attend(qkv_BT3D)
+            is_stacked = self.compute.scan_unroll < c.n_layer
+            run = keep_only_product(attend, self.compute.attention) if is_stacked else attend
+            y_BTNH = run(qkv_BT3D)
         else:
             q_BTNH, k_BTNH, v_BTNH = split_heads(qkv_BT3D)
             cache, mask = extend_cache(cache, k_BTNH, v_BTNH)
