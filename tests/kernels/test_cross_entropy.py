@@ -89,6 +89,9 @@ def rows(request, monkeypatch):
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 3 * 2**-8)])
 def test_values_and_gradients_equal_plain_jax(rows, dtype, limit):
     x_MD, head_DV, targets_M, vocab_size = rows
+    if dtype == "float32":
+        # Multiples of 1/16 have exact products and sums, so that the logits do not depend on the order of the matmul.
+        x_MD, head_DV = jnp.round(16 * x_MD) / 16, jnp.round(16 * head_DV) / 16
     arrays = x_MD.astype(dtype), head_DV.astype(dtype), targets_M
     values, grads = results(interpreted, *arrays, vocab_size=vocab_size)
     expected_values, expected_grads = results(plain, *arrays, vocab_size=vocab_size)
