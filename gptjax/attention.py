@@ -240,14 +240,12 @@ def _attend(
     return jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH)
 
 
-def keep_only_product(attend: Callable[[jax.Array], jax.Array], backend: str) -> Callable[[jax.Array], jax.Array]:
-    """Returns attend(qkv_BT3D), changed so that the backward pass of splash attention makes q, k and v from qkv again.
+def keep_only_product(attend: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """Returns attend(qkv_BT3D), by splash attention, changed to make q, k and v again from qkv in the backward pass.
 
-    Otherwise a loop over layers stores all three a second time, with heads of 64 in tiles of 128 lanes, and copies them
-    out of its stack. attend: takes the product of c_attn. backend: others than splash keep views of the product.
+    Otherwise a loop over layers stores all three next to qkv, with heads of 64 in tiles of 128 lanes, and copies them
+    out of its stack. Under FSDP and compute.remat the policy of the layer's own jax.checkpoint decides instead.
     """
-    if backend != "splash":
-        return attend
     policy = jax.checkpoint_policies.save_only_these_names(SPLASH_RESULTS)
     # No barriers: the loop separates the recomputation from the forward pass, as in GPT.layers.
     return jax.checkpoint(attend, policy=policy, prevent_cse=False)

@@ -9,7 +9,7 @@ from gptjax.gpu_memory import planned_fraction
 
 GB = 1e9  # data sheets of GPUs and of bandwidths
 GIB = 2.0**30  # TPU documentation
-DEFAULT_SPLASH_BLOCK = 512
+DEFAULT_SPLASH_BLOCK = 512  # positions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,7 +75,7 @@ def cross_entropy(
     chunk: positions per chunk, a divisor of T; 0 means all at once. The backward pass recomputes the logits of each
     chunk, so that at most B * chunk * V of them exist. backend: the result of choose_loss.
     """
-    log_z_BT, second_BT = _in_chunks(
+    log_z_BT, nats_BT = _in_chunks(
         x_BTD,
         head_DV,
         targets_BT,
@@ -88,7 +88,6 @@ def cross_entropy(
     # Its loss is finite, and the weight 0 removes it from the sums.
     counted_BT = local_sequence(targets_BT, parallel) >= 0
     weight_BT = counted_BT.astype(jnp.float32)
-    nats_BT = _nats(log_z_BT, second_BT, backend)
     # Sums, not means: micro-batches and devices may count different numbers of targets, and the caller divides once.
     return LossSums(
         loss=jnp.sum(nats_BT * weight_BT),
@@ -112,7 +111,7 @@ def token_losses(
     The arguments are those of cross_entropy. Under tensor parallelism the result is [B, T / tensor], the local
     sequence.
     """
-    log_z_BT, second_BT = _in_chunks(
+    _, nats_BT = _in_chunks(
         x_BTD,
         head_DV,
         targets_BT,
@@ -123,16 +122,7 @@ def token_losses(
     )
     # jnp.where, unlike a weight, also hides a NaN; nothing is differentiated here.
     counted_BT = local_sequence(targets_BT, parallel) >= 0
-    return jnp.where(counted_BT, _nats(log_z_BT, second_BT, backend), NOT_COUNTED)
-
-
-def _nats(log_z_BT: jax.Array, second_BT: jax.Array, backend: str) -> jax.Array:
-    """Returns the loss of each token, from the two arrays of _in_chunks."""
-    # A subtraction here would hide from the kernel whether log Z is used for anything else, which costs a further term
-    # of the gradient.
-    if backend == "triton":
-        return second_BT
-    return log_z_BT - second_BT
+    return jnp.where(counted_BT, nats_BT, NOT_COUNTED)
 
 
 def _in_chunks(
@@ -145,44 +135,44 @@ def _in_chunks(
     backend: str,
     parallel: Parallel,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (logsumexp of the logits, the target's logit) at each position of the local sequence.
+    """Returns (log Z: logsumexp of the logits, the loss in nats) at each position of the local sequence."""
 
-    With triton the second array is the loss in nats: the kernel's gradient is that of the loss, not that of its parts.
-    """
+    # x is all-gathered before the split, so chunks cover all positions. Under tensor parallelism each device computes
+    # the logits of all positions over its shard of the vocabulary.
+    x_BTD = all_gather_sequence(x_BTD, parallel)
 
-    def reduce_logits(
-        x_BTD: jax.Array,
-        targets_BT: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
-        if backend == "triton":
-            return _log_z_and_nats_by_triton(
+    def run(reduce_logits: Callable[..., tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, ...]:
+        # A single chunk needs no loop, so XLA may save the logits for the backward pass instead of recomputing them.
+        if chunk in (0, targets_BT.shape[1]):
+            return reduce_logits(x_BTD, targets_BT)
+        return _map_chunks(reduce_logits, x_BTD, targets_BT, chunk=chunk)
+
+    if backend == "triton":
+        # Its rows are whole, because `choose_loss` refuses tensor parallelism. Without z-loss the program has no use of
+        # log Z, and the kernel's gradient then needs one term less.
+        log_z_BT, nats_BT = run(
+            lambda x_BTD, targets_BT: _log_z_and_nats_by_triton(
                 x_BTD,
                 head_DV,
                 targets_BT,
                 vocab_size=vocab_size,
             )
-        return _log_z_and_label(
+        )
+        return log_z_BT, nats_BT
+    log_z_BT, label_BT = run(
+        lambda x_BTD, targets_BT: _log_z_and_label(
             x_BTD,
             head_DV,
             targets_BT,
             vocab_size=vocab_size,
             parallel=parallel,
         )
-
-    # x is all-gathered before the split, so chunks cover all positions. Under tensor parallelism each device computes
-    # the logits of all positions over its shard of the vocabulary.
-    x_BTD = all_gather_sequence(x_BTD, parallel)
-    T = targets_BT.shape[1]
-    # A single chunk needs no loop, so XLA may save the logits for the backward pass instead of recomputing them.
-    if chunk in (0, T):
-        log_z_BT, second_BT = reduce_logits(x_BTD, targets_BT)
-    else:
-        log_z_BT, second_BT = _map_chunks(reduce_logits, x_BTD, targets_BT, chunk=chunk)
+    )
     # Only two [B, T] arrays are reduced over `tensor`; logits are never sent. The label's logit is a plain sum: it is 0
     # on all devices except the one whose vocabulary shard has the target.
     log_z_BT = logsumexp_over_tensor(log_z_BT, parallel)
-    second_BT = reduce_scatter_sequence(second_BT, parallel)
-    return log_z_BT, second_BT
+    label_BT = reduce_scatter_sequence(label_BT, parallel)
+    return log_z_BT, log_z_BT - label_BT
 
 
 def _map_chunks(

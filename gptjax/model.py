@@ -148,7 +148,8 @@ class CausalSelfAttention(nn.Module):
 
             # Unrolled layers have no stack of residuals, and there XLA itself decides what to keep.
             is_stacked = self.compute.scan_unroll < c.n_layer
-            run = keep_only_product(attend, self.compute.attention) if is_stacked else attend
+            keeps_product = self.compute.attention == "splash" and is_stacked
+            run = keep_only_product(attend) if keeps_product else attend
             y_BTNH = run(qkv_BT3D)
         else:
             q_BTNH, k_BTNH, v_BTNH = split_heads(qkv_BT3D)

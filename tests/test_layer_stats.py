@@ -249,10 +249,10 @@ def drain(recorder, loss, policy):
         stop_vote=types.SimpleNamespace(result=lambda answer: False),
         watchdog=types.SimpleNamespace(beat=lambda: None),
         watch=recorder.watch,
+        checkpointer=types.SimpleNamespace(steps=list),
     )
     run = types.SimpleNamespace(config=config, train_data=None)
     state = types.SimpleNamespace(step=7)
-    tools.checkpointer = types.SimpleNamespace(steps=list)
     loop = Loop(run, tools, state=state, history=History(), reporter=recorder, prefetcher=None, compiled=True)
     loop._pending = _Pending(7, 8, metrics, None, {"attention_logit": np.array([1.0, 2.0, 3.0])})
     loop._drain_pending()

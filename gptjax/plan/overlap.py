@@ -22,11 +22,11 @@ RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')  # names a t
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
-    """What a device is taken to reach."""
+    """How fast a device is taken to be."""
 
     memory: float  # bytes/s
     flops: float  # FLOP/s of its matrix units
-    send: Callable[[Collective], float]  # the seconds of one run of a collective
+    seconds_to_send: Callable[[Collective], float]  # of one run of a collective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +36,6 @@ class Overlap:
     collective: Collective
     seconds: float  # of all its runs
     hidden: float  # of these, the seconds next to kernels
-
-    @property
-    def exposed(self) -> float:
-        """The seconds in which the device waits for the collective."""
-        return self.seconds - self.hidden
 
 
 def read_overlaps(
@@ -56,13 +51,8 @@ def read_overlaps(
     in read_collectives.
     """
     computations = parse(text)
-    schedule = _Schedules(computations, collectives_by_place(computations, mesh_shape, slices), speeds)
-    runs = count_runs(computations, through=SCHEDULED)
-    found = []
-    for name in computations:
-        if runs[name]:
-            found += schedule.overlaps(name)
-    return found
+    schedules = _Schedules(computations, collectives_by_place(computations, mesh_shape, slices), speeds)
+    return list(schedules.all_overlaps())
 
 
 def hidden_share(overlaps: Iterable[Overlap]) -> float:
@@ -89,11 +79,17 @@ class _Schedules:
             self._collectives[computation].append((instruction, collective))
         self._total: dict[str, float] = {}  # seconds of the kernels in one run of a computation
 
-    def overlaps(self, name: str) -> Iterator[Overlap]:
+    def all_overlaps(self) -> Iterator[Overlap]:
+        """Yields the collectives of all schedules."""
+        for name in self._computations:
+            if self._runs[name]:
+                yield from self._overlaps(name)
+
+    def _overlaps(self, name: str) -> Iterator[Overlap]:
         """Yields the collectives of the schedule `name`, in the order in which they end."""
         instructions = self._computations[name]
         by_name = {instruction.name: instruction for instruction in instructions}
-        # The seconds of each kernel so far that have hidden nothing.
+        # For each kernel so far the seconds in which it hides nothing yet.
         idle: dict[str, float] = {}
         started: dict[str, tuple[int, list[Collective]]] = {}  # start -> (kernels before it, its collectives)
         for instruction in instructions:
@@ -122,7 +118,7 @@ class _Schedules:
     def _hidden_by(self, kernels: list[str], idle: dict[str, float], found: list[Collective]) -> Iterator[Overlap]:
         """Yields `found`, hidden by as much as `kernels` have idle, and takes that time from `idle`."""
         for collective in found:
-            seconds = self._speeds.send(collective)
+            seconds = self._speeds.seconds_to_send(collective)
             hidden = 0.0
             for kernel in kernels:
                 used = min(idle[kernel], seconds - hidden)
@@ -132,7 +128,7 @@ class _Schedules:
 
     def _waited_for(self, found: list[Collective]) -> Iterator[Overlap]:
         for collective in found:
-            yield Overlap(collective, collective.count * self._speeds.send(collective), 0.0)
+            yield Overlap(collective, collective.count * self._speeds.seconds_to_send(collective), 0.0)
 
     def _collectives_of(self, name: str, instruction: Instruction) -> list[Collective]:
         """Returns the collectives that an instruction is, or that are in the computations that it calls."""

@@ -127,7 +127,7 @@ def read_overlap(
     chip = topology.chip
     slices = shape.slices if topology.is_tpu else 1
 
-    def send(collective: Collective) -> float:
+    def seconds_to_send(collective: Collective) -> float:
         parts = [collective] if topology.is_tpu else _split_by_network(collective, shape)
         seconds = 0.0
         for part in parts:
@@ -140,7 +140,7 @@ def read_overlap(
     speeds = Speeds(
         memory=TYPICAL.memory * chip.memory_bandwidth,
         flops=TYPICAL.matrix_units * chip.peak_flops,
-        send=send,
+        seconds_to_send=seconds_to_send,
     )
     return read_overlaps(text, shape.mesh, slices, speeds=speeds)
 

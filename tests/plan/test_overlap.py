@@ -6,7 +6,7 @@ from gptjax.plan.overlap import Speeds, hidden_share, read_overlaps
 
 # A kernel of 100 bytes/s reads and writes 800 bytes in 8 s. An all-reduce over two devices sends its result's 400
 # bytes, which take 4 s.
-SPEEDS = Speeds(memory=100.0, flops=1.0, send=lambda collective: collective.bytes / 100.0)
+SPEEDS = Speeds(memory=100.0, flops=1.0, seconds_to_send=lambda collective: collective.bytes / 100.0)
 MESH = {"data": 2}
 KERNEL = "%{0} = f32[100]{{0}} fusion(%x), kind=kLoop, calls=%body"
 GROUPS = "channel_id=1, replica_groups={{0,1}}, to_apply=%sum"
