@@ -252,7 +252,7 @@ class TestCompiledForGpus:
     def test_gpu_plan_that_does_not_fit_names_one_that_does(self, flags):
         code, line = refused(*flags)
         assert code == 3
-        assert re.search(r"needs [\d.]+ GiB per device, 68.54 available", line)
+        assert re.search(r"needs [\d.]+ GiB per device, 68.55 available", line)
         near = re.search(r"this fits \(compiled\): (.*)", line)[1].split()
         assert plan(*flags[:2], *near)[0] == 0
 
