@@ -88,8 +88,7 @@ class Loop:
         self._state = state  # donated by each dispatch, so no other reference may be used
         self._history = history  # up to the last drained dispatch, while _step and _state are one ahead
         self._compiled = compiled
-        self._start = int(state.step)
-        self._step = self._start
+        self._step = int(state.step)
         # The step of the newest checkpoint; None before the first one. A preemption may have saved step 0.
         has_checkpoint = self._step > 0 or 0 in tools.checkpointer.steps()
         self._saved = self._step if has_checkpoint else None
@@ -135,7 +134,7 @@ class Loop:
         tokens = self._prefetcher.get(self._step)
         tools.watch.lap("data_wait")
         start = self._step
-        end = self._run.dispatch_end(start, start=self._start)
+        end = self._prefetcher.following(start)
         is_traced = start == self._run.config.train.profile_step
         is_first = not self._compiled
         if is_first:
@@ -369,7 +368,7 @@ def process_metrics(
 ) -> History:
     """Waits for the metrics of the dispatch from step `start` to `end`, applies train.nan_policy, and reports them.
 
-    metrics: float32 [] by name, or [K] for up to K steps per dispatch. It leaves UPDATE_STATS out.
+    metrics: float32 [] by name, or [K] for up to K steps per dispatch. UPDATE_STATS in it is ignored.
 
     Returns:
         The history after that step.

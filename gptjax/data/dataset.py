@@ -308,7 +308,7 @@ class Prefetcher(Generic[T]):
         depth: int = 2,
     ) -> None:
         self._make = make
-        self._following = following or (lambda step: step + 1)
+        self.following = following or (lambda step: step + 1)
         self._depth = depth
         self._futures: dict[int, Future[T]] = {}
         self._pool: ThreadPoolExecutor | None = None
@@ -340,7 +340,7 @@ class Prefetcher(Generic[T]):
         step = first
         while self._pool and len(wanted) < self._depth:
             wanted.append(step)
-            step = self._following(step)
+            step = self.following(step)
         for step in set(self._futures).difference(wanted):
             future = self._futures.pop(step)
             future.cancel()

@@ -44,7 +44,6 @@ def make_report(
         text = compiled.as_text()
         collectives = read_traffic(text, setting.shape, topology)
         overlaps = read_overlap(text, setting.shape, topology)
-        efficiency = dataclasses.replace(TYPICAL, exposed_communication=1 - hidden_share(overlaps))
         traffic = sum_traffic(collectives)
         memory = measured_memory(estimate_memory(setting), peak_bytes(compiled))
     else:
@@ -53,9 +52,11 @@ def make_report(
             source += f"; to compile without a GPU: {install(topology.chip.extra or 'cuda')}"
         collectives = []
         overlaps = []
-        efficiency = TYPICAL
         traffic = minimum
         memory = estimate_memory(setting)
+    efficiency = TYPICAL
+    if overlaps:
+        efficiency = dataclasses.replace(TYPICAL, exposed_communication=1 - hidden_share(overlaps))
     roof = roofline(setting, chip, traffic)
     typical = efficiency.seconds(roof)
     flops = step_flops(config)
