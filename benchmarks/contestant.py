@@ -21,7 +21,7 @@ from train_step import CASES
 MARK = "@contestant "
 OUT_OF_MEMORY = 71
 MEMORY_WORDS = ("out of memory", "resource_exhausted", "allocate memory", "bad_alloc")
-STEPS_IN_A_ROW = 4  # between two waits for the device, so that the host runs ahead as it does in training
+STEPS_IN_A_ROW = 4  # unless a step takes a second; between two waits for the device, so that the host runs ahead as it does in training
 Run = Callable[[int], None]  # run(n) takes n steps and waits for the last
 
 
@@ -39,11 +39,16 @@ def make_gptjax(args: argparse.Namespace, batch: int) -> tuple[Run, dict[str, An
     from train_step import make_config, make_ours, parse_options
 
     from gptjax.chips import device_memory, find_chip
+    from gptjax.cpu_memory import keep_freed_memory
+    from gptjax.devices import expects_accelerator
     from gptjax.plan.aot import peak_bytes
     from gptjax.sizes import train_flops_per_token
 
+    if not expects_accelerator():
+        keep_freed_memory()  # as a run does
     settings = {"attention": args.attention, "remat": args.remat, "dtype": args.dtype, "loss": args.loss}
-    config = make_config(args.case, batch, settings | {"scan_unroll": args.scan_unroll, "steps_per_dispatch": 1})
+    settings |= {"scan_unroll": args.scan_unroll, "steps_per_dispatch": args.steps_per_dispatch}
+    config = make_config(args.case, batch, settings)
     ours = make_ours(config, options=parse_options(args.xla))
     need, device = peak_bytes(ours.step), jax.devices()[0]
     have = device_memory(device)
@@ -52,12 +57,13 @@ def make_gptjax(args: argparse.Namespace, batch: int) -> tuple[Run, dict[str, An
 
     def run(steps: int) -> None:
         metrics = None
-        for _ in range(steps):
-            ours.state, metrics = ours.step(ours.state, ours.tokens)
+        for done in range(0, steps, ours.most_steps):
+            ours.state, metrics = ours.step(ours.state, ours.batches(min(ours.most_steps, steps - done)))
         jax.block_until_ready(metrics)
 
     chip = find_chip(device.device_kind)
     known = {"GiB": need / 2**30, "compile s": ours.compile_seconds}
+    known["steps in a row"] = max(STEPS_IN_A_ROW, ours.most_steps)
     known |= {"FLOP a token": train_flops_per_token(config.model), "peak FLOP/s": chip.peak_flops if chip else 0}
     return run, known
 
@@ -91,7 +97,7 @@ def prepare(args: argparse.Namespace) -> tuple[Run, int, dict[str, Any]]:
         try:
             run, known = make(args, batch)
             run(1)
-            run(STEPS_IN_A_ROW)
+            run(known.get("steps in a row", STEPS_IN_A_ROW))
             return run, batch, known
         except Exception as error:
             if batch == batches[-1] or not is_out_of_memory(error):
@@ -105,14 +111,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in text for word in MEMORY_WORDS)
 
 
-def take_turn(run: Run, seconds: float) -> list[float]:
-    """Returns the seconds of each step, as a mean over each row of steps; the first row is not counted."""
+def take_turn(run: Run, seconds: float, row: int) -> list[float]:
+    """Returns the seconds of each step, as a mean over each row of steps; the first step is not counted."""
+    start = time.perf_counter()
     run(1)
+    if time.perf_counter() - start > 1:
+        row = 1
     times, end = [], time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
         start = time.perf_counter()
-        run(STEPS_IN_A_ROW)
-        times.append((time.perf_counter() - start) / STEPS_IN_A_ROW)
+        run(row)
+        times.append((time.perf_counter() - start) / row)
     return times
 
 
@@ -131,6 +140,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--remat", default="none")
     parser.add_argument("--scan_unroll", type=int, default=-1, help="-1: what a run does on this device")
+    parser.add_argument("--steps_per_dispatch", type=int, default=0, help="0: what a run does")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--loss", default="xla")
     parser.add_argument("--xla", default="", help="options for the compiler, NAME=VALUE,NAME=VALUE")
@@ -150,7 +160,7 @@ def main() -> None:
             trace(run, args.trace)
         say({"ready": True, "batch": batch} | known)
         for line in sys.stdin:
-            say({"times": take_turn(run, float(line))})
+            say({"times": take_turn(run, float(line), known.get("steps in a row", STEPS_IN_A_ROW))})
     except Exception as error:  # it costs this contestant its row, and is told as one line
         kind = "out of memory" if is_out_of_memory(error) else "failed"
         if type(error).__name__ == "ConfigError":  # by its name: in torch's process gptjax is never imported

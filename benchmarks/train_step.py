@@ -29,7 +29,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gptjax.chips import find_chip
 from gptjax.compute import resolve_compute, resolve_parallel
 from gptjax.config import Config, from_dict
-from gptjax.dispatch import Batches, tokens_sharding
+from gptjax.dispatch import Batches, choose_steps_per_dispatch, tokens_sharding
 from gptjax.documents import EndOfText
 from gptjax.model import GPT
 from gptjax.optim import make_optimizer
@@ -85,10 +85,17 @@ class Ours:
     state: Any
     tokens: Any  # of a dispatch
     compile_seconds: float
+    most_steps: int  # of a dispatch
 
     def __call__(self) -> None:
         self.state, metrics = self.step(self.state, self.tokens)
         jax.block_until_ready(metrics)
+
+    def batches(self, steps: int) -> Any:
+        """Returns the tokens of a dispatch of so many steps."""
+        if self.most_steps == 1:
+            return self.tokens
+        return self.tokens._replace(num_steps=jax.device_put(np.int32(steps), self.tokens.num_steps.sharding))
 
 
 def make_ours(config: Config, *, devices: int = 1, options: dict[str, Any] | None = None) -> Ours:
@@ -96,8 +103,8 @@ def make_ours(config: Config, *, devices: int = 1, options: dict[str, Any] | Non
     model = GPT(config.model, resolve_compute(config, mesh), resolve_parallel(config, mesh))
     optimizer = make_optimizer(config.optim)
     abstract, init = make_init(model, optimizer, mesh=mesh, seed=0)
+    count = choose_steps_per_dispatch(config, mesh)
     step: Any = jit_steps(model, optimizer, config, abstract=abstract, eot=EndOfText(0, "last"))[0]
-    count = config.train.steps_per_dispatch
     tokens: Any = random_tokens(config)
     if count > 1:
         tokens = np.broadcast_to(tokens, (count, *tokens.shape))
@@ -106,7 +113,7 @@ def make_ours(config: Config, *, devices: int = 1, options: dict[str, Any] | Non
         tokens = Batches(tokens, jax.device_put(np.int32(count), NamedSharding(mesh, PartitionSpec())))
     start = time.perf_counter()
     compiled = step.lower(abstract, tokens).compile(compiler_options=options)
-    return Ours(config, compiled, init(), tokens, time.perf_counter() - start)
+    return Ours(config, compiled, init(), tokens, time.perf_counter() - start, count)
 
 
 def make_torch(config: Config, *, compiled: bool) -> Callable[[], None]:
@@ -168,7 +175,7 @@ def measure(case: str, batch: int, settings: dict[str, Any], args: argparse.Name
             for _ in range(3):
                 ours()
     times = bench.interleave(runs, seconds=args.seconds)
-    times["gptjax"] = [one / config.train.steps_per_dispatch for one in times["gptjax"]]
+    times["gptjax"] = [one / ours.most_steps for one in times["gptjax"]]
     chip, tokens = find_chip(jax.devices()[0].device_kind), config.data.global_batch_size * config.model.block_size
     rows = []
     for name, seconds in times.items():
