@@ -215,6 +215,7 @@ def make_train_step(
     *,
     config: Config,
     parallel: Parallel,
+    separate_state: bool = False,
 ) -> StepFn:
     """Returns train_step(state, tokens_ABT) -> (state, metrics), where tokens_ABT is int32 [A, B, T+1].
 
@@ -235,21 +236,29 @@ def make_train_step(
         # norm covers all shards, and the optimizer needs no explicit collectives.
         with jax.named_scope("update"):
             grad_norm, grad_rms = norm_and_rms(grads, config)
-            if clip:
+
+            def clipped(grads: PyTree) -> PyTree:
+                if not clip:
+                    return grads
                 # 1e-6 as in PyTorch's clip_grad_norm_. If the norm is not finite, `finite` below discards the update.
-                grads = jax.tree.map(
+                return jax.tree.map(
                     lambda g: g * jnp.minimum(1.0, clip / (grad_norm + 1e-6)),
                     grads,
                 )
+
             lr = schedule(state.step)
             # The optimizer runs at learning rate 1, so that its state does not contain the rate (optim.py). `lr` is
             # traced, so a different rate does not recompile the step.
             updates, opt_state = optimizer.update(
-                grads,
+                clipped(grads),
                 state.opt_state,
                 state.params,
             )
             updates = jax.tree.map(lambda u: lr * u, updates)
+            if separate_state:
+                # Equal values, which the barriers keep apart: see ResolvedCompute.separate_state.
+                updates, again = jax.lax.optimization_barrier((updates, grads))
+                _, opt_state = optimizer.update(clipped(again), state.opt_state, state.params)
             loss = sums.loss / sums.tokens
             update_norm, update_rms = norm_and_rms(updates, config)
             # If any entry is not finite, the norm is not finite. The device decides, because the host reads these
@@ -410,6 +419,7 @@ def jit_steps(
         schedule,
         config=config,
         parallel=model.parallel,
+        separate_state=model.compute.separate_state,
     )
     multi_step = make_multi_step(step)
 

@@ -163,9 +163,9 @@ def _normalize(
     epsilon: float,
 ) -> tuple[jax.Array, NormResiduals]:
     wide = x.astype(jnp.float32)
-    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    mean = _row_means(wide)
     squares = jnp.square(wide - mean)
-    variance = jnp.mean(squares, axis=-1, keepdims=True)
+    variance = _row_means(squares)
     inverse = jax.lax.rsqrt(variance + epsilon)
     # The order of these products is part of a run's bits.
     y = (wide - mean) * (inverse * _broadcast(scale_D, x))
@@ -187,8 +187,13 @@ def _layer_norm_backward(
     normed = (x.astype(jnp.float32) - mean) * inverse
     normed_g = wide_g * _broadcast(scale_D, x)
     # The gradient of x has no part along the two directions that normalisation removes: the mean, and x itself.
-    along_x = jnp.mean(normed_g * normed, axis=-1, keepdims=True)
-    along_mean = jnp.mean(normed_g, axis=-1, keepdims=True)
+    along_mean, along_x = jax.lax.platform_dependent(
+        wide_g,
+        normed,
+        scale_D,
+        cpu=_gradient_means_on_cpu,
+        default=_gradient_means,
+    )
     x_g = inverse * (normed_g - along_mean - normed * along_x)
     x_g = x_g.astype(x.dtype)
     # Parameters are float32, and so are the sums over all tokens.
@@ -197,6 +202,50 @@ def _layer_norm_backward(
     if bias_D is None:
         return x_g, scale_g, None
     return x_g, scale_g, jnp.sum(wide_g, leading)
+
+
+def _gradient_means(
+    g: jax.Array,
+    normed: jax.Array,
+    scale_D: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the means along D of g * scale and of g * scale * normed, float32 [..., 1]; all arrays are float32."""
+    normed_g = g * _broadcast(scale_D, g)
+    along_mean = jnp.mean(normed_g, axis=-1, keepdims=True)
+    along_x = jnp.mean(normed_g * normed, axis=-1, keepdims=True)
+    return along_mean, along_x
+
+
+def _gradient_means_on_cpu(
+    g: jax.Array,
+    normed: jax.Array,
+    scale_D: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the same as `_gradient_means`, as products with the scale."""
+    # g * normed is stored once: the gradient of the scale is its sum over all tokens.
+    return _row_products(g, scale_D) / len(scale_D), _row_products(g * normed, scale_D) / len(scale_D)
+
+
+def _row_means(x: jax.Array) -> jax.Array:
+    """Returns the means of float32 x [..., D] along D, [..., 1]."""
+    return jax.lax.platform_dependent(
+        x,
+        cpu=lambda x: _row_products(x, jnp.ones(x.shape[-1])) / x.shape[-1],
+        default=lambda x: jnp.mean(x, axis=-1, keepdims=True),
+    )
+
+
+def _row_products(
+    x: jax.Array,
+    vector_D: jax.Array,
+) -> jax.Array:
+    """Returns the products of the rows of x [..., D] with a vector, [..., 1].
+
+    On a CPU these are twice as fast as sums along D, which XLA computes without vector instructions.
+    """
+    contracting = ((x.ndim - 1,), (0,))
+    no_batch = ((), ())
+    return jax.lax.dot_general(x, vector_D, (contracting, no_batch))[..., None]
 
 
 def _broadcast(
