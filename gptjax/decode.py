@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from gptjax import loss, sharding
@@ -161,20 +162,62 @@ def make_cached_forward(
         # The head is nearly a third of GPT-2 small's FLOPs: it is applied to one position per row, not to all C.
         x_B1D: Any = jnp.take_along_axis(x_BCD, last_B[:, None, None], axis=1)
         x_B1D = model.apply(tables, x_B1D, method="final_norm")
-        logits_B1V = loss.masked_logits(x_B1D, weights["head_DV"], config.vocab_size)
-        return new_caches, logits_B1V[:, 0, : config.vocab_size]
+        return new_caches, _logits(weights, x_B1D, config.vocab_size)
 
     return extend
+
+
+def _logits(weights: Any, x_B1D: jax.Array, vocab_size: int) -> jax.Array:
+    """Returns the float32 logits [B, V] of the true vocabulary. weights: from `unstack_layers`."""
+    if "head_DV" in weights:
+        logits_B1V = loss.masked_logits(x_B1D, weights["head_DV"], vocab_size)
+    else:
+        # Not `unembedding`: for one row XLA would copy its transpose at each token.
+        table_VD = weights["tables"]["wte"]["embedding"]
+        logits_B1V = jnp.einsum("BTD,VD->BTV", x_B1D, table_VD)
+    return logits_B1V[:, 0, :vocab_size]
 
 
 def unstack_layers(model: gpt.GPT, params: Any) -> Any:
     """Returns {"tables": everything but the layers, "layers": [one tree per layer], "head_DV": the output head}.
 
     Matrices are in the dtype of the products, the head also in their layout: reading them is most of a token's time.
+    On a single CPU device that computes in float32 nothing is copied: the layers are views of the stacked arrays, and
+    "head_DV" is absent if the token embedding is the head.
     """
     tables = {name: tree for name, tree in params.items() if name != "h"}
+    if model.compute.dtype == jnp.float32 and _is_on_one_cpu(params):
+        views = {"tables": tables, "layers": _layer_views(model.config.n_layer, params)}
+        if "lm_head" in params:
+            views["head_DV"] = params["lm_head"]["kernel"]
+        return views
     split = _make_split(model.config.n_layer, model.compute.dtype)
     return {"tables": tables, **split(params)}
+
+
+def _is_on_one_cpu(params: Any) -> bool:
+    """Returns whether all parameters are arrays on one CPU device; False for arrays of NumPy and while tracing."""
+    leaves = jax.tree.leaves(params)
+    if not all(isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return False
+    devices = set().union(*(leaf.devices() for leaf in leaves))
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+
+
+def _layer_views(n_layer: int, params: Any) -> list[Any]:
+    """Returns the tree of each layer, whose arrays share the memory of the stacked arrays [L, ...] on one CPU device.
+
+    Copies of GPT-2 small's layers would take as long as its first token. A view keeps the stacked array's memory
+    alive. If a program is given that array as a donated argument meanwhile, JAX copies it instead of overwriting it.
+    """
+    leaves, tree = jax.tree.flatten(jax.block_until_ready(params["h"]))
+    mesh = mesh_of(params)
+    placed = jax.sharding.NamedSharding(mesh, P()) if mesh else leaves[0].sharding
+    # Not np.asarray: a jax.Array keeps its result, which would prevent the donation of the array forever.
+    stacked = [np.from_dlpack(leaf) for leaf in leaves]
+    # device_put shares the memory of an array that is aligned to 64 bytes, as most are, and copies the others.
+    layers = jax.device_put([[a[i] for a in stacked] for i in range(n_layer)], placed)
+    return [jax.tree.unflatten(tree, arrays) for arrays in layers]
 
 
 @functools.lru_cache(maxsize=8)
@@ -209,15 +252,18 @@ def empty_state(
 
     positions = min(SMALLEST_CONTEXT, c.block_size)
     shape = (size, c.n_head, positions, c.n_embd // c.n_head)
-    kv_sharding = placed(cache_spec(c.n_head, mesh))
+    make = _make_zeros(c.n_layer, shape, model.compute.dtype, placed(cache_spec(c.n_head, mesh)), placed(P()))
+    return make()
 
-    # A new array each time: one that occurred twice among donated arguments could not be donated.
-    def zeros() -> jax.Array:
-        return jnp.zeros(shape, model.compute.dtype, device=kv_sharding)
 
-    ids_B = jnp.zeros(size, jnp.int32, device=placed(P()))
-    caches = [(zeros(), zeros()) for _ in range(c.n_layer)]
-    return caches, ids_B
+@functools.lru_cache(maxsize=8)
+def _make_zeros(n_layer: int, shape: tuple[int, ...], dtype: Any, kv: Any, ids: Any) -> Callable[[], Any]:
+    # One program for all arrays: a call of jnp.zeros for each would take longer than the memory needs.
+    def zeros() -> tuple[Any, jax.Array]:
+        caches = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(n_layer)]
+        return caches, jnp.zeros(shape[0], jnp.int32)
+
+    return jax.jit(zeros, out_shardings=(kv, ids))
 
 
 def grow_caches(
