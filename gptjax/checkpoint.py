@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from orbax.checkpoint import v1 as ocp
 
 from gptjax import peers
 from gptjax.config import Config
@@ -35,7 +34,7 @@ from gptjax.errors import (
 )
 from gptjax.exhaustion import show_bytes
 from gptjax.fingerprint import fingerprints
-from gptjax.orbax_context import saving_context
+from gptjax.orbax_context import import_orbax, saving_context
 from gptjax.record import FAILURES, CorruptCheckpointError, Record, judge, read_record, seal
 from gptjax.retention import Retention, remove_unfinished, why
 from gptjax.sharding import check_params
@@ -74,6 +73,7 @@ class Checkpointer:
         self._start: Callable[[], None] = lambda: None  # starts the last save once more
 
     def _open(self) -> Any:
+        ocp = import_orbax()
         decisions: Any = ocp.training.save_decision_policies
         return ocp.training.Checkpointer(
             self.directory,
@@ -367,6 +367,7 @@ class Checkpointer:
             UnavailableError: it cannot be read, and this is one of several processes.
             CheckpointError: its arrays are not those of `abstract`.
         """
+        ocp = import_orbax()
         path = self.directory / str(step)
         check_same_arrays(path, abstract, record)
         try:

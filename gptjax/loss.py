@@ -16,7 +16,6 @@ from gptjax.collectives import (
     tensor_parallel_index,
 )
 from gptjax.errors import ConfigError
-from gptjax.kernels import cross_entropy as kernel
 
 NOT_COUNTED = -1.0  # the loss reported for a token that does not count; a real loss is never negative
 
@@ -226,6 +225,8 @@ def _log_z_and_nats_by_triton(
     *,
     vocab_size: int,
 ) -> tuple[jax.Array, jax.Array]:
+    from gptjax.kernels import cross_entropy as kernel  # Pallas takes long to import, and few runs need it here
+
     # The kernel takes the head in the compute dtype, and masks the padded columns itself.
     nats_M, log_z_M = kernel.linear_cross_entropy(
         x_BTD.reshape(-1, x_BTD.shape[2]),

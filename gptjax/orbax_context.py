@@ -9,13 +9,22 @@ from collections.abc import Iterator
 from typing import Any
 
 import tensorstore
-from orbax.checkpoint import v1 as ocp
 
 from gptjax.workdir import is_bucket, sync_path, sync_tree
 
 log = logging.getLogger("gptjax")
 COUNTERS = "experimental_collect_matching_metrics"  # tensorstore's function that reads its metrics
 CHUNK_BYTES = 16 * 2**20  # read or written at a time where memory use must stay low
+
+
+def import_orbax() -> Any:
+    """Returns Orbax's API, imported at the first call.
+
+    The import takes a tenth of the start of a small run. A new run needs it at its first save, after its first step.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    return ocp
 
 
 @contextlib.contextmanager
@@ -87,7 +96,7 @@ def saving_context() -> Any:
     would save 7 % of the space, and make the memory of a process that saves often grow faster.
     """
     _sync_before_rename()
-    context: Any = ocp.Context()
+    context: Any = import_orbax().Context()
     context.array.saving.use_ocdbt = False
     context.array.saving.use_compression = False
     # Restores always give the shardings. Without the file a small save takes a fifth less time.

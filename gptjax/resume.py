@@ -11,7 +11,6 @@ import numpy as np
 
 from gptjax.checkpoint import Checkpointer
 from gptjax.config import Config, GPTConfig, flatten, from_dict
-from gptjax.convert import formats
 from gptjax.convert.model_ref import find_model
 from gptjax.data.tokens import has_former_fingerprint
 from gptjax.errors import ConfigError, one_line
@@ -168,6 +167,8 @@ def initial_params(run: Run) -> PyTree:
     Raises:
         UserError: the weights are missing, damaged, or of another model.
     """
+    from gptjax.convert import formats  # it imports Orbax, which a run without init_from needs at its first save only
+
     text = run.config.init_from
     model = run.config.model
     # This reads headers only; load_params reads the leaves. `dropout` is passed because most formats do not store it.

@@ -1,6 +1,7 @@
 """Which checkpoints stay, and the removal of old ones and of the files of a failed save."""
 
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -9,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
-from orbax.checkpoint import v1 as ocp
 
 from gptjax.errors import one_line
+from gptjax.orbax_context import import_orbax
 
 log = logging.getLogger("gptjax")
 TEMPORARY = ".orbax-checkpoint-tmp"  # part of the name of a save that Orbax has not finished
@@ -27,17 +28,21 @@ class Retention:
 
     def __init__(self, keep: int) -> None:
         """keep: how many of the newest checkpoints are kept."""
-        policies: Any = ocp.training.preservation_policies
-        newest = policies.LatestN(keep)
+        self._keep = keep
+        self._stuck: set[int] = set()  # steps that cannot be removed
+        self._unwanted: list[int] = []  # the steps that Orbax removes after the newest save
+
+    @functools.cached_property
+    def _policy(self) -> Any:
+        policies: Any = import_orbax().training.preservation_policies
+        newest = policies.LatestN(self._keep)
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics["val_loss"],
             reverse=True,  # sorts in descending order; the last one, the lowest loss, is kept
             n=1,
             keep_checkpoints_without_metrics=False,
         )
-        self._policy = policies.AnyPreservationPolicy([newest, best])
-        self._stuck: set[int] = set()  # steps that cannot be removed
-        self._unwanted: list[int] = []  # the steps that Orbax removes after the newest save
+        return policies.AnyPreservationPolicy([newest, best])
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Returns whether each checkpoint stays. Orbax calls it at each save, in every process."""

@@ -73,7 +73,8 @@ LAYERS = """
     config  cli  convert.hub  chips
     distributed
     signals  peers  coordinator  devices
-    orbax_context  disk_space  retention  convert.hub_download
+    disk_space  retention  convert.hub_download
+    orbax_context
     traces  convert.hub_listing  convert.hub_progress
     convert.files  convert.staging
     output_file

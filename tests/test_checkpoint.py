@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from orbax.checkpoint import v1 as ocp
 
 from gptjax import checkpoint as checkpoint_module
 from gptjax import record as record_module
@@ -75,7 +76,7 @@ def test_p5_unreadable_arrays_in_one_process_end_the_restore(number, tmp_path, m
 
     checkpointer = Checkpointer(str(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module.ocp, "load_checkpointables", read)
+        patch.setattr(ocp, "load_checkpointables", read)
         patch.setattr(jax, "process_count", lambda: 2)
         patch.setattr(jax, "process_index", lambda: number)
         where = f"{checkpointer.directory}/2"
@@ -237,7 +238,7 @@ def test_c6_temporarily_unreadable_files_are_not_damage(where, number, monkeypat
     if where in READS:
         monkeypatch.setattr(record_module, READS[where], failing(error))
     else:
-        monkeypatch.setattr(checkpoint_module.ocp, "load_checkpointables", failing(error))
+        monkeypatch.setattr(ocp, "load_checkpointables", failing(error))
     with raises(UnreadableError, f"{tmp_path}/checkpoints/5", remedy="rename it", match=os.strerror(number)):
         restore(tmp_path)
     assert checkpoint_steps(tmp_path) == [5]
@@ -325,7 +326,7 @@ def test_b2_other_optimizer_tree_is_refused_without_renaming(tmp_path):
 def test_c6_error_without_a_cause_is_checked_by_reading_files(monkeypatch, tmp_path):
     """Orbax says that an entry is missing where its file may not be read."""
     save_steps(tmp_path)
-    monkeypatch.setattr(checkpoint_module.ocp, "load_checkpointables", lambda *_: {}["no entry"])
+    monkeypatch.setattr(ocp, "load_checkpointables", lambda *_: {}["no entry"])
     real = open
     refused = next(path for path in (tmp_path / "checkpoints/5/params").rglob("*") if path.is_file())
 
@@ -356,14 +357,14 @@ def test_c6_file_owner_without_a_name_is_not_damage(monkeypatch, tmp_path):
 def test_single_load_failure_is_retried(monkeypatch, said, tmp_path):
     """Orbax makes the same error of a Ctrl-C, too many open files and a lost file."""
     save_steps(tmp_path)
-    original, failures = checkpoint_module.ocp.load_checkpointables, [KeyError("no entry")]
+    original, failures = ocp.load_checkpointables, [KeyError("no entry")]
 
     def load(*arguments):
         if failures:
             raise failures.pop()
         return original(*arguments)
 
-    monkeypatch.setattr(checkpoint_module.ocp, "load_checkpointables", load)
+    monkeypatch.setattr(ocp, "load_checkpointables", load)
     restored, _ = restore(tmp_path)
     assert state_bytes(restored) == state_bytes(make_state()[1])
     assert checkpoint_steps(tmp_path) == [5]
@@ -484,7 +485,7 @@ def test_load_params_falls_back_and_leaves_the_directory_alone(said, tmp_path):
 
 def failing_writes(monkeypatch, times, *, after=False):
     """Makes the next background writes fail, as a full disk does; with `after`, when all is on disk."""
-    original, left = checkpoint_module.ocp.training.Checkpointer.save_checkpointables_async, [times]
+    original, left = ocp.training.Checkpointer.save_checkpointables_async, [times]
     monkeypatch.setattr(checkpoint_module, "RETRY_SECONDS", 0.01)
 
     class Failing:
@@ -504,7 +505,7 @@ def failing_writes(monkeypatch, times, *, after=False):
         left[0] -= 1
         return Failing(response, self.directory / str(step))
 
-    monkeypatch.setattr(checkpoint_module.ocp.training.Checkpointer, "save_checkpointables_async", save_async)
+    monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", save_async)
 
 
 @pytest.mark.parametrize("metrics", [None, {"val_loss": 2.5}])
