@@ -341,6 +341,8 @@ def make_multi_step(train_step: StepFn) -> Callable[[TrainState, Batches], tuple
     Metrics gain a leading dim K, and those from index `num_steps` on are 0.
     """
 
+    train_step = jax.jit(train_step, inline=True)  # traced once, for the shapes of the metrics and for the loop
+
     # state.step increases inside the loop, so the result is bit-identical to that of as many dispatches of one step.
     def multi_step(state: TrainState, batches: Batches) -> tuple[TrainState, Metrics]:
         tokens_KABT = batches.tokens_KABT

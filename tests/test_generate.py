@@ -396,3 +396,38 @@ def test_truncated_prompt_is_reported_once(caplog):
     assert new == until(naive_greedy(long[-BLOCK:], 12), EOT)
     assert new != until(naive_greedy(long[:BLOCK], 12), EOT)
     assert len([r for r in caplog.messages if "block_size" in r]) == 1
+
+
+@pytest.mark.parametrize("config", [CONFIG, UNTIED])
+def test_on_a_cpu_the_weights_are_views_of_the_parameters(config):
+    """Matrices of 64 bytes or more per row are aligned; the smaller ones may be copied."""
+    wide = dataclasses.replace(config, n_embd=16 * config.n_head)
+    params = make_params(wide)
+    weights = decode.unstack_layers(GPT(wide), params)
+    stacked = params["h"]["mlp"]["c_fc"]["kernel"]
+    size = stacked[0].nbytes
+    for i, layer in enumerate(weights["layers"]):
+        view = layer["mlp"]["c_fc"]["kernel"]
+        assert view.unsafe_buffer_pointer() == stacked.unsafe_buffer_pointer() + i * size
+    assert ("head_DV" in weights) == ("lm_head" in params)
+    expected = jax.tree.map(np.array, [jax.tree.map(lambda a, i=i: a[i], params["h"]) for i in range(wide.n_layer)])
+    del params, stacked  # the views keep the memory
+    for found, leaf in zip(jax.tree.leaves(weights["layers"]), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(found, leaf)
+
+
+def test_a_donated_parameter_is_not_overwritten_while_a_view_of_it_lives():
+    wide = dataclasses.replace(CONFIG, n_embd=16 * CONFIG.n_head)
+    params = jax.tree.map(jnp.copy, make_params(wide))
+    weights = decode.unstack_layers(GPT(wide), params)
+    before = jax.tree.map(np.array, weights["layers"])
+    jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(lambda a: a + 1, tree), donate_argnums=0)(params))
+    for found, leaf in zip(jax.tree.leaves(weights["layers"]), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(found, leaf)
+
+
+def test_prompts_that_fit_a_short_chunk_are_fed_in_one(monkeypatch):
+    monkeypatch.setattr(generation, "PREFILL_CHUNK", 64)
+    for length, widths in ((1, [32]), (32, [32]), (33, [64]), (65, [64, 64])):
+        chunks = list(generation.prompt_chunks({0: [1] * length}, 1, 128))
+        assert [tokens_BC.shape[1] for tokens_BC, *_ in chunks] == widths

@@ -411,3 +411,17 @@ def test_token_losses_and_gradient_equal_those_of_the_step(chunk):
     grads, sums = gradient_fn(state.params, tokens_ABT, state.step)
     assert float(optax.tree.norm(grads)) == pytest.approx(float(metrics["grad_norm"]), rel=1e-6)
     assert float(sums.loss / sums.tokens) == pytest.approx(float(metrics["loss"]), rel=1e-6)
+
+
+def test_a_dispatch_of_several_steps_traces_the_step_once():
+    traces = []
+
+    def one(state, tokens_ABT):
+        traces.append(tokens_ABT.shape)
+        return state + jnp.sum(tokens_ABT), {"loss": state * 1.0}
+
+    batches = Batches(jnp.ones((3, 1, 2, 4), jnp.int32), jnp.int32(2))
+    state, metrics = jax.jit(make_multi_step(one))(jnp.int32(5), batches)
+    assert traces == [(1, 2, 4)]
+    assert int(state) == 5 + 2 * 8
+    np.testing.assert_array_equal(metrics["loss"], [5.0, 13.0, 0.0])
