@@ -37,6 +37,7 @@ class Parallel:
     mesh: Mesh | None = None
     dtype: jnp.dtype = jnp.dtype(jnp.float32)  # of weights and activations that are sent
     reduce_dtype: jnp.dtype = jnp.dtype(jnp.float32)  # of sums of weight gradients over devices
+    table_reduce_dtype: jnp.dtype = jnp.dtype(jnp.float32)  # the same for embedding tables and the head
     # Collectives over all devices of a TPU slice take two stages: in one stage, XLA sends twice the bytes.
     two_stage_collectives: bool = False
 
@@ -180,7 +181,7 @@ def logsumexp_over_tensor(
 def all_gather_embeddings(params: PyTree, parallel: Parallel) -> PyTree:
     """All-gathers the embedding tables in a parameter tree over `fsdp`: sent in `dtype`, returned in float32.
 
-    In the backward pass their gradients are reduce-scattered in float32.
+    In the backward pass their gradients are reduce-scattered in `table_reduce_dtype`.
     """
     if not parallel.axes():
         return params
@@ -197,7 +198,7 @@ def all_gather_embeddings(params: PyTree, parallel: Parallel) -> PyTree:
             leaf,
             param_spec(name),
             out_dtype=jnp.float32,
-            reduce_dtype=jnp.float32,
+            reduce_dtype=parallel.table_reduce_dtype,
             parallel=parallel,
         )
 
@@ -320,7 +321,7 @@ def _stages(count: int) -> list[Groups]:
 
 
 def all_reduce_gradients(grads: PyTree, parallel: Parallel) -> PyTree:
-    """All-reduces each gradient over the axes that do not shard it: in `reduce_dtype`, or in float32 for tables.
+    """All-reduces each gradient over the axes that do not shard it, in the reduce dtype of weights or that of tables.
 
     The transpose of the all-gather has already summed over `fsdp`. The result has the shapes and dtypes of `grads`.
     """
@@ -337,9 +338,10 @@ def all_reduce_gradients(grads: PyTree, parallel: Parallel) -> PyTree:
         axes = tuple(axis for axis in parallel.axes() if axis not in spec)
         if not axes:
             return g
-        # The gradient of a table sums over tokens of very different frequency, so it stays in float32, as in `embed`.
+        # The gradient of a table sums over tokens of very different frequency, so by default it stays in float32. Only
+        # the sum over devices takes this dtype; the sum within one is in float32, as in `embed`.
         is_table = find(name).role == "table"
-        dtype = jnp.float32 if is_table else parallel.reduce_dtype
+        dtype = parallel.table_reduce_dtype if is_table else parallel.reduce_dtype
         return jax.lax.psum(g.astype(dtype), axes).astype(g.dtype)
 
     return jax.tree.map_with_path(reduce, grads)

@@ -95,6 +95,8 @@ def resolve_parallel(config: Config, mesh: Mesh) -> Parallel:
     dtype = resolve_dtype(config, device)
     reduce_name = config.compute.reduce_dtype
     reduce_dtype = dtype if reduce_name == "auto" else jnp.dtype(reduce_name)
+    table_name = config.compute.table_reduce_dtype
+    table_reduce_dtype = reduce_dtype if table_name == "auto" else jnp.dtype(table_name)
     # Two stages only where `fsdp` covers the devices of a slice: then its devices form a grid.
     slices = len({getattr(one, "slice_index", 0) for one in mesh.devices.flat})
     covers_slice = mesh.shape["fsdp"] == mesh.size // slices
@@ -102,6 +104,7 @@ def resolve_parallel(config: Config, mesh: Mesh) -> Parallel:
         mesh=mesh,
         dtype=dtype,
         reduce_dtype=reduce_dtype,
+        table_reduce_dtype=table_reduce_dtype,
         two_stage_collectives=device.platform == "tpu" and covers_slice,
     )
 

@@ -56,6 +56,8 @@ class ComputeConfig:
     scan_unroll: AtLeastMinusOne = -1  # layers per iteration; 0: all, without a loop; -1: all on a GPU, otherwise 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmul inputs; parameters are float32
     reduce_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of gradients in collectives; auto: as dtype
+    # Of the gradients of embedding tables and head. auto: as reduce_dtype, which sends half the bytes.
+    table_reduce_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     loss: Literal["xla", "triton"] = "xla"  # triton: one kernel for loss and gradient; NVIDIA GPUs; not yet run on one
     loss_chunk: Count = 0  # tokens per chunk of the loss; 0 means all at once
 

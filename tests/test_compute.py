@@ -39,9 +39,21 @@ def test_parallel_is_resolved_from_the_mesh():
     assert (both.fsdp, both.tensor, both.two_stage_collectives) == (2, 2, False)
     exact = from_dict({"model": TINY, "compute": {"dtype": "bfloat16", "reduce_dtype": "float32"}})
     assert resolve_parallel(exact, mesh).reduce_dtype == jnp.float32
+    assert both.table_reduce_dtype == jnp.float32
     assert both.axes() == ("data", "fsdp", "tensor")
     assert Parallel(make_mesh(MeshConfig(data=4, tensor=2))).axes(("data", "fsdp")) == ("data",)
     assert (Parallel().axes(), Parallel().fsdp, Parallel().tensor) == ((), 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "reduce_name", "dtype"),
+    [("auto", "auto", "bfloat16"), ("auto", "float32", "float32"), ("bfloat16", "float32", "bfloat16")],
+)
+def test_tables_are_reduced_in_a_dtype_of_their_own(name, reduce_name, dtype):
+    compute = {"dtype": "bfloat16", "reduce_dtype": reduce_name, "table_reduce_dtype": name}
+    parallel = resolve_parallel(from_dict({"model": TINY, "compute": compute}), make_mesh(MeshConfig(data=8)))
+    assert parallel.table_reduce_dtype == jnp.dtype(dtype)
+    assert parallel.reduce_dtype == jnp.dtype("bfloat16" if reduce_name == "auto" else reduce_name)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax.collectives import Parallel, all_gather_layer, all_reduce_gradients, data_parallel_index
+from gptjax.collectives import (
+    Parallel,
+    all_gather_embeddings,
+    all_gather_layer,
+    all_reduce_gradients,
+    data_parallel_index,
+)
 from gptjax.compute import resolve_compute, resolve_parallel
 from gptjax.config import CHOICES, GPTConfig, MeshConfig, OptimConfig, from_dict
 from gptjax.documents import EndOfText
@@ -365,19 +371,40 @@ def test_weights_are_gathered_forward_and_backward_and_tables_once():
     assert "all-to-all" not in {kind for kind, _ in found}
 
 
-@pytest.mark.parametrize(("reduce_dtype", "sent"), [(jnp.bfloat16, "bf16"), (jnp.float32, "f32")])
-def test_gradients_are_reduced_in_the_requested_dtype(reduce_dtype, sent):
+@pytest.mark.parametrize(("name", "dtype"), [("f32", jnp.float32), ("bf16", jnp.bfloat16)])
+@pytest.mark.parametrize(("table_name", "table_dtype"), [("f32", jnp.float32), ("bf16", jnp.bfloat16)])
+def test_gradients_are_reduced_in_the_requested_dtypes(name, dtype, table_name, table_dtype):
     mesh = mesh_of(2, 4)
     grads = {"h": {"mlp": {"c_fc": {"kernel": jnp.ones((2, 8, 16))}}}, "wpe": {"embedding": jnp.ones((8, 8))}}
+    parallel = Parallel(mesh, reduce_dtype=dtype, table_reduce_dtype=table_dtype)
 
     def total(grads):
-        return all_reduce_gradients(grads, Parallel(mesh, reduce_dtype=reduce_dtype))
+        return all_reduce_gradients(grads, parallel)
 
     cut = param_specs(grads)
     lowered = jax.jit(jax.shard_map(total, mesh=mesh, in_specs=(cut,), out_specs=cut, check_vma=False)).lower(grads)
-    np.testing.assert_array_equal(lowered.compile()(grads)["wpe"]["embedding"], 2)
+    summed = lowered.compile()(grads)["wpe"]["embedding"]
+    np.testing.assert_array_equal(summed, 2)
+    assert summed.dtype == jnp.float32
     sums = re.findall(r"all_reduce.*?-> tensor<([\dx]+)x(b?f\d+)>", lowered.as_text(), re.DOTALL)
-    assert dict(sums) == {"2x2x16": sent, "8x2": "f32"}, "tables in float32"
+    assert dict(sums) == {"2x2x16": name, "8x2": table_name}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("f32", jnp.float32), ("bf16", jnp.bfloat16)])
+def test_fsdp_scatters_the_gradients_of_tables_in_the_requested_dtype(name, dtype):
+    table = {"wpe": {"embedding": jnp.ones((16, 64))}}
+    parallel = Parallel(mesh_of(fsdp=8), reduce_dtype=jnp.bfloat16, table_reduce_dtype=dtype)
+
+    def there_and_back(table):
+        whole, scatter = jax.vjp(lambda table: all_gather_embeddings(table, parallel), table)
+        return scatter(whole)[0]
+
+    cut = {"wpe": {"embedding": P(None, "fsdp")}}
+    run = jax.shard_map(there_and_back, mesh=parallel.mesh, in_specs=(cut,), out_specs=cut, check_vma=False)
+    lowered = jax.jit(run).lower(table)
+    [sent] = re.findall(r"reduce_scatter.*?-> tensor<[\dx]+x(b?f\d+)>", lowered.as_text(), re.DOTALL)
+    assert sent == name
+    np.testing.assert_array_equal(lowered.compile()(table)["wpe"]["embedding"], np.full((16, 64), 8, np.float32))
 
 
 def test_nest_builds_the_tree():

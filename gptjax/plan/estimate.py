@@ -103,7 +103,7 @@ def minimum_traffic(setting: Candidate) -> Traffic:
 
     Each micro-batch all-gathers weights twice, forward and backward, and reduce-scatters their gradients. Tables are
     all-gathered once per step.
-    Weights and gradients travel in the compute and reduce dtypes, gradients of tables in float32. Source of the costs
+    Weights and gradients travel in the compute and reduce dtypes, gradients of tables in their own. Source of the costs
     of a ring: Patarasuk and Yuan 2009, "Bandwidth Optimal All-reduce Algorithms", section 3.
     """
     traffic: Traffic = {}
@@ -131,8 +131,10 @@ def _parameter_traffic(
     elements = math.prod(sizes)
     if "tensor" in param.spec:
         elements /= shape.mesh["tensor"]
-    gathered = elements * jnp.dtype(setting.parallel.dtype).itemsize
-    reduced = elements * (FLOAT32_BYTES if is_table else jnp.dtype(setting.parallel.reduce_dtype).itemsize)
+    parallel = setting.parallel
+    gathered = elements * jnp.dtype(parallel.dtype).itemsize
+    reduce_dtype = parallel.table_reduce_dtype if is_table else parallel.reduce_dtype
+    reduced = elements * jnp.dtype(reduce_dtype).itemsize
     traffic: Traffic = {}
     if "fsdp" in param.spec:
         fsdp = shape.mesh["fsdp"]

@@ -62,6 +62,17 @@ def test_gradients_travel_in_the_reduce_dtype():
     assert minimum_traffic(setting) == {("all-reduce", ("data",)): sent}
 
 
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_gradients_of_tables_travel_in_their_reduce_dtype(fsdp):
+    setting = setting_of(data=4, fsdp=fsdp)
+    parallel = dataclasses.replace(setting.parallel, table_reduce_dtype=jnp.bfloat16)
+    found = minimum_traffic(dataclasses.replace(setting, parallel=parallel))
+    before = minimum_traffic(setting)
+    saved = {key: before[key] - found[key] for key in before if before[key] != found[key]}
+    scattered = {("reduce-scatter", ("fsdp",)): pytest.approx(3 / 4 * 2 * TABLES)} if fsdp > 1 else {}
+    assert saved == scattered | {("all-reduce", ("data",)): pytest.approx(1.5 * 2 * TABLES / fsdp)}
+
+
 def test_fsdp_gathers_twice_and_scatters_once_per_micro_batch():
     traffic = minimum_traffic(setting_of(fsdp=4, num_microbatches=3))
     part = 3 / 4
