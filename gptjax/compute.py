@@ -17,6 +17,7 @@ from gptjax.errors import ConfigError
 from gptjax.loss import choose_loss
 
 log = logging.getLogger("gptjax")
+MOST_LAYERS_WITHOUT_LOOP_ON_CPU = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ def resolve_compute(config: Config, mesh: Mesh) -> ResolvedCompute:
         attention=attention,
         loss=choose_loss(compute.loss, platform=platform, tensor=tensor),
         remat=compute.remat,
-        scan_unroll=choose_unroll(compute.scan_unroll, model.n_layer, platform),
+        scan_unroll=choose_unroll(compute.scan_unroll, model.n_layer, platform, mesh.size),
         dtype=dtype,
         flatten_tokens=platform != "tpu" and tensor == 1,
         splash_block=chip.splash_block if chip else DEFAULT_SPLASH_BLOCK,
@@ -121,14 +122,17 @@ def choose_unroll(
     unroll: int,
     n_layer: int,
     platform: str,
+    num_devices: int = 1,
 ) -> int:
     """Returns the number of layers per iteration of the loop over layers.
 
     Without a loop nothing is copied into and out of stacked arrays: GPT-2 small at 64 sequences on H200 moves 200 GB
-    per step instead of 306. A TPU moves more without one (v5e, 8 sequences: 36 GB instead of 29).
+    per step instead of 306. A TPU moves more without one (v5e, 8 sequences: 36 GB instead of 29). On a CPU 4 and 6
+    layers are about 15 % faster without a loop, and 12 layers take twice as long to compile.
     """
     if unroll < 0:
-        unroll = 0 if platform in ("gpu", "cuda") else 1
+        is_small_on_cpu = platform == "cpu" and num_devices == 1 and n_layer <= MOST_LAYERS_WITHOUT_LOOP_ON_CPU
+        unroll = 0 if is_small_on_cpu or platform in ("gpu", "cuda") else 1
     return unroll or n_layer
 
 

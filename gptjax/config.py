@@ -53,7 +53,7 @@ class ComputeConfig:
     # What a block recomputes in the backward pass. none: nothing; full: all; dots: all but its matmuls; dots_no_batch:
     # all but the matmuls with weights.
     remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
-    scan_unroll: AtLeastMinusOne = -1  # layers per iteration; 0: all, without a loop; -1: all on a GPU, otherwise 1
+    scan_unroll: AtLeastMinusOne = -1  # layers per iteration; 0: all, no loop; -1: 0 on GPUs, on a CPU up to 8 layers
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmul inputs; parameters are float32
     reduce_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of gradients in collectives; auto: as dtype
     # Of the gradients of embedding tables and head. auto: as reduce_dtype, which sends half the bytes.

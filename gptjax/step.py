@@ -223,6 +223,8 @@ def make_train_step(
     not finite, params and optimizer state stay the same and only `step` increases. Metrics are float32 scalars: loss,
     grad_norm (before clipping), update_norm, lr, tokens, finite (1 or 0). With train.stats_every there is also
     UPDATE_STATS: grad_rms (before clipping) and update_rms, float32 [parts].
+
+    separate_state: computes the optimizer's state apart from the update, with equal values; see ResolvedCompute.
     """
     clip = config.optim.grad_clip
     gradient_fn = make_gradient_fn(loss_fn, config=config, parallel=parallel)
@@ -236,29 +238,19 @@ def make_train_step(
         # norm covers all shards, and the optimizer needs no explicit collectives.
         with jax.named_scope("update"):
             grad_norm, grad_rms = norm_and_rms(grads, config)
-
-            def clipped(grads: PyTree) -> PyTree:
-                if not clip:
-                    return grads
-                # 1e-6 as in PyTorch's clip_grad_norm_. If the norm is not finite, `finite` below discards the update.
-                return jax.tree.map(
-                    lambda g: g * jnp.minimum(1.0, clip / (grad_norm + 1e-6)),
-                    grads,
-                )
-
             lr = schedule(state.step)
             # The optimizer runs at learning rate 1, so that its state does not contain the rate (optim.py). `lr` is
             # traced, so a different rate does not recompile the step.
             updates, opt_state = optimizer.update(
-                clipped(grads),
+                _clip(grads, grad_norm, clip),
                 state.opt_state,
                 state.params,
             )
             updates = jax.tree.map(lambda u: lr * u, updates)
             if separate_state:
-                # Equal values, which the barriers keep apart: see ResolvedCompute.separate_state.
+                # The barriers keep XLA from merging the two, and the update from being computed twice.
                 updates, again = jax.lax.optimization_barrier((updates, grads))
-                _, opt_state = optimizer.update(clipped(again), state.opt_state, state.params)
+                _, opt_state = optimizer.update(_clip(again, grad_norm, clip), state.opt_state, state.params)
             loss = sums.loss / sums.tokens
             update_norm, update_rms = norm_and_rms(updates, config)
             # If any entry is not finite, the norm is not finite. The device decides, because the host reads these
@@ -295,6 +287,14 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def _clip(grads: PyTree, norm: jax.Array, limit: float) -> PyTree:
+    """Returns `grads`, whose global norm is `norm`, with a norm of at most `limit`; 0 means no limit."""
+    if not limit:
+        return grads
+    # 1e-6 as in PyTorch's clip_grad_norm_. If the norm is not finite, the step discards the update.
+    return jax.tree.map(lambda g: g * jnp.minimum(1.0, limit / (norm + 1e-6)), grads)
 
 
 def _select(

@@ -19,15 +19,19 @@ def test_compute_is_resolved_from_the_devices_of_the_mesh():
     assert Config().compute.dtype == "auto"
     assert Config().compute.scan_unroll == -1
     cpu = resolve_compute(config, make_mesh(MeshConfig()))
-    assert cpu == ResolvedCompute("xla", "xla", "dots", 2, jnp.dtype(jnp.float32), flatten_tokens=True)
+    expected = ResolvedCompute("xla", "xla", "dots", 2, jnp.dtype(jnp.float32), flatten_tokens=True, separate_state=True)
+    assert cpu == expected
+    muon = from_dict({"model": TINY, "optim": {"name": "muon"}})
+    assert not resolve_compute(muon, make_mesh(MeshConfig())).separate_state
     assert not resolve_compute(config, make_mesh(MeshConfig(tensor=2))).flatten_tokens
 
 
 @pytest.mark.parametrize(("kind", "block"), [("TPU v6 lite", 1024), ("TPU v5 lite", 512), ("TPU v9", 512)])
 def test_block_of_splash_attention_is_that_of_the_chip(kind, block):
     device = types.SimpleNamespace(platform="tpu", device_kind=kind)
-    mesh = types.SimpleNamespace(devices=np.array([device]), shape={"data": 1, "fsdp": 1, "tensor": 1})
-    assert resolve_compute(Config(), mesh).splash_block == block
+    mesh = types.SimpleNamespace(devices=np.array([device]), shape={"data": 1, "fsdp": 1, "tensor": 1}, size=1)
+    resolved = resolve_compute(Config(), mesh)
+    assert (resolved.splash_block, resolved.separate_state) == (block, False)
 
 
 def test_parallel_is_resolved_from_the_mesh():
@@ -62,6 +66,14 @@ def test_tables_are_reduced_in_a_dtype_of_their_own(name, reduce_name, dtype):
 )
 def test_gpu_unrolls_all_layers_by_default(scan_unroll, platform, layers):
     assert choose_unroll(scan_unroll, 12, platform) == layers
+
+
+@pytest.mark.parametrize(
+    ("n_layer", "platform", "devices", "layers"),
+    [(8, "cpu", 1, 8), (9, "cpu", 1, 1), (8, "cpu", 2, 1), (8, "tpu", 1, 1)],
+)
+def test_small_models_are_unrolled_on_one_cpu_device(n_layer, platform, devices, layers):
+    assert choose_unroll(-1, n_layer, platform, devices) == layers
 
 
 def test_heads_not_divisible_by_tensor_are_refused():

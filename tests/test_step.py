@@ -50,9 +50,10 @@ def gpt_loss_fn(config, **compute):
     return make_loss_fn(GPT(config.model, ResolvedCompute(**compute)), config, eot=EndOfText(EOT, "last"))
 
 
-def make_step(config, loss_fn, optimizer=None):
+def make_step(config, loss_fn, optimizer=None, **flags):
     optimizer = optimizer or make_optimizer(config.optim)
-    return make_train_step(loss_fn, optimizer, make_schedule(config.optim, 10), config=config, parallel=ONE_DEVICE)
+    schedule = make_schedule(config.optim, 10)
+    return make_train_step(loss_fn, optimizer, schedule, config=config, parallel=ONE_DEVICE, **flags)
 
 
 def make_state(config, params, step=0, optimizer=None):
@@ -143,6 +144,20 @@ def test_gradient_norm_is_reported_before_global_clipping(clip, kept):
     assert float(metrics["grad_norm"]) == pytest.approx(2.0, rel=1e-6)
     assert float(metrics["update_norm"]) == pytest.approx(2.0 * kept * 1e-2, rel=1e-5)
     np.testing.assert_allclose(vector(state.params), -1e-2 * kept * np.sqrt(2) * np.ones(2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_state_computed_apart_is_the_same(clip):
+    config = make_config(optim={"grad_clip": clip})
+    results = []
+    for separate_state in (False, True):
+        step = jax.jit(make_step(config, gpt_loss_fn(config), separate_state=separate_state))
+        state = make_state(config, gpt_params())
+        for _ in range(3):
+            state, metrics = step(state, make_tokens(1, 2))
+        results.append([state.params, *jax.tree.leaves(state.opt_state), metrics["update_norm"]])
+    for one, other in zip(*results, strict=True):
+        assert_near(one, other, 1e-6)
 
 
 def test_z_loss_is_trained_on_but_not_reported():
