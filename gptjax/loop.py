@@ -23,6 +23,7 @@ from gptjax.history import History
 from gptjax.identity import Identity
 from gptjax.layer_stats import UPDATE_STATS, as_row, last_update
 from gptjax.metrics import Reporter, is_logged
+from gptjax.orbax_context import import_orbax
 from gptjax.periodic import validate, write_samples
 from gptjax.setup import Run, write_files
 from gptjax.signals import Watchdog, fault_point
@@ -152,6 +153,8 @@ class Loop:
             if is_first or is_traced:
                 jax.block_until_ready(metrics)
         if is_first:
+            # A save needs Orbax. Its import delays neither the first step nor, later, the save before a preemption.
+            import_orbax()
             tools.watch.lap("compile")
             self._reporter.screen.show_work("")
         self._step = end
