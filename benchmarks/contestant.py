@@ -21,7 +21,8 @@ from train_step import CASES
 MARK = "@contestant "
 OUT_OF_MEMORY = 71
 MEMORY_WORDS = ("out of memory", "resource_exhausted", "allocate memory", "bad_alloc")
-STEPS_IN_A_ROW = 4  # unless a step takes a second; between two waits for the device, so that the host runs ahead as it does in training
+# Between two waits for the device, so that the host runs ahead as it does in training. A step of over a second is alone.
+STEPS_IN_A_ROW = 4
 Run = Callable[[int], None]  # run(n) takes n steps and waits for the last
 
 

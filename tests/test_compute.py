@@ -19,8 +19,8 @@ def test_compute_is_resolved_from_the_devices_of_the_mesh():
     assert Config().compute.dtype == "auto"
     assert Config().compute.scan_unroll == -1
     cpu = resolve_compute(config, make_mesh(MeshConfig()))
-    expected = ResolvedCompute("xla", "xla", "dots", 2, jnp.dtype(jnp.float32), flatten_tokens=True, separate_state=True)
-    assert cpu == expected
+    float32 = jnp.dtype(jnp.float32)
+    assert cpu == ResolvedCompute("xla", "xla", "dots", 2, float32, flatten_tokens=True, separate_state=True)
     muon = from_dict({"model": TINY, "optim": {"name": "muon"}})
     assert not resolve_compute(muon, make_mesh(MeshConfig())).separate_state
     assert not resolve_compute(config, make_mesh(MeshConfig(tensor=2))).flatten_tokens
