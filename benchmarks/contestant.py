@@ -21,7 +21,7 @@ from train_step import CASES
 MARK = "@contestant "
 OUT_OF_MEMORY = 71
 MEMORY_WORDS = ("out of memory", "resource_exhausted", "allocate memory", "bad_alloc")
-# Between two waits for the device, so that the host runs ahead as it does in training. A step of over a second is alone.
+# Between two waits for the device, so that the host runs ahead as in training. Steps of over a second are alone.
 STEPS_IN_A_ROW = 4
 Run = Callable[[int], None]  # run(n) takes n steps and waits for the last
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 
 from gptjax import loss, sharding
@@ -198,7 +199,7 @@ def unstack_layers(model: gpt.GPT, params: Any) -> Any:
 def _is_on_one_cpu(params: Any) -> bool:
     """Returns whether all parameters are arrays on one CPU device; False for arrays of NumPy and while tracing."""
     leaves = jax.tree.leaves(params)
-    if not all(isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if not all(isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) for leaf in leaves):
         return False
     devices = set().union(*(leaf.devices() for leaf in leaves))
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
