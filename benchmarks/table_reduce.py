@@ -29,7 +29,7 @@ def run(flags: list[str]) -> None:
     from gptjax.params import find
     from gptjax.sharding import path_name
 
-    make_gradient_fn = step.make_gradient_fn
+    make_gradient_fn: Any = step.make_gradient_fn
     accumulate = step.accumulate
 
     def sum_in_a_ring(run_microbatch: Any, tokens_ABT: Any, parallel: Any) -> Any:
@@ -56,7 +56,7 @@ def run(flags: list[str]) -> None:
     def make(loss_fn: Any, *, config: Any, parallel: Any) -> Any:
         def gradient_fn(*arguments: Any) -> Any:
             # While the step is traced: the evaluation step accumulates something else.
-            step.accumulate = lambda *parts: sum_in_a_ring(*parts, parallel)
+            step.accumulate = lambda run, tokens_ABT: sum_in_a_ring(run, tokens_ABT, parallel)
             try:
                 return made(*arguments)
             finally:

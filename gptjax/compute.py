@@ -34,8 +34,8 @@ class ResolvedCompute:
     flatten_tokens: bool = True
     splash_block: int = DEFAULT_SPLASH_BLOCK  # positions of a block of splash attention, at most
     # XLA's CPU backend computes one array per pass. By itself it stores AdamW's new moments, the update before and
-    # after the learning rate, and then the moments once more behind `finite`: 25 passes over memory. With the update and the
-    # moments computed apart, it makes 18. Other backends compute all of them in one pass.
+    # after the learning rate, and then the moments once more behind `finite`: 25 passes over memory. With the update
+    # and the moments computed apart, it makes 18. Other backends compute all of them in one pass.
     separate_state: bool = False
 
 
