@@ -1,20 +1,18 @@
 """Causal self-attention with several backends, chosen by name or by device."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gptjax.chips import DEFAULT_SPLASH_BLOCK
-from gptjax.collectives import ONE_DEVICE, Parallel
+from gptjax.collectives import ONE_DEVICE, Parallel, recomputed
 from gptjax.dropout import dropout_mask
 from gptjax.errors import ConfigError
 
 SPLASH_BLOCK = 128  # the sequence must be a multiple of this
 MOST_FUSED_BLOCKS = 4  # of keys: the fused backward pass of splash attention holds a gradient of q for each
-SPLASH_RESULTS = "splash"  # checkpoint name of the kernel's output and log sums, which its backward pass needs
 QUERY_BLOCKS = 4  # of plain attention
 SHORTEST_IN_BLOCKS = 128  # positions; shorter sequences are computed in one block
 
@@ -240,17 +238,6 @@ def _attend(
     return jnp.einsum("BNTS,BNSH->BNTH", weights_BNTS, v_BNSH)
 
 
-def keep_only_product(attend: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """Returns attend(qkv_BT3D), by splash attention, changed to make q, k and v again from qkv in the backward pass.
-
-    Otherwise a loop over layers stores all three next to qkv, with heads of 64 in tiles of 128 lanes, and copies them
-    out of its stack. Under FSDP and compute.remat the policy of the layer's own jax.checkpoint decides instead.
-    """
-    policy = jax.checkpoint_policies.save_only_these_names(SPLASH_RESULTS)
-    # No barriers: the loop separates the recomputation from the forward pass, as in GPT.layers.
-    return jax.checkpoint(attend, policy=policy, prevent_cse=False)
-
-
 def splash_attention(
     q_BTNH: jax.Array,
     k_BTNH: jax.Array,
@@ -292,12 +279,14 @@ def splash_attention(
         mask,
         block_sizes=sizes,
         interpret=interpret,
-        residual_checkpoint_name=SPLASH_RESULTS,
     )
-    # The kernel does not scale.
-    q_BNTH = jnp.moveaxis(q_BTNH / math.sqrt(H), 2, 1)
-    k_BNTH = jnp.moveaxis(k_BTNH, 2, 1)
-    v_BNTH = jnp.moveaxis(v_BTNH, 2, 1)
+
+    def heads_first(qkv: tuple[jax.Array, ...]) -> list[jax.Array]:
+        q_BTNH, k_BTNH, v_BTNH = qkv
+        # The kernel does not scale.
+        return [jnp.moveaxis(x_BTNH, 2, 1) for x_BTNH in (q_BTNH / math.sqrt(H), k_BTNH, v_BTNH)]
+
+    q_BNTH, k_BNTH, v_BNTH = recomputed(heads_first)((q_BTNH, k_BTNH, v_BTNH))
 
     # The kernel takes one sequence, [N, T, H]; vmap adds the batch as a dimension of its grid.
     def attend(

@@ -289,9 +289,24 @@ def _all_gather(
     return jax.custom_derivatives.linear_call(gather, scatter, None, x)
 
 
+def recomputed(function: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
+    """Returns a linear function marked like an all-gather: the backward pass computes its result again."""
+
+    def call(x: PyTree) -> PyTree:
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
+
+        def transpose(_: None, g: PyTree) -> PyTree:
+            [x_g] = jax.linear_transpose(function, shapes)(g)
+            return x_g
+
+        return jax.custom_derivatives.linear_call(lambda _, x: function(x), transpose, None, x)
+
+    return call
+
+
 @functools.cache
 def gather_primitive() -> Primitive:
-    """Returns the primitive of linear_call, by which the remat policy recognises all-gathered weights."""
+    """Returns the primitive of linear_call, by which remat policies recognise what is gathered or computed again."""
 
     def call(x: jax.Array) -> jax.Array:
         return jax.custom_derivatives.linear_call(lambda _, x: x, lambda _, g: g, None, x)

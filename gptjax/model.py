@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gptjax.attention import causal_attention, keep_only_product, masked_attention
+from gptjax.attention import causal_attention, masked_attention
 from gptjax.collectives import (
     ONE_DEVICE,
     Parallel,
@@ -21,6 +21,7 @@ from gptjax.collectives import (
     all_gather_sequence,
     gather_primitive,
     local_sequence,
+    recomputed,
     reduce_scatter_sequence,
     tensor_parallel_index,
 )
@@ -40,7 +41,8 @@ INIT_STD = 0.02
 # compute.remat -> policy of jax.checkpoint, which decides for each primitive whether its output is saved.
 REMAT_POLICIES = {
     # All-gathered weights (collectives.py marks them by a linear_call) are not saved, because those of all layers
-    # together would be an unsharded model on each device. The backward pass all-gathers them a second time.
+    # together would be an unsharded model on each device. The backward pass all-gathers them a second time. Splash
+    # attention's q, k and v, slices of one product, are marked in the same way.
     "none": lambda primitive, *_, **__: primitive is not gather_primitive(),
     "full": None,  # saves the input of each layer only
     "dots": jax.checkpoint_policies.checkpoint_dots,
@@ -132,25 +134,22 @@ class CausalSelfAttention(nn.Module):
 
         if cache is None:
             # Training and evaluation. Only this branch can use fused kernels, because a cache needs a mask of its own.
-            def attend(qkv_BT3D: jax.Array) -> jax.Array:
-                q_BTNH, k_BTNH, v_BTNH = split_heads(qkv_BT3D)
-                return causal_attention(
-                    q_BTNH,
-                    k_BTNH,
-                    v_BTNH,
-                    backend=self.compute.attention,
-                    splash_block=self.compute.splash_block,
-                    segments_BT=segments_BT,
-                    dropout=c.dropout,
-                    dropout_key=fold_key(dropout_key, DROP_ATTENTION_WEIGHTS),
-                    parallel=parallel,
-                )
-
-            # Unrolled layers have no stack of residuals, and there XLA itself decides what to keep.
-            is_stacked = self.compute.scan_unroll < c.n_layer
-            keeps_product = self.compute.attention == "splash" and is_stacked
-            run = keep_only_product(attend) if keeps_product else attend
-            y_BTNH = run(qkv_BT3D)
+            if self.compute.attention == "splash":
+                # Otherwise a loop over layers stores q, k and v next to their product, with heads of 64 in tiles of 128
+                # lanes, and copies them out of its stack.
+                split_heads = recomputed(split_heads)
+            q_BTNH, k_BTNH, v_BTNH = split_heads(qkv_BT3D)
+            y_BTNH = causal_attention(
+                q_BTNH,
+                k_BTNH,
+                v_BTNH,
+                backend=self.compute.attention,
+                splash_block=self.compute.splash_block,
+                segments_BT=segments_BT,
+                dropout=c.dropout,
+                dropout_key=fold_key(dropout_key, DROP_ATTENTION_WEIGHTS),
+                parallel=parallel,
+            )
         else:
             q_BTNH, k_BTNH, v_BTNH = split_heads(qkv_BT3D)
             cache, mask = extend_cache(cache, k_BTNH, v_BTNH)
@@ -363,11 +362,14 @@ class GPT(nn.Module):
             x_BTD, _ = typing.cast(Any, result)
             return x_BTD, None
 
-        # FSDP needs jax.checkpoint even without remat: its policy "none" drops the all-gathered weights.
-        if compute.remat != "none" or parallel.fsdp > 1:
+        # FSDP and a loop with splash attention need jax.checkpoint even without remat: its policy "none" drops the
+        # all-gathered weights, and q, k and v. Unrolled layers have no stack of residuals.
+        is_loop = compute.scan_unroll < c.n_layer
+        drops_qkv = is_loop and compute.attention == "splash"
+        if compute.remat != "none" or parallel.fsdp > 1 or drops_qkv:
             # prevent_cse puts optimization barriers around the recomputation, which XLA could otherwise merge with the
             # forward pass. A while loop separates the two already; barriers would only get in the way of fusion.
-            prevent_cse = compute.scan_unroll >= c.n_layer
+            prevent_cse = not is_loop
             policy = REMAT_POLICIES[compute.remat]
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=prevent_cse)
         # The raw arrays, not self.h: calling the module would put the layers under Flax's own scan.

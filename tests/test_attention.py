@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,16 @@ from gptjax.attention import (
     SHORTEST_IN_BLOCKS,
     causal_attention,
     choose_backend,
-    keep_only_product,
     masked_attention,
     query_blocks,
     splash_attention,
 )
+from gptjax.collectives import recomputed
+from gptjax.compute import ResolvedCompute
+from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
-from tests.helpers import raises
+from gptjax.model import GPT, REMAT_POLICIES
+from tests.helpers import raises, random_params
 
 
 def make_qkv(B, T, N, H):
@@ -186,11 +190,11 @@ def test_splash_and_its_gradients_equal_xla(long_qkv, documents, most_fused, mon
 
 
 def test_splash_keeps_the_product_of_q_k_and_v_and_not_the_three(long_qkv):
-    """For the backward pass. In a loop over layers the three would be stacked next to it."""
+    """For the backward pass, under the checkpoint of a layer that saves everything else."""
     qkv_BT3D = jnp.stack([x.reshape(2, 256, 128) for x in long_qkv], axis=2)
 
-    def attend(qkv_BT3D):
-        heads = (qkv_BT3D[..., n, :].reshape(2, 256, 2, 64) for n in range(3))
+    def attend(qkv_BT3D, mark=recomputed):
+        heads = mark(lambda x: [x[..., n, :].reshape(2, 256, 2, 64) for n in range(3)])(qkv_BT3D)
         return splash_attention(*heads, largest_block=128, interpret=True)
 
     def residuals(attend):
@@ -198,9 +202,24 @@ def test_splash_keeps_the_product_of_q_k_and_v_and_not_the_three(long_qkv):
         return [x.shape for x in jax.tree.leaves(backward)]
 
     heads_BNTH = (2, 2, 256, 64)
-    kept = keep_only_product(attend)
+    kept = jax.checkpoint(attend, policy=REMAT_POLICIES["none"])
     assert residuals(attend).count(heads_BNTH) == 4
     assert residuals(kept).count(heads_BNTH) == 1  # the result
     assert residuals(kept).count(qkv_BT3D.shape) == 1
-    gradient, expected = (jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(x))))(qkv_BT3D) for f in (kept, attend))
+    plain = functools.partial(attend, mark=lambda split: split)
+    gradient, expected = (jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(x))))(qkv_BT3D) for f in (kept, plain))
     np.testing.assert_array_equal(gradient, expected)
+
+
+def test_loop_with_splash_attention_stacks_no_q_k_and_v():
+    config = GPTConfig(n_layer=3, n_head=2, n_embd=128, block_size=128, vocab_size=20)
+    model = GPT(config, ResolvedCompute(attention="splash", scan_unroll=1))
+    params = random_params(config)
+
+    def loss(params, tokens_BT):
+        return jnp.sum(model.apply({"params": params}, tokens_BT, method="hidden"))
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(params, jnp.zeros((1, 128), jnp.int32)))
+    stacked = set(re.findall(r"(\w+):f32\[3,1,2,128,64\]", text))
+    assert len(stacked) == 1, "only the result of attention"
+    assert "f32[3,1,128,2,64]" not in text, "nor as slices of the product"
