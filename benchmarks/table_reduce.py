@@ -1,6 +1,6 @@
 """Paired trials of compute.table_reduce_dtype=bfloat16: the same seeds with and without it, and a paired test.
 
-    python benchmarks/table_reduce.py [--seeds=6] [--steps=600] [--dir=/tmp/table_reduce]
+    python benchmarks/table_reduce.py [--seeds=5] [--steps=300] [--dir=/tmp/table_reduce]
 
 Each run is the quickstart's model, with each micro-batch of one sequence in the place of one of eight devices. A CPU's
 compiler sums bfloat16 in float32, which hides what is to be measured. So here the gradients of micro-batches are summed
@@ -100,16 +100,44 @@ def train(workdir: pathlib.Path, dtype: str, *, seed: int, args: argparse.Namesp
     }
 
 
+def draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Draws the mean losses, and below them the mean differences with their 95 % intervals. Needs matplotlib."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "gptjax"}  # text as text, and the same file each time
+    figure, (above, below) = plt.subplots(2, figsize=(8, 5), sharex=True, layout="constrained")
+    for kind, color in (("train", "#8fa3b5"), ("validation", "#1f6fb2")):
+        chosen = [row for row in rows if row["loss"] == kind]
+        steps, exact, difference, low, high = (
+            [float(row[name]) for row in chosen] for name in ("step", "float32", "difference", "from", "to")
+        )
+        above.plot(steps, exact, "o", color=color, label=f"{kind}, float32")
+        sums = [one + other for one, other in zip(exact, difference, strict=True)]
+        above.plot(steps, sums, "x", color="black", label=f"{kind}, bfloat16")
+        below.vlines(steps, low, high, color=color)
+        below.plot(steps, difference, "o", color=color)
+    above.set_ylabel("loss, nats per token")
+    above.legend()
+    below.axhline(0, color="black", linewidth=1)
+    below.set_ylabel("bfloat16 minus float32")
+    below.set_xlabel("step")
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main() -> None:
     import bench
     import numpy as np
     from scipy import stats
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--eval_batches", type=int, default=60)
     parser.add_argument("--dir", default="/tmp/table_reduce", help="of data and runs")
+    parser.add_argument("--svg", default="benchmarks/results/table_reduce.svg", help="file of the picture")
     parser.add_argument("--out", default="", help="directory of the JSON file; default benchmarks/results")
     args = parser.parse_args()
     root = pathlib.Path(args.dir).resolve()  # the commands run in it
@@ -123,6 +151,7 @@ def main() -> None:
                 found[key] = train(root / key.replace(" ", "-"), dtype, seed=seed, args=args)
                 stored.write_text(json.dumps(found, indent=1))
                 print(key, found[key]["validation"], flush=True)
+    found = json.loads(stored.read_text())  # steps are text in it, also in the runs of this process
     rows = []
     for kind in ("train", "validation"):
         for step in found["float32 0"][kind]:
@@ -132,6 +161,7 @@ def main() -> None:
             row = {"loss": kind, "step": step, "pairs": args.seeds, "float32": float(np.mean(exact))}
             row |= {"difference": float(np.mean(np.subtract(rounded, exact))), "from": float(low), "to": float(high)}
             rows.append(row | {"p": float(test.pvalue), "lower in": int(np.sum(np.less(rounded, exact)))})
+    draw(rows, pathlib.Path(args.svg))
     print(bench.table(rows))
     settings = {"steps": args.steps, "eval_batches": args.eval_batches}
     print(bench.write("table_reduce", rows, bench.machine() | settings, args.out))
