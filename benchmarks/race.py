@@ -3,11 +3,12 @@
     python benchmarks/race.py --case=small --seconds=20 'gptjax --batch=32' 'torch --batch=32 --compile'
     python benchmarks/race.py --case=small --alone 'gptjax --batch=64' 'gptjax --batch=32'
 
-A contestant is a command line of benchmarks/contestant.py. One that fails, or is not ready in time, costs its own row
-only. They get ready at the same time and then take turns; with --alone, each ends before the next one starts, so that
-it has the whole memory. A contestant takes a short turn as soon as it is ready, so that a hanging one does not cost the
-others their rows. The ratio is that of the medians: the other contestant's step time by the first one's. A row is
-recorded after each round; the last one counts. Exits with 1 if a contestant failed at something this device can do.
+A contestant is a command line of benchmarks/contestant.py; --python=FILE in it gives it a Python of its own. One that
+fails, or is not ready in time, costs its own row only. They get ready at the same time and then take turns; with
+--alone, each ends before the next one starts, so that it has the whole memory. A contestant takes a short turn as soon
+as it is ready, so that a hanging one does not cost the others their rows. The ratio is that of the medians: the other
+contestant's step time by the first one's. A row is recorded after each round; the last one counts. Exits with 1 if a
+contestant failed at something this device can do.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from train_step import CASES
 ROUNDS, ROUNDS_ALONE = 5, 2
 FIRST_TURN_SECONDS = 1.0
 READY_SHARE = 0.6  # of the time that a part has
+PYTHON = "--python="
 HERE = pathlib.Path(__file__).resolve().parent
 
 
@@ -42,7 +44,10 @@ class Contestant:
         self.known: dict[str, Any] = {}
         self.times: list[float] = []
         self.failed = ""
-        command = [sys.executable, str(HERE / "contestant.py"), *shlex.split(text), f"--case={case}"]
+        words = shlex.split(text)
+        python = next((word.removeprefix(PYTHON) for word in words if word.startswith(PYTHON)), sys.executable)
+        words = [word for word in words if not word.startswith(PYTHON)]
+        command = [python, str(HERE / "contestant.py"), *words, f"--case={case}"]
         environment = dict(os.environ)
         if memory:
             environment.pop("XLA_CLIENT_MEM_FRACTION", None)  # JAX takes one of the two
