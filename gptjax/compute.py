@@ -69,7 +69,7 @@ def resolve_compute(config: Config, mesh: Mesh) -> ResolvedCompute:
         attention=attention,
         loss=choose_loss(compute.loss, platform=platform, tensor=tensor),
         remat=compute.remat,
-        scan_unroll=choose_unroll(compute.scan_unroll, model.n_layer, platform, mesh.size),
+        scan_unroll=choose_unroll(compute.scan_unroll, model.n_layer, platform, num_devices=mesh.size),
         dtype=dtype,
         flatten_tokens=platform != "tpu" and tensor == 1,
         splash_block=chip.splash_block if chip else DEFAULT_SPLASH_BLOCK,
@@ -122,6 +122,7 @@ def choose_unroll(
     unroll: int,
     n_layer: int,
     platform: str,
+    *,
     num_devices: int = 1,
 ) -> int:
     """Returns the number of layers per iteration of the loop over layers.

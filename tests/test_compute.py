@@ -73,7 +73,7 @@ def test_gpu_unrolls_all_layers_by_default(scan_unroll, platform, layers):
     [(8, "cpu", 1, 8), (9, "cpu", 1, 1), (8, "cpu", 2, 1), (8, "tpu", 1, 1)],
 )
 def test_small_models_are_unrolled_on_one_cpu_device(n_layer, platform, devices, layers):
-    assert choose_unroll(-1, n_layer, platform, devices) == layers
+    assert choose_unroll(-1, n_layer, platform, num_devices=devices) == layers
 
 
 def test_heads_not_divisible_by_tensor_are_refused():

@@ -187,6 +187,7 @@ def _layer_norm_backward(
     normed = (x.astype(jnp.float32) - mean) * inverse
     normed_g = wide_g * _broadcast(scale_D, x)
     # The gradient of x has no part along the two directions that normalisation removes: the mean, and x itself.
+    # A program is lowered for one platform, and has that form alone.
     along_mean, along_x = jax.lax.platform_dependent(
         wide_g,
         normed,
@@ -210,6 +211,7 @@ def _gradient_means(
     scale_D: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the means along D of g * scale and of g * scale * normed, float32 [..., 1]; all arrays are float32."""
+    # XLA fuses this product with both sums on GPUs and TPUs.
     normed_g = g * _broadcast(scale_D, g)
     along_mean = jnp.mean(normed_g, axis=-1, keepdims=True)
     along_x = jnp.mean(normed_g * normed, axis=-1, keepdims=True)
@@ -222,12 +224,14 @@ def _gradient_means_on_cpu(
     scale_D: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the same as `_gradient_means`, as products with the scale."""
-    # g * normed is stored once: the gradient of the scale is its sum over all tokens.
+    # g * normed is stored once: the gradient of the scale is its sum over all tokens. g * scale is not stored: the
+    # product with the scale is its sum.
     return _row_products(g, scale_D) / len(scale_D), _row_products(g * normed, scale_D) / len(scale_D)
 
 
 def _row_means(x: jax.Array) -> jax.Array:
     """Returns the means of float32 x [..., D] along D, [..., 1]."""
+    # The two forms differ in the order of their sums, and so in the last bits.
     return jax.lax.platform_dependent(
         x,
         cpu=lambda x: _row_products(x, jnp.ones(x.shape[-1])) / x.shape[-1],
@@ -243,6 +247,7 @@ def _row_products(
 
     On a CPU these are twice as fast as sums along D, which XLA computes without vector instructions.
     """
+    # The last dimension is contracted; there are no batch dimensions, so this is one product for all rows.
     contracting = ((x.ndim - 1,), (0,))
     no_batch = ((), ())
     return jax.lax.dot_general(x, vector_D, (contracting, no_batch))[..., None]
