@@ -148,11 +148,21 @@ def test_gradient_norm_is_reported_before_global_clipping(clip, kept):
 
 @pytest.mark.parametrize("clip", [0.0, 1e-3])
 def test_state_computed_apart_is_the_same(clip):
+    """With the same gradients: AdamW would make a full step of the rounding of a gradient that is zero."""
+    rng = np.random.default_rng(0)
+    shapes = {"wte/embedding": (5, 4), "h/mlp/c_fc/kernel": (2, 4, 8), "ln_f/scale": (4,)}
+    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    slopes = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+    def loss_fn(params, tokens, key):
+        total = sum(jnp.sum(leaf * slopes[name]) for name, leaf in params.items())
+        return LossSums(total, jnp.float32(0), jnp.float32(1))
+
     config = make_config(optim={"grad_clip": clip})
     results = []
     for separate_state in (False, True):
-        step = jax.jit(make_step(config, gpt_loss_fn(config), separate_state=separate_state))
-        state = make_state(config, gpt_params())
+        step = jax.jit(make_step(config, loss_fn, separate_state=separate_state))
+        state = make_state(config, params)
         for _ in range(3):
             state, metrics = step(state, make_tokens(1, 2))
         results.append([state.params, *jax.tree.leaves(state.opt_state), metrics["update_norm"]])
