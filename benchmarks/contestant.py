@@ -23,6 +23,7 @@ OUT_OF_MEMORY = 71
 MEMORY_WORDS = ("out of memory", "resource_exhausted", "allocate memory", "bad_alloc")
 # Between two waits for the device, so that the host runs ahead as in training. Steps of over a second are alone.
 STEPS_IN_A_ROW = 4
+ROW = "steps in a row"  # their number in what is known of a contestant
 Run = Callable[[int], None]  # run(n) takes n steps and waits for the last
 
 
@@ -64,7 +65,7 @@ def make_gptjax(args: argparse.Namespace, batch: int) -> tuple[Run, dict[str, An
 
     chip = find_chip(device.device_kind)
     known = {"GiB": need / 2**30, "compile s": ours.compile_seconds}
-    known["steps in a row"] = max(STEPS_IN_A_ROW, ours.most_steps)
+    known[ROW] = max(STEPS_IN_A_ROW, ours.most_steps)
     known |= {"FLOP a token": train_flops_per_token(config.model), "peak FLOP/s": chip.peak_flops if chip else 0}
     return run, known
 
@@ -98,7 +99,7 @@ def prepare(args: argparse.Namespace) -> tuple[Run, int, dict[str, Any]]:
         try:
             run, known = make(args, batch)
             run(1)
-            run(known.get("steps in a row", STEPS_IN_A_ROW))
+            run(known.setdefault(ROW, STEPS_IN_A_ROW))
             return run, batch, known
         except Exception as error:
             if batch == batches[-1] or not is_out_of_memory(error):
@@ -161,7 +162,7 @@ def main() -> None:
             trace(run, args.trace)
         say({"ready": True, "batch": batch} | known)
         for line in sys.stdin:
-            say({"times": take_turn(run, float(line), known.get("steps in a row", STEPS_IN_A_ROW))})
+            say({"times": take_turn(run, float(line), known[ROW])})
     except Exception as error:  # it costs this contestant its row, and is told as one line
         kind = "out of memory" if is_out_of_memory(error) else "failed"
         if type(error).__name__ == "ConfigError":  # by its name: in torch's process gptjax is never imported

@@ -92,7 +92,7 @@ class Ours:
         jax.block_until_ready(metrics)
 
     def batches(self, steps: int) -> Any:
-        """Returns the tokens of a dispatch of so many steps."""
+        """Returns the tokens of a dispatch that makes `steps` steps, at most `most_steps`."""
         if self.most_steps == 1:
             return self.tokens
         return self.tokens._replace(num_steps=jax.device_put(np.int32(steps), self.tokens.num_steps.sharding))

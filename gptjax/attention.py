@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.chips import DEFAULT_SPLASH_BLOCK
-from gptjax.collectives import ONE_DEVICE, Parallel, recomputed
+from gptjax.collectives import ONE_DEVICE, Parallel
 from gptjax.dropout import dropout_mask
 from gptjax.errors import ConfigError
+from gptjax.remat import recomputed
 
 SPLASH_BLOCK = 128  # the sequence must be a multiple of this
 MOST_FUSED_BLOCKS = 4  # of keys: the fused backward pass of splash attention holds a gradient of q for each

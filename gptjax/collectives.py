@@ -9,14 +9,12 @@ Every function takes a `Parallel`. Along a mesh axis of size 1 it sends nothing.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import KeyPath
@@ -284,38 +282,9 @@ def _all_gather(
         shard = parts.reshape(shard_shape)
         return jnp.moveaxis(shard, 0, dim).astype(x.dtype)
 
-    # A linear_call, not plain astype and all_gather: their transposes would sum the gradient in `dtype`. The remat
-    # policy in model.py also recognises all-gathered weights by it.
+    # A linear_call, not plain astype and all_gather: their transposes would sum the gradient in `dtype`. It also marks
+    # the weights for the policies in remat.py.
     return jax.custom_derivatives.linear_call(gather, scatter, None, x)
-
-
-def recomputed(function: Callable[[PyTree], PyTree]) -> Callable[[PyTree], PyTree]:
-    """Returns a linear function marked like an all-gather: the backward pass computes its result again."""
-
-    def call(x: PyTree) -> PyTree:
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), x)
-
-        def transpose(_: None, g: PyTree) -> PyTree:
-            [x_g] = jax.linear_transpose(function, shapes)(g)
-            return x_g
-
-        return jax.custom_derivatives.linear_call(lambda _, x: function(x), transpose, None, x)
-
-    return call
-
-
-@functools.cache
-def gather_primitive() -> Primitive:
-    """Returns the primitive of linear_call, by which remat policies recognise what is gathered or computed again."""
-
-    def call(x: jax.Array) -> jax.Array:
-        return jax.custom_derivatives.linear_call(lambda _, x: x, lambda _, g: g, None, x)
-
-    # JAX exports the function, not its primitive. If JAX renamed it, a comparison of names would let the policy save
-    # the weights of all layers, without an error. A name of our own (checkpoint_name) would not do either: the policy
-    # would save the array that gets the name.
-    [equation] = jax.make_jaxpr(call)(0.0).eqns
-    return equation.primitive
 
 
 def _stages(count: int) -> list[Groups]:

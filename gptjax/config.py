@@ -53,10 +53,12 @@ class ComputeConfig:
     # What a block recomputes in the backward pass. none: nothing; full: all; dots: all but its matmuls; dots_no_batch:
     # all but the matmuls with weights.
     remat: Literal["none", "full", "dots", "dots_no_batch"] = "none"
-    scan_unroll: AtLeastMinusOne = -1  # layers per iteration; 0: all, no loop; -1: 0 on GPUs, on a CPU up to 8 layers
+    # Layers per iteration of the loop over layers. 0: no loop. -1: no loop on GPUs, and for up to 8 layers on one CPU
+    # device; otherwise 1.
+    scan_unroll: AtLeastMinusOne = -1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmul inputs; parameters are float32
     reduce_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of gradients in collectives; auto: as dtype
-    # Of the gradients of embedding tables and head. auto: as reduce_dtype, which sends half the bytes.
+    # Of gradients of the embedding tables and the head in collectives. auto: as reduce_dtype.
     table_reduce_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     loss: Literal["xla", "triton"] = "xla"  # triton: one kernel for loss and gradient; NVIDIA GPUs; not yet run on one
     loss_chunk: Count = 0  # tokens per chunk of the loss; 0 means all at once

@@ -19,9 +19,7 @@ from gptjax.collectives import (
     Parallel,
     all_gather_layer,
     all_gather_sequence,
-    gather_primitive,
     local_sequence,
-    recomputed,
     reduce_scatter_sequence,
     tensor_parallel_index,
 )
@@ -33,21 +31,12 @@ from gptjax.kernels.pointwise import add_bias, gelu, layer_norm
 from gptjax.kv_cache import Cache, extend_cache
 from gptjax.loss import masked_logits
 from gptjax.params import PyTree, padded_vocab_size
+from gptjax.remat import REMAT_POLICIES, recomputed
 
 __all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig"]
 
 LAYER_NORM_EPSILON = 1e-5
 INIT_STD = 0.02
-# compute.remat -> policy of jax.checkpoint, which decides for each primitive whether its output is saved.
-REMAT_POLICIES = {
-    # All-gathered weights (collectives.py marks them by a linear_call) are not saved, because those of all layers
-    # together would be an unsharded model on each device. The backward pass all-gathers them a second time. Splash
-    # attention's q, k and v, slices of one product, are marked in the same way.
-    "none": lambda primitive, *_, **__: primitive is not gather_primitive(),
-    "full": None,  # saves the input of each layer only
-    "dots": jax.checkpoint_policies.checkpoint_dots,
-    "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-}
 
 
 class Linear(nn.Module):
@@ -134,11 +123,10 @@ class CausalSelfAttention(nn.Module):
 
         if cache is None:
             # Training and evaluation. Only this branch can use fused kernels, because a cache needs a mask of its own.
-            if self.compute.attention == "splash":
-                # Otherwise a loop over layers stores q, k and v next to their product, with heads of 64 in tiles of 128
-                # lanes, and copies them out of its stack.
-                split_heads = recomputed(split_heads)
-            q_BTNH, k_BTNH, v_BTNH = split_heads(qkv_BT3D)
+            # Without the mark a loop over layers stores q, k and v next to their product, with heads of 64 in tiles of
+            # 128 lanes, and copies them out of its stack.
+            split = recomputed(split_heads) if self.compute.attention == "splash" else split_heads
+            q_BTNH, k_BTNH, v_BTNH = split(qkv_BT3D)
             y_BTNH = causal_attention(
                 q_BTNH,
                 k_BTNH,

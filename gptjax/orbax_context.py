@@ -20,7 +20,7 @@ CHUNK_BYTES = 16 * 2**20  # read or written at a time where memory use must stay
 def import_orbax() -> Any:
     """Returns Orbax's API, imported at the first call.
 
-    The import takes a tenth of the start of a small run. A new run needs it at its first save, after its first step.
+    The import takes a tenth of the start of a small run, and a new run needs Orbax only after its first step.
     """
     from orbax.checkpoint import v1 as ocp
 

@@ -167,7 +167,7 @@ def initial_params(run: Run) -> PyTree:
     Raises:
         UserError: the weights are missing, damaged, or of another model.
     """
-    from gptjax.convert import formats  # it imports Orbax, which a run without init_from needs at its first save only
+    from gptjax.convert import formats  # it imports Orbax; see orbax_context
 
     text = run.config.init_from
     model = run.config.model

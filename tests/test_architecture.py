@@ -65,7 +65,7 @@ LAYERS = """
     sizes
     compute
     attention  loss  kernels.pointwise  data.tokenizer  data.shards  data.shuffle  data.meta  kv_cache
-    identity  tree_checks  convert.tokenizer_regex  dropout
+    identity  tree_checks  convert.tokenizer_regex  dropout  remat
     collectives  kernels.cross_entropy  fingerprint  record  data.patterns  data.header  data.reach  data.source
     data.characters
     sharding
@@ -95,11 +95,11 @@ RUNTIME = {"cli", "config_flags", "distributed", "signals"}
 # Whatever computes, so that it runs anywhere those libraries do.
 COMPUTING = {"model", "compute", "sizes", "params", "attention", "loss", "kernels.cross_entropy", "kernels.pointwise"}
 COMPUTING |= {"collectives", "dropout", "kv_cache", "examples", "sharding", "optim", "state", "step", "layer_stats"}
-COMPUTING |= {"dispatch"}
+COMPUTING |= {"dispatch", "remat"}
 NUMERICAL = {"jax", "flax", "optax", "numpy"}
 # What a train step goes through, from the command line on.
 SPINE = {"main", "config", "setup", "resume", "train", "step", "model", "collectives", "sharding", "loss", "attention"}
-SPINE |= {"loop", "optim", "state", "dropout", "kv_cache", "examples", "dispatch"}
+SPINE |= {"loop", "optim", "state", "dropout", "kv_cache", "examples", "dispatch", "remat"}
 SPINE |= {"kernels.cross_entropy", "kernels.pointwise"}
 # Data know nothing of models, and models nothing of data.
 DATA_MAY_IMPORT = {"config", "documents", "errors", "cli", "history", "strict_json", "workdir", "redaction", "streams"}
@@ -275,6 +275,12 @@ def test_training_imports_neither_torch_nor_tensorflow():
     others = sorted(set(modules()) - {"tasks.harness"})  # which is of the extra lm_eval
     result = run_python("-c", WATCH, "gptjax.train", *(f"gptjax.{name}" for name in others))
     assert (result.returncode, result.stdout, result.stderr) == (0, "True\n", "")
+
+
+def test_training_imports_orbax_later():
+    """After the first dispatch: loop.py calls import_orbax, which a start with a warm compile cache would wait for."""
+    result = run_python("-c", "import sys, gptjax.train; print('orbax.checkpoint' in sys.modules)")
+    assert (result.returncode, result.stdout) == (0, "False\n")
 
 
 @pytest.mark.parametrize("name", ["torch", "tensorflow.io"])

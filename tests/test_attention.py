@@ -18,11 +18,11 @@ from gptjax.attention import (
     query_blocks,
     splash_attention,
 )
-from gptjax.collectives import recomputed
 from gptjax.compute import ResolvedCompute
 from gptjax.config import GPTConfig
 from gptjax.errors import ConfigError
-from gptjax.model import GPT, REMAT_POLICIES
+from gptjax.model import GPT
+from gptjax.remat import REMAT_POLICIES, recomputed
 from tests.helpers import raises, random_params
 
 

@@ -323,7 +323,7 @@ def test_contestant_uses_the_first_batch_size_that_fits(load, monkeypatch):
 
     monkeypatch.setattr(contestant, "make_gptjax", make)
     args = contestant.parse(["gptjax", "--batch=16,8,4,2"])
-    assert contestant.prepare(args)[1:] == (4, {"GiB": 1})
+    assert contestant.prepare(args)[1:] == (4, {"GiB": 1, contestant.ROW: contestant.STEPS_IN_A_ROW})
     assert tried == [16, 8, 4]
     with pytest.raises(RuntimeError, match="RESOURCE"):
         contestant.prepare(contestant.parse(["gptjax", "--batch=16,8"]))

@@ -14,7 +14,8 @@ from gptjax.documents import EndOfText
 from gptjax.examples import document_starts, position_ids
 from gptjax.kv_cache import Cache
 from gptjax.loss import cross_entropy
-from gptjax.model import GPT, REMAT_POLICIES, Block, unembedding
+from gptjax.model import GPT, Block, unembedding
+from gptjax.remat import REMAT_POLICIES
 from gptjax.sharding import path_name
 from tests import reference_gpt2
 from tests.helpers import TINY, abstract_params, assert_near, jit, random_params, shapes_of, tiny
